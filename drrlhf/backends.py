@@ -1,0 +1,184 @@
+"""Which implementation serves which op on which device, and why.
+
+Backends, best first where several can serve: ``cuda`` (CUDA C++), ``triton``, ``cpp`` (C++ on the
+CPU), ``reference`` (plain PyTorch). The choice is automatic and visible: `explain` tells it,
+``drrlhf doctor`` prints it, and each op that falls through to a slower backend logs the reason
+once. A backend asked for by name, with `use` or the environment variable DRRLHF_BACKEND, serves
+or raises `BackendError` with the reason; it never falls through.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+
+from drrlhf import reference
+
+logger = logging.getLogger(__name__)
+
+NAMES = ("cuda", "triton", "cpp", "reference")
+OPS = (
+    "robust_risk",
+    "preference_loss",
+    "reward_loss",
+    "token_logprobs",
+    "token_logprobs_backward",
+)
+DEVICES = {"cuda": ("cuda",), "triton": ("cuda",), "cpp": ("cpu",)}
+SERVED: dict[str, frozenset[str]] = {
+    "cpp": frozenset({"robust_risk", "preference_loss", "reward_loss"}),
+    "triton": frozenset(),
+    "cuda": frozenset(),
+    "reference": frozenset(OPS),
+}
+
+
+class BackendError(RuntimeError):
+    """A backend asked for by name cannot serve."""
+
+
+class Choice(NamedTuple):
+    """One row of `explain`: may `backend` serve `op` on `device`, is it chosen, and why (not)."""
+
+    op: str
+    device: str
+    backend: str
+    chosen: bool
+    reason: str
+
+
+def _load_extension() -> tuple[ModuleType | None, str]:
+    try:
+        return importlib.import_module("drrlhf._C"), ""
+    except ImportError as error:  # not built, or built against another torch: the reason is kept
+        recorded = build_record().get("reason")
+        if isinstance(error, ModuleNotFoundError):
+            return None, recorded or "the C++ extension was not built (DRRLHF_BUILD=none)"
+        return None, f"the C++ extension does not load: {error}"
+
+
+def build_record() -> dict[str, Any]:
+    """What setup.py wrote about its build; empty when it never ran here."""
+    path = Path(__file__).with_name("_build.json")
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+_EXTENSION, _NO_EXTENSION = _load_extension()
+
+
+def build_info() -> dict[str, Any]:
+    """What was built: `built`, `mode`, `compiler`, `torch_version`, `isa`, `reason` if not built."""
+    info = {"built": _EXTENSION is not None, "mode": "none", **build_record()}
+    info["built"] = _EXTENSION is not None
+    if _EXTENSION is not None:
+        info.update(_EXTENSION.build_info())
+        info["reason"] = ""
+    else:
+        info["reason"] = _NO_EXTENSION
+    return info
+
+
+def _obstacle(op: str, backend: str, device: str) -> str:
+    """Why `backend` cannot serve `op` on `device`; empty when it can."""
+    if op not in SERVED[backend]:
+        return f"has no {op} kernel in this version"
+    if backend in DEVICES and device not in DEVICES[backend]:
+        return f"runs on {'/'.join(DEVICES[backend])} tensors, not on {device}"
+    if backend == "cpp" and _EXTENSION is None:
+        return _NO_EXTENSION
+    return ""
+
+
+def _implementation(op: str, backend: str) -> Callable[..., Any]:
+    if backend == "reference":
+        return getattr(reference, op)
+    return getattr(torch.ops.drrlhf_cpp, op).default
+
+
+def _checked(name: str | None) -> str | None:
+    if name in (None, "", "auto"):
+        return None
+    if name not in NAMES:
+        raise ValueError(f"backend: expected one of {', '.join(NAMES)} or 'auto', got {name!r}")
+    return name
+
+
+_forced: str | None = _checked(os.environ.get("DRRLHF_BACKEND"))
+_cache: dict[tuple[str, str], Callable[..., Any]] = {}
+
+
+def _force(name: str | None) -> None:
+    global _forced
+    _forced = name
+    _cache.clear()
+
+
+class use:
+    """Serve every op by the backend `name` ("auto" ends that). A call or a context manager.
+
+    Raises:
+        ValueError: no such backend.
+        BackendError: from the op that it cannot serve, when that op runs.
+    """
+
+    def __init__(self, name: str | None) -> None:
+        self._previous = _forced
+        _force(_checked(name))
+
+    def __enter__(self) -> use:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        _force(self._previous)
+
+
+def _choose(op: str, device: str) -> tuple[str, dict[str, str]]:
+    """The serving backend and the obstacles of those that would come first."""
+    obstacles: dict[str, str] = {}
+    for backend in NAMES if _forced is None else (_forced,):
+        obstacle = _obstacle(op, backend, device)
+        if not obstacle:
+            return backend, obstacles
+        obstacles[backend] = obstacle
+    raise BackendError(
+        f"backend {_forced!r} was asked for by name but cannot serve {op} on {device}: "
+        f"{obstacles[str(_forced)]}; see `drrlhf doctor`, or use 'auto'"
+    )
+
+
+def kernel(op: str, device: str) -> Callable[..., Any]:
+    """The function that serves `op` for tensors on `device` ("cpu", "cuda", ...)."""
+    found = _cache.get((op, device))
+    if found is None:
+        backend, obstacles = _choose(op, device)
+        missed = {b: why for b, why in obstacles.items() if device in DEVICES[b] and op in SERVED[b]}
+        if backend == "reference" and missed:
+            reasons = "; ".join(f"{b}: {why}" for b, why in missed.items())
+            logger.warning("%s on %s is served by plain PyTorch (%s)", op, device, reasons)
+        found = _cache[(op, device)] = _implementation(op, backend)
+    return found
+
+
+def explain() -> list[Choice]:
+    """Every op, device and backend: which one serves, and why the others do not."""
+    rows = []
+    for op in OPS:
+        for device in ("cpu", "cuda"):
+            try:
+                chosen, why_none = _choose(op, device)[0], ""
+            except BackendError:
+                chosen, why_none = "", f"DRRLHF_BACKEND or use() asks for {_forced!r} alone"
+            for backend in NAMES:
+                reason = _obstacle(op, backend, device)
+                if not reason and backend != chosen:
+                    reason = why_none or f"{chosen} comes first"
+                rows.append(Choice(op, device, backend, backend == chosen, reason))
+    return rows

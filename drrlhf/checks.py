@@ -1,0 +1,57 @@
+"""Argument checks that stay out of the way of graphs and devices."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+def check_value(holds: Tensor, message: Callable[[], str], on: Tensor) -> None:
+    """ValueError with `message` where the 0-d bool tensor `holds` is false.
+
+    On the CPU it raises at once. On other devices reading it would synchronise, so the device
+    asserts instead; a compiled graph asserts in the graph.
+    """
+    if torch.compiler.is_compiling() or on.device.type != "cpu":
+        torch._assert_async(holds, "drrlhf: an argument check failed; run on the CPU for details")
+    elif not bool(holds):
+        raise ValueError(message())
+
+
+def check_vector(name: str, value: Tensor, n: int | None = None, like: str = "losses") -> None:
+    """ValueError unless `value` is a tensor of shape (n,)."""
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{name}: expected a torch.Tensor of shape (n,), got {type(value).__name__}")
+    if value.dim() != 1:
+        raise ValueError(
+            f"{name}: expected shape (n,), got {tuple(value.shape)}; flatten it, one number a pair"
+        )
+    if n is not None and value.numel() != n:
+        raise ValueError(f"{name}: expected shape ({n},) as {like}, got {tuple(value.shape)}")
+
+
+def check_floating(name: str, value: Tensor) -> None:
+    """ValueError unless `value` has a floating dtype."""
+    if not value.is_floating_point():
+        raise ValueError(
+            f"{name}: expected a floating dtype (float32, bfloat16, float16, float64), "
+            f"got {value.dtype}; call .float()"
+        )
+
+
+def check_integer(name: str, value: Tensor) -> None:
+    """ValueError unless `value` has an integer dtype."""
+    if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
+        raise ValueError(f"{name}: expected an integer dtype, got {value.dtype}; call .long()")
+
+
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """ValueError unless `value` is one of `choices`; the nearest one is named."""
+    if value not in choices:
+        import difflib
+
+        near = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.3)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ValueError(f"{name}: unknown {value!r}; {hint}expected one of {', '.join(choices)}")

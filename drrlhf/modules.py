@@ -1,0 +1,76 @@
+"""`nn.Module` twins of the losses: options fixed once, group state kept as a buffer.
+
+In eval mode a module weighs groups by its state and leaves the state alone.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from drrlhf import losses, robust
+from drrlhf.ambiguity import ERM, AmbiguitySet, Group, parse_ambiguity
+from drrlhf.robust import GroupState
+
+
+class _RobustModule(nn.Module):
+    def __init__(self, ambiguity: str | AmbiguitySet, options: dict[str, Any]) -> None:
+        super().__init__()
+        self.ambiguity = parse_ambiguity(ambiguity)
+        self.options = options
+        grouped = isinstance(self.ambiguity, Group)
+        self.group_state = GroupState(self.ambiguity.num_groups) if grouped else None  # type: ignore[attr-defined]
+
+    def _call(self, function: Any, *inputs: Tensor | None, **keywords: Any) -> Any:
+        return function(
+            *inputs,
+            ambiguity=self.ambiguity,
+            group_state=self.group_state,
+            update=self.training,
+            **self.options,
+            **keywords,
+        )
+
+    def extra_repr(self) -> str:
+        return ", ".join([str(self.ambiguity), *(f"{k}={v!r}" for k, v in self.options.items())])
+
+
+class RobustRiskModule(_RobustModule):
+    """`drrlhf.robust_risk` as a module: ``RobustRiskModule("tv:0.1")(losses)``."""
+
+    def __init__(self, ambiguity: str | AmbiguitySet = ERM(), **options: Any) -> None:  # noqa: B008
+        super().__init__(ambiguity, options)
+
+    def forward(self, losses: Tensor, **keywords: Any) -> robust.RobustRisk:
+        return self._call(robust.robust_risk, losses, **keywords)
+
+
+class PreferenceLossModule(_RobustModule):
+    """`drrlhf.preference_loss` as a module; options are its keyword arguments."""
+
+    def __init__(self, ambiguity: str | AmbiguitySet = ERM(), **options: Any) -> None:  # noqa: B008
+        super().__init__(ambiguity, options)
+
+    def forward(
+        self,
+        chosen_logps: Tensor,
+        rejected_logps: Tensor,
+        ref_chosen_logps: Tensor | None = None,
+        ref_rejected_logps: Tensor | None = None,
+        **keywords: Any,
+    ) -> losses.PreferenceLoss:
+        inputs = (chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps)
+        return self._call(losses.preference_loss, *inputs, **keywords)
+
+
+class RewardLossModule(_RobustModule):
+    """`drrlhf.reward_loss` as a module; options are its keyword arguments."""
+
+    def __init__(self, ambiguity: str | AmbiguitySet = ERM(), **options: Any) -> None:  # noqa: B008
+        super().__init__(ambiguity, options)
+
+    def forward(
+        self, chosen_rewards: Tensor, rejected_rewards: Tensor, **keywords: Any
+    ) -> losses.RewardLoss:
+        return self._call(losses.reward_loss, chosen_rewards, rejected_rewards, **keywords)

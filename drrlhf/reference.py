@@ -1,0 +1,549 @@
+"""Every op in plain PyTorch: the definition, the oracle of the tests, and the fallback.
+
+Written to be checked by eye against the formulas of `drrlhf.ambiguity`: ordered sets are solved
+by sorting and prefix sums, the two without a closed form by bisection. All of it is float64, free
+of host synchronisation, and independent of the compiled backends, which search without sorting.
+
+Notation: `l` losses (n,), `p` nominal weights (n,) with sum 1, `q` worst-case weights (n,).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from drrlhf.checks import check_value
+
+
+def statistics_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of statistics about x: float64 for float64, float32 for everything narrower."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+# --------------------------------------------------------------------------- the dual problem
+
+
+def _upper_tail(l: Tensor, p: Tensor, mass: Tensor | float) -> tuple[Tensor, Tensor]:
+    """Fractions k (n,) in [0, 1] with sum p k = mass, largest losses first, and the threshold.
+
+    Ties at the threshold share in proportion to p. `mass` in (0, 1].
+    """
+    order = torch.argsort(l, descending=True)
+    covered = torch.cumsum(p[order], 0)
+    position = torch.searchsorted(covered, torch.as_tensor(mass, dtype=l.dtype, device=l.device))
+    threshold = l[order][position.clamp(max=l.numel() - 1)]
+    above, at = l > threshold, l == threshold
+    mass_at = (p * at).sum()
+    share = ((mass - (p * above).sum()) / torch.where(mass_at > 0, mass_at, 1)).clamp(0, 1)
+    return above + at * share, threshold
+
+
+def _exponential_weights(x: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
+    """q proportional to p exp(x), and log sum p exp(x), for x <= 0 with its maximum at 0."""
+    e = p * torch.exp(x)
+    z = e.sum()
+    # log1p keeps the digits that 1 - small loses; log keeps those that small loses in 1 - small.
+    log_z = torch.where(z > 0.5, torch.log1p((p * torch.expm1(x)).sum()), torch.log(z))
+    return e / z, log_z
+
+
+def _kl_radius(l: Tensor, p: Tensor, r: float, top: Tensor, span: Tensor):
+    """Bisect the inverse temperature s of q ~ p exp(-s d) on a log scale, d = (max - l) / span."""
+    d = (top - l) / span
+    # KL(s) <= s^2 / 8 for losses in [0, 1] (Hoeffding) bounds s from below; from 1e18 on,
+    # neighbouring float64 losses are already apart by more than e^-100.
+    low = torch.full_like(top, math.log(max(math.sqrt(8 * r), 1e-150)))
+    high = torch.full_like(top, math.log(1e18))
+    for _ in range(100):
+        middle = (low + high) / 2
+        s = torch.exp(middle)
+        q, log_z = _exponential_weights(-s * d, p)
+        below = -s * (q * d).sum() - log_z < r
+        low, high = torch.where(below, middle, low), torch.where(below, high, middle)
+    return q, span / s
+
+
+def _chi_square_radius(l: Tensor, p: Tensor, r: float, top: Tensor, span: Tensor):
+    """q ~ p (l - eta)_+ ; on the k largest losses eta solves a quadratic, the first valid k wins."""
+    d, order = torch.sort((top - l) / span)
+    w = p[order]
+    m0, m1, m2 = torch.cumsum(w, 0), torch.cumsum(w * d, 0), torch.cumsum(w * d * d, 0)
+    mean = m1 / m0
+    variance = (m2 / m0 - mean * mean).clamp(min=0)
+    slack = (1 + 2 * r) * m0 - 1
+    eta = mean + torch.sqrt(variance / torch.where(slack > 0, slack, 1))
+    following = torch.cat([d[1:], d.new_full((1,), math.inf)])
+    valid = (slack > 0) & (eta <= following)
+    eta = eta[valid.to(torch.int8).argmax()]
+    q = p * (eta - (top - l) / span).clamp(min=0)
+    return q / q.sum(), top - span * eta
+
+
+def _chi_square_penalty(l: Tensor, p: Tensor, c: float, top: Tensor, span: Tensor):
+    """q = p (l - eta)_+ / c ; on the k largest losses eta is linear, the first valid k wins."""
+    d, order = torch.sort((top - l) / span)
+    w = p[order]
+    m0, m1 = torch.cumsum(w, 0), torch.cumsum(w * d, 0)
+    eta = m1 / m0 + c / span / m0
+    following = torch.cat([d[1:], d.new_full((1,), math.inf)])
+    eta = eta[((m0 > 0) & (eta <= following)).to(torch.int8).argmax()]
+    q = p * (eta - (top - l) / span).clamp(min=0)
+    q = q / q.sum()
+    ratio = torch.where(p > 0, q / torch.where(p > 0, p, 1), 1)
+    return q, top - span * eta, 0.5 * c * (p * (ratio - 1) ** 2).sum()
+
+
+def _cvar_temperature(l: Tensor, p: Tensor, alpha: float, t: float, top: Tensor):
+    """q = p min(exp((l - eta)/t), 1/alpha); the first number of capped losses that is valid wins."""
+    ordered, order = torch.sort(l, descending=True)
+    w = p[order]
+    x = (ordered - top) / t
+    capped = torch.cat([w.new_zeros(1), torch.cumsum(w, 0)])[:-1]  # mass of the k largest
+    free = torch.logcumsumexp((x + torch.log(w)).flip(0), 0).flip(0)
+    log_y = torch.log((1 - capped / alpha).clamp(min=0)) - free  # -eta/t, shifted by top/t
+    valid = (log_y + x <= -math.log(alpha)) & (capped < alpha)
+    log_y = log_y[valid.to(torch.int8).argmax()]
+    z = torch.minimum((l - top) / t + log_y, torch.full_like(l, -math.log(alpha)))
+    q = p * torch.exp(z)
+    return q / q.sum(), top - t * log_y, t * (q * z).sum()
+
+
+def worst_case(
+    l: Tensor, p: Tensor, kind: str, a: float, b: float, trim: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Value (), weights q (n,) and dual () of one problem: float64, finite, p with sum 1, n >= 1."""
+    if trim > 0:
+        p = p * (1 - _upper_tail(l, p, trim)[0])
+        p = p / p.sum()
+    present = p > 0
+    top = torch.where(present, l, -math.inf).amax()
+    bottom = torch.where(present, l, math.inf).amin()
+    l = torch.where(present, l, top)
+    at_top = p * (l == top)
+    q_top = at_top / at_top.sum()  # all mass on the largest losses
+    span = torch.where(top > bottom, top - bottom, 1)
+    penalty = torch.zeros_like(top)
+    if kind == "erm" or (kind.endswith("radius") and a == 0):
+        dual = {"kl_radius": math.inf, "chi2_radius": -math.inf}.get(kind, 0.0)
+        q, dual = p, torch.full_like(top, dual)
+    elif kind == "kl_radius":
+        q, dual = _kl_radius(l, p, a, top, span)
+        everything = a >= -torch.log(at_top.sum())
+        q, dual = torch.where(everything, q_top, q), torch.where(everything, 0.0, dual)
+    elif kind == "kl_temperature":
+        anchor = top if a > 0 else bottom
+        q, log_z = _exponential_weights((l - anchor) / a, p)
+        return anchor + a * log_z, q, torch.full_like(top, a)
+    elif kind == "tv":
+        kept, dual = _upper_tail(l, p, 1 - a) if a < 1 else (torch.zeros_like(p), top)
+        q = p * kept + a * q_top
+    elif kind == "chi2_radius":
+        q, dual = _chi_square_radius(l, p, a, top, span)
+        everything = a >= (1 / at_top.sum() - 1) / 2
+        q, dual = torch.where(everything, q_top, q), torch.where(everything, top, dual)
+    elif kind == "chi2_penalty":
+        q, dual, penalty = _chi_square_penalty(l, p, a, top, span)
+    elif kind == "cvar":
+        kept, dual = _upper_tail(l, p, a)
+        q = p * kept / a
+    elif kind == "cvar_temperature":
+        q, log_z = _exponential_weights((l - top) / b, p)
+        capped_q, capped_dual, capped_penalty = _cvar_temperature(l, p, a, b, top)
+        capped_value = (capped_q * l).sum() - capped_penalty
+        free = -log_z <= -math.log(a)  # the cap binds nowhere: KL(temperature=b)
+        value = torch.where(free, top + b * log_z, capped_value)
+        dual = torch.where(free, top + b * log_z, capped_dual)
+        return value, torch.where(free, q, capped_q), dual
+    else:
+        raise AssertionError(f"unknown kind {kind!r}")
+    # Equal losses leave every radius ball's adversary without a choice that pays: q = p.
+    q = torch.where((top > bottom) | (p <= 0), q, p)
+    return top + (q * (l - top)).sum() - penalty, q, dual
+
+
+def _group_step(
+    l: Tensor, p: Tensor, groups: Tensor, w: Tensor, step_size: float, update: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Value, q and the new group weights (G,): one exponentiated-gradient step, see `Group`."""
+    mass = torch.zeros_like(w).index_add_(0, groups, p)
+    total_loss = torch.zeros_like(w).index_add_(0, groups, p * l)
+    present = mass > 0
+    safe_mass = torch.where(present, mass, 1)
+    held = (w * present).sum()
+    if update:
+        gain = torch.where(present, step_size * total_loss / safe_mass, -math.inf)
+        stepped = w * torch.exp(gain - torch.where(held > 0, gain.amax(), 0))
+        stepped = stepped * (held / stepped.sum())
+        # A weight that underflowed to 0 could never come back.
+        w = torch.where(present, stepped.clamp(min=torch.finfo(w.dtype).tiny), w)
+    share = torch.where(present, w, 0)
+    q = (share / share.sum() / safe_mass)[groups] * p
+    return (q * l).sum(), q, w
+
+
+def normalised(nominal: Tensor | None, n: int, like: Tensor) -> Tensor:
+    """Nominal weights as float64 (n,) with sum 1, or all 0 where nothing is unmasked."""
+    if nominal is None:
+        return torch.full((n,), 1.0 / max(n, 1), dtype=torch.float64, device=like.device)
+    p = nominal.double()
+    check_value(
+        torch.isfinite(p).all() & (p >= 0).all(),
+        lambda: (
+            "nominal: expected finite weights >= 0 (0 masks a pair), got "
+            f"{p[~(torch.isfinite(p) & (p >= 0))][0].item()} at index "
+            f"{int((~(torch.isfinite(p) & (p >= 0))).nonzero()[0])}; drop or clamp it"
+        ),
+        p,
+    )
+    total = p.sum()
+    return torch.where(total > 0, p / torch.where(total > 0, total, 1), 0)
+
+
+def check_groups(groups: Tensor | None, group_weights: Tensor | None) -> None:
+    """ValueError unless every group id lies in [0, G)."""
+    assert groups is not None and group_weights is not None, "Group needs groups and state"
+    size = group_weights.numel()
+    outside = (groups < 0) | (groups >= size)
+    check_value(
+        ~outside.any(),
+        lambda: (
+            f"groups: expected ids in [0, {size}) for Group(num_groups={size}), got "
+            f"{int(groups[outside][0])} at index {int(outside.nonzero()[0])}; "
+            f"raise num_groups or fix the column"
+        ),
+        groups,
+    )
+
+
+def _solve(
+    losses: Tensor,
+    nominal: Tensor | None,
+    groups: Tensor | None,
+    group_weights: Tensor | None,
+    kind: str,
+    a: float,
+    b: float,
+    trim: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Value (), weights (n,), dual () and new group weights (G,) of `losses` (n,), all float64."""
+    p = normalised(nominal, losses.numel(), losses)
+    masked = p == 0
+    l = torch.where(masked, 0, losses.double())
+    state = torch.zeros(0, dtype=torch.float64, device=l.device)
+    if kind == "group":
+        check_groups(groups, group_weights)
+        state = group_weights.clone()  # type: ignore[union-attr]
+    if l.numel() == 0:
+        return l.sum(), l, l.sum(), state
+    finite = torch.isfinite(l).all()
+    safe = torch.where(finite, l, 0)  # solve something harmless where the answer is NaN anyway
+    empty = masked.all()
+    safe_p = torch.where(empty, 1.0 / l.numel(), p)
+    if kind == "group":
+        ids = groups.long()  # type: ignore[union-attr]
+        if trim > 0:
+            safe_p = safe_p * (1 - _upper_tail(torch.where(masked, safe.amin(), safe), safe_p, trim)[0])
+            safe_p = safe_p / safe_p.sum()
+        value, q, stepped = _group_step(safe, safe_p, ids, group_weights, a, b)  # type: ignore[arg-type]
+        state = torch.where(finite & ~empty, stepped, state)
+        dual = torch.full_like(value, math.nan)
+    else:
+        value, q, dual = worst_case(safe, safe_p, kind, a, b, trim)
+    # A non-finite loss must be seen: the plain mean carries it, and so do all the weights.
+    value = torch.where(finite, value, (p * l).sum())
+    q = torch.where(finite, q, math.nan)
+    return (
+        torch.where(empty, 0, value),
+        torch.where(masked, 0, q),
+        torch.where(empty, 0, dual),
+        state,
+    )
+
+
+def robust_risk(
+    losses: Tensor,
+    nominal: Tensor | None,
+    groups: Tensor | None,
+    group_weights: Tensor | None,
+    kind: str,
+    a: float,
+    b: float,
+    trim: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Value (), weights (n,), dual () in at least float32, and new group weights (G,) float64."""
+    value, q, dual, state = _solve(losses, nominal, groups, group_weights, kind, a, b, trim)
+    dtype = statistics_dtype(losses)
+    return value.to(dtype), q.to(dtype), dual.to(dtype), state
+
+
+# --------------------------------------------------------------------------- per-pair losses
+
+# The f-DPO reparameterisation leaves a term that cancels only in the difference of the two
+# scores (arXiv 2309.16240), so losses that use either score alone have no f-divergence form.
+DIFFERENCE_LOSSES = ("sigmoid", "hinge", "ipo", "exo_pair", "robust", "discopop", "sigmoid_norm")
+LOSS_TYPES = (
+    *DIFFERENCE_LOSSES,
+    "nca_pair",
+    "bco_pair",
+    "sppo_hard",
+    "apo_zero",
+    "apo_down",
+    "simpo",
+)
+LENGTH_LOSSES = ("ipo", "sigmoid_norm", "simpo")
+SMOOTHED_LOSSES = ("sigmoid", "robust", "exo_pair")
+F_DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
+
+
+def alpha_exponent_limit(dtype: torch.dtype) -> float:
+    """Largest exponent of the alpha-divergence score, as TRL 1.16 clamps it per input dtype."""
+    return 11.0 if dtype == torch.float16 else 80.0
+
+
+def divergence_score(u: Tensor, f_divergence: str, alpha: float, limit: float) -> Tensor:
+    """f'(exp(u)) up to a constant: the implicit reward of a log-ratio u (arXiv 2309.16240)."""
+    if f_divergence == "forward_kl":
+        return 1 - torch.exp(-u)
+    if f_divergence == "js_divergence":
+        return math.log(2) + F.logsigmoid(u)
+    if f_divergence == "alpha_divergence" and abs(alpha - 1) >= 1e-6:
+        return torch.expm1(((alpha - 1) * u).clamp(max=limit)) / (alpha - 1)
+    return u
+
+
+def pair_losses(
+    chosen: Tensor,
+    rejected: Tensor,
+    chosen_lengths: Tensor | None,
+    rejected_lengths: Tensor | None,
+    loss_type: str,
+    beta: float,
+    label_smoothing: float,
+    simpo_gamma: float,
+    discopop_tau: float,
+    f_divergence: str,
+    f_alpha: float,
+    limit: float = 80.0,
+) -> Tensor:
+    """Per-pair losses (n,) of log-ratios `chosen`, `rejected` (n,); differentiable by autograd.
+
+    A log-ratio is log pi(y|x) - log pi_ref(y|x), or log pi(y|x) itself for simpo.
+    """
+    eps = label_smoothing
+    s_chosen = divergence_score(chosen, f_divergence, f_alpha, limit)
+    s_rejected = divergence_score(rejected, f_divergence, f_alpha, limit)
+    h = beta * (s_chosen - s_rejected)
+    if loss_type in LENGTH_LOSSES:
+        assert chosen_lengths is not None and rejected_lengths is not None
+        mean_difference = s_chosen / chosen_lengths.clamp(min=1) - s_rejected / rejected_lengths.clamp(min=1)
+    if loss_type == "sigmoid":  # DPO, arXiv 2305.18290; with eps > 0 cDPO
+        return -(1 - eps) * F.logsigmoid(h) - eps * F.logsigmoid(-h)
+    if loss_type == "hinge":  # SLiC, arXiv 2305.10425
+        return torch.relu(1 - h)
+    if loss_type == "ipo":  # arXiv 2310.12036 eq. 17, per token
+        return (mean_difference - 1 / (2 * beta)) ** 2
+    if loss_type == "exo_pair":  # arXiv 2402.00856 eq. 16
+        win, lose = F.logsigmoid(h), F.logsigmoid(-h)
+        return win.exp() * (win - math.log1p(-eps)) + lose.exp() * (lose - math.log(eps))
+    if loss_type == "robust":  # rDPO, arXiv 2403.00409; may be negative
+        return (eps * F.logsigmoid(-h) - (1 - eps) * F.logsigmoid(h)) / (1 - 2 * eps)
+    if loss_type == "discopop":  # arXiv 2406.08414 eq. 5
+        gate = torch.sigmoid(h / discopop_tau)
+        return -F.logsigmoid(h) * (1 - gate) + torch.exp(-h) * gate
+    if loss_type == "sigmoid_norm":  # DPO on per-token mean log-ratios
+        return -F.logsigmoid(beta * mean_difference)
+    if loss_type == "simpo":  # arXiv 2405.14734 eq. 6
+        return -F.logsigmoid(beta * mean_difference - simpo_gamma)
+    g_chosen, g_rejected = beta * chosen, beta * rejected
+    if loss_type == "nca_pair":  # arXiv 2402.05369
+        return (
+            -F.logsigmoid(g_chosen)
+            - 0.5 * F.logsigmoid(-g_chosen)
+            - 0.5 * F.logsigmoid(-g_rejected)
+        )
+    if loss_type == "bco_pair":  # arXiv 2404.04656, without the running shift
+        return -F.logsigmoid(g_chosen) - F.logsigmoid(-g_rejected)
+    if loss_type == "sppo_hard":  # arXiv 2405.00675 with hard probabilities
+        return (chosen - 0.5 / beta) ** 2 + (rejected + 0.5 / beta) ** 2
+    if loss_type == "apo_zero":  # arXiv 2408.06266 eq. 7
+        return torch.sigmoid(-g_chosen) + torch.sigmoid(g_rejected)
+    if loss_type == "apo_down":  # arXiv 2408.06266 eq. 8
+        return torch.sigmoid(g_chosen) + torch.sigmoid(g_rejected - g_chosen)
+    raise AssertionError(f"unknown loss_type {loss_type!r}")
+
+
+def _gradients_of(function, *inputs: Tensor) -> tuple[Tensor, ...]:
+    """Value (n,) and the per-element derivatives (n,) by each input of an elementwise function.
+
+    `torch.func` works below the autograd key too, where ops run their kernels.
+    """
+    value, pullback = torch.func.vjp(function, *inputs)
+    return value.detach(), *(g.detach() for g in pullback(torch.ones_like(value)))
+
+
+def preference_loss(
+    chosen_logps: Tensor,
+    rejected_logps: Tensor,
+    ref_chosen_logps: Tensor | None,
+    ref_rejected_logps: Tensor | None,
+    chosen_lengths: Tensor | None,
+    rejected_lengths: Tensor | None,
+    nominal: Tensor | None,
+    groups: Tensor | None,
+    group_weights: Tensor | None,
+    loss_type: str,
+    beta: float,
+    label_smoothing: float,
+    simpo_gamma: float,
+    discopop_tau: float,
+    f_divergence: str,
+    f_alpha: float,
+    kind: str,
+    a: float,
+    b: float,
+    trim: float,
+) -> tuple[Tensor, ...]:
+    """value (), weights, losses, chosen_rewards, rejected_rewards (n,), dual (), group weights (G,),
+    d value / d chosen_logps, d value / d rejected_logps (n,)."""
+    chosen, rejected = chosen_logps.double(), rejected_logps.double()
+    if ref_chosen_logps is not None and ref_rejected_logps is not None:
+        chosen, rejected = chosen - ref_chosen_logps.double(), rejected - ref_rejected_logps.double()
+    limit = alpha_exponent_limit(chosen_logps.dtype)
+    losses, d_chosen, d_rejected = _gradients_of(
+        lambda c, r: pair_losses(
+            c, r, chosen_lengths, rejected_lengths, loss_type, beta, label_smoothing,
+            simpo_gamma, discopop_tau, f_divergence, f_alpha, limit,
+        ),
+        chosen,
+        rejected,
+    )  # fmt: skip
+    value, q, dual, state = _solve(losses, nominal, groups, group_weights, kind, a, b, trim)
+    dtype = statistics_dtype(chosen_logps)
+    return (
+        *(x.to(dtype) for x in (value, q, losses, beta * chosen, beta * rejected, dual)),
+        state,
+        torch.where(q == 0, 0, q * d_chosen).to(chosen_logps.dtype),
+        torch.where(q == 0, 0, q * d_rejected).to(rejected_logps.dtype),
+    )
+
+
+def reward_losses(chosen: Tensor, rejected: Tensor, margin: Tensor | None, center: float) -> Tensor:
+    """-log sigmoid(r+ - r- - margin) + center (r+ + r-)^2 per pair (n,)."""
+    difference = chosen - rejected if margin is None else chosen - rejected - margin
+    return -F.logsigmoid(difference) + center * (chosen + rejected) ** 2
+
+
+def reward_loss(
+    chosen_rewards: Tensor,
+    rejected_rewards: Tensor,
+    margin: Tensor | None,
+    nominal: Tensor | None,
+    groups: Tensor | None,
+    group_weights: Tensor | None,
+    center_coefficient: float,
+    kind: str,
+    a: float,
+    b: float,
+    trim: float,
+) -> tuple[Tensor, ...]:
+    """value (), weights, losses (n,), dual (), group weights (G,), d value / d chosen_rewards,
+    d value / d rejected_rewards (n,)."""
+    m = None if margin is None else margin.double()
+    losses, d_chosen, d_rejected = _gradients_of(
+        lambda c, r: reward_losses(c, r, m, center_coefficient),
+        chosen_rewards.double(),
+        rejected_rewards.double(),
+    )
+    value, q, dual, state = _solve(losses, nominal, groups, group_weights, kind, a, b, trim)
+    dtype = statistics_dtype(chosen_rewards)
+    return (
+        *(x.to(dtype) for x in (value, q, losses, dual)),
+        state,
+        torch.where(q == 0, 0, q * d_chosen).to(chosen_rewards.dtype),
+        torch.where(q == 0, 0, q * d_rejected).to(rejected_rewards.dtype),
+    )
+
+
+# --------------------------------------------------------------------------- token log-probs
+
+
+def _scaled(logits: Tensor, temperature: float, softcap: float | None) -> Tensor:
+    z = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    return z if temperature == 1.0 else z / temperature
+
+
+def token_logprobs(
+    logits: Tensor, labels: Tensor, ignore_index: int, temperature: float, softcap: float | None
+) -> tuple[Tensor, Tensor]:
+    """log softmax(z)[label] and log sum exp z (N,), z = softcap tanh(logits / softcap) / temperature.
+
+    Statistics in float32 (float64 for float64 logits). Where the label has the largest logit the
+    log-prob is -log1p(sum of the others), which keeps the digits of a confident model.
+    """
+    z = _scaled(logits.to(statistics_dtype(logits)), temperature, softcap)
+    valid = labels != ignore_index
+    index = torch.where(valid, labels, 0).long().unsqueeze(-1)
+    top = z.amax(-1, keepdim=True)
+    true = z.gather(-1, index)
+    others = torch.exp(z - top).scatter(-1, index, 0.0).sum(-1, keepdim=True)
+    total = others + torch.exp(true - top)
+    logp = torch.where(true == top, -torch.log1p(others), true - top - torch.log(total))
+    logp = torch.where(valid, logp.squeeze(-1), 0)
+    return logp, (top + torch.log(total)).squeeze(-1)
+
+
+def token_logprobs_backward(
+    grad: Tensor,
+    logits: Tensor,
+    labels: Tensor,
+    logp: Tensor,
+    lse: Tensor,
+    ignore_index: int,
+    temperature: float,
+    softcap: float | None,
+) -> Tensor:
+    """d logp / d logits times grad (N,): grad (1[label] - softmax(z)) z', in the logits' dtype.
+
+    The true class is formed as -expm1(logp): 1 - p cancels exactly where tuned models live.
+    """
+    x = logits.to(lse.dtype)
+    z = _scaled(x, temperature, softcap)
+    valid = labels != ignore_index
+    index = torch.where(valid, labels, 0).long().unsqueeze(-1)
+    d = -torch.exp(z - lse.unsqueeze(-1))
+    d = d.scatter(-1, index, -torch.expm1(logp).unsqueeze(-1))
+    if softcap is not None:
+        d = d * (1 - torch.tanh(x / softcap) ** 2)
+    d = d * (grad.to(d.dtype) / temperature).unsqueeze(-1)
+    return torch.where(valid.unsqueeze(-1), d, 0).to(logits.dtype)
+
+
+def linear_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+    """(hidden weight^T + bias) scale, (N, V), accumulated and kept in float32: never rounded."""
+    dtype = statistics_dtype(hidden)
+    logits = F.linear(hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+    return logits if scale == 1.0 else logits * scale
+
+
+# --------------------------------------------------------------------------- sequences
+
+
+def sequence_logprobs(logps: Tensor, valid: Tensor, cu_seqlens: Tensor | None, mean: bool) -> Tensor:
+    """Sums or means over valid tokens: padded (B, L) rows, or packed (T,) segments of cu_seqlens."""
+    dtype = statistics_dtype(logps)
+    kept = torch.where(valid, logps, 0).to(dtype)
+    if cu_seqlens is None:
+        total, count = kept.sum(-1), valid.sum(-1)
+    else:
+        segment = torch.searchsorted(
+            cu_seqlens[1:].contiguous(),
+            torch.arange(kept.numel(), device=kept.device, dtype=cu_seqlens.dtype),
+            right=True,
+        )
+        zeros = torch.zeros(cu_seqlens.numel() - 1, dtype=dtype, device=kept.device)
+        total = zeros.index_add(0, segment, kept)
+        count = zeros.index_add(0, segment, valid.to(dtype))
+    return total / count.clamp(min=1) if mean else total
