@@ -26,6 +26,9 @@ def statistics_dtype(x: Tensor) -> torch.dtype:
 # --------------------------------------------------------------------------- the dual problem
 
 
+_MASS_ROUNDING = 1e-14
+
+
 def _upper_tail(l: Tensor, p: Tensor, mass: Tensor | float) -> tuple[Tensor, Tensor]:
     """Fractions k (n,) in [0, 1] with sum p k = mass, largest losses first, and the threshold.
 
@@ -36,9 +39,12 @@ def _upper_tail(l: Tensor, p: Tensor, mass: Tensor | float) -> tuple[Tensor, Ten
     position = torch.searchsorted(covered, torch.as_tensor(mass, dtype=l.dtype, device=l.device))
     threshold = l[order][position.clamp(max=l.numel() - 1)]
     above, at = l > threshold, l == threshold
-    mass_at = (p * at).sum()
-    share = ((mass - (p * above).sum()) / torch.where(mass_at > 0, mass_at, 1)).clamp(0, 1)
-    return above + at * share, threshold
+    part, mass_at = mass - (p * above).sum(), (p * at).sum()
+    # A part below the rounding of the masses is none: trimming must not leave 1e-17 of a loss
+    # behind for the adversary to find.
+    share = torch.where(mass_at - part < _MASS_ROUNDING, 1, part / mass_at)
+    share = torch.where(part < _MASS_ROUNDING, 0, share)
+    return above + torch.where(at, share, 0), threshold
 
 
 def _exponential_weights(x: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
@@ -96,19 +102,20 @@ def _chi_square_penalty(l: Tensor, p: Tensor, c: float, top: Tensor, span: Tenso
     return q, top - span * eta, 0.5 * c * (p * (ratio - 1) ** 2).sum()
 
 
-def _cvar_temperature(l: Tensor, p: Tensor, alpha: float, t: float, top: Tensor):
+def _cvar_temperature(l: Tensor, p: Tensor, alpha: float, t: float):
     """q = p min(exp((l - eta)/t), 1/alpha); the first number of capped losses that is valid wins."""
     ordered, order = torch.sort(l, descending=True)
     w = p[order]
-    x = (ordered - top) / t
+    anchor = _upper_tail(l, p, alpha)[1]  # close to eta, so that exponents that matter are small
+    x = (ordered - anchor) / t
     capped = torch.cat([w.new_zeros(1), torch.cumsum(w, 0)])[:-1]  # mass of the k largest
     free = torch.logcumsumexp((x + torch.log(w)).flip(0), 0).flip(0)
-    log_y = torch.log((1 - capped / alpha).clamp(min=0)) - free  # -eta/t, shifted by top/t
+    log_y = torch.log((1 - capped / alpha).clamp(min=0)) - free  # (anchor - eta) / t
     valid = (log_y + x <= -math.log(alpha)) & (capped < alpha)
     log_y = log_y[valid.to(torch.int8).argmax()]
-    z = torch.minimum((l - top) / t + log_y, torch.full_like(l, -math.log(alpha)))
+    z = torch.minimum((l - anchor) / t + log_y, torch.full_like(l, -math.log(alpha)))
     q = p * torch.exp(z)
-    return q / q.sum(), top - t * log_y, t * (q * z).sum()
+    return q / q.sum(), anchor - t * log_y, t * (q * z.clamp(min=-1e3)).sum()
 
 
 def worst_case(
@@ -151,7 +158,7 @@ def worst_case(
         q = p * kept / a
     elif kind == "cvar_temperature":
         q, log_z = _exponential_weights((l - top) / b, p)
-        capped_q, capped_dual, capped_penalty = _cvar_temperature(l, p, a, b, top)
+        capped_q, capped_dual, capped_penalty = _cvar_temperature(l, p, a, b)
         capped_value = (capped_q * l).sum() - capped_penalty
         free = -log_z <= -math.log(a)  # the cap binds nowhere: KL(temperature=b)
         value = torch.where(free, top + b * log_z, capped_value)

@@ -1,0 +1,76 @@
+// Elementary functions in the form that the losses need: accurate where the plain expression
+// cancels, free of branches where a loop should vectorise.
+#pragma once
+
+#include "platform.h"
+
+namespace drrlhf {
+
+constexpr double kInfinity = __builtin_huge_val();
+
+DRRLHF_HD double bits_to_double(std::uint64_t bits) {
+  double value;
+  memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+DRRLHF_HD std::uint64_t double_to_bits(double value) {
+  std::uint64_t bits;
+  memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+
+// exp(x) = 2^k (1 + tail) with |x - k log 2| <= log(2)/2; tail = expm1 of the remainder.
+struct ExpParts {
+  double scale, tail;
+};
+
+// x in [-745, 0]. Error of 1 + tail: about one unit in the last place.
+DRRLHF_HD ExpParts exp_parts(double x) {
+  // Adding 1.5 * 2^52 rounds to an integer and leaves it in the low bits.
+  constexpr double kShift = 6755399441055744.0;
+  constexpr double kLog2e = 1.4426950408889634074;
+  constexpr double kLn2High = 6.93147180369123816490e-01, kLn2Low = 1.90821492927058770002e-10;
+  const double shifted = x * kLog2e + kShift;
+  const double k = shifted - kShift;
+  const double r = (x - k * kLn2High) - k * kLn2Low;
+  // Taylor to r^13 / 13!: the remainder is below 2^-53 for |r| <= log(2)/2.
+  double s = 1.6059043836821613e-10;
+  s = s * r + 2.08767569878681e-09;
+  s = s * r + 2.505210838544172e-08;
+  s = s * r + 2.755731922398589e-07;
+  s = s * r + 2.7557319223985893e-06;
+  s = s * r + 2.48015873015873e-05;
+  s = s * r + 1.984126984126984e-04;
+  s = s * r + 1.388888888888889e-03;
+  s = s * r + 8.333333333333333e-03;
+  s = s * r + 4.1666666666666664e-02;
+  s = s * r + 1.6666666666666666e-01;
+  s = s * r + 0.5;
+  const double tail = r + r * r * s;
+  // 2^k, where the low bits of `shifted` hold k.
+  const std::uint64_t exponent = (double_to_bits(shifted) + 1023) << 52;
+  return {bits_to_double(exponent), tail};
+}
+
+// exp(x) for x <= 0; 0 from -708 on, where only subnormal numbers are left.
+DRRLHF_HD double exp_nonpositive(double x) {
+  const ExpParts e = exp_parts(x < -708.0 ? -708.0 : x);
+  const double value = e.scale + e.scale * e.tail;
+  return x < -708.0 ? 0.0 : value;
+}
+
+// exp(x) - 1 for -0.34 <= x <= 0, without cancellation.
+DRRLHF_HD double expm1_small(double x) { return exp_parts(x).tail; }
+
+// log(1 + exp(x)) = -log sigmoid(-x).
+DRRLHF_HD double softplus(double x) {
+  return (x > 0 ? x : 0.0) + log1p(exp(x > 0 ? -x : x));
+}
+
+DRRLHF_HD double sigmoid(double x) {
+  const double e = exp(x > 0 ? -x : x);
+  return (x > 0 ? 1.0 : e) / (1.0 + e);
+}
+
+}  // namespace drrlhf

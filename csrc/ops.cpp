@@ -1,0 +1,220 @@
+// The one file that knows torch: schemas, argument checks, launches, and a report of the build.
+#include <torch/extension.h>
+
+#include <array>
+#include <string_view>
+
+#include "cpu/losses.h"
+
+namespace drrlhf {
+namespace {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+template <class Enum, std::size_t N>
+Enum by_name(const char* argument, std::string_view name,
+             const std::array<std::string_view, N>& names) {
+  for (std::size_t i = 0; i < N; ++i) {
+    if (names[i] == name) return static_cast<Enum>(i);
+  }
+  TORCH_CHECK_VALUE(false, argument, ": unknown '", name, "'");
+}
+
+constexpr std::array<std::string_view, 9> kKinds = {
+    "erm", "kl_radius", "kl_temperature", "tv", "chi2_radius", "chi2_penalty",
+    "cvar", "cvar_temperature", "group"};
+constexpr std::array<std::string_view, 13> kLossTypes = {
+    "sigmoid", "hinge", "ipo", "exo_pair", "robust", "discopop", "sigmoid_norm",
+    "nca_pair", "bco_pair", "sppo_hard", "apo_zero", "apo_down", "simpo"};
+constexpr std::array<std::string_view, 4> kDivergences = {"reverse_kl", "forward_kl",
+                                                          "js_divergence", "alpha_divergence"};
+
+// (n,) as contiguous float64, checked against n.
+Tensor load(const char* name, const Tensor& x, std::int64_t n) {
+  TORCH_CHECK_VALUE(x.dim() == 1 && x.numel() == n, name, ": expected shape (", n, "), got ",
+                    x.sizes());
+  TORCH_CHECK_VALUE(x.device().is_cpu(), name, ": expected a CPU tensor, got ", x.device());
+  return x.to(at::kDouble).contiguous();
+}
+
+OptionalTensor load(const char* name, const OptionalTensor& x, std::int64_t n) {
+  return x.has_value() ? OptionalTensor(load(name, *x, n)) : std::nullopt;
+}
+
+const double* pointer(const OptionalTensor& x) {
+  return x.has_value() ? x->const_data_ptr<double>() : nullptr;
+}
+
+// Owns what AdversaryArguments points to.
+struct Adversary {
+  OptionalTensor nominal;
+  Tensor groups, group_weights;
+  AdversaryArguments arguments;
+};
+
+Adversary load_adversary(const OptionalTensor& nominal, const OptionalTensor& groups,
+                         const OptionalTensor& group_weights, std::int64_t n,
+                         std::string_view kind, double a, double b, double trim) {
+  Adversary result;
+  result.nominal = load("nominal", nominal, n);
+  if (result.nominal.has_value()) {
+    const double* p = pointer(result.nominal);
+    for (std::int64_t i = 0; i < n; ++i) {
+      TORCH_CHECK_VALUE(p[i] >= 0 && p[i] < kInfinity,
+                        "nominal: expected finite weights >= 0 (0 masks a pair), got ", p[i],
+                        " at index ", i, "; drop or clamp it");
+    }
+  }
+  auto& arguments = result.arguments;
+  arguments = {{by_name<Kind>("kind", kind, kKinds), a, b, trim}, pointer(result.nominal),
+               nullptr, nullptr, 0};
+  result.group_weights = at::empty({0}, at::kDouble);
+  if (arguments.set.kind == Kind::kGroup) {
+    TORCH_CHECK_VALUE(groups.has_value() && group_weights.has_value(),
+                      "groups: Group needs group ids and group weights");
+    TORCH_CHECK_VALUE(groups->dim() == 1 && groups->numel() == n, "groups: expected shape (", n,
+                      "), got ", groups->sizes());
+    result.groups = groups->to(at::kLong).contiguous();
+    result.group_weights = group_weights->to(at::kDouble).clone();
+    arguments.groups = result.groups.const_data_ptr<std::int64_t>();
+    arguments.group_weights = result.group_weights.mutable_data_ptr<double>();
+    arguments.num_groups = static_cast<int>(result.group_weights.numel());
+    for (std::int64_t i = 0; i < n; ++i) {
+      const std::int64_t g = arguments.groups[i];
+      TORCH_CHECK_VALUE(g >= 0 && g < arguments.num_groups, "groups: expected ids in [0, ",
+                        arguments.num_groups, ") for Group(num_groups=", arguments.num_groups,
+                        "), got ", g, " at index ", i, "; raise num_groups or fix the column");
+    }
+  }
+  return result;
+}
+
+at::ScalarType statistics_dtype(const Tensor& x) {
+  return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+}
+
+Tensor scalar(double value, at::ScalarType dtype) { return at::scalar_tensor(value, dtype); }
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> robust_risk(
+    const Tensor& losses, const OptionalTensor& nominal, const OptionalTensor& groups,
+    const OptionalTensor& group_weights, std::string_view kind, double a, double b, double trim) {
+  const std::int64_t n = losses.numel();
+  const Tensor l = load("losses", losses, n);
+  Adversary adversary = load_adversary(nominal, groups, group_weights, n, kind, a, b, trim);
+  Tensor q = at::empty({n}, at::kDouble);
+  const Solution s = robust_risk_cpu(l.const_data_ptr<double>(), n, adversary.arguments,
+                                     q.mutable_data_ptr<double>());
+  const auto dtype = statistics_dtype(losses);
+  return {scalar(s.value, dtype), q.to(dtype), scalar(s.dual, dtype), adversary.group_weights};
+}
+
+using NineTensors =
+    std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+NineTensors preference_loss(
+    const Tensor& chosen_logps, const Tensor& rejected_logps,
+    const OptionalTensor& ref_chosen_logps, const OptionalTensor& ref_rejected_logps,
+    const OptionalTensor& chosen_lengths, const OptionalTensor& rejected_lengths,
+    const OptionalTensor& nominal, const OptionalTensor& groups,
+    const OptionalTensor& group_weights, std::string_view loss_type, double beta,
+    double label_smoothing, double simpo_gamma, double discopop_tau,
+    std::string_view f_divergence, double f_alpha, std::string_view kind, double a, double b,
+    double trim) {
+  const std::int64_t n = chosen_logps.numel();
+  Tensor chosen = load("chosen_logps", chosen_logps, n);
+  Tensor rejected = load("rejected_logps", rejected_logps, n);
+  if (ref_chosen_logps.has_value() && ref_rejected_logps.has_value()) {
+    chosen = chosen - load("ref_chosen_logps", *ref_chosen_logps, n);
+    rejected = rejected - load("ref_rejected_logps", *ref_rejected_logps, n);
+  }
+  const OptionalTensor lc = load("chosen_lengths", chosen_lengths, n);
+  const OptionalTensor lr = load("rejected_lengths", rejected_lengths, n);
+  const PairOptions options{
+      by_name<LossType>("loss_type", loss_type, kLossTypes), beta, label_smoothing, simpo_gamma,
+      discopop_tau, by_name<Divergence>("f_divergence", f_divergence, kDivergences), f_alpha,
+      // As TRL 1.16 clamps it per input dtype.
+      chosen_logps.scalar_type() == at::kHalf ? 11.0 : 80.0};
+  Adversary adversary = load_adversary(nominal, groups, group_weights, n, kind, a, b, trim);
+  Tensor out = at::empty({4, n}, at::kDouble);
+  double* loss = out.mutable_data_ptr<double>();
+  double *q = loss + n, *d_chosen = q + n, *d_rejected = d_chosen + n;
+  pair_losses_cpu(chosen.const_data_ptr<double>(), rejected.const_data_ptr<double>(), pointer(lc),
+                  pointer(lr), n, options, loss, d_chosen, d_rejected);
+  const Solution s = robust_risk_cpu(loss, n, adversary.arguments, q);
+  weigh_cpu(q, n, d_chosen);
+  weigh_cpu(q, n, d_rejected);
+  const auto dtype = statistics_dtype(chosen_logps);
+  // Copies: outputs must not share storage.
+  const auto row = [&](int i, at::ScalarType type) { return out[i].to(type, false, true); };
+  return {scalar(s.value, dtype), row(1, dtype), row(0, dtype), (beta * chosen).to(dtype),
+          (beta * rejected).to(dtype), scalar(s.dual, dtype), adversary.group_weights,
+          row(2, chosen_logps.scalar_type()), row(3, rejected_logps.scalar_type())};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> reward_loss(
+    const Tensor& chosen_rewards, const Tensor& rejected_rewards, const OptionalTensor& margin,
+    const OptionalTensor& nominal, const OptionalTensor& groups,
+    const OptionalTensor& group_weights, double center_coefficient, std::string_view kind,
+    double a, double b, double trim) {
+  const std::int64_t n = chosen_rewards.numel();
+  const Tensor chosen = load("chosen_rewards", chosen_rewards, n);
+  const Tensor rejected = load("rejected_rewards", rejected_rewards, n);
+  const OptionalTensor m = load("margin", margin, n);
+  Adversary adversary = load_adversary(nominal, groups, group_weights, n, kind, a, b, trim);
+  Tensor out = at::empty({4, n}, at::kDouble);
+  double* loss = out.mutable_data_ptr<double>();
+  double *q = loss + n, *d_chosen = q + n, *d_rejected = d_chosen + n;
+  reward_losses_cpu(chosen.const_data_ptr<double>(), rejected.const_data_ptr<double>(), pointer(m),
+                    n, center_coefficient, loss, d_chosen, d_rejected);
+  const Solution s = robust_risk_cpu(loss, n, adversary.arguments, q);
+  weigh_cpu(q, n, d_chosen);
+  weigh_cpu(q, n, d_rejected);
+  const auto dtype = statistics_dtype(chosen_rewards);
+  const auto row = [&](int i, at::ScalarType type) { return out[i].to(type, false, true); };
+  return {scalar(s.value, dtype), row(1, dtype), row(0, dtype), scalar(s.dual, dtype),
+          adversary.group_weights, row(2, chosen_rewards.scalar_type()),
+          row(3, rejected_rewards.scalar_type())};
+}
+
+pybind11::dict build_info() {
+  pybind11::dict info;
+  info["mode"] = "cpu";
+  info["torch_version"] = TORCH_VERSION;
+  info["compiler"] = __VERSION__;
+  info["isa"] = DRRLHF_ISA;
+  info["cuda"] = false;
+  return info;
+}
+
+}  // namespace
+}  // namespace drrlhf
+
+TORCH_LIBRARY(drrlhf_cpp, m) {
+  m.def(
+      "robust_risk(Tensor losses, Tensor? nominal, Tensor? groups, Tensor? group_weights, "
+      "str kind, float a, float b, float trim) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "preference_loss(Tensor chosen_logps, Tensor rejected_logps, Tensor? ref_chosen_logps, "
+      "Tensor? ref_rejected_logps, Tensor? chosen_lengths, Tensor? rejected_lengths, "
+      "Tensor? nominal, Tensor? groups, Tensor? group_weights, str loss_type, float beta, "
+      "float label_smoothing, float simpo_gamma, float discopop_tau, str f_divergence, "
+      "float f_alpha, str kind, float a, float b, float trim) -> "
+      "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "reward_loss(Tensor chosen_rewards, Tensor rejected_rewards, Tensor? margin, "
+      "Tensor? nominal, Tensor? groups, Tensor? group_weights, float center_coefficient, "
+      "str kind, float a, float b, float trim) -> "
+      "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+}
+
+TORCH_LIBRARY_IMPL(drrlhf_cpp, CPU, m) {
+  m.impl("robust_risk", &drrlhf::robust_risk);
+  m.impl("preference_loss", &drrlhf::preference_loss);
+  m.impl("reward_loss", &drrlhf::reward_loss);
+}
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  m.doc() = "Compiled kernels of drrlhf; importing it registers torch.ops.drrlhf_cpp.";
+  m.def("build_info", &drrlhf::build_info, "What this module was built from and for.");
+}
