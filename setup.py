@@ -21,7 +21,7 @@ MODE = os.environ.get("DRRLHF_BUILD", "auto")
 SOURCES = ["csrc/ops.cpp", "csrc/cpu/pair_losses.cpp", "csrc/cpu/robust_risk.cpp"]
 HEADERS = [str(p) for p in sorted(Path("csrc").rglob("*.h"))]
 FLAGS = [
-    "-O3", "-std=c++20", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off",
+    "-O3", "-g0", "-std=c++20", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off",
     "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-parameter",
 ]  # fmt: skip
 

@@ -1,5 +1,8 @@
 // The one file that knows torch: schemas, argument checks, launches, and a report of the build.
-#include <torch/extension.h>
+#include <ATen/ATen.h>
+#include <pybind11/pybind11.h>
+#include <torch/library.h>
+#include <torch/version.h>
 
 #include <array>
 #include <string_view>

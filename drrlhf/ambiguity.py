@@ -221,7 +221,7 @@ class Group(AmbiguitySet):
     present in the batch share the total that they held before, and an absent group keeps its
     weight exactly. q_i = w_g p_i / (mass of g in the batch), scaled so that sum q = 1; the value
     is sum q l. ``step_size = 0`` with fresh state weighs groups equally; ``step_size -> inf`` is
-    the worst group. State lives in `drrlhf.GroupState`. Dual variable: nan (there is none).
+    the worst group. State lives in `drrlhf.GroupState`. There is no dual variable: 0 is reported.
 
     Raises ValueError unless num_groups is an integer >= 1 and step_size lies in [0, inf).
     """

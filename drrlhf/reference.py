@@ -111,7 +111,7 @@ def _cvar_temperature(l: Tensor, p: Tensor, alpha: float, t: float):
     capped = torch.cat([w.new_zeros(1), torch.cumsum(w, 0)])[:-1]  # mass of the k largest
     free = torch.logcumsumexp((x + torch.log(w)).flip(0), 0).flip(0)
     log_y = torch.log((1 - capped / alpha).clamp(min=0)) - free  # (anchor - eta) / t
-    valid = (log_y + x <= -math.log(alpha)) & (capped < alpha)
+    valid = (log_y + x <= -math.log(alpha) + 1e-12) & (capped < alpha)
     log_y = log_y[valid.to(torch.int8).argmax()]
     z = torch.minimum((l - anchor) / t + log_y, torch.full_like(l, -math.log(alpha)))
     q = p * torch.exp(z)
@@ -133,9 +133,11 @@ def worst_case(
     q_top = at_top / at_top.sum()  # all mass on the largest losses
     span = torch.where(top > bottom, top - bottom, 1)
     penalty = torch.zeros_like(top)
-    if kind == "erm" or (kind.endswith("radius") and a == 0):
-        dual = {"kl_radius": math.inf, "chi2_radius": -math.inf}.get(kind, 0.0)
-        q, dual = p, torch.full_like(top, dual)
+    if kind == "erm" or (a == 0 and kind in ("kl_radius", "chi2_radius", "tv")) or (
+        a == 1 and kind in ("cvar", "cvar_temperature")
+    ):  # the set holds p alone
+        limits = {"erm": 0.0, "kl_radius": math.inf, "chi2_radius": -math.inf}
+        q, dual = p, torch.full_like(top, limits[kind]) if kind in limits else bottom
     elif kind == "kl_radius":
         q, dual = _kl_radius(l, p, a, top, span)
         everything = a >= -torch.log(at_top.sum())
@@ -168,6 +170,7 @@ def worst_case(
         raise AssertionError(f"unknown kind {kind!r}")
     # Equal losses leave every radius ball's adversary without a choice that pays: q = p.
     q = torch.where((top > bottom) | (p <= 0), q, p)
+    penalty = torch.where(top > bottom, penalty, 0)
     return top + (q * (l - top)).sum() - penalty, q, dual
 
 
@@ -256,7 +259,7 @@ def _solve(
             safe_p = safe_p / safe_p.sum()
         value, q, stepped = _group_step(safe, safe_p, ids, group_weights, a, b)  # type: ignore[arg-type]
         state = torch.where(finite & ~empty, stepped, state)
-        dual = torch.full_like(value, math.nan)
+        dual = torch.zeros_like(value)
     else:
         value, q, dual = worst_case(safe, safe_p, kind, a, b, trim)
     # A non-finite loss must be seen: the plain mean carries it, and so do all the weights.
@@ -317,8 +320,20 @@ def divergence_score(u: Tensor, f_divergence: str, alpha: float, limit: float) -
     if f_divergence == "js_divergence":
         return math.log(2) + F.logsigmoid(u)
     if f_divergence == "alpha_divergence" and abs(alpha - 1) >= 1e-6:
-        return torch.expm1(((alpha - 1) * u).clamp(max=limit)) / (alpha - 1)
+        return (torch.exp(((alpha - 1) * u).clamp(max=limit)) - 1) / (alpha - 1)
     return u
+
+
+def divergence_slope(u: Tensor, f_divergence: str, alpha: float, limit: float) -> Tensor:
+    """d divergence_score / d u."""
+    if f_divergence == "forward_kl":
+        return torch.exp(-u)
+    if f_divergence == "js_divergence":
+        return torch.sigmoid(-u)
+    if f_divergence == "alpha_divergence" and abs(alpha - 1) >= 1e-6:
+        x = (alpha - 1) * u
+        return torch.where(x > limit, 0, torch.exp(x))
+    return torch.ones_like(u)
 
 
 def pair_losses(
@@ -358,8 +373,9 @@ def pair_losses(
     if loss_type == "robust":  # rDPO, arXiv 2403.00409; may be negative
         return (eps * F.logsigmoid(-h) - (1 - eps) * F.logsigmoid(h)) / (1 - 2 * eps)
     if loss_type == "discopop":  # arXiv 2406.08414 eq. 5
-        gate = torch.sigmoid(h / discopop_tau)
-        return -F.logsigmoid(h) * (1 - gate) + torch.exp(-h) * gate
+        # exp(-h) gate as one exponential: apart, they overflow and underflow to inf * 0.
+        gated = torch.exp(F.logsigmoid(h / discopop_tau) - h)
+        return -F.logsigmoid(h) * torch.sigmoid(-h / discopop_tau) + gated
     if loss_type == "sigmoid_norm":  # DPO on per-token mean log-ratios
         return -F.logsigmoid(beta * mean_difference)
     if loss_type == "simpo":  # arXiv 2405.14734 eq. 6
@@ -382,13 +398,73 @@ def pair_losses(
     raise AssertionError(f"unknown loss_type {loss_type!r}")
 
 
-def _gradients_of(function, *inputs: Tensor) -> tuple[Tensor, ...]:
-    """Value (n,) and the per-element derivatives (n,) by each input of an elementwise function.
+def pair_slopes(
+    chosen: Tensor,
+    rejected: Tensor,
+    chosen_lengths: Tensor | None,
+    rejected_lengths: Tensor | None,
+    loss_type: str,
+    beta: float,
+    label_smoothing: float,
+    simpo_gamma: float,
+    discopop_tau: float,
+    f_divergence: str,
+    f_alpha: float,
+    limit: float = 80.0,
+) -> tuple[Tensor, Tensor]:
+    """d pair_losses / d chosen and / d rejected (n,), in closed form.
 
-    `torch.func` works below the autograd key too, where ops run their kernels.
+    Ops run below autograd, so they need them spelled out; the tests hold them to autograd.
     """
-    value, pullback = torch.func.vjp(function, *inputs)
-    return value.detach(), *(g.detach() for g in pullback(torch.ones_like(value)))
+    eps, sigmoid = label_smoothing, torch.sigmoid
+    g_chosen, g_rejected = beta * chosen, beta * rejected
+    if loss_type == "nca_pair":
+        return beta * (0.5 * sigmoid(g_chosen) - sigmoid(-g_chosen)), 0.5 * beta * sigmoid(g_rejected)
+    if loss_type == "bco_pair":
+        return -beta * sigmoid(-g_chosen), beta * sigmoid(g_rejected)
+    if loss_type == "sppo_hard":
+        return 2 * (chosen - 0.5 / beta), 2 * (rejected + 0.5 / beta)
+    if loss_type == "apo_zero":
+        fall = -beta * sigmoid(g_chosen) * sigmoid(-g_chosen)
+        return fall, beta * sigmoid(g_rejected) * sigmoid(-g_rejected)
+    if loss_type == "apo_down":
+        d = g_rejected - g_chosen
+        rise = beta * sigmoid(d) * sigmoid(-d)
+        return beta * sigmoid(g_chosen) * sigmoid(-g_chosen) - rise, rise
+    score = divergence_score(chosen, f_divergence, f_alpha, limit), divergence_score(
+        rejected, f_divergence, f_alpha, limit
+    )
+    d_chosen = divergence_slope(chosen, f_divergence, f_alpha, limit)
+    d_rejected = divergence_slope(rejected, f_divergence, f_alpha, limit)
+    if loss_type in LENGTH_LOSSES:
+        assert chosen_lengths is not None and rejected_lengths is not None
+        n_chosen, n_rejected = chosen_lengths.clamp(min=1), rejected_lengths.clamp(min=1)
+        mean_difference = score[0] / n_chosen - score[1] / n_rejected
+        if loss_type == "ipo":
+            slope = 2 * (mean_difference - 1 / (2 * beta))
+        else:
+            gamma = simpo_gamma if loss_type == "simpo" else 0.0
+            slope = -beta * sigmoid(gamma - beta * mean_difference)
+        return slope * d_chosen / n_chosen, -slope * d_rejected / n_rejected
+    h = beta * (score[0] - score[1])
+    if loss_type == "sigmoid":
+        slope = eps * sigmoid(h) - (1 - eps) * sigmoid(-h)
+    elif loss_type == "hinge":
+        slope = -(h < 1).to(h.dtype)
+    elif loss_type == "exo_pair":
+        odds = (F.logsigmoid(h) - math.log1p(-eps)) - (F.logsigmoid(-h) - math.log(eps))
+        slope = sigmoid(h) * sigmoid(-h) * odds
+    elif loss_type == "robust":
+        slope = -((1 - eps) * sigmoid(-h) + eps * sigmoid(h)) / (1 - 2 * eps)
+    elif loss_type == "discopop":
+        x = h / discopop_tau
+        gated = torch.exp(F.logsigmoid(x) - h)
+        gate_slope = sigmoid(-x) / discopop_tau
+        slope = -sigmoid(-h) * sigmoid(-x) - gated
+        slope = slope + (gated + F.logsigmoid(h) * sigmoid(x)) * gate_slope
+    else:
+        raise AssertionError(f"unknown loss_type {loss_type!r}")
+    return beta * slope * d_chosen, -beta * slope * d_rejected
 
 
 def preference_loss(
@@ -419,14 +495,12 @@ def preference_loss(
     if ref_chosen_logps is not None and ref_rejected_logps is not None:
         chosen, rejected = chosen - ref_chosen_logps.double(), rejected - ref_rejected_logps.double()
     limit = alpha_exponent_limit(chosen_logps.dtype)
-    losses, d_chosen, d_rejected = _gradients_of(
-        lambda c, r: pair_losses(
-            c, r, chosen_lengths, rejected_lengths, loss_type, beta, label_smoothing,
-            simpo_gamma, discopop_tau, f_divergence, f_alpha, limit,
-        ),
-        chosen,
-        rejected,
+    options = (
+        chosen, rejected, chosen_lengths, rejected_lengths, loss_type, beta, label_smoothing,
+        simpo_gamma, discopop_tau, f_divergence, f_alpha, limit,
     )  # fmt: skip
+    losses = pair_losses(*options)
+    d_chosen, d_rejected = pair_slopes(*options)
     value, q, dual, state = _solve(losses, nominal, groups, group_weights, kind, a, b, trim)
     dtype = statistics_dtype(chosen_logps)
     return (
@@ -435,12 +509,6 @@ def preference_loss(
         torch.where(q == 0, 0, q * d_chosen).to(chosen_logps.dtype),
         torch.where(q == 0, 0, q * d_rejected).to(rejected_logps.dtype),
     )
-
-
-def reward_losses(chosen: Tensor, rejected: Tensor, margin: Tensor | None, center: float) -> Tensor:
-    """-log sigmoid(r+ - r- - margin) + center (r+ + r-)^2 per pair (n,)."""
-    difference = chosen - rejected if margin is None else chosen - rejected - margin
-    return -F.logsigmoid(difference) + center * (chosen + rejected) ** 2
 
 
 def reward_loss(
@@ -456,14 +524,15 @@ def reward_loss(
     b: float,
     trim: float,
 ) -> tuple[Tensor, ...]:
-    """value (), weights, losses (n,), dual (), group weights (G,), d value / d chosen_rewards,
+    """Of losses -log sigmoid(r+ - r- - margin) + center (r+ + r-)^2: value (), weights, losses
+    (n,), dual (), group weights (G,), d value / d chosen_rewards,
     d value / d rejected_rewards (n,)."""
-    m = None if margin is None else margin.double()
-    losses, d_chosen, d_rejected = _gradients_of(
-        lambda c, r: reward_losses(c, r, m, center_coefficient),
-        chosen_rewards.double(),
-        rejected_rewards.double(),
-    )
+    chosen, rejected = chosen_rewards.double(), rejected_rewards.double()
+    difference = chosen - rejected if margin is None else chosen - rejected - margin.double()
+    total = chosen + rejected
+    losses = -F.logsigmoid(difference) + center_coefficient * total**2
+    slope, pull = -torch.sigmoid(-difference), 2 * center_coefficient * total
+    d_chosen, d_rejected = slope + pull, pull - slope
     value, q, dual, state = _solve(losses, nominal, groups, group_weights, kind, a, b, trim)
     dtype = statistics_dtype(chosen_rewards)
     return (

@@ -50,6 +50,13 @@ class Adversary(NamedTuple):
     encoded: tuple[str, float, float, float]
 
 
+@torch.compiler.assume_constant_result
+def _parse(ambiguity: str) -> tuple[int, tuple[str, float, float, float]]:
+    """Number of groups (0: not a group set) and the encoded set: what a graph needs of a string."""
+    parsed = parse_ambiguity(ambiguity)
+    return getattr(parsed, "num_groups", 0), parsed.encode()
+
+
 def adversary(
     first: Tensor,
     ambiguity: str | AmbiguitySet,
@@ -60,12 +67,15 @@ def adversary(
     like: str,
 ) -> Adversary:
     """Check and encode what every robust loss takes besides its losses."""
-    ambiguity = parse_ambiguity(ambiguity)
+    if isinstance(ambiguity, AmbiguitySet):
+        num_groups, encoded = getattr(ambiguity, "num_groups", 0), ambiguity.encode()
+    else:
+        num_groups, encoded = _parse(ambiguity)
     n = first.numel()
     if nominal is not None:
         check_vector("nominal", nominal, n, like)
-    if not isinstance(ambiguity, Group):
-        return Adversary(nominal, None, None, ambiguity.encode())
+    if not num_groups:
+        return Adversary(nominal, None, None, encoded)
     if groups is None:
         raise ValueError(
             f"groups: {ambiguity} needs the group id of every pair, expected an integer tensor "
@@ -74,20 +84,20 @@ def adversary(
     check_vector("groups", groups, n, like)
     check_integer("groups", groups)
     if group_state is None:
-        weights = first.new_full((ambiguity.num_groups,), 1 / ambiguity.num_groups, dtype=torch.float64)
+        weights = first.new_full((num_groups,), 1 / num_groups, dtype=torch.float64)
     else:
         weights = group_state.weights
-        if weights.numel() != ambiguity.num_groups:
+        if weights.numel() != num_groups:
             raise ValueError(
-                f"group_state: expected {ambiguity.num_groups} groups as {ambiguity}, "
-                f"got {weights.numel()}; build it with GroupState({ambiguity.num_groups})"
+                f"group_state: expected {num_groups} groups as {ambiguity}, "
+                f"got {weights.numel()}; build it with GroupState({num_groups})"
             )
         if weights.device != first.device:
             raise ValueError(
                 f"group_state: expected it on {first.device} as {like}, got {weights.device}; "
                 "move it with group_state.to(...)"
             )
-    kind, step_size, _, trim = ambiguity.encode()
+    kind, step_size, _, trim = encoded
     return Adversary(nominal, groups, weights, (kind, step_size, float(update), trim))
 
 

@@ -63,35 +63,61 @@ DRRLHF_HD double midpoint_of_bits(double low, double high) {
 }
 
 // The value v with p(l > v) < mass <= p(l >= v), and the share of its ties. mass in (0, 1].
+// First real-valued pivots close in on it, one sum each; then the bracket snaps to the data.
 template <class Team>
 DRRLHF_HD Tail upper_tail(const Team& team, const double* l, const double* p, double mass,
                           double bottom, double top) {
-  // Invariant: p(l > high) < mass, and the threshold is one of the values in [low, high].
-  double low = bottom, high = top, above_high = 0.0, at_least_low = 1.0;
-  for (int step = 0; low < high; ++step) {
-    double pivot;
-    if (step % 3 == 0) {  // where a straight line through the masses would cross
-      pivot = low + (high - low) * ((at_least_low - mass) / (at_least_low - above_high));
-    } else if (step % 3 == 1) {
-      pivot = low + 0.5 * (high - low);
+  struct Above {
+    double mass, count;
+  };
+  const auto above = [&](double pivot) {
+    const Sums<2> m = team.template sum<2>([=](std::int64_t i) {
+      return Sums<2>{{l[i] > pivot ? p[i] : 0.0, l[i] > pivot ? 1.0 : 0.0}};
+    });
+    return Above{m.v[0], m.v[1]};
+  };
+  // Invariant: p(l > high) < mass <= p(l >= low), so the threshold lies in [low, high].
+  double low = bottom, high = top;
+  double excess_low = 1 - mass, excess_high = -mass, count_low = kInfinity, count_high = 0;
+  int side = 0;  // which end the last pivot replaced
+  for (int step = 0; step < 40 && low < high && count_low - count_high > 3; ++step) {
+    // Regula falsi; the Illinois rule and every fourth step a halving keep it from creeping.
+    const double line = low + (high - low) * (excess_low / (excess_low - excess_high));
+    const double pivot = step % 8 == 7 ? midpoint_of_bits(low, high) : step % 4 == 3 ? low + 0.5 * (high - low) : line;
+    if (!(pivot > low && pivot < high)) break;
+    const Above at = above(pivot);
+    if (at.mass >= mass) {
+      low = pivot;
+      excess_low = at.mass - mass;
+      count_low = at.count;
+      if (side == 1) excess_high *= 0.5;
+      side = 1;
     } else {
-      pivot = midpoint_of_bits(low, high);
+      high = pivot;
+      excess_high = at.mass - mass;
+      count_high = at.count;
+      if (side == -1) excess_low *= 0.5;
+      side = -1;
     }
-    pivot = pivot >= low && pivot < high ? pivot : low;
-    const Sums<1> above = team.template sum<1>([=](std::int64_t i) {
-      return Sums<1>{{l[i] > pivot ? p[i] : 0.0}};
+  }
+  // The data values next to a pivot: the smallest above it and the largest not above it.
+  const auto neighbours = [&](double pivot) {
+    const Sums<2> m = team.template max<2>([=](std::int64_t i) {
+      const double x = p[i] > 0 ? l[i] : -kInfinity, minus = p[i] > 0 ? -l[i] : -kInfinity;
+      return Sums<2>{{l[i] > pivot ? minus : -kInfinity, l[i] > pivot ? -kInfinity : x}};
     });
-    // The data values that border the pivot: the smallest above it, the largest not above it.
-    const Sums<2> border = team.template max<2>([=](std::int64_t i) {
-      const bool in = p[i] > 0, over = l[i] > pivot;
-      return Sums<2>{{in & over ? -l[i] : -kInfinity, in & !over ? l[i] : -kInfinity}};
-    });
-    if (above.v[0] >= mass) {
-      low = -border.v[0];
-      at_least_low = above.v[0];
+    return Sums<2>{{-m.v[0], m.v[1]}};
+  };
+  if (low < high) high = neighbours(high).v[1];
+  if (low < high && count_low < kInfinity) low = neighbours(low).v[0];
+  while (low < high) {
+    double pivot = midpoint_of_bits(low, high);
+    pivot = pivot < high ? pivot : low;
+    const Sums<2> next = neighbours(pivot);
+    if (above(pivot).mass >= mass) {
+      low = next.v[0];
     } else {
-      high = border.v[1];
-      above_high = above.v[0];
+      high = next.v[1];
     }
   }
   const Sums<2> masses = team.template sum<2>([=](std::int64_t i) {
@@ -213,8 +239,7 @@ DRRLHF_HD void write_linear(const Team& team, const Problem& problem, double eta
   team.each([=](std::int64_t i) { q[i] = d[i] < eta ? p[i] * ((eta - d[i]) / mass) : 0.0; });
 }
 
-// q = p min(y exp((l - v)/t), 1/alpha) with v the alpha-tail's threshold: then y <= 1/alpha, and
-// Newton on the concave sum climbs to the solution from below without ever losing its slope.
+// q = p min(y exp((l - v)/t), 1/alpha), any v, y > 0 such that q sums to 1.
 template <class Team>
 DRRLHF_HD Solution solve_cvar_temperature(const Team& team, const Problem& problem, double alpha,
                                           double t, double bottom, double top) {
@@ -227,32 +252,44 @@ DRRLHF_HD Solution solve_cvar_temperature(const Team& team, const Problem& probl
     const double value = top + t * m.log_z;
     return {value, value};
   }
-  const double v = upper_tail(team, l, p, alpha, bottom, top).threshold;
-  const Sums<2> masses = team.template sum<2>([=](std::int64_t i) {
-    return Sums<2>{{l[i] > v ? p[i] : 0.0, l[i] <= v ? p[i] : 0.0}};
-  });
-  // h = log(alpha y): the exponent (l - v)/t + h is cut at 0.
-  const double rest = 1 - masses.v[0] / alpha;
-  double h = log((rest > 1e-300 ? rest : 1e-300) / masses.v[1] * alpha);
+  // h = log(alpha y): the exponent (l - v)/t + h is cut at 0. From any y below the solution,
+  // Newton on the concave sum climbs to it.
+  double* x = problem.d;
+  double v = top, h = log(alpha) - m.log_z;
+  team.each([=](std::int64_t i) { x[i] = (l[i] - v) / t; });
   for (int step = 0; step < kMaxSteps; ++step) {
     const double at = h;
     const Sums<2> m2 = team.template sum<2>([=](std::int64_t i) {
-      const double z = (l[i] - v) / t + at;
+      const double z = x[i] + at;
       const double e = p[i] * exp_nonpositive(z < 0 ? z : 0.0);
       return Sums<2>{{z >= 0 ? p[i] : 0.0, z >= 0 ? 0.0 : e}};
     });
+    if (v == top && m2.v[0] < alpha && m2.v[1] < 1e-250) {
+      // What is free lies too far below the top for float64. Anchored at the threshold of the
+      // alpha-tail, y lies in [rest / p(l <= v), 1/alpha] and the free sum never vanishes.
+      v = upper_tail(team, l, p, alpha, bottom, top).threshold;
+      const double anchor = v;
+      const Sums<2> masses = team.template sum<2>([=](std::int64_t i) {
+        return Sums<2>{{l[i] > anchor ? p[i] : 0.0, l[i] <= anchor ? p[i] : 0.0}};
+      });
+      const double rest = 1 - masses.v[0] / alpha;
+      h = log((rest > 1e-300 ? rest : 1e-300) / masses.v[1] * alpha);
+      team.each([=](std::int64_t i) { x[i] = (l[i] - anchor) / t; });
+      if (v == top) break;  // the top alone fills the tail
+      continue;
+    }
     const double growth = (alpha - m2.v[0]) / m2.v[1];
     if (!(growth > 1 + 1e-15)) break;
     h += log(growth);
   }
   team.each([=](std::int64_t i) {
-    const double z = (l[i] - v) / t + h;
+    const double z = x[i] + h;
     q[i] = p[i] * exp_nonpositive(z < 0 ? z : 0.0) / alpha;
   });
   // sum q (l - v - t log(q/p)): a constant where free, l - v + t log(alpha) where capped.
   const double free = -t * (h - log(alpha)), capped = t * log(alpha);
   const double value = team.template sum<1>([=](std::int64_t i) {
-                           const double z = (l[i] - v) / t + h;
+                           const double z = x[i] + h;
                            return Sums<1>{{q[i] * (z < 0 ? free : l[i] - v + capped)}};
                          }).v[0];
   return {v + value, v + free};
@@ -266,6 +303,22 @@ DRRLHF_HD void trim_top(const Team& team, double* p, const double* l, double tri
                           return Sums<1>{{p[i] * (1 - tail.kept(l[i]))}};
                         }).v[0];
   team.each([=](std::int64_t i) { p[i] = p[i] * (1 - tail.kept(l[i])) / left; });
+}
+
+DRRLHF_HD bool holds_nominal_alone(Ambiguity set) {
+  switch (set.kind) {
+    case Kind::kErm:
+      return true;
+    case Kind::kKlRadius:
+    case Kind::kChiSquareRadius:
+    case Kind::kTv:
+      return set.a == 0;
+    case Kind::kCvar:
+    case Kind::kCvarTemperature:
+      return set.a == 1;
+    default:
+      return false;
+  }
 }
 
 // Worst-case weights and value of a problem whose unmasked losses are finite. Writes q (and d).
@@ -303,14 +356,16 @@ DRRLHF_HD Solution worst_case(const Team& team, const Problem& problem, Ambiguit
     write_tilted(team, problem, s, m.log_z);
     return {top + a * m.log_z, a};
   }
+  if (holds_nominal_alone(set)) {
+    keep_nominal();
+    const double dual = set.kind == Kind::kErm               ? 0.0
+                        : set.kind == Kind::kKlRadius        ? kInfinity
+                        : set.kind == Kind::kChiSquareRadius ? -kInfinity
+                                                             : bottom;
+    return {expected_loss(team, problem, top, span), dual};
+  }
   if (set.kind == Kind::kCvarTemperature) {
     return solve_cvar_temperature(team, problem, a, set.b, bottom, top);
-  }
-  const bool radius = set.kind == Kind::kKlRadius || set.kind == Kind::kChiSquareRadius;
-  if (set.kind == Kind::kErm || (radius && a == 0)) {
-    keep_nominal();
-    const double dual = set.kind == Kind::kErm ? 0.0 : set.kind == Kind::kKlRadius ? kInfinity : -kInfinity;
-    return {expected_loss(team, problem, top, span), dual};
   }
   const double at_top = team.template sum<1>([=](std::int64_t i) {
                             return Sums<1>{{l[i] == top ? p[i] : 0.0}};
@@ -362,7 +417,10 @@ DRRLHF_HD Solution worst_case(const Team& team, const Problem& problem, Ambiguit
     team.each([=](std::int64_t i) { q[i] = p[i] * tail.kept(l[i]) / a; });
     dual = tail.threshold;
   }
-  if (!(top > bottom)) keep_nominal();  // equal losses: no answer pays more than q = p
+  if (!(top > bottom)) {  // equal losses: no answer pays more than q = p
+    keep_nominal();
+    penalty = 0.0;
+  }
   return {expected_loss(team, problem, top, span) - penalty, dual};
 }
 
@@ -405,7 +463,7 @@ DRRLHF_HD Solution group_step(const Team& team, const Problem& problem, const st
   const double value = team.template sum<1>([=](std::int64_t i) {
                            return Sums<1>{{p[i] > 0 ? q[i] * l[i] : 0.0}};
                          }).v[0];
-  return {value, __builtin_nan("")};
+  return {value, 0.0};
 }
 
 }  // namespace drrlhf

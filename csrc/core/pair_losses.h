@@ -83,9 +83,11 @@ DRRLHF_HD PairLoss pair_loss(double chosen, double rejected, double chosen_lengt
       slope = -((1 - eps) * sigmoid(-h) + eps * sigmoid(h)) / (1 - 2 * eps);
       break;
     case LossType::kDiscopop: {
-      const double gate = sigmoid(h / o.tau), off = sigmoid(-h / o.tau), e = exp(-h);
-      loss = softplus(-h) * off + e * gate;
-      slope = -sigmoid(-h) * off - e * gate + (e - softplus(-h)) * gate * off / o.tau;
+      // exp(-h) gate as one exponential: apart, they overflow and underflow to inf * 0.
+      const double x = h / o.tau, gate = sigmoid(x), off = sigmoid(-x);
+      const double gated = exp(-h - softplus(-x));
+      loss = softplus(-h) * off + gated;
+      slope = -sigmoid(-h) * off - gated + (gated - softplus(-h) * gate) * off / o.tau;
       break;
     }
     case LossType::kIpo:

@@ -58,10 +58,12 @@ struct SerialTeam {
       for (int j = 0; j < kLanes; ++j) lanes[k][j] = -kInfinity;
     std::int64_t i = 0;
     for (; i + kLanes <= n; i += kLanes) {
+      // Unrolled early, GCC leaves these comparisons scalar.
+#pragma GCC unroll 1
       for (int j = 0; j < kLanes; ++j) {
         const Sums<K> term = f(i + j);
         for (int k = 0; k < K; ++k)
-          lanes[k][j] = term.v[k] > lanes[k][j] ? term.v[k] : lanes[k][j];
+          lanes[k][j] = lanes[k][j] < term.v[k] ? term.v[k] : lanes[k][j];
       }
     }
     for (; i < n; ++i) {
