@@ -1,0 +1,20 @@
+"""TRL's preference trainers with worst-case weights.
+
+``DPOConfig``, ``DPOTrainer``, ``RewardConfig`` and ``RewardTrainer`` take TRL's names and arguments
+plus ``ambiguity``: changing the import is the whole migration. TRL keeps doing the data, the
+forward passes and the metrics; the reduction of the pair losses is ours.
+
+Raises:
+    ImportError: TRL is missing, is not ``>=1.16,<2``, or one of the places used here has moved.
+"""
+
+from __future__ import annotations
+
+from drrlhf.trl import seam  # first: it checks what the other modules hold on to
+from drrlhf.trl.config import DPOConfig, RewardConfig
+from drrlhf.trl.dpo import DPOTrainer
+from drrlhf.trl.reward import RewardTrainer
+
+SUPPORTED_TRL = seam.SUPPORTED
+
+__all__ = ["SUPPORTED_TRL", "DPOConfig", "DPOTrainer", "RewardConfig", "RewardTrainer"]

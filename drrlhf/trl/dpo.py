@@ -1,0 +1,187 @@
+"""TRL's DPO trainer with worst-case weights."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+import trl
+
+from drrlhf import ERM, pair_losses, preference_loss, robust_risk
+from drrlhf.reference import LOSS_TYPES, SMOOTHED_LOSSES
+from drrlhf.trl import columns
+from drrlhf.trl.base import AmbiguityMixin, logger
+from drrlhf.trl.seam import Recorder, overridden
+
+# Losses of one pair each: the adversary weighs these. simpo is not a DPO loss of TRL's.
+PAIR_LOSSES = tuple(name for name in LOSS_TYPES if name != "simpo")
+# Losses that TRL sorts over the batch: no pair has a loss of its own to be weighed.
+SORTED_LOSSES = ("aot", "aot_unpaired")
+# Added to the worst-case risk as they are, by TRL, and never weighed.
+OUTSIDE_LOSSES = ("sft", *SORTED_LOSSES)
+
+
+class DPOTrainer(AmbiguityMixin, trl.DPOTrainer):
+    """TRL's ``DPOTrainer``; the pair losses are weighed by ``args.ambiguity``.
+
+    With ``ambiguity="erm"`` the numbers are TRL's, with one exception: ``label_smoothing`` applies
+    to ``loss_type="sigmoid"`` (cDPO), where TRL ignores it. Several ``loss_type`` are summed pair
+    by pair with ``loss_weights`` (and WPO's ``use_weighting``), and the adversary weighs the sum;
+    ``sft`` and a mixture-of-experts auxiliary loss are added outside the ambiguity set. Datasets
+    may have the columns ``group`` (int) and ``weight`` (>= 0).
+
+    Raises:
+        ValueError: an unknown ``loss_type``; ``aot`` or ``aot_unpaired`` with weights; an
+            ambiguity set with no pair loss to act on; a Group set without a ``group`` column, an
+            id outside [0, num_groups), a weight that is not finite and >= 0, or a Group set on
+            several processes.
+    """
+
+    __signature__ = inspect.signature(trl.DPOTrainer)
+
+    def _check_arguments(self, config: Any, weighted: bool) -> None:
+        super()._check_arguments(config, weighted)
+        unknown = set(config.loss_type) - {*PAIR_LOSSES, *OUTSIDE_LOSSES}
+        if unknown:
+            raise ValueError(
+                f"loss_type: unknown {min(unknown)!r}; expected one of "
+                f"{', '.join((*PAIR_LOSSES, *OUTSIDE_LOSSES))}"
+            )
+        if not weighted and self.ambiguity == ERM():
+            return
+        cause = f"ambiguity={str(self.ambiguity)!r}" if not weighted else "a column 'weight'"
+        for name in SORTED_LOSSES:
+            if name in config.loss_type:
+                raise ValueError(
+                    f"loss_type={name!r} sorts the batch, so no pair has a loss of its own, and "
+                    f"cannot be combined with {cause}: take another loss_type, or "
+                    "ambiguity='erm' without weights."
+                )
+        if not set(config.loss_type) & set(PAIR_LOSSES):
+            raise ValueError(
+                f"loss_type={config.loss_type} has no preference loss for {cause} to act on: add "
+                "one such as 'sigmoid', or take ambiguity='erm' without weights."
+            )
+
+    def _warn(self, weighted: bool) -> None:
+        super()._warn(weighted)
+        if not self.args.label_smoothing:
+            return
+        smoothed = (*SMOOTHED_LOSSES, *SORTED_LOSSES)
+        ignored = [name for name in self.loss_types if name not in smoothed]
+        if "sigmoid" in self.loss_types:
+            logger.warning(
+                f"label_smoothing={self.args.label_smoothing} is applied to loss_type='sigmoid' "
+                "(cDPO). TRL ignores it there; set it to 0 for TRL's numbers."
+            )
+        if ignored:
+            logger.warning(
+                f"label_smoothing={self.args.label_smoothing} has no effect on loss_type="
+                f"{', '.join(ignored)}, as in TRL."
+            )
+
+    # The columns must not reach the model here either: `evaluate` precomputes with our collator.
+    def compute_ref_log_probs(self, model: Any, inputs: Any) -> Any:
+        return super().compute_ref_log_probs(model, columns.take(inputs)[0])
+
+    def _compute_loss(self, model: Any, inputs: Any, return_outputs: bool) -> Any:
+        """TRL's forward passes and metrics, our reduction.
+
+        The parent runs with the loss types outside the ambiguity set alone (often none: then what
+        it returns is 0, or the auxiliary loss), and the reference enters one way, as if it had
+        been precomputed. It runs after the policy, as in TRL, so that dropout draws the same.
+        """
+        inputs, nominal, groups = columns.take(inputs)
+        terms = list(zip(self.loss_types, self.loss_weights, strict=True))
+        outside = [term for term in terms if term[0] in OUTSIDE_LOSSES]
+        inside = [term for term in terms if term[0] not in OUTSIDE_LOSSES]
+
+        def add_reference() -> None:
+            reference = self.model if self.ref_model is None else self.ref_model
+            chosen, rejected = self.compute_ref_log_probs(reference, inputs)
+            inputs.update(ref_chosen_logps=chosen, ref_rejected_logps=rejected)
+
+        recorder = Recorder(model, after=None if self.precompute_ref_logps else add_reference)
+        with overridden(
+            self,
+            precompute_ref_logps=True,
+            loss_types=[name for name, _ in outside],
+            loss_weights=[weight for _, weight in outside],
+        ):
+            result = super()._compute_loss(recorder, inputs, return_outputs)
+        loss, outputs = result if return_outputs else (result, None)
+        if inside:
+            loss = loss + self._pair_risk(inside, recorder, inputs, nominal, groups)
+        return (loss, outputs) if return_outputs else loss
+
+    def _pair_risk(
+        self,
+        terms: list[tuple[str, float]],
+        recorder: Recorder,
+        inputs: dict[str, torch.Tensor],
+        nominal: torch.Tensor | None,
+        groups: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """The worst-case risk () of the pair losses, and its metrics."""
+        mask = inputs["completion_mask"]
+        policy = self._sequence_logps(self._tokens(recorder, "log_probs", mask), mask[:, 1:])
+        chosen, rejected = policy.chunk(2)
+        ref_chosen, ref_rejected = inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]
+        chosen_lengths, rejected_lengths = mask.sum(1).clamp(min=1).chunk(2)
+        common: dict[str, Any] = {
+            "ref_chosen_logps": ref_chosen,
+            "ref_rejected_logps": ref_rejected,
+            "chosen_lengths": chosen_lengths,
+            "rejected_lengths": rejected_lengths,
+        }
+        arguments = self._risk_arguments(nominal, groups)
+        if len(terms) == 1 and terms[0][1] == 1 and not self.use_weighting:
+            options = common | self._loss_options(terms[0][0]) | arguments
+            value, weights, losses, *_ = preference_loss(chosen, rejected, **options)
+        else:
+            losses = torch.zeros_like(chosen)
+            for name, weight in terms:
+                options = common | self._loss_options(name)
+                losses = losses + weight * pair_losses(chosen, rejected, **options)
+            if self.use_weighting:
+                losses = losses * self._wpo_weights(recorder, mask)
+            value, weights, _ = robust_risk(losses, **arguments)
+        won = (chosen - ref_chosen > rejected - ref_rejected).detach()
+        self._log_pairs(value, weights, losses.detach(), won, nominal, groups)
+        return value
+
+    def _loss_options(self, loss_type: str) -> dict[str, Any]:
+        smoothing = self.label_smoothing if loss_type in SMOOTHED_LOSSES else 0.0
+        return {
+            "loss_type": loss_type,
+            "beta": self.beta,
+            "label_smoothing": smoothing,
+            "f_divergence": self.f_divergence_type,
+            "f_alpha_divergence_coef": self.f_alpha_divergence_coef,
+            "discopop_tau": self.args.discopop_tau,
+        }
+
+    def _sequence_logps(self, token_logps: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Log-probs (2n,) of the completions, given those of the tokens (2n, L), 0 elsewhere.
+
+        LD-DPO (``ld_alpha``) counts tokens past the shorter completion of a pair by that share.
+        """
+        if self.ld_alpha is None:
+            return token_logps.sum(1)
+        shared = torch.stack(mask.sum(1).chunk(2)).amin(0).repeat(2)
+        past = mask.cumsum(1) > shared.unsqueeze(1)
+        return torch.where(past, self.ld_alpha * token_logps, token_logps).sum(1)
+
+    def _wpo_weights(self, recorder: Recorder, mask: torch.Tensor) -> torch.Tensor:
+        """WPO's weight (n,) of each pair (arXiv 2406.11827, eq. 2), detached."""
+        log_sum_sq = self._tokens(recorder, "log_sum_sq_probs", mask).detach()
+        aligned = (self._tokens(recorder, "log_probs", mask).detach() - log_sum_sq) * mask[:, 1:]
+        weights = torch.exp(aligned.sum(1) / mask[:, 1:].sum(1).clamp(min=1))
+        chosen, rejected = weights.chunk(2)
+        return chosen * rejected
+
+    @staticmethod
+    def _tokens(recorder: Recorder, name: str, mask: torch.Tensor) -> torch.Tensor:
+        """An output of each token (2n, L - 1); a prompt-tuning adapter's own tokens are dropped."""
+        return recorder.output(name)[:, 1 - mask.size(1) :]

@@ -1,0 +1,46 @@
+"""TRL's reward trainer with worst-case weights."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import trl
+
+from drrlhf import reward_loss
+from drrlhf.trl import columns
+from drrlhf.trl.base import AmbiguityMixin
+from drrlhf.trl.seam import Recorder
+
+
+class RewardTrainer(AmbiguityMixin, trl.RewardTrainer):
+    """TRL's ``RewardTrainer``; the pair losses are weighed by ``args.ambiguity``.
+
+    The centring term of ``center_rewards_coefficient`` is part of each pair's loss, so that the
+    adversary weighs it too. With ``ambiguity="erm"`` the numbers are TRL's. Datasets may have the
+    columns ``group`` (int) and ``weight`` (>= 0) beside TRL's ``margin``.
+
+    Raises:
+        ValueError: a Group set without a ``group`` column, an id outside [0, num_groups), a
+            weight that is not finite and >= 0, or a Group set on several processes.
+    """
+
+    __signature__ = inspect.signature(trl.RewardTrainer)
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        inputs, nominal, groups = columns.take(inputs)
+        recorder = Recorder(model)
+        result = super().compute_loss(recorder, inputs, return_outputs, num_items_in_batch)
+        chosen, rejected = recorder.output("logits").squeeze(-1).chunk(2)
+        out = reward_loss(
+            chosen,
+            rejected,
+            margin=inputs.get("margin"),
+            center_coefficient=self.args.center_rewards_coefficient or 0.0,
+            **self._risk_arguments(nominal, groups),
+        )
+        correct = chosen.detach() > rejected.detach()
+        self._log_pairs(out.loss, out.weights, out.losses, correct, nominal, groups)
+        return (out.loss, result[1]) if return_outputs else out.loss

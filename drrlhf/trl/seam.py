@@ -1,0 +1,190 @@
+"""Every place where we hold on to TRL and transformers, and the check that it is still there.
+
+TRL renames its internals between minor releases. A moved seam must be one clear ImportError at
+import, not a training run with the wrong loss: importing this module runs the check.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import fields
+from typing import Any
+
+SUPPORTED = ">=1.16,<2"
+
+# (class, method, its parameters in order, the names that its body must read)
+_METHODS: tuple[tuple[str, str, tuple[str, ...], frozenset[str]], ...] = (
+    (
+        "trl.trainer.dpo_trainer:DPOTrainer",
+        "_compute_loss",
+        ("self", "model", "inputs", "return_outputs"),
+        frozenset(
+            {"precompute_ref_logps", "loss_types", "loss_weights", "log_probs", "_metrics"}
+            | {"ld_alpha", "beta", "f_divergence_type", "use_weighting", "log_sum_sq_probs"}
+        ),
+    ),
+    (
+        "trl.trainer.dpo_trainer:DPOTrainer",
+        "compute_ref_log_probs",
+        ("self", "model", "inputs"),
+        frozenset({"ref_model", "log_probs", "ld_alpha"}),
+    ),
+    (
+        "trl.trainer.reward_trainer:RewardTrainer",
+        "compute_loss",
+        ("self", "model", "inputs", "return_outputs", "num_items_in_batch"),
+        frozenset({"logits", "center_rewards_coefficient", "_metrics"}),
+    ),
+    *(
+        (trainer, "_set_signature_columns_if_needed", ("self",), frozenset({"_signature_columns"}))
+        for trainer in (
+            "trl.trainer.dpo_trainer:DPOTrainer",
+            "trl.trainer.reward_trainer:RewardTrainer",
+        )
+    ),
+    (
+        "transformers.trainer:Trainer",
+        "_save_optimizer_and_scheduler",
+        ("self", "output_dir"),
+        frozenset(),
+    ),
+    (
+        "transformers.trainer:Trainer",
+        "_load_optimizer_and_scheduler",
+        ("self", "checkpoint"),
+        frozenset(),
+    ),
+)
+
+# (configuration, the fields that are read from it)
+_FIELDS: tuple[tuple[str, frozenset[str]], ...] = (
+    (
+        "trl.trainer.dpo_config:DPOConfig",
+        frozenset({"loss_type", "loss_weights", "label_smoothing", "discopop_tau"})
+        | frozenset({"f_alpha_divergence_coef", "gradient_accumulation_steps"}),
+    ),
+    (
+        "trl.trainer.reward_config:RewardConfig",
+        frozenset({"center_rewards_coefficient", "gradient_accumulation_steps"}),
+    ),
+)
+
+
+class SeamMovedError(ImportError):
+    """A TRL or transformers internal that the trainers rest on is gone or has changed."""
+
+
+def check() -> None:
+    """Verify that TRL is installed, has a supported version and has every seam used here.
+
+    Raises:
+        ImportError: TRL is not installed, or its version is outside ``SUPPORTED``.
+        SeamMovedError: (an ImportError) an attribute, a method or its parameters have changed; the
+            message names it, the version found, the versions supported and what to do.
+    """
+    version = _trl_version()
+    for owner, method, parameters, names in _METHODS:
+        _check_method(version, owner, method, parameters, names)
+    for config, needed in _FIELDS:
+        missing = needed - {field.name for field in fields(_find(version, config))}
+        if missing:
+            raise _moved(version, f"{config} no longer has the field {min(missing)!r}")
+
+
+def _trl_version() -> str:
+    try:
+        import trl
+    except ModuleNotFoundError as error:
+        if error.name != "trl":  # TRL is there, something below it is not: that name matters
+            raise
+        raise ImportError(
+            "drrlhf.trl needs TRL, which is not installed. Run: pip install 'drrlhf[trl]'"
+        ) from error
+    from packaging.specifiers import SpecifierSet
+    from packaging.version import Version
+
+    if not SpecifierSet(SUPPORTED).contains(Version(trl.__version__), prereleases=True):
+        raise ImportError(
+            f"drrlhf.trl supports trl{SUPPORTED}, found trl {trl.__version__}. "
+            f"Run: pip install 'trl{SUPPORTED}'"
+        )
+    return trl.__version__
+
+
+def _check_method(
+    version: str, owner: str, method: str, parameters: tuple[str, ...], names: frozenset[str]
+) -> None:
+    function = getattr(_find(version, owner), method, None)
+    if function is None:
+        raise _moved(version, f"{owner}.{method} is gone")
+    found = tuple(inspect.signature(function).parameters)
+    if found != parameters:
+        raise _moved(version, f"{owner}.{method} takes {found}, expected {parameters}")
+    missing = names - set(inspect.unwrap(function).__code__.co_names)
+    if missing:
+        raise _moved(version, f"{owner}.{method} no longer uses {min(missing)!r}")
+
+
+def _find(version: str, owner: str) -> Any:
+    module, name = owner.split(":")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ModuleNotFoundError, AttributeError) as error:
+        raise _moved(version, f"{owner} is gone") from error
+
+
+def _moved(version: str, what: str) -> SeamMovedError:
+    return SeamMovedError(
+        f"drrlhf.trl cannot work with trl {version}: {what}. Supported: trl{SUPPORTED}, of which "
+        "1.16 is tested. Install that one (pip install 'trl==1.16.*'), or a newer drrlhf."
+    )
+
+
+class Recorder:
+    """Stands in for the model inside TRL's loss: forwards every call, keeps the first outputs.
+
+    TRL calls the model once for the loss, and perhaps again for logits that are only shown.
+    ``after`` runs right after that first call.
+    """
+
+    def __init__(self, model: Callable[..., Any], after: Callable[[], None] | None = None) -> None:
+        self.model = model
+        self._after = after
+        self._outputs: Any = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        outputs = self.model(*args, **kwargs)
+        if self._outputs is None:
+            self._outputs = outputs
+            if self._after is not None:
+                self._after()
+        return outputs
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.model, name)
+
+    def output(self, name: str) -> Any:
+        """The named field of the recorded outputs; SeamMovedError when it is not there."""
+        value = getattr(self._outputs, name, None)
+        if value is None:
+            raise _moved(_trl_version(), f"the model's outputs in the loss have no {name!r}")
+        return value
+
+
+@contextlib.contextmanager
+def overridden(target: Any, **values: Any) -> Iterator[None]:
+    """Set attributes of ``target`` for the length of a ``with`` block, whatever happens in it."""
+    before = {name: getattr(target, name) for name in values}
+    try:
+        for name, value in values.items():
+            setattr(target, name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(target, name, value)
+
+
+check()

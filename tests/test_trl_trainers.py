@@ -1,0 +1,571 @@
+"""What our trainers add to TRL's: ambiguity sets, columns, group state, checks and messages."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("trl")
+
+from trl_fixtures import (  # isort: skip  (first: it settles the environment)
+    quiet,
+    tiny_llama_dir,
+    tiny_pairs,
+    tiny_reward_dir,
+    tiny_tokenizer,
+)
+
+import torch
+import torch.nn.functional as F
+import trl
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, HfArgumentParser
+
+import drrlhf as dr
+from drrlhf.trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, seam
+from drrlhf.trl.base import GROUP_STATE_FILE
+from drrlhf.trl.columns import PairColumns
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    return str(tiny_llama_dir(tmp_path_factory.mktemp("llama")))
+
+
+@pytest.fixture(scope="module")
+def reward_model(tmp_path_factory):
+    return str(tiny_reward_dir(tmp_path_factory.mktemp("reward")))
+
+
+def dpo(model, tmp_path, data=None, trainer_options=None, **options):
+    return DPOTrainer(
+        model=model,
+        args=DPOConfig(str(tmp_path / "dpo"), **quiet(**options)),
+        train_dataset=data or tiny_pairs(8),
+        processing_class=tiny_tokenizer(),
+        **(trainer_options or {}),
+    )
+
+
+def reward(model, tmp_path, data=None, **options):
+    return RewardTrainer(
+        model=model,
+        args=RewardConfig(str(tmp_path / "reward"), **quiet(**options)),
+        train_dataset=data or tiny_pairs(8),
+        processing_class=tiny_tokenizer(),
+    )
+
+
+def away(path):
+    """The model at ``path``, moved away from it, so that policy and reference differ."""
+    model = AutoModelForCausalLM.from_pretrained(path)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.03 * torch.randn_like(parameter)
+    return model
+
+
+def first_batch(trainer):
+    return next(iter(trainer.get_train_dataloader()))
+
+
+def gradient(trainer, batch):
+    """Loss and flat gradient of one call."""
+    trainer.model.zero_grad()
+    loss = trainer.compute_loss(trainer.model, dict(batch))
+    loss.backward()
+    flat = torch.cat([p.grad.flatten() for p in trainer.model.parameters() if p.grad is not None])
+    return loss.detach(), flat.clone()
+
+
+def dpo_losses_by_hand(model, reference, batch, beta=0.1):
+    """-log sigmoid of each pair from full logits: nothing of TRL's or ours is used."""
+
+    def sums(m):
+        logits = m(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        logps = logits[:, :-1].log_softmax(-1)
+        tokens = logps.gather(-1, batch["input_ids"][:, 1:, None]).squeeze(-1)
+        return (tokens * batch["completion_mask"][:, 1:]).sum(1)
+
+    with torch.no_grad():
+        base = sums(reference)
+    chosen, rejected = (sums(model) - base).chunk(2)
+    return -F.logsigmoid(beta * (chosen - rejected))
+
+
+# -------------------------------------------------------------------------- the weighted losses
+
+
+def test_tv_by_hand(llama, tmp_path):
+    """TV(0.1) of 4 equal pairs: the best one gives 0.1 of its mass to the worst one."""
+    trainer = dpo(away(llama), tmp_path, ambiguity="tv:0.1")
+    batch = first_batch(trainer)
+    losses = dpo_losses_by_hand(trainer.model, trainer.ref_model, batch)
+    q = torch.full((4,), 0.25)
+    q[losses.argmin()] -= 0.1
+    q[losses.argmax()] += 0.1
+    expected = (q * losses).sum()
+    assert expected > losses.mean() + 1e-3
+    expected.backward()
+    by_hand = torch.cat([p.grad.flatten() for p in trainer.model.parameters()])
+    found, ours = gradient(trainer, batch)
+    torch.testing.assert_close(found, expected.detach(), rtol=1e-5, atol=0)
+    torch.testing.assert_close(ours, by_hand, rtol=0, atol=1e-5 * by_hand.abs().max().item())
+
+
+def test_reward_cvar_by_hand(reward_model, tmp_path):
+    """CVaR(0.5) of 4 equal pairs: the mean of the two worst, margin and centring included."""
+    data = tiny_pairs(8, margin=[0.3] * 8)
+    trainer = reward(
+        reward_model, tmp_path, data, ambiguity="cvar:0.5", center_rewards_coefficient=0.1
+    )
+    batch = first_batch(trainer)
+    with torch.no_grad():
+        logits = trainer.model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    chosen, rejected = logits.squeeze(-1).chunk(2)
+    losses = -F.logsigmoid(chosen - rejected - 0.3) + 0.1 * (chosen + rejected) ** 2
+    found, _ = gradient(trainer, batch)
+    torch.testing.assert_close(found, losses.topk(2).values.mean(), rtol=1e-5, atol=0)
+    assert found > losses.mean() + 1e-3
+
+
+def test_combined_losses_are_weighed_as_one(llama, tmp_path):
+    trainer = dpo(
+        away(llama), tmp_path, ambiguity="cvar:0.25", loss_type=["sigmoid", "hinge"],
+        loss_weights=[0.5, 2.0],
+    )  # fmt: skip
+    batch = first_batch(trainer)
+    sigmoid = dpo_losses_by_hand(trainer.model, trainer.ref_model, batch).detach()
+    h = -torch.log(torch.expm1(sigmoid))  # sigmoid = log(1 + exp(-h))
+    combined = 0.5 * sigmoid + 2.0 * (1 - h).clamp(min=0)
+    found, _ = gradient(trainer, batch)
+    torch.testing.assert_close(found, combined.max(), rtol=1e-4, atol=0)
+
+
+def test_sft_stays_outside_the_ambiguity_set(llama, tmp_path):
+    model = away(llama)
+    pure = dpo(model, tmp_path, ambiguity="cvar:0.25")
+    both = dpo(model, tmp_path, ambiguity="cvar:0.25", loss_type=["sigmoid", "sft"])
+    sft = dpo(model, tmp_path, loss_type="sft")
+    for trainer in (both, sft):  # the reference is the same model for all
+        trainer.ref_model = pure.ref_model
+    batch = first_batch(pure)
+    values = [gradient(trainer, batch)[0] for trainer in (pure, sft, both)]
+    torch.testing.assert_close(values[0] + values[1], values[2], rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("ambiguity", ["erm", "kl:0.2"])
+def test_a_pair_of_weight_0_is_as_if_absent(llama, tmp_path, ambiguity):
+    weights = [1.0, 0.0, 1.0, 1.0] * 2
+    trainer = dpo(away(llama), tmp_path, tiny_pairs(8, weight=weights), ambiguity=ambiguity)
+    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(4)])
+    rows = torch.tensor([0, 2, 3])
+    without = {
+        name: value[torch.cat([rows, rows + 4])] if len(value) == 8 else value[rows]
+        for name, value in batch.items()
+    }
+    (masked, gradient_masked), (absent, gradient_absent) = (
+        gradient(trainer, b) for b in (batch, without)
+    )
+    torch.testing.assert_close(masked, absent, rtol=1e-6, atol=0)
+    torch.testing.assert_close(gradient_masked, gradient_absent, rtol=1e-4, atol=1e-7)
+    batch["input_ids"][[1, 5]] = 7  # whatever the masked pair holds
+    torch.testing.assert_close(gradient(trainer, batch)[0], masked, rtol=1e-6, atol=0)
+
+
+def test_weight_column_is_the_nominal_weight(llama, tmp_path):
+    trainer = dpo(away(llama), tmp_path, tiny_pairs(8, weight=[1.0, 2.0, 3.0, 4.0] * 2))
+    batch = first_batch(trainer)
+    losses = dpo_losses_by_hand(trainer.model, trainer.ref_model, batch).detach()
+    p = batch["weight"] / batch["weight"].sum()
+    assert batch["weight"].dtype == torch.float32 and len(set(p.tolist())) > 1
+    torch.testing.assert_close(gradient(trainer, batch)[0], (p * losses).sum(), rtol=1e-5, atol=0)
+
+
+def test_weighted_runs_train(llama, reward_model, tmp_path):
+    for build, model in ((dpo, llama), (reward, reward_model)):
+        trainer = build(model, tmp_path, tiny_pairs(16), ambiguity="tv:0.3", max_steps=6)
+        before = {n: p.clone() for n, p in trainer.model.named_parameters()}
+        trainer.train()
+        moved = [not torch.equal(p, before[n]) for n, p in trainer.model.named_parameters()]
+        assert sum(moved) > len(moved) / 2
+        log = trainer.state.log_history[-2]
+        assert log["robust/value"] == pytest.approx(log["loss"], rel=1e-5)
+        # TV(0.3) on 4 pairs that differ: q = 0.55, 0.25, 0.2, 0
+        assert log["robust/max_weight"] == pytest.approx(4 * 0.55, rel=1e-5)
+        share = 1 / (0.55**2 + 0.25**2 + 0.2**2) / 4
+        assert log["robust/effective_sample_size"] == pytest.approx(share, rel=1e-5)
+
+
+# ------------------------------------------------------------------------------------- columns
+
+
+def spy_on_forward(model, seen):
+    model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.update(kwargs), with_kwargs=True
+    )
+
+
+@pytest.mark.parametrize("precompute", [False, True], ids=["reference", "precomputed"])
+def test_columns_never_reach_a_dpo_model(llama, tmp_path, precompute):
+    seen = {}
+    model = AutoModelForCausalLM.from_pretrained(llama)
+    spy_on_forward(model, seen)
+    trainer = dpo(
+        model, tmp_path, tiny_pairs(8, group=[0, 1] * 4, weight=[1.0] * 8),
+        precompute_ref_log_probs=precompute,
+        max_steps=1,
+    )  # fmt: skip
+    assert {"group", "weight"} <= set(first_batch(trainer))
+    # a dataset handed to `evaluate` is precomputed through our collator
+    trainer.evaluate(tiny_pairs(4, seed=2, group=[0] * 4, weight=[1.0] * 4))
+    trainer.train()
+    assert "input_ids" in seen and not {"group", "weight"} & set(seen)
+
+
+def test_columns_never_reach_a_reward_model(reward_model, tmp_path):
+    seen = {}
+    data = tiny_pairs(8, group=[0, 1] * 4, weight=[1.0] * 8)
+    trainer = reward(reward_model, tmp_path, data, max_steps=1)
+    spy_on_forward(trainer.model, seen)
+    trainer.train()
+    assert "input_ids" in seen and not {"group", "weight"} & set(seen)
+
+
+def test_a_collator_of_the_users_own_is_wrapped(llama, tmp_path):
+    from trl.trainer.dpo_trainer import DataCollatorForPreference
+
+    calls = []
+
+    def collator(examples):
+        calls.append(len(examples))
+        return DataCollatorForPreference(pad_token_id=0)(examples)
+
+    trainer = dpo(
+        llama, tmp_path, tiny_pairs(8, group=[0, 1] * 4), {"data_collator": collator},
+        ambiguity="group:2", max_steps=2,
+    )  # fmt: skip
+    trainer.train()
+    assert calls and first_batch(trainer)["group"].dtype == torch.int64
+
+
+def test_streamed_data(llama, tmp_path):
+    data = tiny_pairs(8, group=[0, 1] * 4, weight=[1.0, 2.0] * 4).to_iterable_dataset()
+    trainer = dpo(llama, tmp_path, data, ambiguity="group:2", max_steps=2)
+    trainer.train()
+    assert trainer.state.log_history[0]["group/1/loss"] == pytest.approx(0.6931, abs=1e-3)
+
+
+def test_a_group_column_of_names_is_left_alone_without_a_group_set(llama, tmp_path):
+    trainer = dpo(llama, tmp_path, tiny_pairs(8, group=["a", "b"] * 4), max_steps=1)
+    trainer.train()
+    assert not any(key.startswith("group/") for key in trainer.state.log_history[0])
+
+
+def test_group_metrics(llama, tmp_path):
+    groups = [0, 1, 1, 1]
+    trainer = dpo(
+        away(llama), tmp_path, tiny_pairs(4, group=groups), ambiguity="group:3,step_size=1"
+    )
+    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(4)])
+    losses = dpo_losses_by_hand(trainer.model, trainer.ref_model, batch).detach()
+    trainer.model.train()
+    trainer.compute_loss(trainer.model, dict(batch))
+    metrics = {name: value[-1] for name, value in trainer._metrics["train"].items()}
+    assert metrics["group/0/loss"] == pytest.approx(losses[0].item(), rel=1e-5)
+    assert metrics["group/1/loss"] == pytest.approx(losses[1:].mean().item(), rel=1e-5)
+    log2 = torch.tensor(2.0).log()
+    assert metrics["group/1/accuracy"] == pytest.approx((losses[1:] < log2).float().mean().item())
+    # one exponentiated step from (1/3, 1/3, 1/3); group 2 is absent and keeps its third
+    step = torch.stack([losses[0], losses[1:].mean()]).double().softmax(0) * 2 / 3
+    assert metrics["group/0/state"] == pytest.approx(step[0].item(), rel=1e-5)
+    assert metrics["group/2/state"] == pytest.approx(1 / 3)
+    assert metrics["group/0/weight"] == pytest.approx(1.5 * step[0].item(), rel=1e-5)
+    assert "group/2/loss" not in metrics
+
+
+# -------------------------------------------------------------------------------- group state
+
+
+def test_state_steps_once_for_each_optimizer_step_and_not_in_eval(llama, tmp_path, monkeypatch):
+    updates = []
+    original = dr.preference_loss
+
+    def spy(*args, **kwargs):
+        updates.append(kwargs["update"])
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr("drrlhf.trl.dpo.preference_loss", spy)
+    trainer = dpo(
+        llama, tmp_path, tiny_pairs(32, group=[0, 1] * 16), ambiguity="group:2,step_size=0.5",
+        gradient_accumulation_steps=4, max_steps=2,
+    )  # fmt: skip
+    trainer.train()
+    assert updates == [False, False, False, True] * 2
+    state = trainer.group_state.weights.clone()
+    assert not torch.equal(state, torch.full((2,), 0.5, dtype=torch.float64))
+    trainer.evaluate(tiny_pairs(4, seed=1, group=[0, 0, 1, 1]))
+    assert not any(updates[8:]) and len(updates) > 8
+    assert torch.equal(trainer.group_state.weights, state)
+
+
+@pytest.mark.parametrize("method", ["dpo", "reward"])
+def test_resume_is_the_uninterrupted_run_bit_for_bit(llama, reward_model, tmp_path, method):
+    def build(folder):
+        data = tiny_pairs(24, group=[0, 1, 2] * 8)
+        options = {
+            "ambiguity": "group:3,step_size=0.5", "max_steps": 6, "save_strategy": "steps",
+            "save_steps": 3, "per_device_train_batch_size": 3,
+        }  # fmt: skip
+        build_ = dpo if method == "dpo" else reward
+        return build_(llama if method == "dpo" else reward_model, folder, data, **options)
+
+    whole = build(tmp_path / "whole")
+    whole.train()
+    checkpoint = tmp_path / "whole" / method / "checkpoint-3"
+    saved = load_file(checkpoint / GROUP_STATE_FILE)["weights"]
+    assert saved.dtype == torch.float64 and not torch.equal(saved, whole.group_state.weights)
+
+    resumed = build(tmp_path / "resumed")
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    assert torch.equal(resumed.group_state.weights, whole.group_state.weights)
+    for (name, mine), theirs in zip(
+        resumed.model.named_parameters(), whole.model.parameters(), strict=True
+    ):
+        assert torch.equal(mine, theirs), name
+    losses = [[e["loss"] for e in t.state.log_history if "loss" in e] for t in (resumed, whole)]
+    assert losses[0] == losses[1] and len(losses[0]) == 6
+
+
+def test_resume_without_fitting_state_is_refused(llama, tmp_path):
+    options = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    data = tiny_pairs(8, group=[0, 1] * 4)
+    dpo(llama, tmp_path, data, ambiguity="tv:0.1", **options).train()
+    checkpoint = tmp_path / "dpo" / "checkpoint-1"
+    assert not (checkpoint / GROUP_STATE_FILE).exists()
+    with pytest.raises(FileNotFoundError, match=rf"{GROUP_STATE_FILE} is missing.*start a new"):
+        dpo(llama, tmp_path, data, ambiguity="group:2", **options).train(
+            resume_from_checkpoint=str(checkpoint)
+        )
+    save_file(dr.GroupState(5).state_dict(), checkpoint / GROUP_STATE_FILE)
+    with pytest.raises(ValueError, match=r"weights of 5 groups, expected 2 for .*group:2"):
+        dpo(llama, tmp_path, data, ambiguity="group:2", **options).train(
+            resume_from_checkpoint=str(checkpoint)
+        )
+
+
+# ------------------------------------------------------------------------------------ bad input
+
+
+@pytest.mark.parametrize(
+    ("columns", "ambiguity", "message"),
+    [
+        ({}, "group:2", r"train_dataset has no column 'group'.*0 to 1"),
+        ({"group": [0, 1, 2, 1] * 2}, "group:2", r"'group' of train_dataset holds 2: .*\[0, 2\)"),
+        ({"group": [0, -1, 0, 1] * 2}, "group:2", r"holds -1"),
+        ({"group": ["a", "b"] * 4}, "group:2", r"holds 'a'"),
+        ({"weight": [1.0, -0.5] * 4}, "erm", r"'weight' of train_dataset holds -0.5.*>= 0"),
+        ({"weight": [1.0, float("nan")] * 4}, "tv:0.1", r"holds nan"),
+        ({"weight": ["heavy"] * 8}, "erm", r"holds 'heavy'"),
+    ],
+)
+def test_bad_columns_are_refused_before_the_model_is_loaded(tmp_path, columns, ambiguity, message):
+    for build in (dpo, reward):
+        with pytest.raises(ValueError, match=message):
+            build("/no/such/model", tmp_path, tiny_pairs(8, **columns), ambiguity=ambiguity)
+
+
+def test_eval_data_needs_groups_too(llama, tmp_path):
+    data = tiny_pairs(8, group=[0, 1] * 4)
+    for eval_dataset, name in ((tiny_pairs(4), "eval_dataset"), ({"a": tiny_pairs(4)}, "'a'")):
+        with pytest.raises(ValueError, match=rf"{name}\]? has no column 'group'"):
+            dpo(llama, tmp_path, data, {"eval_dataset": eval_dataset}, ambiguity="group:2")
+    trainer = dpo(llama, tmp_path, data, ambiguity="group:2")
+    with pytest.raises(ValueError, match=r"group:2' needs a column 'group', and the batch has"):
+        trainer.evaluate(tiny_pairs(4))
+
+
+def test_streamed_values_are_checked_as_they_come():
+    collate = PairColumns(lambda examples: {}, num_groups=2)
+    with pytest.raises(ValueError, match=r"column 'group' holds 2: expected .*\[0, 2\)"):
+        collate([{"group": 0}, {"group": 2}])
+    with pytest.raises(ValueError, match="column 'group' holds None"):
+        collate([{"group": 0}, {}])
+    with pytest.raises(ValueError, match="column 'weight' holds inf"):
+        collate([{"group": 0, "weight": float("inf")}])
+    batch = collate([{"group": torch.tensor(1), "weight": 2}])  # 0-d tensors and ints are fine
+    assert batch["group"].tolist() == [1] and batch["weight"].tolist() == [2.0]
+
+
+@pytest.mark.parametrize("loss_type", ["aot", "aot_unpaired"])
+def test_sorted_losses_are_refused_with_weights(tmp_path, loss_type):
+    with pytest.raises(ValueError, match=rf"'{loss_type}' sorts the batch.*ambiguity='tv:0.1'"):
+        dpo("/no/such/model", tmp_path, loss_type=["sigmoid", loss_type], ambiguity="tv:0.1")
+    with pytest.raises(ValueError, match=rf"'{loss_type}' sorts .* a column 'weight'"):
+        dpo("/no/such/model", tmp_path, tiny_pairs(8, weight=[1.0] * 8), loss_type=loss_type)
+
+
+def test_losses_without_pairs_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"\['sft'\] has no preference loss for .*kl:0.1"):
+        dpo("/no/such/model", tmp_path, loss_type="sft", ambiguity="kl:0.1")
+    with pytest.raises(ValueError, match=r"loss_type: unknown 'sigmiod'; expected one of sigmoid"):
+        dpo("/no/such/model", tmp_path, loss_type="sigmiod")
+
+
+def test_group_set_on_several_processes_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(DPOConfig, "world_size", 2)
+    with pytest.raises(ValueError, match="group:2' on 2 processes"):
+        dpo("/no/such/model", tmp_path, tiny_pairs(8, group=[0, 1] * 4), ambiguity="group:2")
+
+
+# -------------------------------------------------------------------------------------- config
+
+
+@pytest.mark.parametrize("config", [DPOConfig, RewardConfig])
+def test_config(tmp_path, config):
+    assert config(str(tmp_path), **quiet()).ambiguity == "erm"
+    made = config(str(tmp_path), **quiet(ambiguity=dr.CVaR(alpha=0.3, trim=0.05)))
+    assert made.ambiguity == "cvar:0.3,trim=0.05"
+    assert '"ambiguity": "cvar:0.3,trim=0.05"' in made.to_json_string()
+    (parsed,) = HfArgumentParser(config).parse_args_into_dataclasses(
+        ["--output_dir", str(tmp_path), "--ambiguity", "kl:0.10", "--use_cpu", "--bf16", "false"]
+    )
+    assert parsed.ambiguity == "kl:0.1"
+    with pytest.raises(ValueError, match="did you mean 'tv'"):
+        config(str(tmp_path), **quiet(ambiguity="tvv:0.1"))
+    with pytest.raises(ValueError, match="radius"):
+        config(str(tmp_path), **quiet(ambiguity="tv:1.5"))
+
+
+def test_trl_configuration_is_erm(llama, tmp_path):
+    trainer = DPOTrainer(llama, None, trl.DPOConfig(str(tmp_path), **quiet()), None, tiny_pairs(4))
+    assert trainer.ambiguity == dr.ERM()
+
+
+# ----------------------------------------------------------------------------------- messages
+
+
+def messages(caplog):
+    return [r.getMessage() for r in caplog.records if r.name.startswith("drrlhf")]
+
+
+def test_the_device_batch_is_named_where_it_is_not_the_steps(llama, tmp_path, caplog):
+    caplog.set_level(logging.WARNING)
+    dpo(llama, tmp_path, ambiguity="tv:0.1", gradient_accumulation_steps=1)
+    dpo(llama, tmp_path, ambiguity="erm", gradient_accumulation_steps=2)
+    assert messages(caplog) == []
+    trainer = dpo(llama, tmp_path, ambiguity="tv:0.1", gradient_accumulation_steps=2, max_steps=2)
+    trainer.train()
+    assert len(messages(caplog)) == 1
+    assert "batch of each device (4 pairs)" in messages(caplog)[0]
+    dpo(llama, tmp_path, tiny_pairs(8, weight=[1.0] * 8), gradient_accumulation_steps=2)
+    assert "'weight' is used as the nominal weight" in messages(caplog)[1]
+    assert "batch of each device" in messages(caplog)[2]
+
+
+def test_label_smoothing_is_named(llama, tmp_path, caplog):
+    caplog.set_level(logging.WARNING)
+    options = {"label_smoothing": 0.1, "max_steps": 2}
+    dpo(llama, tmp_path, loss_type="robust", **options)
+    assert messages(caplog) == []
+    dpo(llama, tmp_path, loss_type="sigmoid", **options).train()
+    assert len(messages(caplog)) == 1 and "applied to loss_type='sigmoid'" in messages(caplog)[0]
+    dpo(llama, tmp_path, loss_type=["hinge", "robust", "ipo"], **options).train()
+    assert len(messages(caplog)) == 2
+    assert "label_smoothing=0.1 has no effect on loss_type=hinge, ipo" in messages(caplog)[1]
+
+
+# ---------------------------------------------------------------------------- migration, seams
+
+SCRIPT = """
+from trl import DPOConfig, DPOTrainer
+
+args = DPOConfig(output_dir, max_steps=3, **quiet())
+trainer = DPOTrainer(model=model, args=args, train_dataset=dataset)
+trainer.train()
+losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+"""
+
+
+def test_changing_the_import_is_the_whole_migration(llama, tmp_path):
+    def run(script):
+        names = {"model": llama, "dataset": tiny_pairs(8), "quiet": quiet}
+        names["output_dir"] = str(tmp_path)
+        exec(script, names)
+        return names
+
+    ours = SCRIPT.replace("from trl import", "from drrlhf.trl import")
+    before = run(SCRIPT)
+    after = run(ours)
+    assert type(after["trainer"]) is DPOTrainer
+    assert after["losses"] == pytest.approx(before["losses"], rel=2e-6)
+    weighted = run(ours.replace("max_steps=3", "max_steps=3, ambiguity='tv:0.1'"))
+    assert weighted["losses"][-1] != pytest.approx(before["losses"][-1], rel=1e-4)
+
+
+@pytest.mark.parametrize("version", ["1.9.9", "1.15.3", "2.0.0", "1.16.0rc1"])
+def test_versions_outside_the_range(monkeypatch, version):
+    monkeypatch.setattr(trl, "__version__", version)
+    with pytest.raises(ImportError, match=rf"supports trl>=1.16,<2, found trl {version}"):
+        seam.check()
+
+
+@pytest.mark.parametrize("version", ["1.16.0", "1.100.0"])
+def test_versions_inside_the_range(monkeypatch, version):
+    monkeypatch.setattr(trl, "__version__", version)
+    seam.check()
+
+
+def test_moved_seams_are_named(monkeypatch):
+    from transformers import Trainer
+
+    def check(match):
+        with pytest.raises(ImportError, match=match) as error:
+            seam.check()
+        assert trl.__version__ in str(error.value) and "pip install" in str(error.value)
+
+    with monkeypatch.context() as patch:
+        patch.delattr(trl.DPOTrainer, "_compute_loss")
+        check(r"DPOTrainer._compute_loss is gone")
+    with monkeypatch.context() as patch:
+        patch.setattr(trl.RewardTrainer, "compute_loss", lambda self, model, batch: None)
+        check(r"RewardTrainer.compute_loss takes \('self', 'model', 'batch'\), expected")
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            trl.DPOTrainer, "_compute_loss", lambda self, model, inputs, return_outputs: 0
+        )
+        check(r"DPOTrainer._compute_loss no longer uses")
+    with monkeypatch.context() as patch:
+        patch.delattr(Trainer, "_load_optimizer_and_scheduler")
+        check(r"Trainer._load_optimizer_and_scheduler is gone")
+    with monkeypatch.context() as patch:
+        patch.delattr("trl.trainer.dpo_config.DPOConfig")
+        check(r"DPOConfig is gone")
+    seam.check()
+
+
+def test_a_loss_that_no_longer_calls_the_model_is_named(llama, tmp_path, monkeypatch):
+    trainer = dpo(llama, tmp_path)
+    monkeypatch.setattr(trl.DPOTrainer, "_compute_loss", lambda *args: 0.0)
+    with pytest.raises(ImportError, match="outputs in the loss have no 'log_probs'"):
+        trainer.compute_loss(trainer.model, dict(first_batch(trainer)))
+    assert trainer.loss_types == ["sigmoid"] and not trainer.precompute_ref_logps
+
+
+def test_import_drrlhf_leaves_trl_alone_and_a_missing_trl_is_named():
+    code = (
+        "import sys, drrlhf\n"
+        "assert not {'trl', 'transformers'} & set(sys.modules)\n"
+        "class Absent:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name == 'trl': raise ModuleNotFoundError('no', name='trl')\n"
+        "sys.meta_path.insert(0, Absent())\n"
+        "try: import drrlhf.trl\n"
+        "except ImportError as error: print(error)\n"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "pip install 'drrlhf[trl]'" in run.stdout
