@@ -24,11 +24,11 @@ Enum by_name(const char* argument, std::string_view name,
   TORCH_CHECK_VALUE(false, argument, ": unknown '", name, "'");
 }
 
-constexpr std::array<std::string_view, 9> kKinds = {
-    "erm", "kl_radius", "kl_temperature", "tv", "chi2_radius", "chi2_penalty",
-    "cvar", "cvar_temperature", "group"};
+constexpr std::array<std::string_view, 9> kKinds = {"erm",  "kl_radius",        "kl_temperature",
+                                                    "tv",   "chi2_radius",      "chi2_penalty",
+                                                    "cvar", "cvar_temperature", "group"};
 constexpr std::array<std::string_view, 13> kLossTypes = {
-    "sigmoid", "hinge", "ipo", "exo_pair", "robust", "discopop", "sigmoid_norm",
+    "sigmoid",  "hinge",    "ipo",       "exo_pair", "robust",   "discopop", "sigmoid_norm",
     "nca_pair", "bco_pair", "sppo_hard", "apo_zero", "apo_down", "simpo"};
 constexpr std::array<std::string_view, 4> kDivergences = {"reverse_kl", "forward_kl",
                                                           "js_divergence", "alpha_divergence"};
@@ -57,8 +57,8 @@ struct Adversary {
 };
 
 Adversary load_adversary(const OptionalTensor& nominal, const OptionalTensor& groups,
-                         const OptionalTensor& group_weights, std::int64_t n,
-                         std::string_view kind, double a, double b, double trim) {
+                         const OptionalTensor& group_weights, std::int64_t n, std::string_view kind,
+                         double a, double b, double trim) {
   Adversary result;
   result.nominal = load("nominal", nominal, n);
   if (result.nominal.has_value()) {
@@ -70,8 +70,11 @@ Adversary load_adversary(const OptionalTensor& nominal, const OptionalTensor& gr
     }
   }
   auto& arguments = result.arguments;
-  arguments = {{by_name<Kind>("kind", kind, kKinds), a, b, trim}, pointer(result.nominal),
-               nullptr, nullptr, 0};
+  arguments = {{by_name<Kind>("kind", kind, kKinds), a, b, trim},
+               pointer(result.nominal),
+               nullptr,
+               nullptr,
+               0};
   result.group_weights = at::empty({0}, at::kDouble);
   if (arguments.set.kind == Kind::kGroup) {
     TORCH_CHECK_VALUE(groups.has_value() && group_weights.has_value(),
@@ -115,15 +118,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> robust_risk(
 using NineTensors =
     std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-NineTensors preference_loss(
-    const Tensor& chosen_logps, const Tensor& rejected_logps,
-    const OptionalTensor& ref_chosen_logps, const OptionalTensor& ref_rejected_logps,
-    const OptionalTensor& chosen_lengths, const OptionalTensor& rejected_lengths,
-    const OptionalTensor& nominal, const OptionalTensor& groups,
-    const OptionalTensor& group_weights, std::string_view loss_type, double beta,
-    double label_smoothing, double simpo_gamma, double discopop_tau,
-    std::string_view f_divergence, double f_alpha, std::string_view kind, double a, double b,
-    double trim) {
+NineTensors preference_loss(const Tensor& chosen_logps, const Tensor& rejected_logps,
+                            const OptionalTensor& ref_chosen_logps,
+                            const OptionalTensor& ref_rejected_logps,
+                            const OptionalTensor& chosen_lengths,
+                            const OptionalTensor& rejected_lengths, const OptionalTensor& nominal,
+                            const OptionalTensor& groups, const OptionalTensor& group_weights,
+                            std::string_view loss_type, double beta, double label_smoothing,
+                            double simpo_gamma, double discopop_tau, std::string_view f_divergence,
+                            double f_alpha, std::string_view kind, double a, double b,
+                            double trim) {
   const std::int64_t n = chosen_logps.numel();
   Tensor chosen = load("chosen_logps", chosen_logps, n);
   Tensor rejected = load("rejected_logps", rejected_logps, n);
@@ -150,16 +154,22 @@ NineTensors preference_loss(
   const auto dtype = statistics_dtype(chosen_logps);
   // Copies: outputs must not share storage.
   const auto row = [&](int i, at::ScalarType type) { return out[i].to(type, false, true); };
-  return {scalar(s.value, dtype), row(1, dtype), row(0, dtype), (beta * chosen).to(dtype),
-          (beta * rejected).to(dtype), scalar(s.dual, dtype), adversary.group_weights,
-          row(2, chosen_logps.scalar_type()), row(3, rejected_logps.scalar_type())};
+  return {scalar(s.value, dtype),
+          row(1, dtype),
+          row(0, dtype),
+          (beta * chosen).to(dtype),
+          (beta * rejected).to(dtype),
+          scalar(s.dual, dtype),
+          adversary.group_weights,
+          row(2, chosen_logps.scalar_type()),
+          row(3, rejected_logps.scalar_type())};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> reward_loss(
     const Tensor& chosen_rewards, const Tensor& rejected_rewards, const OptionalTensor& margin,
     const OptionalTensor& nominal, const OptionalTensor& groups,
-    const OptionalTensor& group_weights, double center_coefficient, std::string_view kind,
-    double a, double b, double trim) {
+    const OptionalTensor& group_weights, double center_coefficient, std::string_view kind, double a,
+    double b, double trim) {
   const std::int64_t n = chosen_rewards.numel();
   const Tensor chosen = load("chosen_rewards", chosen_rewards, n);
   const Tensor rejected = load("rejected_rewards", rejected_rewards, n);
@@ -175,8 +185,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> reward_loss(
   weigh_cpu(q, n, d_rejected);
   const auto dtype = statistics_dtype(chosen_rewards);
   const auto row = [&](int i, at::ScalarType type) { return out[i].to(type, false, true); };
-  return {scalar(s.value, dtype), row(1, dtype), row(0, dtype), scalar(s.dual, dtype),
-          adversary.group_weights, row(2, chosen_rewards.scalar_type()),
+  return {scalar(s.value, dtype),
+          row(1, dtype),
+          row(0, dtype),
+          scalar(s.dual, dtype),
+          adversary.group_weights,
+          row(2, chosen_rewards.scalar_type()),
           row(3, rejected_rewards.scalar_type())};
 }
 

@@ -260,8 +260,8 @@ def parse_ambiguity(ambiguity: str | AmbiguitySet) -> AmbiguitySet:
             f"ambiguity must be a set such as drrlhf.TV(radius=0.1) or a string such as 'tv:0.1', "
             f"got {type(ambiguity).__name__}"
         )
-    name, colon, rest = ambiguity.strip().partition(":")
-    name = name.strip().lower()
+    name, colon, rest = ambiguity.strip().lower().partition(":")
+    name = name.strip()
     if name not in SETS:
         near = difflib.get_close_matches(name, SETS, n=1, cutoff=0.3)
         hint = f"did you mean {near[0]!r}? " if near else ""

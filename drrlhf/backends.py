@@ -61,7 +61,7 @@ def _load_extension() -> tuple[ModuleType | None, str]:
     except ImportError as error:  # not built, or built against another torch: the reason is kept
         recorded = build_record().get("reason")
         if isinstance(error, ModuleNotFoundError):
-            return None, recorded or "the C++ extension was not built (DRRLHF_BUILD=none)"
+            return None, recorded or "the C++ extension is not built here, and no build left a record"
         return None, f"the C++ extension does not load: {error}"
 
 
@@ -75,7 +75,7 @@ _EXTENSION, _NO_EXTENSION = _load_extension()
 
 
 def build_info() -> dict[str, Any]:
-    """What was built: `built`, `mode`, `compiler`, `torch_version`, `isa`, `reason` if not built."""
+    """What was built: built, mode, compiler, torch_version, isa; reason where nothing was."""
     info = {"built": _EXTENSION is not None, "mode": "none", **build_record()}
     info["built"] = _EXTENSION is not None
     if _EXTENSION is not None:
@@ -159,7 +159,9 @@ def kernel(op: str, device: str) -> Callable[..., Any]:
     found = _cache.get((op, device))
     if found is None:
         backend, obstacles = _choose(op, device)
-        missed = {b: why for b, why in obstacles.items() if device in DEVICES[b] and op in SERVED[b]}
+        missed = {
+            b: why for b, why in obstacles.items() if device in DEVICES[b] and op in SERVED[b]
+        }
         if backend == "reference" and missed:
             reasons = "; ".join(f"{b}: {why}" for b, why in missed.items())
             logger.warning("%s on %s is served by plain PyTorch (%s)", op, device, reasons)

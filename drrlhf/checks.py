@@ -23,7 +23,9 @@ def check_value(holds: Tensor, message: Callable[[], str], on: Tensor) -> None:
 def check_vector(name: str, value: Tensor, n: int | None = None, like: str = "losses") -> None:
     """ValueError unless `value` is a tensor of shape (n,)."""
     if not isinstance(value, Tensor):
-        raise ValueError(f"{name}: expected a torch.Tensor of shape (n,), got {type(value).__name__}")
+        raise ValueError(
+            f"{name}: expected a torch.Tensor of shape (n,), got {type(value).__name__}"
+        )
     if value.dim() != 1:
         raise ValueError(
             f"{name}: expected shape (n,), got {tuple(value.shape)}; flatten it, one number a pair"

@@ -9,7 +9,9 @@ from drrlhf import ops, reference
 from drrlhf.checks import check_floating, check_integer, check_value
 
 
-def _check_labels(labels: Tensor, lead: tuple[int, ...], vocabulary: int, ignore_index: int) -> None:
+def _check_labels(
+    labels: Tensor, lead: tuple[int, ...], vocabulary: int, ignore_index: int
+) -> None:
     check_integer("labels", labels)
     if tuple(labels.shape) != lead:
         raise ValueError(

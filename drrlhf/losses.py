@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from drrlhf import ops, reference
@@ -35,7 +34,7 @@ class PreferenceLoss(NamedTuple):
 
 
 class RewardLoss(NamedTuple):
-    """What `reward_loss` returns: loss () to backpropagate; weights, losses (n,), dual () detached."""
+    """What `reward_loss` returns: loss () to backpropagate; weights, losses (n,), dual () apart."""
 
     loss: Tensor
     weights: Tensor
@@ -173,7 +172,7 @@ def preference_loss(
             adversary here), sppo_hard, apo_zero, apo_down, discopop, sigmoid_norm, simpo.
         label_smoothing: flip probability, in [0, 0.5), for sigmoid and robust; (0, 1) for exo_pair.
         f_divergence: reverse_kl, forward_kl, js_divergence, alpha_divergence (arXiv 2309.16240).
-        chosen_lengths, rejected_lengths: (n,) completion tokens; needed by ipo, sigmoid_norm, simpo.
+        chosen_lengths, rejected_lengths: (n,) completion tokens, for ipo, sigmoid_norm, simpo.
         simpo_gamma: target margin of simpo: -log sigmoid(beta (mean difference) - gamma).
         ambiguity, nominal, groups, group_state, update, check_finite: as in `robust_risk`.
 

@@ -73,7 +73,7 @@ def _kl_radius(l: Tensor, p: Tensor, r: float, top: Tensor, span: Tensor):
 
 
 def _chi_square_radius(l: Tensor, p: Tensor, r: float, top: Tensor, span: Tensor):
-    """q ~ p (l - eta)_+ ; on the k largest losses eta solves a quadratic, the first valid k wins."""
+    """q ~ p (l - eta)_+; on the k largest losses eta solves a quadratic; the first valid k wins."""
     d, order = torch.sort((top - l) / span)
     w = p[order]
     m0, m1, m2 = torch.cumsum(w, 0), torch.cumsum(w * d, 0), torch.cumsum(w * d * d, 0)
@@ -103,7 +103,7 @@ def _chi_square_penalty(l: Tensor, p: Tensor, c: float, top: Tensor, span: Tenso
 
 
 def _cvar_temperature(l: Tensor, p: Tensor, alpha: float, t: float):
-    """q = p min(exp((l - eta)/t), 1/alpha); the first number of capped losses that is valid wins."""
+    """q = p min(exp((l - eta)/t), 1/alpha); the first valid number of capped losses wins."""
     ordered, order = torch.sort(l, descending=True)
     w = p[order]
     anchor = _upper_tail(l, p, alpha)[1]  # close to eta, so that exponents that matter are small
@@ -121,7 +121,7 @@ def _cvar_temperature(l: Tensor, p: Tensor, alpha: float, t: float):
 def worst_case(
     l: Tensor, p: Tensor, kind: str, a: float, b: float, trim: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Value (), weights q (n,) and dual () of one problem: float64, finite, p with sum 1, n >= 1."""
+    """Value (), weights q (n,), dual () of one problem: float64, finite, sum p = 1, n >= 1."""
     if trim > 0:
         p = p * (1 - _upper_tail(l, p, trim)[0])
         p = p / p.sum()
@@ -133,8 +133,10 @@ def worst_case(
     q_top = at_top / at_top.sum()  # all mass on the largest losses
     span = torch.where(top > bottom, top - bottom, 1)
     penalty = torch.zeros_like(top)
-    if kind == "erm" or (a == 0 and kind in ("kl_radius", "chi2_radius", "tv")) or (
-        a == 1 and kind in ("cvar", "cvar_temperature")
+    if (
+        kind == "erm"
+        or (a == 0 and kind in ("kl_radius", "chi2_radius", "tv"))
+        or (a == 1 and kind in ("cvar", "cvar_temperature"))
     ):  # the set holds p alone
         limits = {"erm": 0.0, "kl_radius": math.inf, "chi2_radius": -math.inf}
         q, dual = p, torch.full_like(top, limits[kind]) if kind in limits else bottom
@@ -255,7 +257,9 @@ def _solve(
     if kind == "group":
         ids = groups.long()  # type: ignore[union-attr]
         if trim > 0:
-            safe_p = safe_p * (1 - _upper_tail(torch.where(masked, safe.amin(), safe), safe_p, trim)[0])
+            safe_p = safe_p * (
+                1 - _upper_tail(torch.where(masked, safe.amin(), safe), safe_p, trim)[0]
+            )
             safe_p = safe_p / safe_p.sum()
         value, q, stepped = _group_step(safe, safe_p, ids, group_weights, a, b)  # type: ignore[arg-type]
         state = torch.where(finite & ~empty, stepped, state)
@@ -360,7 +364,9 @@ def pair_losses(
     h = beta * (s_chosen - s_rejected)
     if loss_type in LENGTH_LOSSES:
         assert chosen_lengths is not None and rejected_lengths is not None
-        mean_difference = s_chosen / chosen_lengths.clamp(min=1) - s_rejected / rejected_lengths.clamp(min=1)
+        mean_difference = s_chosen / chosen_lengths.clamp(
+            min=1
+        ) - s_rejected / rejected_lengths.clamp(min=1)
     if loss_type == "sigmoid":  # DPO, arXiv 2305.18290; with eps > 0 cDPO
         return -(1 - eps) * F.logsigmoid(h) - eps * F.logsigmoid(-h)
     if loss_type == "hinge":  # SLiC, arXiv 2305.10425
@@ -419,7 +425,9 @@ def pair_slopes(
     eps, sigmoid = label_smoothing, torch.sigmoid
     g_chosen, g_rejected = beta * chosen, beta * rejected
     if loss_type == "nca_pair":
-        return beta * (0.5 * sigmoid(g_chosen) - sigmoid(-g_chosen)), 0.5 * beta * sigmoid(g_rejected)
+        return beta * (0.5 * sigmoid(g_chosen) - sigmoid(-g_chosen)), 0.5 * beta * sigmoid(
+            g_rejected
+        )
     if loss_type == "bco_pair":
         return -beta * sigmoid(-g_chosen), beta * sigmoid(g_rejected)
     if loss_type == "sppo_hard":
@@ -431,8 +439,9 @@ def pair_slopes(
         d = g_rejected - g_chosen
         rise = beta * sigmoid(d) * sigmoid(-d)
         return beta * sigmoid(g_chosen) * sigmoid(-g_chosen) - rise, rise
-    score = divergence_score(chosen, f_divergence, f_alpha, limit), divergence_score(
-        rejected, f_divergence, f_alpha, limit
+    score = (
+        divergence_score(chosen, f_divergence, f_alpha, limit),
+        divergence_score(rejected, f_divergence, f_alpha, limit),
     )
     d_chosen = divergence_slope(chosen, f_divergence, f_alpha, limit)
     d_rejected = divergence_slope(rejected, f_divergence, f_alpha, limit)
@@ -489,11 +498,14 @@ def preference_loss(
     b: float,
     trim: float,
 ) -> tuple[Tensor, ...]:
-    """value (), weights, losses, chosen_rewards, rejected_rewards (n,), dual (), group weights (G,),
-    d value / d chosen_logps, d value / d rejected_logps (n,)."""
+    """value (), weights, losses, chosen_rewards, rejected_rewards (n,), dual (), group weights
+    (G,), d value / d chosen_logps, d value / d rejected_logps (n,)."""
     chosen, rejected = chosen_logps.double(), rejected_logps.double()
     if ref_chosen_logps is not None and ref_rejected_logps is not None:
-        chosen, rejected = chosen - ref_chosen_logps.double(), rejected - ref_rejected_logps.double()
+        chosen, rejected = (
+            chosen - ref_chosen_logps.double(),
+            rejected - ref_rejected_logps.double(),
+        )
     limit = alpha_exponent_limit(chosen_logps.dtype)
     options = (
         chosen, rejected, chosen_lengths, rejected_lengths, loss_type, beta, label_smoothing,
@@ -553,8 +565,10 @@ def _scaled(logits: Tensor, temperature: float, softcap: float | None) -> Tensor
 
 def token_logprobs(
     logits: Tensor, labels: Tensor, ignore_index: int, temperature: float, softcap: float | None
-) -> tuple[Tensor, Tensor]:
-    """log softmax(z)[label] and log sum exp z (N,), z = softcap tanh(logits / softcap) / temperature.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """log softmax(z)[label], max z and log sum exp(z - max z) (N,) each, where
+    z = softcap tanh(logits / softcap) / temperature. The last two sum to the log-sum-exp; apart,
+    they keep the digits that the backward needs.
 
     Statistics in float32 (float64 for float64 logits). Where the label has the largest logit the
     log-prob is -log1p(sum of the others), which keeps the digits of a confident model.
@@ -565,10 +579,10 @@ def token_logprobs(
     top = z.amax(-1, keepdim=True)
     true = z.gather(-1, index)
     others = torch.exp(z - top).scatter(-1, index, 0.0).sum(-1, keepdim=True)
-    total = others + torch.exp(true - top)
-    logp = torch.where(true == top, -torch.log1p(others), true - top - torch.log(total))
+    log_sum = torch.log(others + torch.exp(true - top))
+    logp = torch.where(true == top, -torch.log1p(others), true - top - log_sum)
     logp = torch.where(valid, logp.squeeze(-1), 0)
-    return logp, (top + torch.log(total)).squeeze(-1)
+    return logp, top.squeeze(-1), log_sum.squeeze(-1)
 
 
 def token_logprobs_backward(
@@ -576,7 +590,8 @@ def token_logprobs_backward(
     logits: Tensor,
     labels: Tensor,
     logp: Tensor,
-    lse: Tensor,
+    top: Tensor,
+    log_sum: Tensor,
     ignore_index: int,
     temperature: float,
     softcap: float | None,
@@ -585,11 +600,11 @@ def token_logprobs_backward(
 
     The true class is formed as -expm1(logp): 1 - p cancels exactly where tuned models live.
     """
-    x = logits.to(lse.dtype)
+    x = logits.to(top.dtype)
     z = _scaled(x, temperature, softcap)
     valid = labels != ignore_index
     index = torch.where(valid, labels, 0).long().unsqueeze(-1)
-    d = -torch.exp(z - lse.unsqueeze(-1))
+    d = -torch.exp((z - top.unsqueeze(-1)) - log_sum.unsqueeze(-1))
     d = d.scatter(-1, index, -torch.expm1(logp).unsqueeze(-1))
     if softcap is not None:
         d = d * (1 - torch.tanh(x / softcap) ** 2)
@@ -607,8 +622,10 @@ def linear_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: fl
 # --------------------------------------------------------------------------- sequences
 
 
-def sequence_logprobs(logps: Tensor, valid: Tensor, cu_seqlens: Tensor | None, mean: bool) -> Tensor:
-    """Sums or means over valid tokens: padded (B, L) rows, or packed (T,) segments of cu_seqlens."""
+def sequence_logprobs(
+    logps: Tensor, valid: Tensor, cu_seqlens: Tensor | None, mean: bool
+) -> Tensor:
+    """Sums or means over valid tokens of padded (B, L) rows, or packed (T,) segments."""
     dtype = statistics_dtype(logps)
     kept = torch.where(valid, logps, 0).to(dtype)
     if cu_seqlens is None:

@@ -138,7 +138,7 @@ def test_value_equals_a_convex_solver(family):
         for name in BACKENDS:
             with backends.use(name):
                 for problem, ambiguity, value in zip(problems, sets, expected):
-                    size = np.abs(problem.losses[problem.p > 0]).max() + 1e-12
+                    size = np.abs(problem.losses[problem.p > 0]).max() or 1.0
                     risk = solve(problem, ambiguity)
                     assert abs(risk.value.item() - value) <= 1e-6 * size, (name, ambiguity, problem)
                     assert abs(risk.weights.sum().item() - 1) <= 1e-6
@@ -224,7 +224,7 @@ def test_primal_equals_dual(backend, text):
         if max(np.abs(l)) > 1e3 and "e=" in text:
             continue  # np.exp of the naive formulas above has no digits there
         risk = solve(problem, ambiguity)
-        value, q, size = risk.value.item(), risk.weights.numpy(), np.abs(l).max() + 1e-12
+        value, q, size = risk.value.item(), risk.weights.numpy(), np.abs(l).max() or 1.0
         gain, outside = primal(ambiguity, q, l, p)
         assert (q >= 0).all() and abs(q.sum() - 1) < 1e-12
         assert outside < 1e-9, (problem, q)

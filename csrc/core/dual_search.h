@@ -48,7 +48,9 @@ constexpr double kMassRounding = 1e-14;
 // of those equal to it.
 struct Tail {
   double threshold, share;
-  DRRLHF_HD double kept(double l) const { return l > threshold ? 1.0 : l == threshold ? share : 0.0; }
+  DRRLHF_HD double kept(double l) const {
+    return l > threshold ? 1.0 : l == threshold ? share : 0.0;
+  }
 };
 
 DRRLHF_HD double midpoint_of_bits(double low, double high) {
@@ -83,7 +85,9 @@ DRRLHF_HD Tail upper_tail(const Team& team, const double* l, const double* p, do
   for (int step = 0; step < 40 && low < high && count_low - count_high > 3; ++step) {
     // Regula falsi; the Illinois rule and every fourth step a halving keep it from creeping.
     const double line = low + (high - low) * (excess_low / (excess_low - excess_high));
-    const double pivot = step % 8 == 7 ? midpoint_of_bits(low, high) : step % 4 == 3 ? low + 0.5 * (high - low) : line;
+    const double pivot = step % 8 == 7   ? midpoint_of_bits(low, high)
+                         : step % 4 == 3 ? low + 0.5 * (high - low)
+                                         : line;
     if (!(pivot > low && pivot < high)) break;
     const Above at = above(pivot);
     if (at.mass >= mass) {
@@ -136,9 +140,8 @@ DRRLHF_HD Tail upper_tail(const Team& team, const double* l, const double* p, do
 template <class Team>
 DRRLHF_HD double expected_loss(const Team& team, const Problem& problem, double top, double span) {
   const double *q = problem.q, *d = problem.d;
-  return top - span * team.template sum<1>([=](std::int64_t i) {
-                              return Sums<1>{{q[i] * d[i]}};
-                            }).v[0];
+  return top -
+         span * team.template sum<1>([=](std::int64_t i) { return Sums<1>{{q[i] * d[i]}}; }).v[0];
 }
 
 struct Moments {  // of d under p exp(-s d): log of the normaliser, mean, variance
@@ -234,8 +237,9 @@ DRRLHF_HD void write_linear(const Team& team, const Problem& problem, double eta
   const double *d = problem.d, *p = problem.p;
   double* q = problem.q;
   const double mass = team.template sum<1>([=](std::int64_t i) {
-                          return Sums<1>{{d[i] < eta ? p[i] * (eta - d[i]) : 0.0}};
-                        }).v[0];
+                            return Sums<1>{{d[i] < eta ? p[i] * (eta - d[i]) : 0.0}};
+                          })
+                          .v[0];
   team.each([=](std::int64_t i) { q[i] = d[i] < eta ? p[i] * ((eta - d[i]) / mass) : 0.0; });
 }
 
@@ -289,9 +293,10 @@ DRRLHF_HD Solution solve_cvar_temperature(const Team& team, const Problem& probl
   // sum q (l - v - t log(q/p)): a constant where free, l - v + t log(alpha) where capped.
   const double free = -t * (h - log(alpha)), capped = t * log(alpha);
   const double value = team.template sum<1>([=](std::int64_t i) {
-                           const double z = x[i] + h;
-                           return Sums<1>{{q[i] * (z < 0 ? free : l[i] - v + capped)}};
-                         }).v[0];
+                             const double z = x[i] + h;
+                             return Sums<1>{{q[i] * (z < 0 ? free : l[i] - v + capped)}};
+                           })
+                           .v[0];
   return {v + value, v + free};
 }
 
@@ -299,9 +304,9 @@ template <class Team>
 DRRLHF_HD void trim_top(const Team& team, double* p, const double* l, double trim, double bottom,
                         double top) {
   const Tail tail = upper_tail(team, l, p, trim, bottom, top);
-  const double left = team.template sum<1>([=](std::int64_t i) {
-                          return Sums<1>{{p[i] * (1 - tail.kept(l[i]))}};
-                        }).v[0];
+  const double left =
+      team.template sum<1>([=](std::int64_t i) { return Sums<1>{{p[i] * (1 - tail.kept(l[i]))}}; })
+          .v[0];
   team.each([=](std::int64_t i) { p[i] = p[i] * (1 - tail.kept(l[i])) / left; });
 }
 
@@ -367,9 +372,9 @@ DRRLHF_HD Solution worst_case(const Team& team, const Problem& problem, Ambiguit
   if (set.kind == Kind::kCvarTemperature) {
     return solve_cvar_temperature(team, problem, a, set.b, bottom, top);
   }
-  const double at_top = team.template sum<1>([=](std::int64_t i) {
-                            return Sums<1>{{l[i] == top ? p[i] : 0.0}};
-                          }).v[0];
+  const double at_top =
+      team.template sum<1>([=](std::int64_t i) { return Sums<1>{{l[i] == top ? p[i] : 0.0}}; })
+          .v[0];
   double dual = 0.0, penalty = 0.0;
   if ((set.kind == Kind::kKlRadius && a >= -log(at_top)) ||
       (set.kind == Kind::kChiSquareRadius && a >= (1 / at_top - 1) / 2)) {
@@ -393,25 +398,25 @@ DRRLHF_HD Solution worst_case(const Team& team, const Problem& problem, Ambiguit
       // Without slack the set is too small for the radius: eta must grow.
       return slack > 0 ? mean + sqrt((variance > 0 ? variance : 0.0) / slack) : kInfinity;
     };
-    const Sums<2> m = team.template sum<2>([=](std::int64_t i) {
-      return Sums<2>{{p[i] * d[i], p[i] * d[i] * d[i]}};
-    });
+    const Sums<2> m = team.template sum<2>(
+        [=](std::int64_t i) { return Sums<2>{{p[i] * d[i], p[i] * d[i] * d[i]}}; });
     const double eta = solve_active_set(team, problem, root(1.0, m.v[0], m.v[1]), root);
     write_linear(team, problem, eta);
     dual = top - span * eta;
   } else if (set.kind == Kind::kChiSquarePenalty) {
     const double c = a / span;
     const auto root = [=](double m0, double m1, double) { return (m1 + c) / m0; };
-    const double mean = team.template sum<1>([=](std::int64_t i) {
-                            return Sums<1>{{p[i] * d[i]}};
-                          }).v[0];
+    const double mean =
+        team.template sum<1>([=](std::int64_t i) { return Sums<1>{{p[i] * d[i]}}; }).v[0];
     const double eta = solve_active_set(team, problem, mean + c, root);
     write_linear(team, problem, eta);
     dual = top - span * eta;
-    penalty = 0.5 * a * team.template sum<1>([=](std::int64_t i) {
-                            const double excess = p[i] > 0 ? q[i] / p[i] - 1 : 0.0;
-                            return Sums<1>{{p[i] * excess * excess}};
-                          }).v[0];
+    penalty = 0.5 * a *
+              team.template sum<1>([=](std::int64_t i) {
+                    const double excess = p[i] > 0 ? q[i] / p[i] - 1 : 0.0;
+                    return Sums<1>{{p[i] * excess * excess}};
+                  })
+                  .v[0];
   } else {  // CVaR
     const Tail tail = upper_tail(team, l, p, a, bottom, top);
     team.each([=](std::int64_t i) { q[i] = p[i] * tail.kept(l[i]) / a; });
@@ -457,12 +462,11 @@ DRRLHF_HD Solution group_step(const Team& team, const Problem& problem, const st
   }
   double total = 0.0;
   for (int g = 0; g < size; ++g) total += mass[g] > 0 ? w[g] : 0.0;
-  team.each([=](std::int64_t i) {
-    q[i] = p[i] > 0 ? w[group[i]] / total / mass[group[i]] * p[i] : 0.0;
-  });
-  const double value = team.template sum<1>([=](std::int64_t i) {
-                           return Sums<1>{{p[i] > 0 ? q[i] * l[i] : 0.0}};
-                         }).v[0];
+  team.each(
+      [=](std::int64_t i) { q[i] = p[i] > 0 ? w[group[i]] / total / mass[group[i]] * p[i] : 0.0; });
+  const double value =
+      team.template sum<1>([=](std::int64_t i) { return Sums<1>{{p[i] > 0 ? q[i] * l[i] : 0.0}}; })
+          .v[0];
   return {value, 0.0};
 }
 

@@ -64,9 +64,7 @@ DRRLHF_HD double exp_nonpositive(double x) {
 DRRLHF_HD double expm1_small(double x) { return exp_parts(x).tail; }
 
 // log(1 + exp(x)) = -log sigmoid(-x).
-DRRLHF_HD double softplus(double x) {
-  return (x > 0 ? x : 0.0) + log1p(exp(x > 0 ? -x : x));
-}
+DRRLHF_HD double softplus(double x) { return (x > 0 ? x : 0.0) + log1p(exp(x > 0 ? -x : x)); }
 
 DRRLHF_HD double sigmoid(double x) {
   const double e = exp(x > 0 ? -x : x);

@@ -62,8 +62,7 @@ struct SerialTeam {
 #pragma GCC unroll 1
       for (int j = 0; j < kLanes; ++j) {
         const Sums<K> term = f(i + j);
-        for (int k = 0; k < K; ++k)
-          lanes[k][j] = lanes[k][j] < term.v[k] ? term.v[k] : lanes[k][j];
+        for (int k = 0; k < K; ++k) lanes[k][j] = lanes[k][j] < term.v[k] ? term.v[k] : lanes[k][j];
       }
     }
     for (; i < n; ++i) {
@@ -73,8 +72,7 @@ struct SerialTeam {
     Sums<K> top;
     for (int k = 0; k < K; ++k) {
       top.v[k] = lanes[k][0];
-      for (int j = 1; j < kLanes; ++j)
-        top.v[k] = lanes[k][j] > top.v[k] ? lanes[k][j] : top.v[k];
+      for (int j = 1; j < kLanes; ++j) top.v[k] = lanes[k][j] > top.v[k] ? lanes[k][j] : top.v[k];
     }
     return top;
   }

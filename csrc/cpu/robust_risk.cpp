@@ -25,9 +25,8 @@ DRRLHF_MULTIVERSION Audit load(const double* losses, std::int64_t n, const doubl
     p[i] = nominal == nullptr ? uniform : nominal[i] / total;
     l[i] = p[i] > 0 ? losses[i] : 0.0;
   });
-  const Sums<2> sums = team.sum<2>([=](std::int64_t i) {
-    return Sums<2>{{l[i] - l[i] == 0 ? 0.0 : 1.0, p[i] * l[i]}};
-  });
+  const Sums<2> sums = team.sum<2>(
+      [=](std::int64_t i) { return Sums<2>{{l[i] - l[i] == 0 ? 0.0 : 1.0, p[i] * l[i]}}; });
   return {total, sums.v[0] == 0, sums.v[1]};
 }
 

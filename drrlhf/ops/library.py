@@ -31,9 +31,7 @@ def define(name: str, schema: str, fake: Callable[..., Any]) -> Any:
 
 def autograd(name: str, backward: Callable[..., Any], setup: Callable[..., None]) -> None:
     """Register the backward of `drrlhf::name`."""
-    torch.library.register_autograd(
-        f"drrlhf::{name}", backward, setup_context=setup, lib=LIBRARY
-    )
+    torch.library.register_autograd(f"drrlhf::{name}", backward, setup_context=setup, lib=LIBRARY)
 
 
 def first_order_only(op: str) -> None:

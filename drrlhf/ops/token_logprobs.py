@@ -12,10 +12,10 @@ from drrlhf.reference import statistics_dtype
 
 def _fake(logits, labels, ignore_index, temperature, softcap):
     shape, dtype = logits.shape[:-1], statistics_dtype(logits)
-    return logits.new_empty(shape, dtype=dtype), logits.new_empty(shape, dtype=dtype)
+    return tuple(logits.new_empty(shape, dtype=dtype) for _ in range(3))
 
 
-def _fake_backward(grad, logits, labels, logp, lse, ignore_index, temperature, softcap):
+def _fake_backward(grad, logits, labels, logp, top, log_sum, ignore_index, temperature, softcap):
     return logits.new_empty(logits.shape)
 
 
@@ -36,13 +36,13 @@ def _backward(ctx: Any, grad: Tensor | None, *unused: Any) -> tuple:
 token_logprobs = define(
     "token_logprobs",
     "(Tensor logits, Tensor labels, int ignore_index, float temperature, float? softcap) -> "
-    "(Tensor, Tensor)",
+    "(Tensor, Tensor, Tensor)",
     _fake,
 )
 token_logprobs_backward = define(
     "token_logprobs_backward",
-    "(Tensor grad, Tensor logits, Tensor labels, Tensor logp, Tensor lse, int ignore_index, "
-    "float temperature, float? softcap) -> Tensor",
+    "(Tensor grad, Tensor logits, Tensor labels, Tensor logp, Tensor top, Tensor log_sum, "
+    "int ignore_index, float temperature, float? softcap) -> Tensor",
     _fake_backward,
 )
 autograd("token_logprobs", _backward, _setup)

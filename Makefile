@@ -1,0 +1,46 @@
+# make demo    robust and plain reward models on real preferences, one table and one plot
+# make test    the whole test suite
+# make lint    every checker;  make format  what they can mend themselves
+# Each sets up .venv first. TORCH and PYTHON choose what it is made from.
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV ?= .venv
+QUICK ?=
+BIN := $(VENV)/bin
+CXX_FILES := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h)
+
+.PHONY: demo test lint format bench clean
+.DELETE_ON_ERROR:
+
+# One recipe for every stamp: .venv/.trl holds what the demo needs, .venv/.test and .venv/.dev more.
+# torch comes first and alone, so that nothing else decides which build of it is installed.
+$(VENV)/.%: pyproject.toml setup.py $(CXX_FILES)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -c 'import torch' 2> /dev/null || $(BIN)/pip install -q "$(TORCH)"
+	$(BIN)/pip install -q "setuptools>=77" wheel ninja
+	$(BIN)/pip install -q --no-build-isolation -e ".[$*]"
+	touch $@
+
+demo: $(VENV)/.trl
+	$(BIN)/drrlhf train reward --demo $(if $(QUICK),--quick) --output-dir demo
+
+test: $(VENV)/.test
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CXX_FILES)
+
+bench: $(VENV)/.test
+	$(BIN)/python benchmarks/robust_risk.py
+
+clean:
+	rm -rf $(VENV) build drrlhf/*.so drrlhf/_build.json

@@ -1,0 +1,5 @@
+"""``python -m drrlhf``."""
+
+from drrlhf.cli import main
+
+main()

@@ -1,0 +1,40 @@
+"""The ``drrlhf`` command. Heavy imports happen inside the commands, so that --help is instant."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from drrlhf.cli import doctor, train
+
+app = typer.Typer(
+    name="drrlhf",
+    help="Distributionally robust preference tuning: train, and see what serves each op here.",
+    no_args_is_help=True,
+    add_completion=False,
+)
+app.add_typer(train.app, name="train")
+app.command("doctor")(doctor.doctor)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from drrlhf import __version__
+
+        typer.echo(f"drrlhf {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Version.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Entry point of the ``drrlhf`` script."""
+    app(prog_name="drrlhf")

@@ -1,0 +1,44 @@
+"""What every command prints through."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+USAGE_ERROR = 2
+
+
+def console() -> Console:
+    """Standard output as it is now (tests and callers may have replaced it)."""
+    return Console()
+
+
+def fail(message: object) -> typer.Exit:
+    """Print `message` on standard error as one red line; raise what is returned."""
+    text = Text("error: " + " ".join(str(message).split()), style="bold red")
+    Console(stderr=True).print(text, soft_wrap=True)
+    return typer.Exit(USAGE_ERROR)
+
+
+def hush_deprecations() -> None:
+    """Deprecations between transformers and TRL are not for the user of a command to mend."""
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers|trl")
+
+
+@contextlib.contextmanager
+def user_errors(*more: type[Exception]) -> Iterator[None]:
+    """Errors that the caller can mend become one line and exit status 2 instead of a traceback.
+
+    Bad values and data, missing files and packages, and the types in `more`; anything else is a
+    defect of ours and keeps its traceback.
+    """
+    mendable: tuple[type[Exception], ...] = (ValueError, OSError, ImportError, *more)
+    try:
+        yield
+    except mendable as error:
+        raise fail(error) from None

@@ -1,0 +1,191 @@
+"""The directory of one training run: what it records, who may write there, where to go on from.
+
+``run.json``       settings, versions and data fingerprint, written before the first step
+``metrics.jsonl``  one line per log event
+``checkpoint-N/``  everything needed to continue after optimizer step N
+``training.png``   the curves
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+RUN_FILE = "run.json"
+METRICS_FILE = "metrics.jsonl"
+PLOT_FILE = "training.png"
+
+# Files that only a run (ours or another tool's) or a saved model leaves behind.
+_TRACES = (
+    RUN_FILE,
+    METRICS_FILE,
+    "checkpoint-*",
+    "config.json",
+    "adapter_config.json",
+    "*.safetensors",
+    "*.gguf",
+)
+
+# Changing these between the two halves of a run changes none of its numbers. `data` and `model`
+# are compared by content instead of by path.
+_FREE_ON_RESUME = {"output_dir", "data", "model", "eval_data", "save_steps", "logging_steps"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Everything that decides a run's numbers, after defaults were resolved.
+
+    The field names are the option names of ``drrlhf train``; a field that the trainer of this
+    ``kind`` does not have is ``None``.
+    """
+
+    kind: str
+    data: str
+    model: str
+    output_dir: str
+    ambiguity: str
+    eval_data: str | None
+    epochs: float
+    max_steps: int
+    batch_size: int
+    gradient_accumulation: int
+    learning_rate: float
+    max_length: int
+    seed: int
+    save_steps: int
+    logging_steps: int
+    lora: bool
+    lora_r: int
+    dtype: str
+    center_rewards_coefficient: float | None = None
+    beta: float | None = None
+    loss_type: str | None = None
+    label_smoothing: float | None = None
+    precompute_ref: bool | None = None
+
+
+def occupant(output_dir: Path) -> str | None:
+    """Name of the first file in `output_dir` that shows a run or a model lives there, or None."""
+    found = (path.name for pattern in _TRACES for path in sorted(output_dir.glob(pattern)))
+    return next(found, None)
+
+
+def clear(output_dir: Path) -> None:
+    """Remove an earlier run's record, curves and checkpoints; model files are overwritten later."""
+    for checkpoint in output_dir.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+    for name in (RUN_FILE, METRICS_FILE, PLOT_FILE):
+        (output_dir / name).unlink(missing_ok=True)
+
+
+def newest_checkpoint(output_dir: Path) -> Path | None:
+    """The usable checkpoint with the highest step in `output_dir`, or None.
+
+    The trainer writes ``trainer_state.json`` after the weights, the optimizer and the random
+    states, so a checkpoint whose state file is missing, cut off or of another step was interrupted
+    while it was written and is passed over.
+    """
+    usable = [path for path in output_dir.glob("checkpoint-*") if checkpoint_state(path)]
+    return max(usable, key=lambda path: checkpoint_state(path)["global_step"], default=None)
+
+
+def checkpoint_state(checkpoint: Path) -> dict[str, Any]:
+    """The trainer state saved in `checkpoint`, or an empty dict when it cannot be used."""
+    try:
+        state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError):
+        return {}
+    named = checkpoint.name.rpartition("-")[2]
+    return state if str(state.get("global_step")) == named else {}
+
+
+def model_fingerprint(model: str) -> str:
+    """What identifies the start weights: a hub name itself, or a digest of a local directory.
+
+    The digest covers ``config.json`` and the names and sizes of the weight files; reading tens of
+    gigabytes to notice an edit in place would cost more than it protects.
+    """
+    directory = Path(model)
+    if not directory.is_dir():
+        return model
+    digest = hashlib.sha256()
+    for path in sorted(directory.iterdir()):
+        if path.suffix in {".safetensors", ".bin"}:
+            digest.update(f"{path.name}:{path.stat().st_size};".encode())
+        elif path.name in {"config.json", "adapter_config.json"}:
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def data_fingerprint(dataset: Any) -> str:
+    """sha256 of every row, in order: the same data in JSONL and in Parquet has one fingerprint."""
+    digest = hashlib.sha256()
+    for row in dataset:
+        line = json.dumps(row, sort_keys=True, ensure_ascii=False, default=str)
+        digest.update(line.encode("utf-8", "surrogatepass") + b"\n")
+    return digest.hexdigest()
+
+
+def read_record(output_dir: Path) -> dict[str, Any]:
+    """The run recorded in `output_dir`.
+
+    Raises:
+        ValueError: there is no ``run.json``, or it is not valid JSON.
+    """
+    path = output_dir / RUN_FILE
+    if not path.is_file():
+        raise ValueError(
+            f"--resume: {output_dir} holds no run to continue ({RUN_FILE} is missing); "
+            "start one by leaving --resume out"
+        )
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"--resume: {path} is not valid JSON ({error})") from error
+
+
+def write_record(output_dir: Path, record: dict[str, Any]) -> None:
+    """Write ``run.json`` so that a crash leaves either the old or the new one."""
+    part = output_dir / (RUN_FILE + ".part")
+    part.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(part, output_dir / RUN_FILE)
+
+
+def check_same_run(record: dict[str, Any], new: dict[str, Any]) -> None:
+    """Refuse to continue `record` with settings, data or model that would change its numbers.
+
+    Raises:
+        ValueError: names every difference, as recorded and as given now.
+    """
+    before, now = _comparable(record), _comparable(new)
+    changed = [
+        f"{name} was {before.get(name)!r}, now {value!r}"
+        for name, value in now.items()
+        if before.get(name) != value
+    ]
+    if changed:
+        raise ValueError(
+            f"--resume: not the run that started here: {'; '.join(changed)}. Give the settings "
+            "that it was started with, or start a new run in another --output-dir"
+        )
+
+
+def _comparable(record: dict[str, Any]) -> dict[str, Any]:
+    settings = {k: v for k, v in record["settings"].items() if k not in _FREE_ON_RESUME}
+    return settings | {
+        "data sha256": record["data"]["sha256"],
+        "model fingerprint": record["model_fingerprint"],
+    }
+
+
+def promote(checkpoint: Path, output_dir: Path) -> None:
+    """Copy model and tokenizer of a finished run's last checkpoint to `output_dir`."""
+    training_only = ("optimizer.pt", "scheduler.pt", "trainer_state.json", "training_args.bin")
+    for path in checkpoint.iterdir():
+        if path.is_file() and path.name not in training_only and path.suffix != ".pth":
+            shutil.copy2(path, output_dir / path.name)

@@ -1,0 +1,438 @@
+"""Preference data from a file or a `datasets` name, checked row by row before anything is trained.
+
+The format is TRL's: ``chosen`` and ``rejected``, with an explicit ``prompt`` or an implicit one
+(both completions then start with it), every value a string (standard) or a list of ``{"role",
+"content"}`` messages (conversational). Three optional columns are ours: ``group`` (for `dr.Group`),
+``margin`` (reward models) and ``weight`` (the nominal weight of the pair).
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import logging
+import math
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+logger = logging.getLogger(__name__)
+
+REQUIRED = ("chosen", "rejected")
+OPTIONAL = ("prompt", "group", "margin", "weight")
+KINDS = ("reward", "dpo")
+# A list of messages that pandas or a spreadsheet turned into its printed form.
+_WRITTEN_OUT = re.compile(r"""\s*\[\s*\{\s*['"](role|content)['"]\s*:""")
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+
+Row = dict[str, Any]
+Rows = Iterator[tuple[int, Row]]
+
+
+class DataError(ValueError):
+    """Preference data that cannot be trained on; the message names the file and the line or row."""
+
+
+@dataclass(frozen=True)
+class PreferenceData:
+    """Checked preference pairs.
+
+    ``dataset`` holds ``chosen`` and ``rejected``, ``prompt`` where the source has one, and as the
+    source has them ``group`` (int64 ids), ``margin`` and ``weight`` (floats). ``group_names[i]`` is
+    the name of group ``i`` when the source names its groups; None when it has integers or no
+    groups.
+    """
+
+    dataset: datasets.Dataset
+    group_names: list[str] | None = None
+
+
+def load_preference_data(
+    source: str | Path,
+    *,
+    split: str = "train",
+    kind: str = "reward",
+    group_names: Sequence[str] | None = None,
+) -> PreferenceData:
+    """Read and check preference pairs.
+
+    ``source`` is a ``.jsonl``, ``.json`` (lines or one array), ``.csv`` or ``.parquet`` file, a
+    local data set folder, or a name that `datasets.load_dataset` knows; ``split`` belongs to the
+    last two. String groups become their index in the sorted names, or in ``group_names`` when those
+    are given (pass the training set's names when reading an evaluation set). With ``kind="dpo"`` a
+    ``margin`` column is left out. Other columns are left out with one logged line.
+
+    Raises `DataError` naming file and line (row for Parquet and data sets) for whatever could not
+    be trained on: a missing column or file, broken JSON, an empty completion, a wrong type, rows of
+    mixed format, a bad group, margin or weight, an empty or unknown file.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"kind must be one of {', '.join(KINDS)}; got {kind!r}")
+    name, unit, rows = _open(str(source), split)
+    columns = _Columns(name, unit, skip={"margin"} if kind == "dpo" else set())
+    for number, row in rows:
+        columns.add(number, row)
+    return columns.finish(group_names)
+
+
+# ---- where rows come from: each reader yields (1-based line or row, {column: value}) -------------
+
+
+def _open(source: str, split: str) -> tuple[str, str, Rows]:
+    """The name to print, the unit that its numbers count, and the rows."""
+    path = Path(source).expanduser()
+    reader = _READERS.get(path.suffix.lower())
+    if path.is_dir():
+        return source, "row", _read_datasets(source, path, split)
+    if path.is_file() and reader is None:
+        suffixes = ", ".join(_READERS)
+        raise DataError(f"{source}: unknown suffix {path.suffix!r}; expected one of {suffixes}")
+    if reader is None and _HUB_NAME.fullmatch(source):
+        return source, "row", _read_datasets(source, path, split)
+    if not path.is_file() or reader is None:
+        raise DataError(f"{source}: no such file; give the path of a data file or a data set name")
+    if split != "train":
+        raise DataError(
+            f"{source}: split={split!r} was asked for, but a file holds one split only; "
+            "leave split out and give each split its own file"
+        )
+    return source, "row" if path.suffix.lower() == ".parquet" else "line", reader(path)
+
+
+def _read_json(path: Path) -> Rows:
+    with path.open("rb") as file:
+        head = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
+    return _read_json_array(path) if head.startswith(b"[") else _read_jsonl(path)
+
+
+def _read_jsonl(path: Path) -> Rows:
+    # Bytes, split at \n alone: U+2028 and its like inside a string must not shift the line numbers.
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                yield number, _parse_json(path, number, line)
+
+
+def _read_json_array(path: Path) -> Rows:
+    text = _decode(path, 1, path.read_bytes())
+    try:
+        json.loads(text)  # the whole is well-formed; below only finds the line of each row
+    except json.JSONDecodeError as error:
+        raise _broken_json(path, error.lineno, error) from error
+    decoder, space, line, last = json.JSONDecoder(), re.compile(r"[\s,]*"), 1, 0
+    at = _skip(space, text, text.index("[") + 1)
+    while not text.startswith("]", at):
+        line, last = line + text.count("\n", last, at), at
+        row, at = decoder.raw_decode(text, at)
+        yield line, row
+        at = _skip(space, text, at)
+
+
+def _skip(space: re.Pattern[str], text: str, at: int) -> int:
+    match = space.match(text, at)
+    return match.end() if match else at
+
+
+def _parse_json(path: Path, number: int, line: bytes) -> Row:
+    try:
+        return json.loads(_decode(path, number, line))
+    except json.JSONDecodeError as error:
+        raise _broken_json(path, number, error) from error
+
+
+def _broken_json(path: Path, line: int, error: json.JSONDecodeError) -> DataError:
+    return DataError(f"{path}: line {line}: broken JSON: {error.msg} (column {error.colno})")
+
+
+def _decode(path: Path, number: int, data: bytes) -> str:
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = number + data.count(b"\n", 0, error.start)
+        raise DataError(f"{path}: line {line}: not UTF-8 ({error.reason})") from error
+
+
+def _read_csv(path: Path) -> Rows:
+    text = _decode(path, 1, path.read_bytes())
+    limit = csv.field_size_limit(max(len(text), 1))  # a completion may be longer than the default
+    reader, start = csv.reader(io.StringIO(text, newline=""), strict=True), 1
+    try:
+        header = next(reader, [])
+        _check_csv_header(path, header)
+        start = reader.line_num + 1
+        for fields in reader:
+            if fields:
+                yield start, _csv_row(path, start, header, fields)
+            start = reader.line_num + 1  # a quoted field may hold line breaks
+    except csv.Error as error:
+        raise DataError(f"{path}: line {start}: broken CSV: {error}") from error
+    finally:
+        csv.field_size_limit(limit)
+
+
+def _csv_row(path: Path, line: int, header: list[str], fields: list[str]) -> Row:
+    if len(fields) != len(header):
+        raise DataError(
+            f"{path}: line {line}: {len(fields)} fields, but the header names {len(header)} "
+            "columns; quote fields that hold commas or line breaks"
+        )
+    row: Row = dict(zip(header, fields, strict=True))
+    for key in ("group", "margin", "weight"):
+        if key in row:
+            row[key] = _csv_number(row[key])
+    return row
+
+
+def _csv_number(cell: str) -> Any:
+    """In CSV every cell is a string: the number it holds; None when empty; else the string."""
+    if not cell.strip():
+        return None
+    try:
+        return float(cell)
+    except ValueError:
+        return cell
+
+
+def _check_csv_header(path: Path, header: list[str]) -> None:
+    doubled = {name for name in header if header.count(name) > 1}
+    if doubled & {*REQUIRED, *OPTIONAL}:
+        raise DataError(f"{path}: line 1: column {min(doubled)!r} is there more than once")
+    if header and not set(REQUIRED) <= set(header):
+        raise _missing_column(f"{path}: line 1", header)
+
+
+def _read_parquet(path: Path) -> Rows:
+    try:
+        file = pq.ParquetFile(path)
+        number = 0
+        for batch in file.iter_batches():
+            for row in batch.to_pylist():
+                number += 1
+                yield number, row
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{path}: cannot be read as Parquet: {error}") from error
+
+
+def _read_datasets(source: str, path: Path, split: str) -> Rows:
+    try:
+        if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+            data = datasets.load_from_disk(str(path))
+            data = data[split] if isinstance(data, datasets.DatasetDict) else data
+        else:
+            data = datasets.load_dataset(source, split=split)
+    except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
+        raise DataError(
+            f"{source}: neither a data file here nor a data set whose split {split!r} "
+            f"could be loaded: {error}"
+        ) from error
+    number = 0
+    for batch in data.with_format("arrow").iter(1000):
+        for row in batch.to_pylist():
+            number += 1
+            yield number, row
+
+
+_READERS: dict[str, Callable[[Path], Rows]] = {
+    ".jsonl": _read_jsonl,
+    ".json": _read_json,
+    ".csv": _read_csv,
+    ".parquet": _read_parquet,
+}
+
+
+# ---- what rows must hold -------------------------------------------------------------------------
+
+
+def _missing_column(where: str, found: Sequence[str], missing: str | None = None) -> DataError:
+    missing = missing or next(name for name in REQUIRED if name not in found)
+    return DataError(
+        f"{where}: missing column {missing!r}; found: {', '.join(sorted(found)) or 'none'}; "
+        f"needed: {', '.join(REQUIRED)} (optional: {', '.join(OPTIONAL)})"
+    )
+
+
+@dataclass
+class _Columns:
+    """Checks rows one by one and collects the columns that are kept."""
+
+    name: str
+    unit: str
+    skip: set[str]
+    columns: dict[str, list[Any]] = field(default_factory=dict)
+    numbers: list[int] = field(default_factory=list)
+    left_out: set[str] = field(default_factory=set)
+    skipped: set[str] = field(default_factory=set)
+    conversational: bool = False
+    identical: int = 0
+
+    def where(self, number: int) -> str:
+        return f"{self.name}: {self.unit} {number}"
+
+    def error(self, number: int, message: str) -> DataError:
+        return DataError(f"{self.where(number)}: {message}")
+
+    def add(self, number: int, row: Row) -> None:
+        if not isinstance(row, dict):
+            wanted = f"expected an object with {' and '.join(REQUIRED)}"
+            raise self.error(number, f"{wanted}; got {_short(row)}")
+        # null and absent are one: that is what Parquet and data sets make of an absent value
+        present = {key for key, value in row.items() if value is not None}
+        self.skipped |= present & self.skip
+        self.left_out |= present - {*REQUIRED, *OPTIONAL}
+        kept = [key for key in (*REQUIRED, *OPTIONAL) if key in present and key not in self.skip]
+        self.check_columns(number, kept, row)
+        self.numbers.append(number)
+        for key in kept:
+            self.columns[key].append(self.check_value(number, key, row[key]))
+        self.identical += self.columns["chosen"][-1] == self.columns["rejected"][-1]
+
+    def check_columns(self, number: int, kept: list[str], row: Row) -> None:
+        for name in REQUIRED:
+            if name not in kept:
+                raise _missing_column(self.where(number), list(row), name)
+        if not self.columns:
+            self.columns = {key: [] for key in kept}
+            self.conversational = not isinstance(row["chosen"], str)
+        for name in sorted(set(kept) ^ set(self.columns)):
+            first = f"{self.unit} {self.numbers[0]}"
+            odd = f"there is a {name!r}, but not in" if name in kept else f"no {name!r}, but one in"
+            raise self.error(number, f"{odd} {first}; give it in every row or in none")
+
+    def check_value(self, number: int, key: str, value: Any) -> Any:
+        if key == "group":
+            return value  # checked at the end, when it is known whether groups are named
+        if key in ("margin", "weight"):
+            return self.check_number(number, key, value)
+        if isinstance(value, str) is self.conversational:
+            first = "messages" if self.conversational else "a string"
+            raise self.error(
+                number,
+                f"{key!r} is {_kind(value)}, but 'chosen' of {self.unit} {self.numbers[0]} is "
+                f"{first}; all rows and columns must have one format",
+            )
+        check = self.check_text if isinstance(value, str) else self.check_messages
+        return check(number, key, value)
+
+    def check_number(self, number: int, key: str, value: Any) -> float:
+        if not _is_number(value) or not math.isfinite(value) or (key == "weight" and value < 0):
+            wanted = "a finite number >= 0" if key == "weight" else "a finite number"
+            raise self.error(number, f"{key!r} must be {wanted}; got {_short(value)}")
+        return float(value)
+
+    def check_text(self, number: int, key: str, value: str) -> str:
+        if key in REQUIRED and not value.strip():
+            raise self.error(number, f"{key!r} is empty; a completion needs text: drop the row")
+        if _WRITTEN_OUT.match(value):
+            raise self.error(
+                number,
+                f"{key!r} is a conversation written out as text, {_short(value)}; keep it as a "
+                "list of messages, in JSONL or Parquet",
+            )
+        return self.check_unicode(number, key, value)
+
+    def check_messages(self, number: int, key: str, value: Any) -> list[Row]:
+        if not isinstance(value, list):
+            wanted = "a string or a list of messages"
+            raise self.error(number, f"{key!r} must be {wanted}; got {_kind(value)}")
+        messages = [self.check_message(number, key, message) for message in value]
+        if not messages and key not in REQUIRED:
+            raise self.error(number, f"{key!r} holds no message; give at least one")
+        if key in REQUIRED and not any(
+            message["role"] == "assistant" and message["content"].strip() for message in messages
+        ):
+            raise self.error(
+                number,
+                f"{key!r} is empty; a completion needs an assistant message with text: "
+                "drop the row",
+            )
+        return messages
+
+    def check_message(self, number: int, key: str, message: Any) -> Row:
+        fields = message if isinstance(message, dict) else {}
+        role, content = fields.get("role"), fields.get("content")
+        if not isinstance(role, str) or not isinstance(content, str):
+            wanted = "{'role': string, 'content': string}"
+            raise self.error(
+                number, f"{key!r}: every message must be {wanted}; got {_short(message)}"
+            )
+        if len(fields) > 2:
+            more = {name for name, value in fields.items() if value is not None}
+            self.left_out |= {f"{name} (of messages)" for name in more - {"role", "content"}}
+        return {"role": role, "content": self.check_unicode(number, key, content)}
+
+    def check_unicode(self, number: int, key: str, text: str) -> str:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise self.error(number, f"{key!r} is not valid Unicode: {error.reason}") from error
+        return text
+
+    def finish(self, group_names: Sequence[str] | None) -> PreferenceData:
+        if not self.numbers:
+            raise DataError(f"{self.name}: empty; expected rows with {' and '.join(REQUIRED)}")
+        if "weight" in self.columns and not any(self.columns["weight"]):
+            raise DataError(f"{self.name}: every 'weight' is 0: nothing to train on")
+        names = None
+        if "group" in self.columns:
+            if group_names is not None or isinstance(self.columns["group"][0], str):
+                names = self.name_groups(group_names)
+            else:
+                self.number_groups()
+        self.log_what_was_left_out()
+        return PreferenceData(datasets.Dataset.from_dict(self.columns), names)
+
+    def name_groups(self, names: Sequence[str] | None) -> list[str]:
+        groups = list(zip(self.numbers, self.columns["group"], strict=True))
+        for number, value in groups:
+            if not isinstance(value, str) or not value.strip():
+                wanted = "a name, as it is in other rows" if names is None else "a name"
+                raise self.error(number, f"'group' must be {wanted}; got {_short(value)}")
+            if names is not None and value not in names:
+                raise self.error(
+                    number, f"'group' must be one of {', '.join(names)}; got {_short(value)}"
+                )
+        found = sorted({value for _, value in groups}) if names is None else list(names)
+        index = {name: i for i, name in enumerate(found)}
+        self.columns["group"] = [index[value] for _, value in groups]
+        return found
+
+    def number_groups(self) -> None:
+        for number, value in zip(self.numbers, self.columns["group"], strict=True):
+            if not _is_number(value) or not float(value).is_integer() or value < 0:
+                wanted = "an integer from 0 up (or a name, in every row)"
+                raise self.error(number, f"'group' must be {wanted}; got {_short(value)}")
+        self.columns["group"] = [int(value) for value in self.columns["group"]]
+
+    def log_what_was_left_out(self) -> None:
+        if self.left_out:
+            logger.warning("%s: columns left out: %s", self.name, ", ".join(sorted(self.left_out)))
+        if self.skipped:
+            logger.warning("%s: column 'margin' left out: DPO does not use a margin", self.name)
+        if self.identical:
+            logger.warning(
+                "%s: in %d of %d rows 'chosen' equals 'rejected': they teach no preference",
+                self.name,
+                self.identical,
+                len(self.numbers),
+            )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _kind(value: Any) -> str:
+    kinds = {"str": "a string", "list": "a list"}
+    return kinds.get(type(value).__name__, f"of type {type(value).__name__}")
+
+
+def _short(value: Any, limit: int = 60) -> str:
+    text = repr(value)
+    return text if len(text) <= limit else text[: limit - 3] + "..."

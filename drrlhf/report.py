@@ -1,0 +1,220 @@
+"""Pictures of a training run, in the colour-blind-safe colours of Okabe and Ito."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+BLUE, ORANGE, GREEN, VERMILION = "#0072B2", "#E69F00", "#009E73", "#D55E00"
+PALETTE = (BLUE, ORANGE, GREEN, VERMILION, "#CC79A7", "#56B4E9", "#F0E442", "#000000")
+_MARKERS = "osD^vP*X"
+_STYLES = ("-", "--", "-.", ":")
+
+Line = dict[str, Any]
+
+
+def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """The lines of a ``metrics.jsonl``; a last line cut off by a crash is left out.
+
+    Raises:
+        ValueError: a line before the last is not valid JSON.
+    """
+    path = Path(path)
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    if lines and not lines[-1].endswith("\n"):
+        lines.pop()
+    records = []
+    for number, line in enumerate(lines, 1):
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, line {number}: not valid JSON ({error})") from error
+    return records
+
+
+def plot_training(
+    metrics_path: str | os.PathLike[str],
+    output_png: str | os.PathLike[str],
+    *,
+    title: str = "",
+    group_names: list[str] | None = None,
+) -> Path:
+    """Draw the curves of one run's ``metrics.jsonl`` as a PNG and return its path.
+
+    Top: training loss, worst-case value where it was logged, evaluation loss. Below, as far as the
+    run has them: how unevenly the adversary weighs the batch (effective sample size as a share of
+    the batch, largest weight as a multiple of the uniform one), and the weight of each group (the
+    kept state of a Group set, otherwise the group's share of the batch's worst-case weight).
+
+    Raises:
+        ValueError: the file has no training line, or a line that is not JSON.
+        ImportError: matplotlib is missing.
+    """
+    lines = read_metrics(metrics_path)
+    train = [line for line in lines if line["event"] == "train"]
+    if not train:
+        raise ValueError(
+            f"{metrics_path}: no training step was logged, so there is nothing to plot"
+        )
+    evaluations = [line for line in lines if line["event"] == "eval"]
+    panels: list[Any] = [_draw_loss]
+    if any("robust/effective_sample_size" in line for line in train):
+        panels.append(_draw_weights)
+    groups = group_columns(train)
+    if groups:
+        panels.append(_draw_groups)
+
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    figure = Figure(figsize=(8.0, 0.6 + 2.7 * len(panels)), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
+    for axis, draw in zip(axes, panels, strict=True):
+        draw(axis, train, evaluations, groups, group_names)
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[-1].set_xlabel("optimizer step")
+    axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
+    figure.suptitle(title, fontsize="medium")
+    figure.savefig(output_png, dpi=130)
+    return Path(output_png)
+
+
+def plot_comparison(result: dict[str, Any], output_png: str | os.PathLike[str]) -> Path:
+    """Draw `drrlhf.demo.dpo`'s result as a PNG: held-out accuracy and margin by domain and setting.
+
+    Bars carry one standard error over pairs; the dashed line is chance.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    runs, domains = result["runs"], list(result["domains"])
+    figure = Figure(figsize=(9.5, 3.9), layout="constrained")
+    FigureCanvasAgg(figure)
+    width = 0.8 / len(runs)
+    for axis, column in zip(figure.subplots(1, 2), ("accuracy", "margin"), strict=True):
+        for number, run in enumerate(runs):
+            scores = [run["held_out"][name] for name in domains]
+            axis.bar(
+                [place + (number - (len(runs) - 1) / 2) * width for place in range(len(domains))],
+                [score[column] for score in scores],
+                width,
+                yerr=[score[f"{column}_error"] for score in scores],
+                capsize=3,
+                label=run["ambiguity"],
+                color=PALETTE[number],
+                hatch=("", "//")[number % 2],
+                edgecolor="white",
+            )
+        axis.axhline(0.5 if column == "accuracy" else 0, color="black", linewidth=1, linestyle="--")
+        ticks = [f"{name}\n{result['domains'][name]}" for name in domains]
+        axis.set_xticks(range(len(domains)), ticks, fontsize="small")
+        axis.spines[["top", "right"]].set_visible(False)
+    accuracy, margin = figure.axes
+    accuracy.set_ylabel("held-out preference accuracy")
+    margin.set_ylabel("mean held-out margin")
+    _legend(accuracy, accuracy.get_legend_handles_labels()[0])
+    steps = result["settings"]["steps"]
+    figure.suptitle(
+        f"DPO on {result['model']}, {steps} steps, one seed\n{result['data']}", fontsize=9
+    )
+    figure.savefig(output_png, dpi=130)
+    return Path(output_png)
+
+
+def group_columns(lines: list[Line]) -> dict[int, str]:
+    """{group id: column of its weight}; the kept state where there is one, else the batch's."""
+    columns: dict[int, str] = {}
+    for kind in ("weight", "state"):
+        for line in lines:
+            for name in line:
+                if match := re.fullmatch(rf"group/(\d+)/{kind}", name):
+                    columns[int(match[1])] = name
+    return dict(sorted(columns.items()))
+
+
+def _curve(axis: Any, lines: list[Line], column: str, label: str, color: str, **style: Any) -> None:
+    """One column over steps; a noisy long one is drawn pale under its trailing mean."""
+    points = [(line["step"], line[column]) for line in lines if column in line]
+    if not points:
+        return
+    steps, values = zip(*points, strict=True)
+    numbers = [math.nan if value is None else value for value in values]  # nan: a gap
+    window = len(numbers) // 25
+    if window > 1 and "marker" not in style:
+        axis.plot(steps, numbers, color=color, alpha=0.3, linewidth=1)
+        numbers = _trailing_mean(numbers, window)
+    style.setdefault("marker", "o" if len(points) < 3 else None)
+    axis.plot(steps, numbers, label=label, color=color, markersize=4, **style)
+
+
+def _trailing_mean(numbers: list[float], window: int) -> list[float]:
+    parts = (numbers[max(0, end - window) : end] for end in range(1, len(numbers) + 1))
+    return [sum(part) / len(part) for part in parts]
+
+
+def _legend(axis: Any, handles: list[Any]) -> None:
+    """Above the panel, where no curve can run under it."""
+    place = {"loc": "lower left", "bbox_to_anchor": (0, 1), "ncols": min(len(handles), 6)}
+    axis.legend(handles=handles, frameon=False, fontsize="small", borderaxespad=0.2, **place)
+
+
+def _labelled(axis: Any) -> list[Any]:
+    return [line for line in axis.get_lines() if not line.get_label().startswith("_")]
+
+
+def _draw_loss(axis: Any, train: list[Line], evaluations: list[Line], *_: Any) -> None:
+    robust = [line.get("robust/value") for line in train]
+    if robust == [line.get("loss") for line in train]:
+        _curve(axis, train, "loss", "training loss (worst case of each batch)", BLUE)
+    else:
+        _curve(axis, train, "loss", "training loss", BLUE)
+        _curve(axis, train, "robust/value", "worst case of each batch", ORANGE, linestyle="--")
+    _curve(axis, evaluations, "eval_loss", "evaluation loss", VERMILION, marker="D")
+    axis.set_ylabel("loss")
+    _legend(axis, _labelled(axis))
+
+
+def _draw_weights(axis: Any, train: list[Line], *_: Any) -> None:
+    _curve(axis, train, "robust/effective_sample_size", "effective sample size", GREEN)
+    axis.set_ylabel("effective sample size\n(share of the batch)")
+    axis.set_ylim(0, 1.05)
+    other = axis.twinx()
+    _curve(other, train, "robust/max_weight", "largest weight", VERMILION, linestyle="--")
+    other.set_ylabel("largest weight\n(1 = uniform)")
+    other.set_ylim(bottom=0)
+    other.spines["top"].set_visible(False)
+    _legend(axis, _labelled(axis) + _labelled(other))
+
+
+def _draw_groups(
+    axis: Any,
+    train: list[Line],
+    evaluations: list[Line],
+    groups: dict[int, str],
+    names: list[str] | None,
+) -> None:
+    for number, (group, column) in enumerate(groups.items()):
+        label = names[group] if names and group < len(names) else f"group {group}"
+        _curve(
+            axis,
+            train,
+            column,
+            label,
+            PALETTE[number % len(PALETTE)],
+            linestyle=_STYLES[number // len(PALETTE) % len(_STYLES)],
+            marker=_MARKERS[number % len(_MARKERS)],
+            markevery=max(1, len(train) // 8),
+        )
+    kept = next(iter(groups.values())).endswith("state")
+    axis.set_ylabel("group weight" if kept else "group's share of\nthe batch's weight")
+    axis.set_ylim(bottom=0)
+    _legend(axis, _labelled(axis))

@@ -1,0 +1,89 @@
+"""The backend is chosen visibly, and never falls through when asked for by name."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import drrlhf as dr
+from drrlhf import backends
+
+L = torch.randn(4)
+
+
+@pytest.fixture(autouse=True)
+def automatic():
+    with backends.use("auto"):
+        yield
+
+
+def test_use_is_a_call_and_a_context_manager():
+    backends.use("reference")
+    assert backends.kernel("robust_risk", "cpu") is dr.backends.reference.robust_risk
+    with backends.use("auto"):
+        expected = backends.build_info()["built"]
+        served_by_reference = (
+            backends.kernel("robust_risk", "cpu") is backends.reference.robust_risk
+        )
+        assert served_by_reference != expected
+    assert backends.kernel("robust_risk", "cpu") is backends.reference.robust_risk
+
+
+def test_a_named_backend_serves_or_raises():
+    with backends.use("cuda"), pytest.raises(backends.BackendError, match="robust_risk"):
+        dr.robust_risk(L)
+    with pytest.raises(ValueError, match="expected one of"):
+        backends.use("cudo")
+    dr.robust_risk(L)
+
+
+def test_explain_names_one_backend_for_each_op_and_a_reason_for_the_others():
+    rows = backends.explain()
+    for op in backends.OPS:
+        for device in ("cpu", "cuda"):
+            here = [r for r in rows if (r.op, r.device) == (op, device)]
+            assert sum(r.chosen for r in here) == 1
+            assert all(r.reason for r in here if not r.chosen)
+
+
+def run(code, **environment):
+    import os
+
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True,
+        env={**os.environ, **environment},
+    )  # fmt: skip
+
+
+def test_environment_variable():
+    code = "import torch, drrlhf as dr; print(dr.robust_risk(torch.ones(2)).value.item())"
+    assert run(code, DRRLHF_BACKEND="reference").stdout.strip() == "1.0"
+    failed = run(code, DRRLHF_BACKEND="triton")
+    assert failed.returncode and "'triton' was asked for by name" in failed.stderr
+    assert "expected one of" in run(code, DRRLHF_BACKEND="nonsense").stderr
+
+
+def test_without_the_extension_everything_works_and_says_why():
+    """As after DRRLHF_BUILD=none: the module is hidden, the reason is logged once."""
+    code = (
+        "import sys; sys.modules['drrlhf._C'] = None\n"
+        "import torch, json, drrlhf as dr\n"
+        "l = torch.tensor([1.0, 2.0, 4.0])\n"
+        "v = [dr.robust_risk(l, 'tv:0.5').value.item() for _ in range(3)]\n"
+        "print(json.dumps([v[0], dr.backends.build_info()]))"
+    )
+    done = run(code)
+    value, info = json.loads(done.stdout)
+    assert value == pytest.approx(0.5 * 4 + 1 / 3 * 4 + 1 / 6 * 2)
+    assert info["built"] is False and info["reason"]
+    assert done.stderr.count("served by plain PyTorch") == 1
+
+
+def test_importing_is_light():
+    heavy = ("trl", "transformers", "datasets", "matplotlib", "scipy")
+    code = f"import sys, drrlhf; print([m for m in {heavy} if m in sys.modules])"
+    assert run(code).stdout.strip() == "[]"

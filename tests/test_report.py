@@ -1,0 +1,132 @@
+"""Curves of a run: what is drawn from which line, and what cannot be drawn."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from matplotlib.figure import Figure
+
+from drrlhf.report import group_columns, plot_comparison, plot_training, read_metrics
+
+
+def _lines(n: int = 60, **columns) -> list[dict]:
+    return [
+        {"step": step, "event": "train", "loss": 1 / step}
+        | {name: values[step % len(values)] for name, values in columns.items()}
+        for step in range(1, n + 1)
+    ]
+
+
+def _write(path, lines, tail: str = ""):
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines) + tail)
+    return path
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figures that were saved, to look into."""
+    figures = []
+    save = Figure.savefig
+    monkeypatch.setattr(
+        Figure, "savefig", lambda self, *a, **k: (figures.append(self), save(self, *a, **k))[1]
+    )
+    return figures
+
+
+def _curves(axis) -> dict[str, list[float]]:
+    lines = axis.get_lines()
+    return {
+        line.get_label(): list(line.get_ydata()) for line in lines if line.get_label()[0] != "_"
+    }
+
+
+def test_a_robust_run_with_groups_has_three_labelled_panels(tmp_path, drawn):
+    robust = {"robust/effective_sample_size": [0.5], "robust/max_weight": [2.0, 4.0]}
+    groups = {"group/0/weight": [0.9], "group/0/state": [0.4], "group/1/state": [0.6]}
+    lines = _lines(20, **robust, **groups, **{"robust/value": [0.25]})
+    lines.append({"step": 20, "event": "eval", "eval_loss": 0.7})
+    path = plot_training(
+        _write(tmp_path / "m.jsonl", lines), tmp_path / "m.png", group_names=["tweets", "nyt"]
+    )
+    assert path.read_bytes().startswith(b"\x89PNG")
+    loss, weights, group, largest = drawn[0].axes
+    assert _curves(loss) == {
+        "training loss": [line["loss"] for line in lines[:-1]],
+        "worst case of each batch": [0.25] * 20,
+        "evaluation loss": [0.7],
+    }
+    assert _curves(weights) == {"effective sample size": [0.5] * 20}
+    assert _curves(largest) == {"largest weight": [4.0, 2.0] * 10}
+    assert _curves(group) == {"tweets": [0.4] * 20, "nyt": [0.6] * 20}
+    assert group.get_xlabel() == "optimizer step"
+    assert loss.get_ylabel() == "loss" and group.get_ylabel() == "group weight"
+
+
+def test_a_plain_run_has_one_panel_and_long_curves_are_smoothed(tmp_path, drawn):
+    lines = [{"step": i, "event": "train", "loss": float(i % 2)} for i in range(1, 101)]
+    plot_training(_write(tmp_path / "m.jsonl", lines), tmp_path / "m.png")
+    (axis,) = drawn[0].axes
+    smooth = _curves(axis)["training loss"]
+    assert smooth[0] == 1.0 and smooth[3:] == [0.5] * 97  # trailing mean over four steps
+
+
+def test_a_loss_that_is_not_finite_is_a_gap(tmp_path, drawn):
+    lines = _lines(5)
+    lines[2]["loss"] = None
+    plot_training(_write(tmp_path / "m.jsonl", lines), tmp_path / "m.png")
+    values = _curves(drawn[0].axes[0])["training loss"]
+    assert values[2] != values[2] and values[3] == 0.25
+
+
+def test_equal_loss_and_worst_case_are_one_curve(tmp_path, drawn):
+    lines = [line | {"robust/value": line["loss"]} for line in _lines(5)]
+    plot_training(_write(tmp_path / "m.jsonl", lines), tmp_path / "m.png")
+    assert list(_curves(drawn[0].axes[0])) == ["training loss (worst case of each batch)"]
+
+
+def test_group_weights_fall_back_to_the_batch():
+    lines = [{"group/1/weight": 0.5}, {"group/0/weight": 0.5, "group/0/state": 0.2}]
+    assert group_columns(lines) == {0: "group/0/state", 1: "group/1/weight"}
+
+
+def test_read_metrics_drops_a_cut_off_end_and_names_a_broken_line(tmp_path):
+    path = _write(tmp_path / "m.jsonl", _lines(2), tail='{"step": 3, "lo')
+    assert [line["step"] for line in read_metrics(path)] == [1, 2]
+    path.write_text('{"step": 1}\nnonsense\n{"step": 2}\n')
+    with pytest.raises(ValueError, match=r"m\.jsonl, line 2: not valid JSON"):
+        read_metrics(path)
+    assert read_metrics(tmp_path / "absent.jsonl") == []
+
+
+def test_nothing_to_plot_is_said(tmp_path):
+    with pytest.raises(ValueError, match="no training step was logged"):
+        plot_training(_write(tmp_path / "m.jsonl", []), tmp_path / "m.png")
+    assert not (tmp_path / "m.png").exists()
+
+
+def test_comparison_shows_every_setting_in_every_domain(tmp_path, drawn):
+    def score(accuracy, margin):
+        return {
+            "accuracy": accuracy,
+            "accuracy_error": 0.05,
+            "margin": margin,
+            "margin_error": 0.1,
+        }
+
+    result = {
+        "settings": {"steps": 4},
+        "model": "a model",
+        "data": "derived",
+        "domains": {"movie": "95%", "nyt": "unseen"},
+        "runs": [
+            {"ambiguity": "erm", "held_out": {"movie": score(0.7, 1.0), "nyt": score(0.5, -1.0)}},
+            {"ambiguity": "tv:0.1", "held_out": {"movie": score(0.6, 2.0), "nyt": score(0.8, 3.0)}},
+        ],
+    }
+    plot_comparison(result, tmp_path / "c.png")
+    accuracy, margin = drawn[0].axes
+    assert [patch.get_height() for patch in accuracy.patches] == [0.7, 0.5, 0.6, 0.8]
+    assert [patch.get_height() for patch in margin.patches] == [1.0, -1.0, 2.0, 3.0]
+    assert [text.get_text() for text in accuracy.get_legend().get_texts()] == ["erm", "tv:0.1"]
+    assert "derived" in drawn[0].get_suptitle()
