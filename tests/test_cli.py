@@ -98,6 +98,8 @@ def test_reward_model(place, tmp_path):
     lines = read_metrics(tmp_path / "out/metrics.jsonl")
     assert [line["step"] for line in lines if line["event"] == "train"] == [1, 2, 3, 4, 5, 6]
     assert [line["step"] for line in lines if line["event"] == "eval"] == [6]
+    # groups are numbered by the training set's names, of which this one has two: movie and tweets
+    assert "eval_group/2/weight" in lines[-1] and "eval_group/0/weight" not in lines[-1]
     record = json.loads((tmp_path / "out/run.json").read_text())
     assert record["settings"]["ambiguity"] == "tv:0.1" and record["data"]["rows"] == 24
     assert record["data"]["group_names"] == ["amazon", "movie", "tweets"]
@@ -249,6 +251,11 @@ def test_resume_gives_the_numbers_of_an_uninterrupted_run(place, tmp_path, kind,
     _train(place, kind, broken, more + " --resume")
     assert _numbers(broken) == _numbers(whole)
     _assert_same_weights(broken, whole)
+    clock = [
+        [line["seconds"] for line in read_metrics(out / "metrics.jsonl") if line["step"] <= 3]
+        for out in (whole, broken)
+    ]
+    assert clock[0] == clock[1], "the first three steps were trained again"
     record = rundir.read_record(broken)
     assert [entry["step"] for entry in record["resumed"]] == [3]
 
@@ -330,6 +337,37 @@ def test_a_second_ctrl_c_stops_at_once_and_handlers_come_back():
         assert callback.signum == signal.SIGINT
         os.kill(os.getpid(), signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is before
+
+
+# ---- demonstrations ----------------------------------------------------------------------------
+
+
+def test_demos_get_their_options_and_explain_missing_material(monkeypatch):
+    from drrlhf.demo import dpo, material, reward
+
+    calls = []
+    monkeypatch.setattr(reward, "run", lambda out, **options: calls.append((out, options)))
+    monkeypatch.setattr(dpo, "run", lambda out, **options: calls.append((out, options)))
+    for line in (
+        "reward --demo --seeds 7 --quick --output-dir here",
+        "dpo --demo",
+        "dpo --demo --steps 3 --ambiguity cvar:0.5 --seed 9 --output-dir there",
+    ):
+        result = _run(["train", *line.split()])
+        assert result.exit_code == 0, result.output
+    for _, options in calls:
+        options.pop("console")
+    assert calls == [
+        (Path("here"), {"seeds": 7, "quick": True}),
+        (Path("demo-dpo"), {"ambiguity": "tv:0.1", "seed": 42}),
+        (Path("there"), {"ambiguity": "cvar:0.5", "seed": 9, "steps": 3}),
+    ]
+
+    def offline(*_, **__):
+        raise material.MaterialError("could not fetch the model.\nIs the network reachable?")
+
+    monkeypatch.setattr(dpo, "run", offline)
+    _refused(_run(["train", "dpo", "--demo"]), "could not fetch the model. Is the network")
 
 
 # ---- doctor and the rest -----------------------------------------------------------------------

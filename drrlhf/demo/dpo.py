@@ -308,7 +308,7 @@ def table(result: Mapping[str, Any]) -> Table:
     shown.add_column("ambiguity")
     for name, role in result["domains"].items():
         shown.add_column(f"{name}\n({role})", justify="right")
-    shown.add_column("final\nloss", justify="right")
+    shown.add_column("loss it\nminimised", justify="right")
     shown.add_column("s per\nstep", justify="right")
     for one in result["runs"]:
         cells = [

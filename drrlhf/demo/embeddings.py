@@ -10,6 +10,8 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +66,6 @@ def _key(texts: Sequence[str], model_dir: Path, dtype: torch.dtype) -> str:
     return hashlib.sha256(described.encode()).hexdigest()[:24]
 
 
-@torch.inference_mode()
 def _encode(
     texts: Sequence[str], model_dir: Path, dtype: torch.dtype, console: Console | None
 ) -> torch.Tensor:
@@ -75,15 +76,35 @@ def _encode(
     model = AutoModel.from_pretrained(model_dir, dtype=dtype).eval()
     ids = tokenizer(list(texts), truncation=True, max_length=MAX_TOKENS)["input_ids"]
     result = torch.empty(len(texts), model.config.hidden_size)
-    with _progress(console) as progress:
+
+    def fill(batch: list[int]) -> int:
+        padded = tokenizer.pad({"input_ids": [ids[i] for i in batch]}, return_tensors="pt")
+        result[batch] = _pooled(model, padded)
+        return len(batch)
+
+    # A batch a core, not all cores on each batch: threads that meet after every product lose most
+    # of their time when another program runs beside, and numbers would depend on how many there
+    # are.
+    cores = torch.get_num_threads()
+    with one_thread(), ThreadPoolExecutor(cores) as pool, _progress(console) as progress:
         task = progress.add_task("Encoding texts", total=len(texts))
-        for batch in _batches([len(i) for i in ids]):
-            padded = tokenizer.pad({"input_ids": [ids[i] for i in batch]}, return_tensors="pt")
-            result[batch] = _pooled(model, padded)
-            progress.advance(task, len(batch))
+        for done in pool.map(fill, _batches([len(i) for i in ids])):
+            progress.advance(task, done)
     return result
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Within, torch computes every operation on one thread."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@torch.inference_mode()
 def _pooled(model: Any, batch: Any) -> torch.Tensor:
     hidden = model(**batch).last_hidden_state.float()  # (texts, tokens, hidden)
     real = batch["attention_mask"].unsqueeze(-1)

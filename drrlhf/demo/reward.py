@@ -27,8 +27,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean, stdev
@@ -153,7 +152,7 @@ def run(
     pools = _pools(splits or _real_splits(console), scale)
     vectors, rows = _encoded(pools, encoder or _real_encoder(console))
     encoded = time.perf_counter()
-    with _one_thread():
+    with embeddings.one_thread():  # small tensors gain nothing from more
         runs = _all_seeds(pools, vectors, rows, seeds, scale, console)
     seconds = {"texts": encoded - start, "training": time.perf_counter() - encoded}
     results = _summary(runs, scale, pools, seconds)
@@ -307,17 +306,6 @@ def _one_seed(
             "accuracy": found | {"worst": min(found.values())},
         }
     return {"methods": methods, "human": {d: drawn.human for d, drawn in test.items()}}
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Small tensors gain nothing from more, and with one, equal seeds give equal numbers."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 # ---- what is reported ----------------------------------------------------------------------------

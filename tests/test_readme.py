@@ -1,0 +1,130 @@
+"""Every snippet and command of the README, as it stands."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from trl_fixtures import tiny_llama_dir, tiny_pairs
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+COMMANDS = [c for block in blocks("sh") for c in block.strip().splitlines()]
+INSTALL = [c for c in COMMANDS if c.startswith("pip ")]
+MAKE = [c for c in COMMANDS if c.startswith("make ")]
+SHELL = [c for c in COMMANDS if c.startswith("drrlhf ")]
+
+
+def test_every_command_is_of_a_kind_that_is_tested():
+    assert set(COMMANDS) == {*INSTALL, *MAKE, *SHELL}
+    assert len(blocks("python")) == 1 and len(blocks("diff")) == 1 and SHELL and MAKE and INSTALL
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A place with the files that the commands name."""
+    path = tmp_path_factory.mktemp("readme")
+    tiny_llama_dir(path).rename(path / "DIR")
+    rows = [dict(row) for row in tiny_pairs(8)]
+    (path / "my_pairs.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return path
+
+
+def run(command: list[str], cwd: Path) -> str:
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, f"{shlex.join(command)}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+@pytest.mark.parametrize("command", SHELL)
+def test_shell_commands(command, folder):
+    words = shlex.split(command)
+    run([sys.executable, "-m", "drrlhf", *words[1:]], folder)
+    if "--output-dir" in words:
+        out = folder / words[words.index("--output-dir") + 1]
+        assert (out / "metrics.jsonl").stat().st_size and (out / "training.png").exists()
+
+
+def test_python_snippet(tmp_path):
+    assert "tensor(" in run([sys.executable, "-c", blocks("python")[0]], tmp_path)
+
+
+def test_diff_snippet(folder):
+    """What the diff leaves behind is a script that runs, once its three inputs exist."""
+    added = [line[1:] for line in blocks("diff")[0].splitlines() if line[:1] in ("+", " ")]
+    script = (
+        "import sys; sys.path.insert(0, sys.argv[1])\n"
+        "from trl_fixtures import tiny_pairs\n"
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        "model = AutoModelForCausalLM.from_pretrained('DIR')\n"
+        "tokenizer = AutoTokenizer.from_pretrained('DIR')\n"
+        "dataset = tiny_pairs(8)\n" + "\n".join(added)
+    )
+    if not torch.cuda.is_available():  # TRL's own default asks for a GPU
+        script = script.replace('output_dir="out"', 'output_dir="out", use_cpu=True')
+    assert "'train_loss'" in run([sys.executable, "-c", script, str(ROOT / "tests")], folder)
+
+
+@pytest.mark.parametrize("command", MAKE)
+def test_make_targets_exist_and_run_in_ci(command):
+    target = command.split()[1]
+    run(["make", "-n", target], ROOT)
+    assert f"make {target}" in (ROOT / ".ci" / "run").read_text()
+
+
+def test_install_command_in_pure_python(tmp_path):
+    """`pip install .` where nothing can be compiled: it works, and `doctor` says so."""
+    assert 'pip install --no-build-isolation ".[trl]"' in INSTALL
+    source, site = tmp_path / "source", tmp_path / "site"
+    ignored = {".git", ".venv", "build", "demo", "__pycache__", "drrlhf.egg-info"}
+
+    def skip(folder, names):
+        top = Path(folder) == ROOT
+        return [n for n in names if (top and n in ignored) or n.endswith((".so", "_build.json"))]
+
+    shutil.copytree(ROOT, source, ignore=skip)
+    environment = {**os.environ, "DRRLHF_BUILD": "none"}
+    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-build-isolation", "--no-deps"]
+    subprocess.run([*pip, "--target", str(site), "."], cwd=source, env=environment, check=True)
+    assert not list(site.rglob("_C*.so"))
+    code = (
+        f"import sys; sys.path.insert(0, {str(site)!r})\n"
+        # An editable install beside it would lend its compiled module.
+        "sys.meta_path = [f for f in sys.meta_path if 'ditable' not in repr(f)]\n"
+        "import torch, drrlhf, drrlhf.cli\n"
+        f"assert drrlhf.__file__.startswith({str(site)!r})\n"
+        "print(drrlhf.robust_risk(torch.tensor([1.0, 3.0]), 'cvar:0.5').value.item())\n"
+        "print(drrlhf.backends.build_info()['reason'])"
+    )
+    value, reason = run([sys.executable, "-c", code], tmp_path).strip().splitlines()
+    assert value == "3.0" and reason == "DRRLHF_BUILD=none was set"
+
+
+def test_an_unknown_build_mode_is_refused(tmp_path):
+    environment = {**os.environ, "DRRLHF_BUILD": "gpu"}
+    done = subprocess.run(
+        [sys.executable, "setup.py", "--version"],
+        cwd=ROOT, env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode and "expected auto, cpu, cuda or none, got 'gpu'" in done.stderr
+
+
+def test_changelog_names_the_version():
+    from drrlhf import __version__
+
+    assert f"## {__version__}" in (ROOT / "CHANGELOG.md").read_text()
