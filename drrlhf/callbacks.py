@@ -149,7 +149,7 @@ class ProgressCallback(TrainerCallback):
     def __init__(self, console: Console, title: str = "training") -> None:
         self._progress = Progress(
             TextColumn("{task.description}"),
-            BarColumn(),
+            BarColumn(bar_width=20),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TimeRemainingColumn(),

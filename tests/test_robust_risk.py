@@ -68,7 +68,7 @@ def conic_values(family: str, problems: list, sets: list) -> np.ndarray:
     for k, (problem, ambiguity) in enumerate(zip(problems, sets)):
         p = trimmed(problem.p, problem.losses, ambiguity.trim)
         p, l = p[p > 0], problem.losses[p > 0]
-        span = np.ptp(l) or 1.0
+        span = np.ptp(l) or np.abs(l).max() or 1.0
         rows += [k] * len(l)
         p_all.append(p)
         d_all.append((l - l.min()) / span)
@@ -98,7 +98,7 @@ def scalar_value(problem: Problem, ambiguity) -> float:
     """The value as the minimum of the convex dual in one variable."""
     p = trimmed(problem.p, problem.losses, ambiguity.trim)
     l, p = problem.losses[p > 0], p[p > 0]
-    span = np.ptp(l) or 1.0
+    span = np.ptp(l) or np.abs(l).max() or 1.0
     d, t = (l - l.max()) / span, (getattr(ambiguity, "temperature", None) or 0.0) / span
     if isinstance(ambiguity, dr.KL) and t:
         return l.max() + span * t * logsumexp(d / t, b=p)

@@ -260,7 +260,20 @@ DRRLHF_HD Solution solve_cvar_temperature(const Team& team, const Problem& probl
   // Newton on the concave sum climbs to it.
   double* x = problem.d;
   double v = top, h = log(alpha) - m.log_z;
-  team.each([=](std::int64_t i) { x[i] = (l[i] - v) / t; });
+  if (s > 16) {
+    // From the uncapped y the climb would cap the losses level by level. The threshold of the
+    // alpha-tail is close: anchored there, y lies in [rest / p(l <= v), 1 / alpha], and what is
+    // free never underflows.
+    v = upper_tail(team, l, p, alpha, bottom, top).threshold;
+    const double anchor = v;
+    const Sums<2> masses = team.template sum<2>([=](std::int64_t i) {
+      return Sums<2>{{l[i] > anchor ? p[i] : 0.0, l[i] <= anchor ? p[i] : 0.0}};
+    });
+    const double rest = 1 - masses.v[0] / alpha;
+    h = log((rest > 1e-300 ? rest : 1e-300) / masses.v[1] * alpha);
+  }
+  const double anchor = v;
+  team.each([=](std::int64_t i) { x[i] = (l[i] - anchor) / t; });
   for (int step = 0; step < kMaxSteps; ++step) {
     const double at = h;
     const Sums<2> m2 = team.template sum<2>([=](std::int64_t i) {
@@ -268,20 +281,6 @@ DRRLHF_HD Solution solve_cvar_temperature(const Team& team, const Problem& probl
       const double e = p[i] * exp_nonpositive(z < 0 ? z : 0.0);
       return Sums<2>{{z >= 0 ? p[i] : 0.0, z >= 0 ? 0.0 : e}};
     });
-    if (v == top && m2.v[0] < alpha && m2.v[1] < 1e-250) {
-      // What is free lies too far below the top for float64. Anchored at the threshold of the
-      // alpha-tail, y lies in [rest / p(l <= v), 1/alpha] and the free sum never vanishes.
-      v = upper_tail(team, l, p, alpha, bottom, top).threshold;
-      const double anchor = v;
-      const Sums<2> masses = team.template sum<2>([=](std::int64_t i) {
-        return Sums<2>{{l[i] > anchor ? p[i] : 0.0, l[i] <= anchor ? p[i] : 0.0}};
-      });
-      const double rest = 1 - masses.v[0] / alpha;
-      h = log((rest > 1e-300 ? rest : 1e-300) / masses.v[1] * alpha);
-      team.each([=](std::int64_t i) { x[i] = (l[i] - anchor) / t; });
-      if (v == top) break;  // the top alone fills the tail
-      continue;
-    }
     const double growth = (alpha - m2.v[0]) / m2.v[1];
     if (!(growth > 1 + 1e-15)) break;
     h += log(growth);

@@ -33,10 +33,17 @@ struct SerialTeam {
   DRRLHF_HD Sums<K> sum(F f) const {
     double lanes[K][kLanes] = {};
     std::int64_t i = 0;
+    const auto add = [&](int j) {
+      const Sums<K> term = f(i + j);
+      for (int k = 0; k < K; ++k) lanes[k][j] += term.v[k];
+    };
     for (; i + kLanes <= n; i += kLanes) {
-      for (int j = 0; j < kLanes; ++j) {
-        const Sums<K> term = f(i + j);
-        for (int k = 0; k < K; ++k) lanes[k][j] += term.v[k];
+      if constexpr (K == 1) {
+        for (int j = 0; j < kLanes; ++j) add(j);
+      } else {
+        // Unrolled early, GCC leaves several sums at once scalar; one alone it does not.
+#pragma GCC unroll 1
+        for (int j = 0; j < kLanes; ++j) add(j);
       }
     }
     for (int j = 0; i < n; ++i, ++j) {

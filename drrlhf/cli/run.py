@@ -436,12 +436,15 @@ def _table(record: dict[str, Any], train: list[Any], evaluations: list[Any]) -> 
         caption=f"{record['data']['rows']} pairs, {last['step']} steps, {last['seconds']:.1f} s",
     )
     tenth = max(1, len(train) // 10)  # one batch alone says little
-    parts = [(train[:tenth], ""), (train[-tenth:], ""), (evaluations[-1:], "eval_")]
+    parts = [(train[:tenth], ""), (train[-tenth:], "")]
+    if evaluations:
+        parts.append((evaluations[-1:], "eval_"))
     table.add_column("")
     for lines, prefix in parts:
-        steps = sorted({lines[0]["step"], lines[-1]["step"]}) if lines else []
-        name = "held out" if prefix else "step " + "-".join(map(str, steps))
-        table.add_column(name if lines else "", justify="right")
+        steps = sorted({lines[0]["step"], lines[-1]["step"]})
+        table.add_column(
+            "held out" if prefix else "step " + "-".join(map(str, steps)), justify="right"
+        )
     for title, names in _ROWS:
         cells = [_mean(lines, [prefix + name for name in names]) for lines, prefix in parts]
         if any(cells):

@@ -25,6 +25,7 @@ def _fake(losses, nominal, groups, group_weights, kind, a, b, trim):
 
 def _setup(ctx: Any, inputs: Any, output: Any) -> None:
     ctx.save_for_backward(output[1])
+    ctx.mark_non_differentiable(*output[1:])
     ctx.dtype = inputs[0].dtype
     ctx.set_materialize_grads(False)
 
