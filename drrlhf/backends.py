@@ -61,7 +61,10 @@ def _load_extension() -> tuple[ModuleType | None, str]:
     except ImportError as error:  # not built, or built against another torch: the reason is kept
         recorded = build_record().get("reason")
         if isinstance(error, ModuleNotFoundError):
-            return None, recorded or "the C++ extension is not built here, and no build left a record"
+            return (
+                None,
+                recorded or "the C++ extension is not built here, and no build is on record",
+            )
         return None, f"the C++ extension does not load: {error}"
 
 

@@ -214,9 +214,10 @@ def test_an_occupied_directory_is_refused_then_overwritten(place, tmp_path):
     result = _run(_arguments(place, "reward", out, "--max-steps 1"))
     _refused(result, str(out), "run.json", "--resume", "--overwrite")
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
-    _train(place, "reward", out, "--max-steps 1 --overwrite")
+    _train(place, "reward", out, "--max-steps 1 --overwrite --lora")
     assert [line["step"] for line in read_metrics(out / "metrics.jsonl")] == [1]
     assert [path.name for path in out.glob("checkpoint-*")] == ["checkpoint-1"]
+    assert [path.name for path in out.glob("*.safetensors")] == ["adapter_model.safetensors"]
 
 
 def test_the_start_model_is_never_overwritten(place, tmp_path):
@@ -224,6 +225,9 @@ def test_the_start_model_is_never_overwritten(place, tmp_path):
     for out in (model, tmp_path):
         result = _run(_arguments(place, "dpo", out, f"--model {model} --overwrite"))
         _refused(result, "lies in --output-dir")
+    result = _run(_arguments(place, "dpo", model, "--overwrite"))
+    _refused(result, "config.json", "no run of drrlhf")
+    _assert_same_weights(model, place.dpo)
 
 
 # ---- going on ----------------------------------------------------------------------------------

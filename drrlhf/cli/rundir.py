@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import hashlib
 import json
 import os
@@ -20,16 +21,10 @@ RUN_FILE = "run.json"
 METRICS_FILE = "metrics.jsonl"
 PLOT_FILE = "training.png"
 
-# Files that only a run (ours or another tool's) or a saved model leaves behind.
-_TRACES = (
-    RUN_FILE,
-    METRICS_FILE,
-    "checkpoint-*",
-    "config.json",
-    "adapter_config.json",
-    "*.safetensors",
-    "*.gguf",
-)
+# What a run or a saved model leaves behind, and what marks it as a run of ours.
+_OURS = (RUN_FILE, METRICS_FILE, "checkpoint-*")
+_MODEL = ("config.json", "adapter_config.json", "*.safetensors", "*.safetensors.index.json")
+_TRACES = (*_OURS, *_MODEL, "*.gguf", "pytorch_model*.bin")
 
 # Changing these between the two halves of a run changes none of its numbers. `data` and `model`
 # are compared by content instead of by path.
@@ -76,11 +71,13 @@ def occupant(output_dir: Path) -> str | None:
 
 
 def clear(output_dir: Path) -> None:
-    """Remove an earlier run's record, curves and checkpoints; model files are overwritten later."""
-    for checkpoint in output_dir.glob("checkpoint-*"):
-        shutil.rmtree(checkpoint)
-    for name in (RUN_FILE, METRICS_FILE, PLOT_FILE):
-        (output_dir / name).unlink(missing_ok=True)
+    """Remove an earlier run: record, curves, checkpoints, and its model.
+
+    A model that stayed would be taken for the new run's where that one saves adapters only.
+    """
+    for pattern in (*_OURS, *_MODEL, PLOT_FILE):
+        for path in output_dir.glob(pattern):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def newest_checkpoint(output_dir: Path) -> Path | None:
@@ -189,3 +186,8 @@ def promote(checkpoint: Path, output_dir: Path) -> None:
     for path in checkpoint.iterdir():
         if path.is_file() and path.name not in training_only and path.suffix != ".pth":
             shutil.copy2(path, output_dir / path.name)
+
+
+def now() -> str:
+    """The time, in UTC, to the second."""
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")

@@ -1,0 +1,153 @@
+"""From settings and data to a trainer with our callbacks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from drrlhf.cli import rundir
+
+KEPT_CHECKPOINTS = 2  # so that a broken newest one leaves one to go back to
+
+
+def build(settings: rundir.Settings, data: Any, eval_data: Any, console: Console) -> Any:
+    """The trainer and our callbacks on it; loads the model and tokenizes the data."""
+    from transformers import AutoTokenizer, PrinterCallback
+
+    from drrlhf import trl
+    from drrlhf.callbacks import InterruptCallback, MetricsCallback, ProgressCallback
+
+    tokenizer = AutoTokenizer.from_pretrained(settings.model)
+    train, held_out = (
+        _tokenized(part.dataset, tokenizer, settings) if part else None
+        for part in (data, eval_data)
+    )
+    arguments = _arguments(settings, tokenizer, eval_data is not None, console)
+    config: Any
+    make: Any
+    if settings.kind == "reward":
+        make = trl.RewardTrainer
+        arguments["center_rewards_coefficient"] = settings.center_rewards_coefficient or None
+        config = trl.RewardConfig(**arguments)
+    else:
+        make = trl.DPOTrainer
+        arguments |= {
+            "beta": settings.beta,
+            "loss_type": [settings.loss_type],
+            "label_smoothing": settings.label_smoothing,
+            "precompute_ref_log_probs": settings.precompute_ref,
+        }
+        config = trl.DPOConfig(**arguments)
+    callbacks = (
+        MetricsCallback(Path(settings.output_dir) / rundir.METRICS_FILE),
+        InterruptCallback(),
+        ProgressCallback(console),
+    )
+    # MetricsCallback comes last: it must see that a checkpoint was asked for, whoever asked.
+    trainer = make(
+        model=settings.model,
+        args=config,
+        processing_class=tokenizer,
+        train_dataset=train,
+        eval_dataset=held_out,
+        callbacks=list(callbacks[::-1]),
+        peft_config=_adapters(settings),
+    )
+    trainer.remove_callback(PrinterCallback)
+    _tell_left_out(len(data.dataset), len(trainer.train_dataset), config.max_length, console)
+    return trainer, callbacks
+
+
+def _tokenized(dataset: Any, tokenizer: Any, settings: rundir.Settings) -> Any:
+    """`dataset` as it is, or tokenized here when TRL could not: encoders end texts their own way.
+
+    TRL appends the end-of-sequence token to every text, and most encoders have none.
+    """
+    if tokenizer.eos_token is not None:
+        return dataset
+    if settings.kind == "dpo":
+        raise ValueError(
+            f"--model {settings.model}: its tokenizer has no eos_token to end a completion with"
+        )
+    if not isinstance(dataset[0]["chosen"], str):
+        raise ValueError(
+            f"--model {settings.model}: its tokenizer has no eos_token, so it reads plain text "
+            "only, and the data is conversational"
+        )
+
+    def tokenize(row: dict[str, Any]) -> dict[str, Any]:
+        texts = (row.get("prompt", "") + row[name] for name in ("chosen", "rejected"))
+        chosen, rejected = (tokenizer(text)["input_ids"] for text in texts)
+        return {"chosen_ids": chosen, "rejected_ids": rejected}
+
+    return dataset.map(tokenize, desc="Tokenizing")
+
+
+def _arguments(
+    settings: rundir.Settings, tokenizer: Any, evaluate: bool, console: Console
+) -> dict[str, Any]:
+    """What both configurations take from `settings`, under transformers' names."""
+    import torch
+
+    accelerated = torch.cuda.is_available()
+    return {
+        "ambiguity": settings.ambiguity,
+        "output_dir": settings.output_dir,
+        "num_train_epochs": settings.epochs,
+        "max_steps": settings.max_steps,
+        "per_device_train_batch_size": settings.batch_size,
+        "per_device_eval_batch_size": settings.batch_size,
+        "gradient_accumulation_steps": settings.gradient_accumulation,
+        "learning_rate": settings.learning_rate,
+        "max_length": _fitting_length(settings, tokenizer, console),
+        "seed": settings.seed,
+        "bf16": settings.dtype == "bf16",
+        "use_cpu": not accelerated,
+        "gradient_checkpointing": accelerated,  # buys memory with time: no bargain on a CPU
+        "save_steps": settings.save_steps,
+        "save_total_limit": KEPT_CHECKPOINTS,
+        "logging_steps": settings.logging_steps,
+        "logging_nan_inf_filter": False,  # a loss that is NaN must show
+        "eval_strategy": "steps" if evaluate else "no",
+        "eval_steps": settings.save_steps,
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
+
+
+def _fitting_length(settings: rundir.Settings, tokenizer: Any, console: Console) -> int:
+    """--max-length, or what the model has positions for when that is less."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(settings.model).get_text_config()
+    positions = getattr(config, "max_position_embeddings", None) or settings.max_length
+    limit = min(positions, tokenizer.model_max_length)
+    if limit < settings.max_length:
+        console.print(f"--max-length is {limit} here: the model reads no more.")
+    return min(limit, settings.max_length)
+
+
+def _adapters(settings: rundir.Settings) -> Any:
+    if not settings.lora:
+        return None
+    from peft import LoraConfig
+
+    return LoraConfig(
+        r=settings.lora_r,
+        lora_alpha=2 * settings.lora_r,
+        target_modules="all-linear",
+        task_type="SEQ_CLS" if settings.kind == "reward" else "CAUSAL_LM",
+    )
+
+
+def _tell_left_out(rows: int, kept: int, max_length: int, console: Console) -> None:
+    if not kept:
+        raise ValueError(
+            f"no pair fits: all {rows} are longer than {max_length} tokens; raise --max-length"
+        )
+    if kept < rows:
+        console.print(
+            f"{rows - kept} of {rows} pairs left out: longer than --max-length {max_length} tokens."
+        )
