@@ -13,13 +13,18 @@ CXX_FILES := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h)
 .PHONY: demo test lint format bench clean
 .DELETE_ON_ERROR:
 
-# One recipe for every stamp: .venv/.trl holds what the demo needs, .venv/.test and .venv/.dev more.
 # torch comes first and alone, so that nothing else decides which build of it is installed.
-$(VENV)/.%: pyproject.toml setup.py $(CXX_FILES)
+$(VENV)/.built: pyproject.toml setup.py $(CXX_FILES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -c 'import torch' 2> /dev/null || $(BIN)/pip install -q "$(TORCH)"
 	$(BIN)/pip install -q "setuptools>=77" wheel ninja
-	$(BIN)/pip install -q --no-build-isolation -e ".[$*]"
+	$(BIN)/pip install -q --no-build-isolation -e .
+	touch $@
+
+# .venv/.trl, .venv/.test, .venv/.dev: what the extra of that name needs. The package is there by
+# now, so nothing is built again.
+$(VENV)/.%: $(VENV)/.built
+	$(BIN)/pip install -q "drrlhf[$*]"
 	touch $@
 
 demo: $(VENV)/.trl

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from drrlhf.cli import doctor, train
+from drrlhf.version import __version__
 
 app = typer.Typer(
     name="drrlhf",
@@ -20,8 +21,6 @@ app.command("doctor")(doctor.doctor)
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        from drrlhf import __version__
-
         typer.echo(f"drrlhf {__version__}")
         raise typer.Exit
 

@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from drrlhf.cli import _console
+from drrlhf.version import __version__
 
 # Package, and the extra that brings it.
 PACKAGES = {
@@ -50,8 +51,6 @@ def doctor(
 
 def versions() -> dict[str, str]:
     """Version of drrlhf, Python and every package we work with, or how to install it."""
-    from drrlhf import __version__
-
     found = {"drrlhf": __version__, "python": platform.python_version()}
     for package, extra in PACKAGES.items():
         try:

@@ -15,6 +15,7 @@ from rich.console import Console
 
 from drrlhf.ambiguity import Group, parse_ambiguity
 from drrlhf.cli import _console, build, outcome, rundir
+from drrlhf.version import __version__
 
 NEEDED = ("trl", "transformers", "datasets", "accelerate", "matplotlib")
 INTERRUPTED = 128  # plus the signal's number, as shells report it
@@ -159,8 +160,8 @@ def _default_dtype() -> str:
 
 
 def _record(settings: rundir.Settings, data: Any) -> dict[str, Any]:
-    names = ("drrlhf", "torch", "trl", "transformers", "datasets", "peft", "accelerate")
-    versions = {"python": platform.python_version()}
+    names = ("torch", "trl", "transformers", "datasets", "peft", "accelerate")
+    versions = {"drrlhf": __version__, "python": platform.python_version()}
     for name in names:
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[name] = metadata.version(name)
