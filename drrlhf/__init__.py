@@ -2,30 +2,39 @@
 
 Robust reward models, robust DPO and robust policy optimisation (arXiv 2503.00539): losses against
 the worst distribution near the data, their worst-case weights, and the trainers that use them.
+
+Names are imported when they are first used, so that `drrlhf --help` need not wait for torch.
 """
 
-from drrlhf import backends
-from drrlhf.ambiguity import (
-    ERM,
-    KL,
-    TV,
-    AmbiguitySet,
-    ChiSquare,
-    CVaR,
-    Group,
-    parse_ambiguity,
-)
-from drrlhf.logprobs import linear_token_logprobs, sequence_logprobs, token_logprobs
-from drrlhf.losses import (
-    PreferenceLoss,
-    RewardLoss,
-    pair_losses,
-    preference_loss,
-    reward_loss,
-)
-from drrlhf.modules import PreferenceLossModule, RewardLossModule, RobustRiskModule
-from drrlhf.robust import GroupState, RobustRisk, robust_risk
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from drrlhf.version import __version__
+
+if TYPE_CHECKING:
+    from drrlhf import backends
+    from drrlhf.ambiguity import (
+        ERM,
+        KL,
+        TV,
+        AmbiguitySet,
+        ChiSquare,
+        CVaR,
+        Group,
+        parse_ambiguity,
+    )
+    from drrlhf.logprobs import linear_token_logprobs, sequence_logprobs, token_logprobs
+    from drrlhf.losses import (
+        PreferenceLoss,
+        RewardLoss,
+        pair_losses,
+        preference_loss,
+        reward_loss,
+    )
+    from drrlhf.modules import PreferenceLossModule, RewardLossModule, RobustRiskModule
+    from drrlhf.robust import GroupState, RobustRisk, robust_risk
 
 __all__ = [
     "ERM", "KL", "TV", "AmbiguitySet", "CVaR", "ChiSquare", "Group", "GroupState",
@@ -34,3 +43,26 @@ __all__ = [
     "parse_ambiguity", "preference_loss", "reward_loss", "robust_risk", "sequence_logprobs",
     "token_logprobs",
 ]  # fmt: skip
+
+_HOME = {
+    "ambiguity": "ERM KL TV AmbiguitySet ChiSquare CVaR Group parse_ambiguity",
+    "logprobs": "linear_token_logprobs sequence_logprobs token_logprobs",
+    "losses": "PreferenceLoss RewardLoss pair_losses preference_loss reward_loss",
+    "modules": "PreferenceLossModule RewardLossModule RobustRiskModule",
+    "robust": "GroupState RobustRisk robust_risk",
+}
+_MODULE_OF = {name: module for module, names in _HOME.items() for name in names.split()}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "backends":
+        return import_module("drrlhf.backends")
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module 'drrlhf' has no attribute {name!r}")
+    value = getattr(import_module(f"drrlhf.{_MODULE_OF[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -83,6 +83,14 @@ def test_without_the_extension_everything_works_and_says_why():
     assert done.stderr.count("served by plain PyTorch") == 1
 
 
+def test_every_public_name_is_there():
+    code = "import drrlhf; [getattr(drrlhf, n) for n in drrlhf.__all__]; print(len(drrlhf.__all__))"
+    assert int(run(code).stdout) == len(dr.__all__) == len(set(dr.__all__))
+    assert set(dr.__all__) <= set(dir(dr))
+    with pytest.raises(AttributeError, match="no attribute 'robust_rsk'"):
+        dr.robust_rsk  # noqa: B018
+
+
 def test_importing_is_light():
     heavy = ("trl", "transformers", "datasets", "matplotlib", "scipy")
     code = f"import sys, drrlhf; print([m for m in {heavy} if m in sys.modules])"

@@ -261,7 +261,8 @@ def _margins(trainer: DPOTrainer, rows: Dataset, title: str, console: Console) -
     lm = model.get_base_model()
     margins = []
     batches = DataLoader(rows, batch_size=BATCH, collate_fn=trainer.data_collator)
-    for batch in track(batches, f"scoring {title}", console=console, transient=True):
+    quiet = not console.is_terminal
+    for batch in track(batches, f"scoring {title}", console=console, transient=True, disable=quiet):
         batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
         with trainer.accelerator.autocast():
             hidden = lm.model(batch["input_ids"], batch["attention_mask"]).last_hidden_state
