@@ -1,6 +1,6 @@
 """`robust_risk` forward + backward against `torch.logsumexp`, the cheapest smooth reduction.
 
-    python benchmarks/robust_risk.py [--n 4096] [--output FILE.json]
+    python benchmarks/robust_risk.py [--n 4096] [--output FOLDER] [--readme]
 
 Every set at n losses on the CPU, one thread, interleaved with the baseline in one process; medians
 of many rounds, their spread beside them. Each set is checked against the reference before it is
@@ -12,8 +12,11 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import re
 import statistics
+import subprocess
 import time
+from datetime import date
 from pathlib import Path
 
 import torch
@@ -21,6 +24,7 @@ import torch
 import drrlhf as dr
 from drrlhf import backends
 
+HERE = Path(__file__).parent
 SETS = [
     "erm", "tv:0.1", "kl:0.1", "kl:temperature=1", "kl:temperature=-1", "chi2:0.5",
     "chi2:penalty=1", "cvar:0.3", "cvar:0.3,trim=0.05", "cvar:0.3,temperature=0.5", "group:4",
@@ -79,12 +83,46 @@ def measure(n: int, rounds: int) -> list[dict]:
     return records
 
 
+def device() -> str:
+    """The processor's name, without what vendors decorate it with."""
+    info = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.*)", info.read_text()) if info.exists() else []
+    return names[0].strip() if names else platform.machine()
+
+
+def result(records: list[dict]) -> dict:
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=HERE)
+    return {
+        "device": device(),
+        "versions": {"torch": torch.__version__, "drrlhf": dr.__version__},
+        "commit": commit.stdout.strip() or None,
+        "records": records,
+    }
+
+
+def newest() -> dict:
+    """The newest result that is kept beside this file."""
+    files = sorted((HERE / "results").glob("robust_risk_*.json"), key=lambda p: p.stem[-10:])
+    return json.loads(files[-1].read_text())
+
+
+def readme_table(kept: dict) -> str:
+    """The README's table, from a kept result."""
+    lines = ["| set | ratio to `torch.logsumexp` |", "|---|---|"]
+    lines += [f"| `{r['metric']}` | {r['ratio']:.1f} |" for r in kept["records"]]
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--n", type=int, default=4096)
     parser.add_argument("--rounds", type=int, default=25)
-    parser.add_argument("--output", type=Path)
+    parser.add_argument("--output", type=Path, help="folder for the result file")
+    parser.add_argument("--readme", action="store_true", help="print the README's table and stop")
     options = parser.parse_args()
+    if options.readme:
+        print(readme_table(newest()))
+        return
     torch.set_num_threads(1)
     records = measure(options.n, options.rounds)
     print(f"torch.logsumexp, n = {options.n}: {records[0]['baseline_value']:.1f} us")
@@ -93,13 +131,10 @@ def main() -> None:
             f"{r['metric']:28s} {r['value']:8.1f} us  {r['ratio']:5.2f}x  spread {r['spread']:.1f}"
         )
     if options.output:
-        result = {
-            "device": platform.processor() or platform.machine(),
-            "versions": {"torch": torch.__version__, "drrlhf": dr.__version__},
-            "commit": None,
-            "records": records,
-        }
-        options.output.write_text(json.dumps(result, indent=1) + "\n")
+        name = re.sub(r"[^a-z0-9]+", "-", device().lower()).strip("-")
+        path = options.output / f"robust_risk_{name}_{date.today()}.json"
+        path.write_text(json.dumps(result(records), indent=1) + "\n")
+        print(path)
 
 
 if __name__ == "__main__":
