@@ -203,7 +203,7 @@ def preference_loss(
     )  # fmt: skip
     if check_finite:
         require_finite("losses", losses, nominal)
-    store(group_state, update, stepped)
+    store(group_state, stepped)
     return PreferenceLoss(
         value, *(x.detach() for x in (weights, losses, chosen_rewards, rejected_rewards, dual))
     )
@@ -254,5 +254,5 @@ def reward_loss(
     )  # fmt: skip
     if check_finite:
         require_finite("losses", losses, nominal)
-    store(group_state, update, stepped)
+    store(group_state, stepped)
     return RewardLoss(value, weights.detach(), losses.detach(), dual.detach())

@@ -104,9 +104,9 @@ def adversary(
     return Adversary(nominal, groups, weights, (kind, step_size, float(update), trim))
 
 
-def store(group_state: GroupState | None, update: bool, stepped: Tensor) -> None:
-    """Keep the stepped group weights."""
-    if group_state is not None and update and stepped.numel():
+def store(group_state: GroupState | None, stepped: Tensor) -> None:
+    """Keep the group weights that an op hands back: stepped, or as they were without update."""
+    if group_state is not None and stepped.numel():
         with torch.no_grad():
             group_state.weights.copy_(stepped)
 
@@ -170,5 +170,5 @@ def robust_risk(
     if check_finite:
         require_finite("losses", losses, nominal)
     value, weights, dual, stepped = ops.robust_risk(losses, nominal, groups, state, *encoded)
-    store(group_state, update, stepped)
+    store(group_state, stepped)
     return RobustRisk(value, weights.detach(), dual.detach())

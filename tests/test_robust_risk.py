@@ -337,9 +337,16 @@ def test_trim_is_fractional(backend):
     whole = dr.robust_risk(l, "tv:0.5,trim=0.25")  # nothing of the 4 is left to find
     assert whole.weights[3] == 0
     torch.testing.assert_close(whole.weights[:3], torch.tensor([0, 1, 5]).double() / 6)
-    # 66 of 200 is what 0.33 means, though neither is exact in binary.
-    many = torch.arange(200, dtype=torch.float64)
-    assert (dr.robust_risk(many, "tv:0.2,trim=0.33").weights[134:] == 0).all()
+
+
+def test_trim_leaves_no_rounding_behind(backend):
+    """k of n is what trim = k/n means, though k/n is not exact in binary: a loss of which 1e-17 is
+    left would draw all that the TV adversary moves."""
+    for n in (7, 10, 49, 100, 200, 331):
+        l = torch.arange(n, dtype=torch.float64)
+        for k in {1, n // 3, n // 2, n - 2}:
+            q = dr.robust_risk(l, dr.TV(radius=0.2, trim=k / n)).weights
+            assert (q[n - k :] == 0).all() and q[n - k - 1] > 0.2, (n, k)
 
 
 # ------------------------------------------------------------------ masks, emptiness, non-finite
@@ -430,6 +437,17 @@ def test_group_step_by_hand(backend):
     expected = torch.tensor([share / 2, share / 2, 1 - share], dtype=torch.float64)
     torch.testing.assert_close(risk.weights, expected)
     assert abs(state.weights.sum().item() - 1) < 1e-12
+
+
+def test_groups_are_weighed_after_trimming(backend):
+    """The 9 goes first, with a third of the 5, and group means and masses are of what is left."""
+    l, groups = torch.tensor([1.0, 2.0, 9.0, 5.0]).double(), torch.tensor([0, 0, 1, 1])
+    p = torch.tensor([2.0, 4.0, 1.0, 3.0]).double()
+    risk = dr.robust_risk(l, dr.Group(2, 0.5, trim=0.2), nominal=p, groups=groups)
+    a, b = math.exp(0.5 * (2 * 1 + 4 * 2) / 6), math.exp(0.5 * 5)
+    share = a / (a + b)
+    expected = torch.tensor([share / 3, 2 * share / 3, 0, 1 - share]).double()
+    torch.testing.assert_close(risk.weights, expected)
 
 
 def test_group_without_update_leaves_the_state(backend):
