@@ -216,5 +216,5 @@ def _draw_groups(
         )
     kept = next(iter(groups.values())).endswith("state")
     axis.set_ylabel("group weight" if kept else "group's share of\nthe batch's weight")
-    axis.set_ylim(bottom=0)
+    axis.set_ylim(0, 1.05)  # weights of groups are shares of 1
     _legend(axis, _labelled(axis))

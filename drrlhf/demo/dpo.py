@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from datasets import Dataset, disable_progress_bars
 from peft import LoraConfig
+from rich import box
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -303,13 +304,16 @@ def table(result: Mapping[str, Any]) -> Table:
     shown = Table(
         title=f"DPO on {result['model']}, "
         f"{settings['steps']} steps of {settings['batch_size']} pairs",
-        caption="Held-out accuracy in % and mean margin, ± standard error over pairs; one seed.\n"
-        + result["data"],
+        caption="Held-out accuracy in % and mean margin, ± standard error over pairs; one seed. "
+        "Loss: what each run minimised at its end, plain mean or worst case.\n" + result["data"],
+        box=box.SIMPLE_HEAD,
+        collapse_padding=True,
+        pad_edge=False,
     )
     shown.add_column("ambiguity")
     for name, role in result["domains"].items():
         shown.add_column(f"{name}\n({role})", justify="right")
-    shown.add_column("loss it\nminimised", justify="right")
+    shown.add_column("final\nloss", justify="right")
     shown.add_column("s per\nstep", justify="right")
     for one in result["runs"]:
         cells = [
