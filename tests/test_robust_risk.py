@@ -324,6 +324,13 @@ def test_cvar_with_temperature_between_its_limits(backend):
     torch.testing.assert_close(free.weights, soft.weights)
 
 
+@pytest.mark.parametrize("text", ["kl:temperature=1e10", "cvar:0.5,temperature=1e10"])
+def test_large_temperatures_keep_their_digits(backend, text):
+    """t log sum p exp(l/t) multiplies the rounding of the logarithm by t, unless it is log1p."""
+    value = dr.robust_risk(L, text, nominal=P).value
+    torch.testing.assert_close(value, MEAN, atol=1e-8, rtol=0)
+
+
 def test_optimistic_kl_gives_high_losses_less_weight(backend):
     q = dr.robust_risk(L, "kl:temperature=-1", nominal=P).weights / P
     order = torch.argsort(L)
@@ -550,3 +557,20 @@ def test_many_entries(backend):
         tail = ordered[: round(a * len(l))].mean()
         expected = tail if text.startswith("cvar") else 0.1 * ordered[0] + 0.9 * tail
         torch.testing.assert_close(risk.value, expected, rtol=1e-9, atol=0)
+
+
+@pytest.mark.skipif("cpp" not in BACKENDS, reason="the C++ extension is not built here")
+@pytest.mark.parametrize("text", [*SETS, "cvar:0.3,temperature=1e-8", "group:3,step_size=0.4"])
+def test_backends_agree_to_rounding(text):
+    """Searching by reductions and sorting are two solutions: they meet at 1e-10 of the losses."""
+    rng = np.random.default_rng(11)
+    for problem in (random_problem(rng) for _ in range(100)):
+        l, nominal = problem.tensors()
+        groups = torch.tensor(rng.integers(0, 3, len(l)))
+        with backends.use("reference"):
+            one = dr.robust_risk(l, text, nominal=nominal, groups=groups)
+        with backends.use("cpp"):
+            two = dr.robust_risk(l, text, nominal=nominal, groups=groups)
+        size = np.abs(problem.losses).max() or 1.0
+        assert abs(one.value.item() - two.value.item()) <= 1e-10 * size, problem
+        torch.testing.assert_close(one.weights, two.weights, atol=1e-9, rtol=0)
