@@ -145,3 +145,15 @@ def test_the_benchmark_checks_and_measures(tmp_path):
     records = json.loads(path.read_text())["records"]
     assert {r["metric"] for r in records} >= {"tv:0.1", "kl:0.1", "chi2:0.5", "cvar:0.3"}
     assert all(r["ratio"] == pytest.approx(r["value"] / r["baseline_value"]) for r in records)
+
+
+def test_the_demo_sentence_is_the_kept_result():
+    (path,) = (ROOT / "benchmarks" / "results").glob("reward_demo_*.json")
+    methods = json.loads(path.read_text())["methods"]
+    gains = {m: 100 * r["worst_minus_erm"]["mean"] for m, r in methods.items() if m != "erm"}
+    error = 100 * methods["group"]["worst_minus_erm"]["standard_error"]
+    others = [gain for method, gain in gains.items() if method != "group"]
+    text = " ".join(README.split())
+    assert f"`group` gains {gains['group']:.1f} ± {error:.1f} points" in text
+    assert f"between {min(others):.1f} and {max(others):+.1f}" in text
+    assert f"]({path.with_suffix('.png').relative_to(ROOT)})" in README
