@@ -178,6 +178,7 @@ def _draw_loss(axis: Any, train: list[Line], evaluations: list[Line], *_: Any) -
     else:
         _curve(axis, train, "loss", "training loss", BLUE)
         _curve(axis, train, "robust/value", "worst case of each batch", ORANGE, linestyle="--")
+    _curve(axis, train, "robust/mean_loss", "plain mean of each batch", GREEN, linestyle=":")
     _curve(axis, evaluations, "eval_loss", "evaluation loss", VERMILION, marker="D")
     axis.set_ylabel("loss")
     _legend(axis, _labelled(axis))

@@ -85,6 +85,12 @@ def test_equal_loss_and_worst_case_are_one_curve(tmp_path, drawn):
     assert list(_curves(drawn[0].axes[0])) == ["training loss (worst case of each batch)"]
 
 
+def test_the_plain_mean_is_drawn_beside_the_worst_case(tmp_path, drawn):
+    lines = [line | {"robust/mean_loss": 0.2} for line in _lines(5)]
+    plot_training(_write(tmp_path / "m.jsonl", lines), tmp_path / "m.png")
+    assert set(_curves(drawn[0].axes[0])["plain mean of each batch"]) == {0.2}
+
+
 def test_group_weights_fall_back_to_the_batch():
     lines = [{"group/1/weight": 0.5}, {"group/0/weight": 0.5, "group/0/state": 0.2}]
     assert group_columns(lines) == {0: "group/0/state", 1: "group/1/weight"}

@@ -184,6 +184,8 @@ def test_weight_column_is_the_nominal_weight(llama, tmp_path):
     p = batch["weight"] / batch["weight"].sum()
     assert batch["weight"].dtype == torch.float32 and len(set(p.tolist())) > 1
     torch.testing.assert_close(gradient(trainer, batch)[0], (p * losses).sum(), rtol=1e-5, atol=0)
+    logged = trainer._metrics["train" if trainer.model.training else "eval"]["robust/mean_loss"]
+    assert logged[-1] == pytest.approx((p * losses).sum().item(), rel=1e-5)
 
 
 def test_weighted_runs_train(llama, reward_model, tmp_path):
@@ -195,6 +197,7 @@ def test_weighted_runs_train(llama, reward_model, tmp_path):
         assert sum(moved) > len(moved) / 2
         log = trainer.state.log_history[-2]
         assert log["robust/value"] == pytest.approx(log["loss"], rel=1e-5)
+        assert 0 < log["robust/mean_loss"] < log["robust/value"]
         # TV(0.3) on 4 pairs that differ: q = 0.55, 0.25, 0.2, 0
         assert log["robust/max_weight"] == pytest.approx(4 * 0.55, rel=1e-5)
         share = 1 / (0.55**2 + 0.25**2 + 0.2**2) / 4

@@ -26,7 +26,8 @@ class AmbiguityMixin:
     """Put before a TRL trainer: reads ``args.ambiguity`` and keeps what the set needs.
 
     Metrics added to TRL's own, for every set but plain ``"erm"`` (there only with weights):
-    ``robust/value`` the worst-case risk of the batch; ``robust/effective_sample_size`` 1 / sum q²
+    ``robust/value`` the worst-case risk of the batch, ``robust/mean_loss`` what plain training
+    would have seen there (the nominal mean); ``robust/effective_sample_size`` 1 / sum q²
     as a share of the pairs that are not masked, in (0, 1]; ``robust/max_weight`` the largest
     weight as a multiple of the uniform one. With a ``group`` column also ``group/<g>/loss`` and
     ``/accuracy`` (plain means over the pairs of g that are not masked), ``/weight`` (its share of
@@ -117,10 +118,15 @@ class AmbiguityMixin:
         if nominal is not None or self.ambiguity != ERM():
             count = kept.sum().clamp(min=1)
             spread = weights.square().sum().clamp_min(torch.finfo(weights.dtype).tiny)
-            row = [value.detach(), weights.sum().square() / (spread * count), weights.max() * count]
+            p = kept if nominal is None else nominal.to(weights)
+            plain = torch.where(p > 0, p * losses, 0).sum() / p.sum().clamp_min(1e-30)
+            row = [
+                value.detach(), plain.to(weights),
+                weights.sum().square() / (spread * count), weights.max() * count,
+            ]  # fmt: skip
             mean = self.accelerator.gather(torch.stack(row).unsqueeze(0)).mean(0).tolist()
             for name, number in zip(
-                ("value", "effective_sample_size", "max_weight"), mean, strict=True
+                ("value", "mean_loss", "effective_sample_size", "max_weight"), mean, strict=True
             ):
                 metrics[f"robust/{name}"].append(number)
         if groups is not None:
