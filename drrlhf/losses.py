@@ -128,11 +128,11 @@ def pair_losses(
     chosen, rejected = chosen_logps, rejected_logps
     if ref_chosen_logps is not None and ref_rejected_logps is not None:
         chosen, rejected = chosen - ref_chosen_logps, rejected - ref_rejected_logps
-    return reference.pair_losses(
-        chosen, rejected, chosen_lengths, rejected_lengths, loss_type, beta, label_smoothing,
-        simpo_gamma, discopop_tau, f_divergence, f_alpha_divergence_coef,
-        reference.alpha_exponent_limit(chosen_logps.dtype),
+    options = reference.PairOptions(
+        loss_type, beta, label_smoothing, simpo_gamma, discopop_tau, f_divergence,
+        f_alpha_divergence_coef, reference.alpha_exponent_limit(chosen_logps.dtype),
     )  # fmt: skip
+    return reference.pair_losses(chosen, rejected, chosen_lengths, rejected_lengths, options)
 
 
 def preference_loss(

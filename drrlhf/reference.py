@@ -10,6 +10,7 @@ Notation: `l` losses (n,), `p` nominal weights (n,) with sum 1, `q` worst-case w
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -317,26 +318,39 @@ def alpha_exponent_limit(dtype: torch.dtype) -> float:
     return 11.0 if dtype == torch.float16 else 80.0
 
 
-def divergence_score(u: Tensor, f_divergence: str, alpha: float, limit: float) -> Tensor:
+class PairOptions(NamedTuple):
+    """What a per-pair loss is told besides its tensors; names as in `drrlhf.preference_loss`."""
+
+    loss_type: str
+    beta: float
+    label_smoothing: float
+    simpo_gamma: float
+    discopop_tau: float
+    f_divergence: str
+    f_alpha: float
+    exponent_limit: float
+
+
+def divergence_score(u: Tensor, o: PairOptions) -> Tensor:
     """f'(exp(u)) up to a constant: the implicit reward of a log-ratio u (arXiv 2309.16240)."""
-    if f_divergence == "forward_kl":
+    if o.f_divergence == "forward_kl":
         return 1 - torch.exp(-u)
-    if f_divergence == "js_divergence":
+    if o.f_divergence == "js_divergence":
         return math.log(2) + F.logsigmoid(u)
-    if f_divergence == "alpha_divergence" and abs(alpha - 1) >= 1e-6:
-        return (torch.exp(((alpha - 1) * u).clamp(max=limit)) - 1) / (alpha - 1)
+    if o.f_divergence == "alpha_divergence" and abs(o.f_alpha - 1) >= 1e-6:
+        return (torch.exp(((o.f_alpha - 1) * u).clamp(max=o.exponent_limit)) - 1) / (o.f_alpha - 1)
     return u
 
 
-def divergence_slope(u: Tensor, f_divergence: str, alpha: float, limit: float) -> Tensor:
+def divergence_slope(u: Tensor, o: PairOptions) -> Tensor:
     """d divergence_score / d u."""
-    if f_divergence == "forward_kl":
+    if o.f_divergence == "forward_kl":
         return torch.exp(-u)
-    if f_divergence == "js_divergence":
+    if o.f_divergence == "js_divergence":
         return torch.sigmoid(-u)
-    if f_divergence == "alpha_divergence" and abs(alpha - 1) >= 1e-6:
-        x = (alpha - 1) * u
-        return torch.where(x > limit, 0, torch.exp(x))
+    if o.f_divergence == "alpha_divergence" and abs(o.f_alpha - 1) >= 1e-6:
+        x = (o.f_alpha - 1) * u
+        return torch.where(x > o.exponent_limit, 0, torch.exp(x))
     return torch.ones_like(u)
 
 
@@ -345,28 +359,20 @@ def pair_losses(
     rejected: Tensor,
     chosen_lengths: Tensor | None,
     rejected_lengths: Tensor | None,
-    loss_type: str,
-    beta: float,
-    label_smoothing: float,
-    simpo_gamma: float,
-    discopop_tau: float,
-    f_divergence: str,
-    f_alpha: float,
-    limit: float = 80.0,
+    o: PairOptions,
 ) -> Tensor:
     """Per-pair losses (n,) of log-ratios `chosen`, `rejected` (n,); differentiable by autograd.
 
     A log-ratio is log pi(y|x) - log pi_ref(y|x), or log pi(y|x) itself for simpo.
     """
-    eps = label_smoothing
-    s_chosen = divergence_score(chosen, f_divergence, f_alpha, limit)
-    s_rejected = divergence_score(rejected, f_divergence, f_alpha, limit)
+    loss_type, beta, eps = o.loss_type, o.beta, o.label_smoothing
+    s_chosen = divergence_score(chosen, o)
+    s_rejected = divergence_score(rejected, o)
     h = beta * (s_chosen - s_rejected)
     if loss_type in LENGTH_LOSSES:
         assert chosen_lengths is not None and rejected_lengths is not None
-        mean_difference = s_chosen / chosen_lengths.clamp(
-            min=1
-        ) - s_rejected / rejected_lengths.clamp(min=1)
+        n_chosen, n_rejected = chosen_lengths.clamp(min=1), rejected_lengths.clamp(min=1)
+        mean_difference = s_chosen / n_chosen - s_rejected / n_rejected
     if loss_type == "sigmoid":  # DPO, arXiv 2305.18290; with eps > 0 cDPO
         return -(1 - eps) * F.logsigmoid(h) - eps * F.logsigmoid(-h)
     if loss_type == "hinge":  # SLiC, arXiv 2305.10425
@@ -380,12 +386,12 @@ def pair_losses(
         return (eps * F.logsigmoid(-h) - (1 - eps) * F.logsigmoid(h)) / (1 - 2 * eps)
     if loss_type == "discopop":  # arXiv 2406.08414 eq. 5
         # exp(-h) gate as one exponential: apart, they overflow and underflow to inf * 0.
-        gated = torch.exp(F.logsigmoid(h / discopop_tau) - h)
-        return -F.logsigmoid(h) * torch.sigmoid(-h / discopop_tau) + gated
+        gated = torch.exp(F.logsigmoid(h / o.discopop_tau) - h)
+        return -F.logsigmoid(h) * torch.sigmoid(-h / o.discopop_tau) + gated
     if loss_type == "sigmoid_norm":  # DPO on per-token mean log-ratios
         return -F.logsigmoid(beta * mean_difference)
     if loss_type == "simpo":  # arXiv 2405.14734 eq. 6
-        return -F.logsigmoid(beta * mean_difference - simpo_gamma)
+        return -F.logsigmoid(beta * mean_difference - o.simpo_gamma)
     g_chosen, g_rejected = beta * chosen, beta * rejected
     if loss_type == "nca_pair":  # arXiv 2402.05369
         return (
@@ -409,20 +415,14 @@ def pair_slopes(
     rejected: Tensor,
     chosen_lengths: Tensor | None,
     rejected_lengths: Tensor | None,
-    loss_type: str,
-    beta: float,
-    label_smoothing: float,
-    simpo_gamma: float,
-    discopop_tau: float,
-    f_divergence: str,
-    f_alpha: float,
-    limit: float = 80.0,
+    o: PairOptions,
 ) -> tuple[Tensor, Tensor]:
     """d pair_losses / d chosen and / d rejected (n,), in closed form.
 
     Ops run below autograd, so they need them spelled out; the tests hold them to autograd.
     """
-    eps, sigmoid = label_smoothing, torch.sigmoid
+    loss_type, beta, eps = o.loss_type, o.beta, o.label_smoothing
+    sigmoid = torch.sigmoid
     g_chosen, g_rejected = beta * chosen, beta * rejected
     if loss_type == "nca_pair":
         return beta * (0.5 * sigmoid(g_chosen) - sigmoid(-g_chosen)), 0.5 * beta * sigmoid(
@@ -440,11 +440,11 @@ def pair_slopes(
         rise = beta * sigmoid(d) * sigmoid(-d)
         return beta * sigmoid(g_chosen) * sigmoid(-g_chosen) - rise, rise
     score = (
-        divergence_score(chosen, f_divergence, f_alpha, limit),
-        divergence_score(rejected, f_divergence, f_alpha, limit),
+        divergence_score(chosen, o),
+        divergence_score(rejected, o),
     )
-    d_chosen = divergence_slope(chosen, f_divergence, f_alpha, limit)
-    d_rejected = divergence_slope(rejected, f_divergence, f_alpha, limit)
+    d_chosen = divergence_slope(chosen, o)
+    d_rejected = divergence_slope(rejected, o)
     if loss_type in LENGTH_LOSSES:
         assert chosen_lengths is not None and rejected_lengths is not None
         n_chosen, n_rejected = chosen_lengths.clamp(min=1), rejected_lengths.clamp(min=1)
@@ -452,7 +452,7 @@ def pair_slopes(
         if loss_type == "ipo":
             slope = 2 * (mean_difference - 1 / (2 * beta))
         else:
-            gamma = simpo_gamma if loss_type == "simpo" else 0.0
+            gamma = o.simpo_gamma if loss_type == "simpo" else 0.0
             slope = -beta * sigmoid(gamma - beta * mean_difference)
         return slope * d_chosen / n_chosen, -slope * d_rejected / n_rejected
     h = beta * (score[0] - score[1])
@@ -466,9 +466,9 @@ def pair_slopes(
     elif loss_type == "robust":
         slope = -((1 - eps) * sigmoid(-h) + eps * sigmoid(h)) / (1 - 2 * eps)
     elif loss_type == "discopop":
-        x = h / discopop_tau
+        x = h / o.discopop_tau
         gated = torch.exp(F.logsigmoid(x) - h)
-        gate_slope = sigmoid(-x) / discopop_tau
+        gate_slope = sigmoid(-x) / o.discopop_tau
         slope = -sigmoid(-h) * sigmoid(-x) - gated
         slope = slope + (gated + F.logsigmoid(h) * sigmoid(x)) * gate_slope
     else:
@@ -506,13 +506,13 @@ def preference_loss(
             chosen - ref_chosen_logps.double(),
             rejected - ref_rejected_logps.double(),
         )
-    limit = alpha_exponent_limit(chosen_logps.dtype)
-    options = (
-        chosen, rejected, chosen_lengths, rejected_lengths, loss_type, beta, label_smoothing,
-        simpo_gamma, discopop_tau, f_divergence, f_alpha, limit,
+    options = PairOptions(
+        loss_type, beta, label_smoothing, simpo_gamma, discopop_tau, f_divergence, f_alpha,
+        alpha_exponent_limit(chosen_logps.dtype),
     )  # fmt: skip
-    losses = pair_losses(*options)
-    d_chosen, d_rejected = pair_slopes(*options)
+    pairs = (chosen, rejected, chosen_lengths, rejected_lengths, options)
+    losses = pair_losses(*pairs)
+    d_chosen, d_rejected = pair_slopes(*pairs)
     value, q, dual, state = _solve(losses, nominal, groups, group_weights, kind, a, b, trim)
     dtype = statistics_dtype(chosen_logps)
     return (
