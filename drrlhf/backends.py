@@ -79,14 +79,8 @@ _EXTENSION, _NO_EXTENSION = _load_extension()
 
 def build_info() -> dict[str, Any]:
     """What was built: built, mode, compiler, torch_version, isa; reason where nothing was."""
-    info = {"built": _EXTENSION is not None, "mode": "none", **build_record()}
-    info["built"] = _EXTENSION is not None
-    if _EXTENSION is not None:
-        info.update(_EXTENSION.build_info())
-        info["reason"] = ""
-    else:
-        info["reason"] = _NO_EXTENSION
-    return info
+    found = {"mode": "none"} if _EXTENSION is None else _EXTENSION.build_info()
+    return {"built": _EXTENSION is not None, "reason": _NO_EXTENSION, **found}
 
 
 def _obstacle(op: str, backend: str, device: str) -> str:

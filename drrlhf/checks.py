@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable
 
 import torch
@@ -52,8 +53,6 @@ def check_integer(name: str, value: Tensor) -> None:
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     """ValueError unless `value` is one of `choices`; the nearest one is named."""
     if value not in choices:
-        import difflib
-
         near = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.3)
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise ValueError(f"{name}: unknown {value!r}; {hint}expected one of {', '.join(choices)}")

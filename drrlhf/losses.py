@@ -34,7 +34,10 @@ class PreferenceLoss(NamedTuple):
 
 
 class RewardLoss(NamedTuple):
-    """What `reward_loss` returns: loss () to backpropagate; weights, losses (n,), dual () apart."""
+    """What `reward_loss` returns: loss () to backpropagate; the rest is detached.
+
+    weights, losses (n,), dual ().
+    """
 
     loss: Tensor
     weights: Tensor

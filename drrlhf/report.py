@@ -47,10 +47,11 @@ def plot_training(
 ) -> Path:
     """Draw the curves of one run's ``metrics.jsonl`` as a PNG and return its path.
 
-    Top: training loss, worst-case value where it was logged, evaluation loss. Below, as far as the
-    run has them: how unevenly the adversary weighs the batch (effective sample size as a share of
-    the batch, largest weight as a multiple of the uniform one), and the weight of each group (the
-    kept state of a Group set, otherwise the group's share of the batch's worst-case weight).
+    Top: training loss, worst-case value and plain mean where they were logged, evaluation loss.
+    Below, as far as the run has them: how unevenly the adversary weighs the batch (effective sample
+    size as a share of the batch, largest weight as a multiple of the uniform one), and the weight
+    of each group (the kept state of a Group set, otherwise the group's share of the batch's
+    worst-case weight).
 
     Raises:
         ValueError: the file has no training line, or a line that is not JSON.

@@ -136,6 +136,20 @@ DRRLHF_HD Tail upper_tail(const Team& team, const double* l, const double* p, do
   return {high, share};
 }
 
+struct Bounds {
+  double bottom, top;
+};
+
+// The smallest and the largest unmasked loss.
+template <class Team>
+DRRLHF_HD Bounds loss_bounds(const Team& team, const double* l, const double* p) {
+  const Sums<2> m = team.template max<2>([=](std::int64_t i) {
+    const bool in = p[i] > 0;
+    return Sums<2>{{in ? l[i] : -kInfinity, in ? -l[i] : -kInfinity}};
+  });
+  return {-m.v[1], m.v[0]};
+}
+
 // sum q l as max - span * sum q d, from the weights as written.
 template <class Team>
 DRRLHF_HD double expected_loss(const Team& team, const Problem& problem, double top, double span) {
@@ -206,7 +220,7 @@ DRRLHF_HD double solve_kl_radius(const Team& team, const Problem& problem, doubl
 }
 
 // Active-set search for q ~ p (eta - d)_+. `root` gives eta for the moments m0, m1, m2 of the set
-// {d < eta}, or NaN where eta is past the solution. A bracket guards it.
+// {d < eta}, or infinity where that set is too small to have one. A bracket guards it.
 template <class Team, class Root>
 DRRLHF_HD double solve_active_set(const Team& team, const Problem& problem, double start,
                                   Root root) {
@@ -299,10 +313,12 @@ DRRLHF_HD Solution solve_cvar_temperature(const Team& team, const Problem& probl
   return {v + value, v + free};
 }
 
+// Sets the top `trim` of nominal mass aside; none at 0.
 template <class Team>
-DRRLHF_HD void trim_top(const Team& team, double* p, const double* l, double trim, double bottom,
-                        double top) {
-  const Tail tail = upper_tail(team, l, p, trim, bottom, top);
+DRRLHF_HD void trim_top(const Team& team, double* p, const double* l, double trim) {
+  if (!(trim > 0)) return;
+  const Bounds bound = loss_bounds(team, l, p);
+  const Tail tail = upper_tail(team, l, p, trim, bound.bottom, bound.top);
   const double left =
       team.template sum<1>([=](std::int64_t i) { return Sums<1>{{p[i] * (1 - tail.kept(l[i]))}}; })
           .v[0];
@@ -330,35 +346,22 @@ template <class Team>
 DRRLHF_HD Solution worst_case(const Team& team, const Problem& problem, Ambiguity set) {
   const double* l = problem.l;
   double *p = problem.p, *d = problem.d, *q = problem.q;
-  const auto bounds = [&] {
-    return team.template max<2>([=](std::int64_t i) {
-      const bool in = p[i] > 0;
-      return Sums<2>{{in ? l[i] : -kInfinity, in ? -l[i] : -kInfinity}};
-    });
-  };
-  Sums<2> bound = bounds();
-  if (set.trim > 0) {
-    trim_top(team, p, l, set.trim, -bound.v[1], bound.v[0]);
-    bound = bounds();
-  }
-  const double top = bound.v[0], bottom = -bound.v[1];
+  trim_top(team, p, l, set.trim);
+  const Bounds bound = loss_bounds(team, l, p);
+  const double top = bound.top, bottom = bound.bottom;
   const double span = top > bottom ? top - bottom : 1.0;
   const double a = set.a;
   const auto keep_nominal = [&] { team.each([=](std::int64_t i) { q[i] = p[i]; }); };
 
-  if (set.kind == Kind::kKlTemperature && a < 0) {  // optimistic: anchored at the smallest loss
-    team.each([=](std::int64_t i) { d[i] = p[i] > 0 ? (l[i] - bottom) / span : 0.0; });
-    const double s = inverse_temperature(top - bottom, -a);
-    const Moments m = tilted_moments(team, d, p, s);
-    write_tilted(team, problem, s, m.log_z);
-    return {bottom + a * m.log_z, a};
-  }
-  team.each([=](std::int64_t i) { d[i] = p[i] > 0 ? (top - l[i]) / span : 0.0; });
+  // The optimistic side is measured from the smallest loss, everything else from the largest.
+  const bool optimistic = set.kind == Kind::kKlTemperature && a < 0;
+  const double anchor = optimistic ? bottom : top;
+  team.each([=](std::int64_t i) { d[i] = p[i] > 0 ? fabs(l[i] - anchor) / span : 0.0; });
   if (set.kind == Kind::kKlTemperature) {
-    const double s = inverse_temperature(top - bottom, a);
+    const double s = inverse_temperature(top - bottom, fabs(a));
     const Moments m = tilted_moments(team, d, p, s);
     write_tilted(team, problem, s, m.log_z);
-    return {top + a * m.log_z, a};
+    return {anchor + a * m.log_z, a};
   }
   if (holds_nominal_alone(set)) {
     keep_nominal();
@@ -442,18 +445,18 @@ DRRLHF_HD Solution group_step(const Team& team, const Problem& problem, const st
   for (int g = 0; g < size; ++g) {
     if (mass[g] > 0) {
       held += w[g];
-      const double gain = step_size * (loss[g] / mass[g]);
-      best = gain > best ? gain : best;
+      loss[g] = step_size * (loss[g] / mass[g]);  // from here on the gain of the group
+      best = loss[g] > best ? loss[g] : best;
     }
   }
   if (update) {
     double stepped = 0.0;
     for (int g = 0; g < size; ++g) {
-      if (mass[g] > 0) stepped += w[g] * exp(step_size * (loss[g] / mass[g]) - best);
+      if (mass[g] > 0) stepped += w[g] * exp(loss[g] - best);
     }
     for (int g = 0; g < size; ++g) {
       if (mass[g] > 0) {
-        w[g] *= exp(step_size * (loss[g] / mass[g]) - best) * (held / stepped);
+        w[g] *= exp(loss[g] - best) * (held / stepped);
         // A weight that underflowed to 0 could never come back.
         w[g] = w[g] < 2.2250738585072014e-308 ? 2.2250738585072014e-308 : w[g];
       }

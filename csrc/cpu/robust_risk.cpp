@@ -36,13 +36,7 @@ DRRLHF_MULTIVERSION Solution solve(const Problem& problem, std::int64_t n, Ambig
 
 Solution solve_group(const Problem& problem, std::int64_t n, const AdversaryArguments& adversary) {
   const SerialTeam team{n};
-  const double *l = problem.l, *p = problem.p;
-  if (adversary.set.trim > 0) {
-    const Sums<2> bound = team.max<2>([=](std::int64_t i) {
-      return Sums<2>{{p[i] > 0 ? l[i] : -kInfinity, p[i] > 0 ? -l[i] : -kInfinity}};
-    });
-    trim_top(team, problem.p, l, adversary.set.trim, -bound.v[1], bound.v[0]);
-  }
+  trim_top(team, problem.p, problem.l, adversary.set.trim);
   std::vector<double> scratch(2 * adversary.num_groups);
   return group_step(team, problem, adversary.groups, adversary.group_weights, adversary.num_groups,
                     adversary.set.a, adversary.set.b != 0, scratch.data(),

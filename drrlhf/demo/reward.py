@@ -79,13 +79,13 @@ def _grid(ambiguities: Sequence[str], weight_decays: Sequence[float]) -> list[Co
     ]
 
 
-# Six configurations each: three learning rates, times two strengths of whatever the method has (for
-# erm, weight decay). The first three of each are the quick run's.
 GRID_HISTORY = (
     "The ranges were moved once, for all methods, towards weaker sets and smaller steps, because "
     "validation chose the edge of the first ones. A table of test accuracies had been seen by then "
     "(erm was best on the worst domain), so this is a demonstration and no blind experiment."
 )
+# Six configurations each: three learning rates, times two strengths of whatever the method has (for
+# erm, weight decay). The first three of each are the quick run's.
 GRID: dict[str, list[Config]] = {
     "erm": _grid(["erm"], [0.01, 1.0]),
     "tv": _grid(["tv:0.03", "tv:0.1"], [0.01]),

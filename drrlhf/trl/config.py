@@ -17,7 +17,18 @@ _HELP = (
 
 
 @dataclass
-class DPOConfig(_TRLDPOConfig):
+class _Ambiguous:
+    """The field that both configurations get, last, and its check before theirs."""
+
+    ambiguity: str = field(default="erm", metadata={"help": _HELP})
+
+    def __post_init__(self) -> None:
+        self.ambiguity = str(parse_ambiguity(self.ambiguity))
+        super().__post_init__()  # type: ignore[misc]
+
+
+@dataclass
+class DPOConfig(_Ambiguous, _TRLDPOConfig):
     """TRL's ``DPOConfig`` plus the ambiguity set.
 
     ``ambiguity`` takes a string such as ``"tv:0.1"`` or an instance such as ``drrlhf.TV(0.1)``, and
@@ -28,23 +39,11 @@ class DPOConfig(_TRLDPOConfig):
         ValueError: the ambiguity set is unknown or an argument of it is out of range.
     """
 
-    ambiguity: str = field(default="erm", metadata={"help": _HELP})
-
-    def __post_init__(self) -> None:
-        self.ambiguity = str(parse_ambiguity(self.ambiguity))
-        super().__post_init__()
-
 
 @dataclass
-class RewardConfig(_TRLRewardConfig):
+class RewardConfig(_Ambiguous, _TRLRewardConfig):
     """TRL's ``RewardConfig`` plus the ambiguity set, given and kept as in :class:`DPOConfig`.
 
     Raises:
         ValueError: the ambiguity set is unknown or an argument of it is out of range.
     """
-
-    ambiguity: str = field(default="erm", metadata={"help": _HELP})
-
-    def __post_init__(self) -> None:
-        self.ambiguity = str(parse_ambiguity(self.ambiguity))
-        super().__post_init__()
