@@ -1,12 +1,15 @@
 # make demo    robust and plain reward models on real preferences, one table and one plot
 # make test    the whole test suite
 # make lint    every checker;  make format  what they can mend themselves
+# make bench   every op beside its peers, result and plots in benchmarks/results; BENCH="--op NAME"
 # Each sets up .venv first. TORCH and PYTHON choose what it is made from.
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
 QUICK ?=
+BENCH ?=
+PEERS ?= liger-kernel==0.8.5 sqwash==0.1.0 dro==0.4.3
 BIN := $(VENV)/bin
 CXX_FILES := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h)
 
@@ -44,8 +47,14 @@ format: $(VENV)/.dev
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CXX_FILES)
 
-bench: $(VENV)/.test
-	$(BIN)/python benchmarks/robust_risk.py
+# Libraries that are measured beside ours; what they need at run time is there already, and what
+# they ask for besides (triton, torchvision, xgboost ...) is not needed for it.
+$(VENV)/.peers: $(VENV)/.bench
+	$(BIN)/pip install -q --no-deps $(PEERS)
+	touch $@
+
+bench: $(VENV)/.peers
+	$(BIN)/drrlhf bench --output benchmarks/results --plot $(BENCH)
 
 clean:
 	rm -rf $(VENV) build drrlhf/*.so drrlhf/_build.json

@@ -18,7 +18,7 @@ from setuptools import setup
 from setuptools.command.build_py import build_py
 
 MODE = os.environ.get("DRRLHF_BUILD", "auto")
-SOURCES = ["csrc/ops.cpp", "csrc/cpu/pair_losses.cpp", "csrc/cpu/robust_risk.cpp"]
+SOURCES = ["csrc/ops.cpp", *(str(p) for p in sorted(Path("csrc/cpu").glob("*.cpp")))]
 HEADERS = [str(p) for p in sorted(Path("csrc").rglob("*.h"))]
 FLAGS = [
     "-O3", "-g0", "-std=c++20", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off",

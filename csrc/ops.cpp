@@ -7,13 +7,12 @@
 #include <array>
 #include <string_view>
 
+#include "cpu/logprobs.h"
 #include "cpu/losses.h"
+#include "cpu/memory.h"
 
 namespace drrlhf {
 namespace {
-
-using at::Tensor;
-using OptionalTensor = std::optional<Tensor>;
 
 template <class Enum, std::size_t N>
 Enum by_name(const char* argument, std::string_view name,
@@ -194,6 +193,94 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> reward_loss(
           row(3, rejected_rewards.scalar_type())};
 }
 
+NineTensors sequence_preference_loss(
+    const Tensor& logps, const Tensor& labels, const OptionalTensor& cu_seqlens,
+    const OptionalTensor& ref_logps, const OptionalTensor& nominal, const OptionalTensor& groups,
+    const OptionalTensor& group_weights, std::int64_t ignore_index, std::string_view loss_type,
+    double beta, double label_smoothing, double simpo_gamma, double discopop_tau,
+    std::string_view f_divergence, double f_alpha, std::string_view kind, double a, double b,
+    double trim) {
+  const SequenceSums sums = sequence_sums(logps, labels, cu_seqlens, ignore_index);
+  const std::int64_t sequences = sums.total.numel(), n = sequences / 2;
+  TORCH_CHECK_VALUE(sequences % 2 == 0,
+                    "labels: expected an even number of stacked sequences, got ", sequences);
+  const auto chosen = [&](const Tensor& x) { return x.narrow(0, 0, n); };
+  const auto rejected = [&](const Tensor& x) { return x.narrow(0, n, n); };
+  OptionalTensor ref_chosen, ref_rejected;
+  if (ref_logps.has_value()) {
+    const Tensor references = load("ref_logps", *ref_logps, sequences);
+    ref_chosen = chosen(references);
+    ref_rejected = rejected(references);
+  }
+  const auto [value, q, losses, chosen_rewards, rejected_rewards, dual, state, d_chosen,
+              d_rejected] =
+      preference_loss(chosen(sums.total), rejected(sums.total), ref_chosen, ref_rejected,
+                      chosen(sums.count), rejected(sums.count), nominal, groups, group_weights,
+                      loss_type, beta, label_smoothing, simpo_gamma, discopop_tau, f_divergence,
+                      f_alpha, kind, a, b, trim);
+  const auto dtype = statistics_dtype(logps);
+  const Tensor d_logps =
+      spread_to_tokens(at::cat({d_chosen, d_rejected}), labels, cu_seqlens, ignore_index, false);
+  return {value.to(dtype),          q.to(dtype),
+          losses.to(dtype),         chosen_rewards.to(dtype),
+          rejected_rewards.to(dtype), dual.to(dtype),
+          state,                    sums.total.to(dtype),
+          d_logps.to(logps.scalar_type())};
+}
+
+Tensor sequence_logprobs(const Tensor& logps, const Tensor& labels,
+                         const OptionalTensor& cu_seqlens, std::int64_t ignore_index, bool mean) {
+  const SequenceSums sums = sequence_sums(logps, labels, cu_seqlens, ignore_index);
+  const Tensor result = mean ? sums.total / sums.count.clamp_min(1) : sums.total;
+  return result.to(statistics_dtype(logps));
+}
+
+Tensor token_logprobs_backward(const Tensor& logits, const Tensor& labels,
+                               const OptionalTensor& grad, const OptionalTensor& grad_entropy,
+                               const Tensor& logp, const Tensor& lse, const Tensor& lse_tail,
+                               const Tensor& entropy, std::int64_t ignore_index,
+                               double temperature, std::optional<double> softcap) {
+  Tensor out = empty_on_huge_pages(logits.sizes(), logits.scalar_type());
+  token_logprobs_backward_cpu(logits, labels, grad, grad_entropy, logp, lse, lse_tail, entropy,
+                              ignore_index, temperature, softcap, out);
+  return out;
+}
+
+void token_logprobs_backward_(Tensor logits, const Tensor& labels, const OptionalTensor& grad,
+                              const OptionalTensor& grad_entropy, const Tensor& logp,
+                              const Tensor& lse, const Tensor& lse_tail, const Tensor& entropy,
+                              std::int64_t ignore_index, double temperature,
+                              std::optional<double> softcap) {
+  Tensor out = logits.contiguous();
+  token_logprobs_backward_cpu(logits, labels, grad, grad_entropy, logp, lse, lse_tail, entropy,
+                              ignore_index, temperature, softcap, out);
+  if (!out.is_same(logits)) logits.copy_(out);
+}
+
+EightTensors linear_token_logprobs(const Tensor& hidden, const Tensor& weight,
+                                   const OptionalTensor& bias, const Tensor& labels,
+                                   std::int64_t ignore_index, double temperature,
+                                   std::optional<double> softcap, double logit_scale,
+                                   std::int64_t outputs, std::int64_t keep,
+                                   std::int64_t workspace) {
+  const Head head = {weight, bias, ignore_index, temperature, softcap, logit_scale};
+  return linear_token_logprobs_cpu(hidden, head, labels, outputs, static_cast<Keep>(keep),
+                                   workspace);
+}
+
+std::tuple<Tensor, Tensor, Tensor> linear_token_logprobs_backward(
+    const Tensor& hidden, const Tensor& weight, const OptionalTensor& bias, const Tensor& labels,
+    const OptionalTensor& grad, const OptionalTensor& grad_entropy, const Tensor& logp,
+    const Tensor& lse, const Tensor& lse_tail, const Tensor& entropy, const Tensor& kept,
+    std::int64_t ignore_index, double temperature, std::optional<double> softcap,
+    double logit_scale, std::int64_t keep, std::int64_t workspace, bool need_hidden,
+    bool need_weight, bool need_bias) {
+  const Head head = {weight, bias, ignore_index, temperature, softcap, logit_scale};
+  return linear_token_logprobs_backward_cpu(hidden, head, labels, grad, grad_entropy, logp, lse,
+                                            lse_tail, entropy, kept, static_cast<Keep>(keep),
+                                            workspace, need_hidden, need_weight, need_bias);
+}
+
 pybind11::dict build_info() {
   pybind11::dict info;
   info["mode"] = "cpu";
@@ -223,12 +310,54 @@ TORCH_LIBRARY(drrlhf_cpp, m) {
       "Tensor? nominal, Tensor? groups, Tensor? group_weights, float center_coefficient, "
       "str kind, float a, float b, float trim) -> "
       "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "sequence_preference_loss(Tensor logps, Tensor labels, Tensor? cu_seqlens, "
+      "Tensor? ref_logps, Tensor? nominal, Tensor? groups, Tensor? group_weights, "
+      "int ignore_index, str loss_type, float beta, float label_smoothing, float simpo_gamma, "
+      "float discopop_tau, str f_divergence, float f_alpha, str kind, float a, float b, "
+      "float trim) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "sequence_logprobs(Tensor logps, Tensor labels, Tensor? cu_seqlens, int ignore_index, "
+      "bool mean) -> Tensor");
+  m.def(
+      "sequence_logprobs_backward(Tensor grad, Tensor labels, Tensor? cu_seqlens, "
+      "int ignore_index, bool mean) -> Tensor");
+  m.def(
+      "token_logprobs(Tensor logits, Tensor labels, int ignore_index, float temperature, "
+      "float? softcap, int outputs) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "token_logprobs_backward(Tensor logits, Tensor labels, Tensor? grad, Tensor? grad_entropy, "
+      "Tensor logp, Tensor lse, Tensor lse_tail, Tensor entropy, int ignore_index, "
+      "float temperature, float? softcap) -> Tensor");
+  m.def(
+      "token_logprobs_backward_(Tensor(a!) logits, Tensor labels, Tensor? grad, "
+      "Tensor? grad_entropy, Tensor logp, Tensor lse, Tensor lse_tail, Tensor entropy, "
+      "int ignore_index, float temperature, float? softcap) -> ()");
+  m.def(
+      "linear_token_logprobs(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, "
+      "int ignore_index, float temperature, float? softcap, float logit_scale, int outputs, "
+      "int keep, int workspace) -> "
+      "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "linear_token_logprobs_backward(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, "
+      "Tensor? grad, Tensor? grad_entropy, Tensor logp, Tensor lse, Tensor lse_tail, "
+      "Tensor entropy, Tensor kept, int ignore_index, float temperature, float? softcap, "
+      "float logit_scale, int keep, int workspace, bool need_hidden, bool need_weight, "
+      "bool need_bias) -> (Tensor, Tensor, Tensor)");
 }
 
 TORCH_LIBRARY_IMPL(drrlhf_cpp, CPU, m) {
   m.impl("robust_risk", &drrlhf::robust_risk);
   m.impl("preference_loss", &drrlhf::preference_loss);
   m.impl("reward_loss", &drrlhf::reward_loss);
+  m.impl("sequence_preference_loss", &drrlhf::sequence_preference_loss);
+  m.impl("sequence_logprobs", &drrlhf::sequence_logprobs);
+  m.impl("sequence_logprobs_backward", &drrlhf::spread_to_tokens);
+  m.impl("token_logprobs", &drrlhf::token_logprobs_cpu);
+  m.impl("token_logprobs_backward", &drrlhf::token_logprobs_backward);
+  m.impl("token_logprobs_backward_", &drrlhf::token_logprobs_backward_);
+  m.impl("linear_token_logprobs", &drrlhf::linear_token_logprobs);
+  m.impl("linear_token_logprobs_backward", &drrlhf::linear_token_logprobs_backward);
 }
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {

@@ -25,7 +25,13 @@ if TYPE_CHECKING:
         Group,
         parse_ambiguity,
     )
-    from drrlhf.logprobs import linear_token_logprobs, sequence_logprobs, token_logprobs
+    from drrlhf.head import LinearPreferenceLoss, linear_preference_loss
+    from drrlhf.logprobs import (
+        TokenLogprobs,
+        linear_token_logprobs,
+        sequence_logprobs,
+        token_logprobs,
+    )
     from drrlhf.losses import (
         PreferenceLoss,
         RewardLoss,
@@ -33,22 +39,29 @@ if TYPE_CHECKING:
         preference_loss,
         reward_loss,
     )
-    from drrlhf.modules import PreferenceLossModule, RewardLossModule, RobustRiskModule
+    from drrlhf.modules import (
+        LinearPreferenceLossModule,
+        PreferenceLossModule,
+        RewardLossModule,
+        RobustRiskModule,
+    )
     from drrlhf.robust import GroupState, RobustRisk, robust_risk
 
 __all__ = [
     "ERM", "KL", "TV", "AmbiguitySet", "CVaR", "ChiSquare", "Group", "GroupState",
-    "PreferenceLoss", "PreferenceLossModule", "RewardLoss", "RewardLossModule", "RobustRisk",
-    "RobustRiskModule", "__version__", "backends", "linear_token_logprobs", "pair_losses",
+    "LinearPreferenceLoss", "LinearPreferenceLossModule", "PreferenceLoss", "PreferenceLossModule",
+    "RewardLoss", "RewardLossModule", "RobustRisk", "RobustRiskModule", "TokenLogprobs",
+    "__version__", "backends", "linear_preference_loss", "linear_token_logprobs", "pair_losses",
     "parse_ambiguity", "preference_loss", "reward_loss", "robust_risk", "sequence_logprobs",
     "token_logprobs",
 ]  # fmt: skip
 
 _HOME = {
     "ambiguity": "ERM KL TV AmbiguitySet ChiSquare CVaR Group parse_ambiguity",
-    "logprobs": "linear_token_logprobs sequence_logprobs token_logprobs",
+    "head": "LinearPreferenceLoss linear_preference_loss",
+    "logprobs": "TokenLogprobs linear_token_logprobs sequence_logprobs token_logprobs",
     "losses": "PreferenceLoss RewardLoss pair_losses preference_loss reward_loss",
-    "modules": "PreferenceLossModule RewardLossModule RobustRiskModule",
+    "modules": "LinearPreferenceLossModule PreferenceLossModule RewardLossModule RobustRiskModule",
     "robust": "GroupState RobustRisk robust_risk",
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names.split()}

@@ -29,16 +29,24 @@ OPS = (
     "robust_risk",
     "preference_loss",
     "reward_loss",
+    "sequence_preference_loss",
+    "sequence_logprobs",
+    "sequence_logprobs_backward",
     "token_logprobs",
     "token_logprobs_backward",
+    "token_logprobs_backward_",
+    "linear_token_logprobs",
+    "linear_token_logprobs_backward",
 )
 DEVICES = {"cuda": ("cuda",), "triton": ("cuda",), "cpp": ("cpu",)}
 SERVED: dict[str, frozenset[str]] = {
-    "cpp": frozenset({"robust_risk", "preference_loss", "reward_loss"}),
+    "cpp": frozenset(OPS),
     "triton": frozenset(),
     "cuda": frozenset(),
     "reference": frozenset(OPS),
 }
+# Ops over the vocabulary: fast in the dtypes of models, and float64 is for checking them.
+NO_FLOAT64 = frozenset(op for op in OPS if "token_logprobs" in op)
 
 
 class BackendError(RuntimeError):
@@ -83,7 +91,7 @@ def build_info() -> dict[str, Any]:
     return {"built": _EXTENSION is not None, "reason": _NO_EXTENSION, **found}
 
 
-def _obstacle(op: str, backend: str, device: str) -> str:
+def _obstacle(op: str, backend: str, device: str, float64: bool = False) -> str:
     """Why `backend` cannot serve `op` on `device`; empty when it can."""
     if op not in SERVED[backend]:
         return f"has no {op} kernel in this version"
@@ -91,6 +99,8 @@ def _obstacle(op: str, backend: str, device: str) -> str:
         return f"runs on {'/'.join(DEVICES[backend])} tensors, not on {device}"
     if backend == "cpp" and _EXTENSION is None:
         return _NO_EXTENSION
+    if float64 and op in NO_FLOAT64 and backend != "reference":
+        return "takes float32, bfloat16 and float16; float64 is the reference's"
     return ""
 
 
@@ -109,7 +119,7 @@ def _checked(name: str | None) -> str | None:
 
 
 _forced: str | None = _checked(os.environ.get("DRRLHF_BACKEND"))
-_cache: dict[tuple[str, str], Callable[..., Any]] = {}
+_cache: dict[tuple[str, str, bool], Callable[..., Any]] = {}
 
 
 def _force(name: str | None) -> None:
@@ -137,11 +147,11 @@ class use:
         _force(self._previous)
 
 
-def _choose(op: str, device: str) -> tuple[str, dict[str, str]]:
+def _choose(op: str, device: str, float64: bool = False) -> tuple[str, dict[str, str]]:
     """The serving backend and the obstacles of those that would come first."""
     obstacles: dict[str, str] = {}
     for backend in NAMES if _forced is None else (_forced,):
-        obstacle = _obstacle(op, backend, device)
+        obstacle = _obstacle(op, backend, device, float64)
         if not obstacle:
             return backend, obstacles
         obstacles[backend] = obstacle
@@ -151,18 +161,19 @@ def _choose(op: str, device: str) -> tuple[str, dict[str, str]]:
     )
 
 
-def kernel(op: str, device: str) -> Callable[..., Any]:
-    """The function that serves `op` for tensors on `device` ("cpu", "cuda", ...)."""
-    found = _cache.get((op, device))
+def kernel(op: str, device: str, dtype: torch.dtype = torch.float32) -> Callable[..., Any]:
+    """The function that serves `op` for tensors of `dtype` on `device` ("cpu", "cuda", ...)."""
+    float64 = dtype == torch.float64
+    found = _cache.get((op, device, float64))
     if found is None:
-        backend, obstacles = _choose(op, device)
+        backend, obstacles = _choose(op, device, float64)
         missed = {
             b: why for b, why in obstacles.items() if device in DEVICES[b] and op in SERVED[b]
         }
-        if backend == "reference" and missed:
+        if backend == "reference" and missed and not (float64 and op in NO_FLOAT64):
             reasons = "; ".join(f"{b}: {why}" for b, why in missed.items())
             logger.warning("%s on %s is served by plain PyTorch (%s)", op, device, reasons)
-        found = _cache[(op, device)] = _implementation(op, backend)
+        found = _cache[(op, device, float64)] = _implementation(op, backend)
     return found
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any, NamedTuple, overload
+
 import torch
 from torch import Tensor
 
 from drrlhf import ops, reference
-from drrlhf.checks import check_floating, check_integer, check_value
+from drrlhf.checks import check_choice, check_floating, check_integer, check_value
 
 
 def _check_labels(
@@ -34,6 +37,65 @@ def _check_options(temperature: float, softcap: float | None) -> None:
             raise ValueError(f"{name}: expected a number > 0, got {value!r}")
 
 
+class TokenLogprobs(NamedTuple):
+    """What the token log-probs come with when `outputs` asks for more; None where it did not.
+
+    logps (...), entropy (...), logsumexp (...), mean_logit (...) and log_sum_sq_probs (...) =
+    log sum_v p_v^2, all of the transformed logits z; is_top1 (...) bool: the label is the first of
+    the largest. 0 (False) where the label is ignored. Gradients flow to logps and entropy alone.
+    """
+
+    logps: Tensor
+    entropy: Tensor | None
+    logsumexp: Tensor | None
+    mean_logit: Tensor | None
+    is_top1: Tensor | None
+    log_sum_sq_probs: Tensor | None
+
+
+_OUTPUT_BITS = {
+    "entropy": reference.ENTROPY,
+    "logsumexp": 0,
+    "mean_logit": reference.MEAN_LOGIT,
+    "is_top1": reference.IS_TOP1,
+    "log_sum_sq_probs": reference.LOG_SUM_SQ_PROBS,
+}
+
+
+def _check_outputs(outputs: Sequence[str]) -> int:
+    if isinstance(outputs, str):
+        raise ValueError(f"outputs: expected a sequence of names such as {(outputs,)}, got a string")
+    bits = 0
+    for name in outputs:
+        check_choice("outputs", name, tuple(_OUTPUT_BITS))
+        bits |= _OUTPUT_BITS[name]
+    return bits
+
+
+def _result(found: tuple[Tensor, ...], outputs: Sequence[str]) -> Tensor | TokenLogprobs:
+    logps, lse, _, entropy, mean_logit, is_top1, log_sum_sq_probs = found[:7]
+    if not outputs:
+        return logps
+    values = {
+        "entropy": entropy,
+        "logsumexp": lse,
+        "mean_logit": mean_logit,
+        "is_top1": is_top1,
+        "log_sum_sq_probs": log_sum_sq_probs,
+    }
+    return TokenLogprobs(logps, **{k: v if k in outputs else None for k, v in values.items()})
+
+
+@overload
+def token_logprobs(
+    logits: Tensor, labels: Tensor, *, ignore_index: int = ..., temperature: float = ...,
+    softcap: float | None = ..., outputs: tuple[()] = ..., inplace_backward: bool = ...,
+) -> Tensor: ...  # fmt: skip
+@overload
+def token_logprobs(
+    logits: Tensor, labels: Tensor, *, ignore_index: int = ..., temperature: float = ...,
+    softcap: float | None = ..., outputs: Sequence[str], inplace_backward: bool = ...,
+) -> TokenLogprobs: ...  # fmt: skip
 def token_logprobs(
     logits: Tensor,
     labels: Tensor,
@@ -41,8 +103,10 @@ def token_logprobs(
     ignore_index: int = -100,
     temperature: float = 1.0,
     softcap: float | None = None,
-) -> Tensor:
-    """Log-probability of each label under its row of logits.
+    outputs: Sequence[str] = (),
+    inplace_backward: bool = False,
+) -> Tensor | TokenLogprobs:
+    """Log-probability of each label under its row of logits, in one pass over them.
 
     logp_t = z_t[y_t] - log sum_v exp z_t[v], z = softcap tanh(logits / softcap) / temperature.
 
@@ -50,21 +114,66 @@ def token_logprobs(
         logits: (..., V), aligned with the labels (already shifted); float32, bfloat16, float16
             or float64. Statistics are float32 (float64 for float64).
         labels: (...), any integer dtype. `ignore_index` gives exactly 0 and no gradient.
+        outputs: names of `TokenLogprobs` wanted besides the log-probs, from the same pass.
+        inplace_backward: write the gradient over the logits, which are then spent: no second
+            tensor of their size. They must not be a leaf; a second backward raises. Compiled
+            graphs plan their own memory and ignore it.
 
     Returns:
-        (...), float32, or float64 for float64 logits. Differentiable once by the logits.
+        (...), float32, or float64 for float64 logits; a `TokenLogprobs` of such if `outputs` names
+        any. Differentiable once by the logits.
 
     Raises:
-        ValueError: shapes, dtypes, labels outside [0, V), temperature or softcap not > 0.
+        ValueError: shapes, dtypes, labels outside [0, V), temperature or softcap not > 0, unknown
+            outputs.
     """
     check_floating("logits", logits)
     if logits.dim() < 1 or logits.shape[-1] == 0:
         raise ValueError(f"logits: expected shape (..., V) with V >= 1, got {tuple(logits.shape)}")
     _check_options(temperature, softcap)
+    bits = _check_outputs(outputs)
     _check_labels(labels, tuple(logits.shape[:-1]), logits.shape[-1], ignore_index)
-    return ops.token_logprobs(logits, labels, ignore_index, float(temperature), softcap)[0]
+    op: Any = ops.token_logprobs
+    if inplace_backward and not torch.compiler.is_compiling():
+        if logits.is_leaf and logits.requires_grad:
+            raise ValueError(
+                "inplace_backward: expected logits that an operation made, got a leaf tensor, whose "
+                "values the backward would destroy; leave it False"
+            )
+        op = ops.InPlaceTokenLogprobs.apply
+    return _result(op(logits, labels, ignore_index, float(temperature), softcap, bits), outputs)
 
 
+# What the head may hold at a time unless the caller says otherwise, and how much of that is for
+# logits on their way: products gain nothing from more rows.
+MEMORY_BUDGET = 256 * 2**20
+WORKSPACE = 48 * 2**20
+
+
+def _plan(
+    tokens: int, head: Tensor, need_hidden: bool, need_head: bool, memory_budget: int | None
+) -> tuple[int, int]:
+    """What the forward keeps for the backward, and the bytes it may use for logits."""
+    budget = MEMORY_BUDGET if memory_budget is None else memory_budget
+    workspace = min(budget, WORKSPACE)
+    slab = tokens * head.shape[0] * head.element_size()
+    if need_head and slab + workspace <= budget and head.device.type == "cpu":
+        return reference.KEEP_SLAB, workspace
+    return (reference.KEEP_HIDDEN if need_hidden else reference.KEEP_NOTHING), workspace
+
+
+@overload
+def linear_token_logprobs(
+    hidden: Tensor, weight: Tensor, labels: Tensor, *, bias: Tensor | None = ...,
+    ignore_index: int = ..., temperature: float = ..., softcap: float | None = ...,
+    logit_scale: float = ..., outputs: tuple[()] = ..., memory_budget: int | None = ...,
+) -> Tensor: ...  # fmt: skip
+@overload
+def linear_token_logprobs(
+    hidden: Tensor, weight: Tensor, labels: Tensor, *, bias: Tensor | None = ...,
+    ignore_index: int = ..., temperature: float = ..., softcap: float | None = ...,
+    logit_scale: float = ..., outputs: Sequence[str], memory_budget: int | None = ...,
+) -> TokenLogprobs: ...  # fmt: skip
 def linear_token_logprobs(
     hidden: Tensor,
     weight: Tensor,
@@ -75,21 +184,36 @@ def linear_token_logprobs(
     temperature: float = 1.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
-) -> Tensor:
+    outputs: Sequence[str] = (),
+    memory_budget: int | None = None,
+) -> Tensor | TokenLogprobs:
     """Token log-probs from hidden states and the output head: `token_logprobs` of
-    (hidden weight^T + bias) logit_scale, whose products and sums stay in float32.
+    (hidden weight^T + bias) logit_scale, which are never rounded to a narrow dtype and never held
+    all at once.
+
+    In units of one product hidden weight^T: scoring without gradients costs 1; with a head that
+    needs no gradient (LoRA) forward and backward cost 2, for the forward keeps
+    weight[y] - softmax weight for every token and the backward scales its rows; with a trained
+    head 4, or 3 where the budget holds all tokens' softmax. Ignored labels, and in the backward
+    tokens whose upstream gradient is exactly 0, take no part in any product.
 
     Args:
         hidden: (..., D) hidden states that predict the labels.
         weight: (V, D) output head, of the hidden states' dtype; bias (V,).
         labels: (...), any integer dtype; `ignore_index` gives exactly 0 and no gradient.
+        outputs: names of `TokenLogprobs` wanted besides the log-probs, from the same pass.
+        memory_budget: bytes to hold beside the inputs, the gradients, and copies of the counted
+            rows of `hidden`; default 256 MiB. Of it at most 48 MiB are logits on their way. The
+            softmax of a trained head, tokens V itemsize bytes, is kept if it fits in the rest, and
+            computed again otherwise. One row of logits is always held.
 
     Returns:
-        (...), float32, or float64 for float64 inputs. Under autocast the inputs are taken in its
-        dtype, and the logits are still float32.
+        (...), float32, or float64 for float64 inputs; a `TokenLogprobs` of such if `outputs` names
+        any. Under autocast the inputs are taken in its dtype. Differentiable once.
 
     Raises:
-        ValueError: shapes, dtypes that differ, labels outside [0, V), options not > 0.
+        ValueError: shapes, dtypes that differ, labels outside [0, V), options not > 0, unknown
+            outputs.
     """
     for name, value in (("hidden", hidden), ("weight", weight)):
         check_floating(name, value)
@@ -100,6 +224,13 @@ def linear_token_logprobs(
         )
     if bias is not None and tuple(bias.shape) != (weight.shape[0],):
         raise ValueError(f"bias: expected shape ({weight.shape[0]},), got {tuple(bias.shape)}")
+    if not logit_scale != 0:
+        raise ValueError(f"logit_scale: expected a number other than 0, got {logit_scale!r}")
+    if memory_budget is not None and memory_budget < 0:
+        raise ValueError(f"memory_budget: expected bytes >= 0, got {memory_budget!r}")
+    _check_options(temperature, softcap)
+    bits = _check_outputs(outputs)
+    _check_labels(labels, tuple(hidden.shape[:-1]), weight.shape[0], ignore_index)
     if torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
@@ -107,11 +238,15 @@ def linear_token_logprobs(
         raise ValueError(
             f"weight: expected {hidden.dtype} as hidden, got {weight.dtype}; cast one of them"
         )
-    with torch.autocast(hidden.device.type, enabled=False):
-        logits = reference.linear_logits(hidden, weight, bias, logit_scale)
-        return token_logprobs(
-            logits, labels, ignore_index=ignore_index, temperature=temperature, softcap=softcap
-        )
+    learning = torch.is_grad_enabled()
+    need_head = learning and (weight.requires_grad or (bias is not None and bias.requires_grad))
+    need_hidden = learning and hidden.requires_grad
+    plan = _plan(labels.numel(), weight, need_hidden, need_head, memory_budget)
+    found = ops.linear_token_logprobs(
+        hidden, weight, bias, labels, ignore_index, float(temperature), softcap,
+        float(logit_scale), bits, *plan,
+    )  # fmt: skip
+    return _result(found, outputs)
 
 
 def sequence_logprobs(
@@ -151,23 +286,23 @@ def sequence_logprobs(
                 f"logps: expected padded (B, L), got {tuple(logps.shape)}; packed (T,) needs "
                 "cu_seqlens"
             )
-    else:
-        _check_boundaries(cu_seqlens, logps)
-    valid = labels != ignore_index
-    return reference.sequence_logprobs(logps, valid, cu_seqlens, reduction == "mean")
-
-
-def _check_boundaries(cu_seqlens: Tensor, logps: Tensor) -> None:
-    if logps.dim() != 1:
+    elif logps.dim() != 1:
         raise ValueError(f"logps: expected packed (T,) with cu_seqlens, got {tuple(logps.shape)}")
+    else:
+        check_boundaries(cu_seqlens, logps.numel())
+    return ops.sequence_logprobs(logps, labels, cu_seqlens, ignore_index, reduction == "mean")
+
+
+def check_boundaries(cu_seqlens: Tensor, tokens: int) -> None:
+    """ValueError unless `cu_seqlens` (S+1,) runs from 0 to `tokens` and never decreases."""
     check_integer("cu_seqlens", cu_seqlens)
     if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1:
         raise ValueError(f"cu_seqlens: expected shape (S+1,), got {tuple(cu_seqlens.shape)}")
-    ends = (cu_seqlens[0] == 0) & (cu_seqlens[-1] == logps.numel())
+    ends = (cu_seqlens[0] == 0) & (cu_seqlens[-1] == tokens)
     check_value(
         ends & (cu_seqlens[1:] >= cu_seqlens[:-1]).all(),
         lambda: (
-            f"cu_seqlens: expected boundaries from 0 to {logps.numel()}, not decreasing, got "
+            f"cu_seqlens: expected boundaries from 0 to {tokens}, not decreasing, got "
             f"{cu_seqlens.tolist()[:8]}{'...' if cu_seqlens.numel() > 8 else ''}"
         ),
         cu_seqlens,

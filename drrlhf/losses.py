@@ -59,21 +59,31 @@ def _check_pair_arguments(
         check_vector(name, value, chosen.numel(), "chosen_logps")
         if not name.endswith("lengths"):
             check_floating(name, value)
-    check_choice("loss_type", loss_type, LOSS_TYPES)
-    check_choice("f_divergence", f_divergence, F_DIVERGENCES)
-    references = [pairs["ref_chosen_logps"], pairs["ref_rejected_logps"]]
-    if loss_type == "simpo":
-        if references != [None, None]:
-            raise ValueError("ref_chosen_logps: simpo has no reference model; pass None for both")
-    elif None in references:
-        raise ValueError(
-            f"ref_chosen_logps, ref_rejected_logps: {loss_type} needs both, got "
-            f"{'None' if references == [None, None] else 'one'}; pass zeros for no reference"
-        )
+    references = (pairs["ref_chosen_logps"], pairs["ref_rejected_logps"])
+    check_pair_options(
+        loss_type, label_smoothing, f_divergence, beta, discopop_tau, f_alpha, references
+    )
     if loss_type in LENGTH_LOSSES and None in (pairs["chosen_lengths"], pairs["rejected_lengths"]):
         raise ValueError(
             f"chosen_lengths, rejected_lengths: {loss_type} divides by the number of completion "
             "tokens; expected two tensors of shape (n,)"
+        )
+
+
+def check_pair_options(
+    loss_type: str, label_smoothing: float, f_divergence: str, beta: float, discopop_tau: float,
+    f_alpha: float, references: tuple[Tensor | None, Tensor | None],
+) -> None:  # fmt: skip
+    """ValueError where the options of a per-pair loss, or its references, do not go together."""
+    check_choice("loss_type", loss_type, LOSS_TYPES)
+    check_choice("f_divergence", f_divergence, F_DIVERGENCES)
+    if loss_type == "simpo":
+        if references != (None, None):
+            raise ValueError("ref_chosen_logps: simpo has no reference model; pass None for both")
+    elif None in references:
+        raise ValueError(
+            f"ref_chosen_logps, ref_rejected_logps: {loss_type} needs both, got "
+            f"{'None' if references == (None, None) else 'one'}; pass zeros for no reference"
         )
     if f_divergence != "reverse_kl" and loss_type not in DIFFERENCE_LOSSES:
         raise ValueError(

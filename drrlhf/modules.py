@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from drrlhf import losses, robust
+from drrlhf import head, losses, robust
 from drrlhf.ambiguity import ERM, AmbiguitySet, Group, parse_ambiguity
 from drrlhf.robust import GroupState
 
@@ -62,6 +62,24 @@ class PreferenceLossModule(_RobustModule):
     ) -> losses.PreferenceLoss:
         inputs = (chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps)
         return self._call(losses.preference_loss, *inputs, **keywords)
+
+
+class LinearPreferenceLossModule(_RobustModule):
+    """`drrlhf.linear_preference_loss` as a module; options are its keyword arguments."""
+
+    def __init__(self, ambiguity: str | AmbiguitySet = ERM(), **options: Any) -> None:  # noqa: B008
+        super().__init__(ambiguity, options)
+
+    def forward(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        ref_logps: Tensor | None = None,
+        **keywords: Any,
+    ) -> head.LinearPreferenceLoss:
+        inputs = (hidden, weight, labels, ref_logps)
+        return self._call(head.linear_preference_loss, *inputs, **keywords)
 
 
 class RewardLossModule(_RobustModule):

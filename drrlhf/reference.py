@@ -563,80 +563,260 @@ def _scaled(logits: Tensor, temperature: float, softcap: float | None) -> Tensor
     return z if temperature == 1.0 else z / temperature
 
 
-def token_logprobs(
-    logits: Tensor, labels: Tensor, ignore_index: int, temperature: float, softcap: float | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """log softmax(z)[label], max z and log sum exp(z - max z) (N,) each, where
-    z = softcap tanh(logits / softcap) / temperature. The last two sum to the log-sum-exp; apart,
-    they keep the digits that the backward needs.
+# Bits of `outputs`: which statistics of a token are wanted besides its log-prob.
+ENTROPY, MEAN_LOGIT, IS_TOP1, LOG_SUM_SQ_PROBS = 1, 2, 4, 8
 
-    Statistics in float32 (float64 for float64 logits). Where the label has the largest logit the
-    log-prob is -log1p(sum of the others), which keeps the digits of a confident model.
+
+def _counted(labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+    """Which labels count (...), and indices (..., 1) that are safe to gather at."""
+    valid = labels != ignore_index
+    return valid, torch.where(valid, labels, 0).long().unsqueeze(-1)
+
+
+def token_logprobs(
+    logits: Tensor,
+    labels: Tensor,
+    ignore_index: int,
+    temperature: float,
+    softcap: float | None,
+    outputs: int,
+) -> tuple[Tensor, ...]:
+    """Seven tensors (...) for logits (..., V): log softmax(z)[label] with
+    z = softcap tanh(logits / softcap) / temperature; the log-sum-exp of z and what of it one number
+    cannot hold (their sum is it, to the digits that the backward needs); and where `outputs` asks,
+    else empty: entropy, mean of z, whether the label is the first maximum, log sum softmax(z)^2.
+
+    Statistics in float32 (float64 for float64 logits), 0 where the label is ignored. Where the
+    label has the largest logit the log-prob is -log1p(sum of the others), which keeps the digits of
+    a confident model.
     """
     z = _scaled(logits.to(statistics_dtype(logits)), temperature, softcap)
-    valid = labels != ignore_index
-    index = torch.where(valid, labels, 0).long().unsqueeze(-1)
+    valid, index = _counted(labels, ignore_index)
     top = z.amax(-1, keepdim=True)
     true = z.gather(-1, index)
-    others = torch.exp(z - top).scatter(-1, index, 0.0).sum(-1, keepdim=True)
-    log_sum = torch.log(others + torch.exp(true - top))
-    logp = torch.where(true == top, -torch.log1p(others), true - top - log_sum)
-    logp = torch.where(valid, logp.squeeze(-1), 0)
-    return logp, top.squeeze(-1), log_sum.squeeze(-1)
+    e = torch.exp(z - top)
+    others = e.scatter(-1, index, 0.0).sum(-1, keepdim=True)
+    log_sum = torch.where(true == top, torch.log1p(others), torch.log(others + torch.exp(true - top)))
+    logp = torch.where(true == top, -log_sum, true - top - log_sum)
+    lse = top + log_sum
+    found = [logp, lse, (top - lse) + log_sum]
+    sums = [
+        (ENTROPY, lambda: log_sum - torch.where(e > 0, e * (z - top), 0).sum(-1, True) / e.sum(-1, True)),
+        (MEAN_LOGIT, lambda: z.mean(-1, keepdim=True)),
+        (IS_TOP1, lambda: z.argmax(-1, keepdim=True) == index),
+        (LOG_SUM_SQ_PROBS, lambda: torch.log((e * e).sum(-1, True)) - 2 * torch.log(e.sum(-1, True))),
+    ]
+    found = [torch.where(valid, x.squeeze(-1), 0) for x in found]
+    for bit, statistic in sums:
+        dtype = torch.bool if bit == IS_TOP1 else z.dtype
+        if outputs & bit:
+            found.append(torch.where(valid, statistic().squeeze(-1), False if bit == IS_TOP1 else 0))
+        else:
+            found.append(z.new_empty(0, dtype=dtype))
+    return tuple(found)
+
+
+def _logit_gradient(
+    z: Tensor, labels: Tensor, grad: Tensor | None, grad_entropy: Tensor | None,
+    logp: Tensor, lse: Tensor, lse_tail: Tensor, entropy: Tensor, ignore_index: int,
+) -> Tensor:  # fmt: skip
+    """d / dz of grad logp + grad_entropy entropy, (..., V)."""
+    valid, index = _counted(labels, ignore_index)
+    log_p = (z - lse.unsqueeze(-1)) - lse_tail.unsqueeze(-1)
+    p = torch.exp(log_p)
+    d = torch.zeros_like(z)
+    if grad is not None:
+        # The true class as -expm1(logp): 1 - p cancels exactly where tuned models live.
+        d = (-p).scatter(-1, index, -torch.expm1(logp).unsqueeze(-1)) * grad.to(z.dtype).unsqueeze(-1)
+    if grad_entropy is not None:
+        # d entropy / dz_j = -p_j (log p_j + entropy)
+        slope = torch.where(p > 0, p * (log_p + entropy.unsqueeze(-1)), 0)
+        d = d - grad_entropy.to(z.dtype).unsqueeze(-1) * slope
+    return torch.where(valid.unsqueeze(-1), d, 0)
 
 
 def token_logprobs_backward(
-    grad: Tensor,
     logits: Tensor,
     labels: Tensor,
+    grad: Tensor | None,
+    grad_entropy: Tensor | None,
     logp: Tensor,
-    top: Tensor,
-    log_sum: Tensor,
+    lse: Tensor,
+    lse_tail: Tensor,
+    entropy: Tensor,
     ignore_index: int,
     temperature: float,
     softcap: float | None,
 ) -> Tensor:
-    """d logp / d logits times grad (N,): grad (1[label] - softmax(z)) z', in the logits' dtype.
-
-    The true class is formed as -expm1(logp): 1 - p cancels exactly where tuned models live.
-    """
-    x = logits.to(top.dtype)
+    """grad d logp / d logits + grad_entropy d entropy / d logits (..., V), in the logits' dtype."""
+    x = logits.to(lse.dtype)
     z = _scaled(x, temperature, softcap)
-    valid = labels != ignore_index
-    index = torch.where(valid, labels, 0).long().unsqueeze(-1)
-    d = -torch.exp((z - top.unsqueeze(-1)) - log_sum.unsqueeze(-1))
-    d = d.scatter(-1, index, -torch.expm1(logp).unsqueeze(-1))
+    statistics = (logp, lse, lse_tail, entropy)
+    d = _logit_gradient(z, labels, grad, grad_entropy, *statistics, ignore_index) / temperature
     if softcap is not None:
         d = d * (1 - torch.tanh(x / softcap) ** 2)
-    d = d * (grad.to(d.dtype) / temperature).unsqueeze(-1)
-    return torch.where(valid.unsqueeze(-1), d, 0).to(logits.dtype)
+    return d.to(logits.dtype)
+
+
+def token_logprobs_backward_(logits: Tensor, *rest) -> None:
+    """`token_logprobs_backward` written over the logits."""
+    logits.copy_(token_logprobs_backward(logits, *rest))
 
 
 def linear_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float) -> Tensor:
-    """(hidden weight^T + bias) scale, (N, V), accumulated and kept in float32: never rounded."""
+    """(hidden weight^T + bias) scale, (..., V), accumulated and kept in float32: never rounded."""
     dtype = statistics_dtype(hidden)
     logits = F.linear(hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
     return logits if scale == 1.0 else logits * scale
 
 
+# What the forward of linear_token_logprobs keeps for its backward: nothing (it computes the logits
+# again), d logp / d hidden (..., D), or d logp / d logits of the counted tokens as (V, counted),
+# packed at the front of (V, tokens).
+KEEP_NOTHING, KEEP_HIDDEN, KEEP_SLAB = 0, 1, 2
+
+
+def linear_token_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    ignore_index: int,
+    temperature: float,
+    softcap: float | None,
+    logit_scale: float,
+    outputs: int,
+    keep: int,
+    workspace: int,
+) -> tuple[Tensor, ...]:
+    """`token_logprobs` of `linear_logits` for hidden (..., D), and what `keep` asks to be kept."""
+    logits = linear_logits(hidden, weight, bias, logit_scale)
+    found = token_logprobs(logits, labels, ignore_index, temperature, softcap, outputs)
+    kept = hidden.new_empty(0)
+    if keep != KEEP_NOTHING:
+        one = torch.ones_like(found[0])
+        d = token_logprobs_backward(
+            logits, labels, one, None, *found[:4], ignore_index, temperature, softcap
+        )
+        d = d * logit_scale
+        if keep == KEEP_HIDDEN:
+            kept = (d @ weight.to(d.dtype)).to(hidden.dtype)
+        else:
+            rows = d[labels != ignore_index].T.reshape(-1).to(hidden.dtype)
+            kept = hidden.new_zeros(weight.shape[0], labels.numel())
+            kept.view(-1)[: rows.numel()] = rows
+    return (*found, kept)
+
+
+def linear_token_logprobs_backward(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    grad: Tensor | None,
+    grad_entropy: Tensor | None,
+    logp: Tensor,
+    lse: Tensor,
+    lse_tail: Tensor,
+    entropy: Tensor,
+    kept: Tensor,
+    ignore_index: int,
+    temperature: float,
+    softcap: float | None,
+    logit_scale: float,
+    keep: int,
+    workspace: int,
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of hidden (..., D), weight (V, D) and bias (V,), empty where not needed.
+
+    Always from the logits, computed again: what was kept serves the fast backends alone.
+    """
+    logits = linear_logits(hidden, weight, bias, logit_scale)
+    statistics = (logp, lse, lse_tail, entropy)
+    d = token_logprobs_backward(
+        logits, labels, grad, grad_entropy, *statistics, ignore_index, temperature, softcap
+    )
+    d = (d * logit_scale).flatten(0, -2)
+    rows = hidden.reshape(-1, hidden.shape[-1]).to(d.dtype)
+    none = hidden.new_empty(0)
+    return (
+        (d @ weight.to(d.dtype)).view(hidden.shape).to(hidden.dtype) if need_hidden else none,
+        (d.T @ rows).to(weight.dtype) if need_weight else none,
+        d.sum(0).to(weight.dtype if bias is None else bias.dtype) if need_bias else none,
+    )
+
+
 # --------------------------------------------------------------------------- sequences
 
 
-def sequence_logprobs(
-    logps: Tensor, valid: Tensor, cu_seqlens: Tensor | None, mean: bool
-) -> Tensor:
-    """Sums or means over valid tokens of padded (B, L) rows, or packed (T,) segments."""
-    dtype = statistics_dtype(logps)
-    kept = torch.where(valid, logps, 0).to(dtype)
+def _segments(labels: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, int]:
+    """The sequence that each token belongs to, shaped as the labels, and how many there are."""
     if cu_seqlens is None:
-        total, count = kept.sum(-1), valid.sum(-1)
-    else:
-        segment = torch.searchsorted(
-            cu_seqlens[1:].contiguous(),
-            torch.arange(kept.numel(), device=kept.device, dtype=cu_seqlens.dtype),
-            right=True,
-        )
-        zeros = torch.zeros(cu_seqlens.numel() - 1, dtype=dtype, device=kept.device)
-        total = zeros.index_add(0, segment, kept)
-        count = zeros.index_add(0, segment, valid.to(dtype))
-    return total / count.clamp(min=1) if mean else total
+        rows = torch.arange(labels.shape[0], device=labels.device)
+        return rows.unsqueeze(1).expand(labels.shape), labels.shape[0]
+    tokens = torch.arange(labels.numel(), device=labels.device, dtype=cu_seqlens.dtype)
+    return torch.searchsorted(cu_seqlens[1:].contiguous(), tokens, right=True), len(cu_seqlens) - 1
+
+
+def _token_counts(labels: Tensor, cu_seqlens: Tensor | None, ignore_index: int) -> Tensor:
+    """Counted tokens by sequence (S,)."""
+    segment, count = _segments(labels, cu_seqlens)
+    valid = (labels != ignore_index).long()
+    return valid.new_zeros(count).index_add(0, segment.reshape(-1), valid.reshape(-1))
+
+
+def sequence_logprobs(
+    logps: Tensor, labels: Tensor, cu_seqlens: Tensor | None, ignore_index: int, mean: bool
+) -> Tensor:
+    """Sums or means (S,) over the counted tokens of padded (B, L) rows, or packed (T,) segments."""
+    dtype = statistics_dtype(logps)
+    kept = torch.where(labels != ignore_index, logps, 0).to(dtype)
+    segment, count = _segments(labels, cu_seqlens)
+    total = kept.new_zeros(count).index_add(0, segment.reshape(-1), kept.reshape(-1))
+    if mean:
+        total = total / _token_counts(labels, cu_seqlens, ignore_index).clamp(min=1)
+    return total
+
+
+def sequence_logprobs_backward(
+    grad: Tensor, labels: Tensor, cu_seqlens: Tensor | None, ignore_index: int, mean: bool
+) -> Tensor:
+    """The gradient (S,) of every sequence at each of its counted tokens; 0 elsewhere."""
+    if mean:
+        grad = grad / _token_counts(labels, cu_seqlens, ignore_index).clamp(min=1)
+    segment, _ = _segments(labels, cu_seqlens)
+    return torch.where(labels != ignore_index, grad[segment], 0)
+
+
+def sequence_preference_loss(
+    logps: Tensor,
+    labels: Tensor,
+    cu_seqlens: Tensor | None,
+    ref_logps: Tensor | None,
+    nominal: Tensor | None,
+    groups: Tensor | None,
+    group_weights: Tensor | None,
+    ignore_index: int,
+    *options,
+) -> tuple[Tensor, ...]:
+    """`preference_loss` of the sums of token log-probs, sequences stacked [chosen…, rejected…].
+
+    Returns value (), weights, losses, chosen_rewards, rejected_rewards (n,), dual (), group weights
+    (G,), sequence log-probs (2n,), and d value / d logps, shaped as the token log-probs.
+    """
+    sums = sequence_logprobs(logps.double(), labels, cu_seqlens, ignore_index, False)
+    lengths = _token_counts(labels, cu_seqlens, ignore_index).double()
+    chosen, rejected = sums.chunk(2)
+    references = (None, None) if ref_logps is None else ref_logps.double().chunk(2)
+    *found, d_chosen, d_rejected = preference_loss(
+        chosen, rejected, *references, *lengths.chunk(2), nominal, groups, group_weights, *options
+    )
+    d = sequence_logprobs_backward(
+        torch.cat([d_chosen, d_rejected]), labels, cu_seqlens, ignore_index, False
+    )
+    dtype = statistics_dtype(logps)
+    state = found.pop()
+    return (*(x.to(dtype) for x in found), state, sums.to(dtype), d.to(logps.dtype))

@@ -19,7 +19,7 @@ LAYERS = {
     "modules": 6,
     "": 7,  # the package itself: the public names
     "data": 8, "report": 8, "callbacks": 8, "stress": 8,
-    "trl": 9, "demo": 10,
+    "trl": 9, "demo": 10, "bench": 10,
     "cli": 11, "__main__": 12,
 }  # fmt: skip
 

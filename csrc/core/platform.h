@@ -18,6 +18,7 @@
     !defined(__clang__) && !defined(DRRLHF_NO_MULTIVERSION)
 #define DRRLHF_MULTIVERSION \
   __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default"), flatten))
+#define DRRLHF_MULTIVERSIONED
 #define DRRLHF_ISA "x86-64, x86-64-v3, x86-64-v4 (chosen at load time)"
 #else
 #define DRRLHF_MULTIVERSION

@@ -6,16 +6,17 @@ from typing import Annotated
 
 import typer
 
-from drrlhf.cli import doctor, train
+from drrlhf.cli import bench, doctor, train
 from drrlhf.version import __version__
 
 app = typer.Typer(
     name="drrlhf",
-    help="Distributionally robust preference tuning: train, and see what serves each op here.",
+    help="Distributionally robust preference tuning: train, measure, see what serves each op here.",
     no_args_is_help=True,
     add_completion=False,
 )
 app.add_typer(train.app, name="train")
+app.command("bench")(bench.bench)
 app.command("doctor")(doctor.doctor)
 
 

@@ -21,7 +21,7 @@ def define(name: str, schema: str, fake: Callable[..., Any]) -> Any:
     """
 
     def run(first: Tensor, *rest: Any) -> Any:
-        return backends.kernel(name, first.device.type)(first, *rest)
+        return backends.kernel(name, first.device.type, first.dtype)(first, *rest)
 
     LIBRARY.define(name + schema)
     LIBRARY.impl(name, run, "CompositeExplicitAutograd")

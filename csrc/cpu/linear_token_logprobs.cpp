@@ -1,0 +1,684 @@
+// Logits are made transposed, (V, tokens): the head's rows are read as they lie, a tile's statistics
+// run down its columns, and the matrix product of the next step takes the transpose as it is.
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <ATen/native/CPUBlas.h>
+
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+#include "../core/platform.h"
+#include "logprobs.h"
+#include "memory.h"
+
+namespace drrlhf {
+namespace {
+
+// Rows of the head in a tile: with its logits they stay in the second-level cache.
+constexpr std::int64_t kTileRows = 64;
+// Tokens whose logits are made together where none are kept.
+constexpr std::int64_t kScoredTokens = 1024;
+// Rows of the head that are widened to float32 at a time where the dtype has no products here.
+constexpr std::int64_t kWidenedRows = 1024;
+
+// Kernels run on plain tensors: no graph is recorded, and autocast must not narrow a product.
+struct PlainTensors {
+  at::AutoDispatchBelowAutograd below_autograd;
+  c10::impl::ExcludeDispatchKeyGuard no_autocast{c10::DispatchKey::AutocastCPU};
+};
+
+// Whether this processor multiplies bfloat16 into float32 by itself, and this torch offers it.
+bool multiplies_bfloat16() {
+#ifdef DRRLHF_MULTIVERSIONED
+  static const bool answer = [] {
+    if (!__builtin_cpu_supports("avx512bf16") || !at::globalContext().userEnabledMkldnn()) {
+      return false;
+    }
+    const at::BFloat16 a[2] = {1, 2}, b[32] = {};
+    float c[16];
+    try {
+      at::native::cpublas::brgemm(1, 16, 2, 2, 16, 16, false, a, b, c, true);
+      at::native::cpublas::brgemm_release();
+      return true;
+    } catch (const c10::Error&) {  // torch's way to say that it was built without
+      return false;
+    }
+  }();
+  return answer;
+#else
+  return false;
+#endif
+}
+
+// Whether matrix products are taken in this dtype as it is, or in float32.
+bool multiplies(at::ScalarType dtype) {
+  return dtype == at::kFloat || (dtype == at::kBFloat16 && multiplies_bfloat16());
+}
+
+std::int64_t round_up(std::int64_t n, std::int64_t to) { return (n + to - 1) / to * to; }
+
+// Entries between the rows of a tile with `columns` columns; rows that are a power of two apart
+// would meet in the same few lines of the cache.
+std::int64_t stride_for(std::int64_t columns) {
+  const std::int64_t stride = round_up(columns, kColumnBlock);
+  return stride % 256 == 0 ? stride + kColumnBlock : stride;
+}
+
+// Some tokens: their places in (...), their rows of hidden, and their labels.
+struct Tokens {
+  std::vector<std::int64_t> place;
+  Tensor hidden;                     // (n, D), contiguous
+  std::vector<std::int64_t> labels;  // padded with -1 to whole column blocks
+
+  std::int64_t count() const { return static_cast<std::int64_t>(place.size()); }
+  std::int64_t columns() const { return static_cast<std::int64_t>(labels.size()); }
+};
+
+// Rows of hidden (..., D) at places of (...); a view where they are all rows in order.
+Tensor rows_at(const Tensor& hidden, const std::int64_t* place, std::int64_t count) {
+  const std::int64_t width = hidden.size(-1);
+  if (count == 0) return at::empty({0, width}, hidden.options());
+  if (hidden.is_contiguous() && place[count - 1] - place[0] == count - 1) {
+    return hidden.view({-1, width}).narrow(0, place[0], count);
+  }
+  const Tensor from = hidden.stride(-1) == 1 || width == 1 ? hidden : hidden.contiguous();
+  Tensor rows = at::empty({count, width}, hidden.options());
+  const std::int64_t size = hidden.element_size();
+  const char* source = static_cast<const char*>(from.const_data_ptr());
+  char* target = static_cast<char*>(rows.mutable_data_ptr());
+  at::parallel_for(0, count, 64, [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t i = begin; i < end; ++i) {
+      std::int64_t rest = place[i], offset = 0;
+      for (std::int64_t d = from.dim() - 2; d >= 0; --d) {
+        offset += rest % from.size(d) * from.stride(d);
+        rest /= from.size(d);
+      }
+      std::memcpy(target + i * width * size, source + offset * size, width * size);
+    }
+  });
+  return rows;
+}
+
+Tokens tokens_at(const Tensor& hidden, const Tensor& labels, const std::int64_t* place,
+                 std::int64_t count) {
+  Tokens tokens;
+  tokens.place.assign(place, place + count);
+  tokens.hidden = rows_at(hidden, place, count);
+  tokens.labels.assign(round_up(count, kColumnBlock), -1);
+  const auto* y = labels.const_data_ptr<std::int64_t>();
+  for (std::int64_t i = 0; i < count; ++i) tokens.labels[i] = y[place[i]];
+  return tokens;
+}
+
+// Transposed logits of some tokens, tile by tile.
+class LogitTiles {
+ public:
+  LogitTiles(const Tokens& tokens, const Head& head)
+      : tokens_(tokens), weight_(head.weight), width_(head.weight.size(1)) {
+    transform_ = transform_of(head.temperature, head.softcap, head.logit_scale);
+    if (head.bias.has_value()) bias_ = head.bias->to(at::kFloat).contiguous();
+    blocked_ = weight_.scalar_type() == at::kBFloat16 && multiplies_bfloat16() && width_ % 2 == 0 &&
+               weight_.stride(1) == 1;
+    if (blocked_) {
+      pack();
+    } else {
+      hidden_ = tokens.hidden.to(at::kFloat);
+    }
+  }
+
+  // f(tile, stride, first, rows) for the tiles of z of the head's rows [begin, end), in parallel.
+  // They are parts of `slab` (end - begin, stride), or lie in the cache until f returns if null.
+  template <class F>
+  void each(std::int64_t begin, std::int64_t end, float* slab, std::int64_t stride, const F& f) {
+    if (blocked_) {
+      each_blocked(begin, end, slab, stride, f);
+    } else {
+      each_multiplied(begin, end, slab, stride, f);
+    }
+  }
+
+ private:
+  // The layout that the blocked product wants of its second operand: by blocks of kBlock tokens,
+  // pairs of neighbouring entries of D together.
+  static constexpr std::int64_t kBlock = 64;
+
+  void pack() {
+    const std::int64_t n = tokens_.count(), blocks = (n + kBlock - 1) / kBlock;
+    packed_ = at::zeros({blocks, width_ / 2, kBlock}, at::kInt);
+    const auto* from = static_cast<const char*>(tokens_.hidden.const_data_ptr());
+    auto* to = packed_.mutable_data_ptr<std::int32_t>();
+    at::parallel_for(0, blocks, 1, [&](std::int64_t begin, std::int64_t end) {
+      for (std::int64_t b = begin; b < end; ++b) {
+        for (std::int64_t j = 0; j < std::min(kBlock, n - b * kBlock); ++j) {
+          const char* row = from + (b * kBlock + j) * width_ * 2;
+          for (std::int64_t k = 0; k < width_ / 2; ++k) {
+            std::memcpy(to + (b * width_ / 2 + k) * kBlock + j, row + 4 * k, 4);
+          }
+        }
+      }
+    });
+  }
+
+  const float* bias(std::int64_t first) const {
+    return bias_.defined() ? bias_.const_data_ptr<float>() + first : nullptr;
+  }
+
+  template <class F>
+  void each_blocked(std::int64_t begin, std::int64_t end, float* slab, std::int64_t stride,
+                    const F& f) {
+    const std::int64_t columns = tokens_.columns(), tiles = (end - begin + kTileRows - 1) / kTileRows;
+    const auto* head = weight_.const_data_ptr<at::BFloat16>();
+    const auto* packed = reinterpret_cast<const at::BFloat16*>(packed_.const_data_ptr());
+    Tensor buffer;
+    if (slab == nullptr) {
+      buffer = at::empty({at::get_num_threads(), kTileRows, stride}, at::kFloat);
+    }
+    at::parallel_for(0, tiles, 1, [&](std::int64_t from, std::int64_t to) {
+      for (std::int64_t i = from; i < to; ++i) {
+        const std::int64_t first = begin + i * kTileRows, rows = std::min(kTileRows, end - first);
+        float* tile = slab != nullptr ? slab + (first - begin) * stride
+                                      : buffer.mutable_data_ptr<float>() +
+                                            at::get_thread_num() * kTileRows * stride;
+        for (std::int64_t j = 0; j < columns; j += kBlock) {
+          at::native::cpublas::brgemm(rows, std::min(kBlock, columns - j), width_,
+                                      weight_.stride(0), kBlock, stride, false,
+                                      head + first * weight_.stride(0), packed + j * width_,
+                                      tile + j, true);
+        }
+        softmax_kernels().transform_tile(tile, stride, rows, columns, bias(first), transform_);
+        f(tile, stride, first, rows);
+      }
+      at::native::cpublas::brgemm_release();
+    });
+  }
+
+  template <class F>
+  void each_multiplied(std::int64_t begin, std::int64_t end, float* slab, std::int64_t stride,
+                       const F& f) {
+    const std::int64_t columns = tokens_.columns(), n = tokens_.count();
+    Tensor buffer;
+    if (slab == nullptr) buffer = at::empty({std::min(kWidenedRows, end - begin), stride}, at::kFloat);
+    for (std::int64_t start = begin; start < end; start += kWidenedRows) {
+      const std::int64_t count = std::min(kWidenedRows, end - start);
+      float* block = slab != nullptr ? slab + (start - begin) * stride : buffer.mutable_data_ptr<float>();
+      Tensor product = at::from_blob(block, {count, n}, {stride, 1}, at::kFloat);
+      at::mm_out(product, weight_.narrow(0, start, count).to(at::kFloat), hidden_.t());
+      const std::int64_t tiles = (count + kTileRows - 1) / kTileRows;
+      at::parallel_for(0, tiles, 1, [&](std::int64_t from, std::int64_t to) {
+        for (std::int64_t i = from; i < to; ++i) {
+          const std::int64_t rows = std::min(kTileRows, count - i * kTileRows);
+          float* tile = block + i * kTileRows * stride;
+          for (std::int64_t v = 0; v < rows; ++v) {
+            std::fill(tile + v * stride + n, tile + v * stride + columns, 0.0f);
+          }
+          const std::int64_t first = start + i * kTileRows;
+          softmax_kernels().transform_tile(tile, stride, rows, columns, bias(first), transform_);
+          f(tile, stride, first, rows);
+        }
+      });
+    }
+  }
+
+  const Tokens& tokens_;
+  Tensor weight_, bias_, hidden_, packed_;
+  std::int64_t width_;
+  Transform transform_;
+  bool blocked_;
+};
+
+// Statistics of some tokens, gathered by the threads that see their tiles.
+class ColumnStatistics {
+ public:
+  ColumnStatistics(const Tokens& tokens, bool extras)
+      : tokens_(tokens), columns_(tokens.columns()), threads_(at::get_num_threads()),
+        extras_(extras), others_(threads_ * kFields * columns_, 0.0f),
+        index_(threads_ * columns_, -1), label_z_(columns_, 0.0f) {
+    for (int t = 0; t < threads_; ++t) {
+      const OthersOfColumns o = of_thread(t);
+      std::fill_n(o.reference, columns_, Others().reference);
+      if (extras_) std::fill_n(o.top, columns_, Others().top);
+    }
+  }
+
+  void fold(float* tile, std::int64_t stride, std::int64_t first, std::int64_t rows) {
+    softmax_kernels().fold_tile(tile, stride, rows, columns_, first, tokens_.labels.data(),
+                                of_thread(at::get_thread_num()), label_z_.data());
+  }
+
+  TokenStatistics finish_token(std::int64_t j, std::int64_t vocabulary) const {
+    Others all;
+    for (int t = 0; t < threads_; ++t) {
+      const OthersOfColumns o = of_thread(t);
+      Others one;
+      one.reference = o.reference[j];
+      one.sum = o.sum[j];
+      if (extras_) {
+        one.shifted = o.shifted[j];
+        one.squares = o.squares[j];
+        one.total = o.total[j];
+        one.top = o.top[j];
+        one.index = o.index[j];
+      }
+      merge(all, one);
+    }
+    return finish(all, label_z_[j], tokens_.labels[j], vocabulary);
+  }
+
+ private:
+  static constexpr int kFields = 6;
+
+  OthersOfColumns of_thread(int t) const {
+    float* base = const_cast<float*>(others_.data()) + t * kFields * columns_;
+    const auto field = [&](int k) { return base + k * columns_; };
+    if (!extras_) return {field(0), field(1), nullptr, nullptr, nullptr, nullptr, nullptr};
+    return {field(0), field(1), field(2), field(3), field(4), field(5),
+            const_cast<std::int32_t*>(index_.data()) + t * columns_};
+  }
+
+  const Tokens& tokens_;
+  std::int64_t columns_;
+  int threads_;
+  bool extras_;
+  std::vector<float> others_;
+  std::vector<std::int32_t> index_;
+  std::vector<float> label_z_;
+};
+
+// What a tile's gradient needs to know of its columns.
+struct Columns {
+  std::vector<float> a, b, logp, lse, lse_tail, entropy;
+
+  explicit Columns(std::int64_t columns)
+      : logp(columns, 0.0f), lse(columns, 0.0f), lse_tail(columns, 0.0f) {}
+
+  ColumnCoefficients coefficients() const {
+    const auto pointer = [](const std::vector<float>& x) { return x.empty() ? nullptr : x.data(); };
+    return {pointer(a), pointer(b), logp.data(), lse.data(), lse_tail.data(), pointer(entropy)};
+  }
+};
+
+// A transposed gradient (rows, tokens) in the dtype that its products are taken in.
+struct GradientTiles {
+  const Tokens& tokens;
+  const Columns& columns;
+  Transform transform;
+  Storage storage;
+  std::vector<float> scratch;  // per thread
+
+  GradientTiles(const Tokens& t, const Columns& c, const Head& head, Storage s)
+      : tokens(t), columns(c),
+        transform(transform_of(head.temperature, head.softcap, head.logit_scale)), storage(s),
+        scratch(at::get_num_threads() * t.columns()) {}
+
+  void write(const float* tile, std::int64_t stride, std::int64_t first, std::int64_t rows,
+             void* out, std::int64_t out_stride) {
+    softmax_kernels().tile_gradient(tile, stride, rows, tokens.columns(), first,
+                                    tokens.labels.data(), transform, columns.coefficients(), out,
+                                    out_stride, storage,
+                                    scratch.data() + at::get_thread_num() * tokens.columns());
+  }
+};
+
+// (tokens, D) = gradient^T weight, for a transposed gradient (V, tokens); in the weight's dtype.
+void multiply_by_head(const Tensor& gradient, const Tensor& weight, Tensor result) {
+  if (multiplies(weight.scalar_type())) {
+    at::mm_out(result, gradient.t(), weight);
+    return;
+  }
+  Tensor sum = at::zeros(result.sizes(), at::kFloat);
+  for (std::int64_t v = 0; v < weight.size(0); v += kWidenedRows) {
+    const std::int64_t rows = std::min(kWidenedRows, weight.size(0) - v);
+    sum.addmm_(gradient.narrow(0, v, rows).to(at::kFloat).t(),
+               weight.narrow(0, v, rows).to(at::kFloat));
+  }
+  result.copy_(sum);
+}
+
+// result (rows, D) = gradient hidden, for a transposed gradient (rows, tokens).
+void multiply_by_hidden(const Tensor& gradient, const Tensor& hidden, Tensor result) {
+  if (multiplies(hidden.scalar_type())) {
+    at::mm_out(result, gradient, hidden);
+  } else {
+    result.copy_(at::mm(gradient.to(at::kFloat), hidden.to(at::kFloat)));
+  }
+}
+
+// bias (rows,) = sum over tokens of gradient (rows, tokens) times factor (tokens,), if not empty.
+void sum_tokens(const Tensor& gradient, const std::vector<float>& factor, Tensor bias) {
+  AT_DISPATCH_FLOATING_TYPES_AND2(
+      at::kBFloat16, at::kHalf, gradient.scalar_type(), "sum_tokens", [&] {
+        const scalar_t* from = gradient.const_data_ptr<scalar_t>();
+        const std::int64_t n = gradient.size(1), stride = gradient.stride(0);
+        Tensor sums = at::empty({gradient.size(0)}, at::kFloat);
+        float* to = sums.mutable_data_ptr<float>();
+        at::parallel_for(0, gradient.size(0), 64, [&](std::int64_t begin, std::int64_t end) {
+          for (std::int64_t v = begin; v < end; ++v) {
+            double sum = 0;
+            for (std::int64_t j = 0; j < n; ++j) {
+              const double g = static_cast<float>(from[v * stride + j]);
+              sum += factor.empty() ? g : g * factor[j];
+            }
+            to[v] = static_cast<float>(sum);
+          }
+        });
+        bias.copy_(sums);
+      });
+}
+
+at::ScalarType product_dtype(at::ScalarType dtype) { return multiplies(dtype) ? dtype : at::kFloat; }
+
+// As many tokens as have their logits, of `size` bytes each, in the workspace at a time; at least
+// one block.
+std::int64_t tokens_per_pass(std::int64_t tokens, std::int64_t vocabulary, std::int64_t workspace,
+                             std::int64_t size) {
+  const std::int64_t fit = workspace / (vocabulary * size) - kColumnBlock;  // the stride's skew
+  const std::int64_t most = std::max(kColumnBlock, fit >= 64 ? fit / 64 * 64 : fit / 16 * 16);
+  const std::int64_t passes = std::max<std::int64_t>(1, (tokens + most - 1) / most);
+  return std::min(most, round_up((tokens + passes - 1) / passes, most >= 64 ? 64 : kColumnBlock));
+}
+
+void check_head(const Tensor& hidden, const Head& head, const Tensor& labels) {
+  const Tensor& weight = head.weight;
+  TORCH_CHECK_VALUE(hidden.dim() >= 1 && weight.dim() == 2 && hidden.size(-1) == weight.size(1),
+                    "weight: expected shape (V, D) with the D of hidden ", hidden.sizes(),
+                    ", got ", weight.sizes());
+  TORCH_CHECK_VALUE(hidden.scalar_type() == weight.scalar_type() && weight.device().is_cpu(),
+                    "weight: expected ", hidden.scalar_type(), " on the CPU as hidden, got ",
+                    weight.scalar_type(), " on ", weight.device());
+  TORCH_CHECK_VALUE(weight.size(0) >= 1, "weight: expected V >= 1, got ", weight.sizes());
+  TORCH_CHECK_VALUE(!head.bias.has_value() || (head.bias->dim() == 1 && head.bias->device().is_cpu() &&
+                                               head.bias->numel() == weight.size(0)),
+                    "bias: expected a CPU tensor of shape (", weight.size(0), ")");
+}
+
+// Copies the columns `place` of a packed slab (V, counted), or all of them if null, to rows of
+// `out_stride` entries: those of [begin, end) of the vocabulary.
+void gather_columns(const Tensor& slab, std::int64_t begin, std::int64_t end,
+                    const std::vector<std::int64_t>& place, void* out, std::int64_t out_stride) {
+  const auto copy = [&](auto* to) {
+    using T = std::remove_pointer_t<decltype(to)>;
+    const T* from = static_cast<const T*>(slab.const_data_ptr());
+    const std::int64_t stride = slab.stride(0);
+    at::parallel_for(begin, end, 64, [&](std::int64_t first, std::int64_t last) {
+      for (std::int64_t v = first; v < last; ++v) {
+        const T* row = from + v * stride;
+        T* target = to + (v - begin) * out_stride;
+        for (std::size_t j = 0; j < place.size(); ++j) target[j] = row[place[j]];
+      }
+    });
+  };
+  if (slab.element_size() == 4) {
+    copy(static_cast<std::uint32_t*>(out));
+  } else {
+    copy(static_cast<std::uint16_t*>(out));
+  }
+}
+
+// The slab (V, counted) at the front of what the forward kept.
+Tensor packed_slab(const Tensor& kept, std::int64_t vocabulary, std::int64_t counted) {
+  return kept.view(-1).narrow(0, 0, vocabulary * counted).view({vocabulary, counted});
+}
+
+}  // namespace
+
+EightTensors linear_token_logprobs_cpu(const Tensor& hidden, const Head& head, const Tensor& labels,
+                                       std::int64_t outputs, Keep keep, std::int64_t workspace) {
+  const PlainTensors plain;
+  check_head(hidden, head, labels);
+  const Storage storage = storage_of("hidden", hidden);
+  const auto dtype = hidden.scalar_type();
+  const std::int64_t vocabulary = head.weight.size(0), width = head.weight.size(1);
+  const auto shape = hidden.sizes().slice(0, hidden.dim() - 1);
+  const Tensor y = checked_labels(labels, shape, vocabulary, head.ignore_index);
+  std::vector<std::int64_t> counted;
+  for (std::int64_t i = 0; i < y.numel(); ++i) {
+    if (y.const_data_ptr<std::int64_t>()[i] != head.ignore_index) counted.push_back(i);
+  }
+  const auto n = static_cast<std::int64_t>(counted.size());
+  TokenOutputs result(shape, outputs);
+  Tensor kept = at::empty({0}, dtype);
+  if (keep == Keep::kHidden) {
+    kept = n == y.numel() ? empty_on_huge_pages(hidden.sizes(), dtype)
+                          : at::zeros(hidden.sizes(), dtype);
+  } else if (keep == Keep::kSlab) {
+    kept = empty_on_huge_pages({vocabulary, y.numel()}, dtype);
+  }
+  const bool scored = keep == Keep::kNothing;
+  const std::int64_t pass =
+      scored ? kScoredTokens : tokens_per_pass(n, vocabulary, workspace, sizeof(float));
+  const auto product = product_dtype(dtype);
+  Tensor slab;
+  if (!scored && n > 0) {
+    slab = empty_on_huge_pages({vocabulary, stride_for(std::min(n, pass))}, at::kFloat);
+  }
+  for (std::int64_t start = 0; start < n; start += pass) {
+    const std::int64_t count = std::min(pass, n - start);
+    const Tokens tokens = tokens_at(hidden, y, counted.data() + start, count);
+    const std::int64_t stride = stride_for(count);
+    LogitTiles logits(tokens, head);
+    ColumnStatistics statistics(tokens, result.extras());
+    float* z = scored ? nullptr : slab.mutable_data_ptr<float>();
+    logits.each(0, vocabulary, z, stride,
+                [&](float* tile, std::int64_t tile_stride, std::int64_t first, std::int64_t rows) {
+                  statistics.fold(tile, tile_stride, first, rows);
+                });
+    Columns columns(tokens.columns());
+    for (std::int64_t j = 0; j < count; ++j) {
+      const TokenStatistics s = statistics.finish_token(j, vocabulary);
+      result.set(tokens.place[j], s);
+      columns.logp[j] = s.logp;
+      columns.lse[j] = s.lse;
+      columns.lse_tail[j] = s.lse_tail;
+    }
+    if (scored) continue;
+    // The gradient by the logits takes their place, row by row: at the front of each row, or in the
+    // slab that is kept if whole column blocks fit there.
+    const bool direct = keep == Keep::kSlab && count % kColumnBlock == 0;
+    const Storage written = direct ? storage : storage_of("hidden", at::empty({0}, product));
+    const std::int64_t size = direct ? hidden.element_size() : at::elementSize(product);
+    char* base = static_cast<char*>(direct ? kept.mutable_data_ptr() : slab.mutable_data_ptr());
+    const std::int64_t out_stride = direct ? n : stride * std::int64_t(sizeof(float)) / size;
+    if (direct) base += start * size;
+    GradientTiles gradient(tokens, columns, head, written);
+    const std::int64_t tiles = (vocabulary + kTileRows - 1) / kTileRows;
+    at::parallel_for(0, tiles, 1, [&](std::int64_t from, std::int64_t to) {
+      for (std::int64_t i = from; i < to; ++i) {
+        const std::int64_t first = i * kTileRows, rows = std::min(kTileRows, vocabulary - first);
+        gradient.write(z + first * stride, stride, first, rows, base + first * out_stride * size,
+                       out_stride);
+      }
+    });
+    if (direct) continue;
+    const Tensor transposed =
+        at::from_blob(base, {vocabulary, count}, {out_stride, 1}, at::dtype(product));
+    if (keep == Keep::kSlab) {
+      packed_slab(kept, vocabulary, n).narrow(1, start, count).copy_(transposed);
+    } else if (n == y.numel()) {
+      multiply_by_head(transposed, head.weight, kept.view({-1, width}).narrow(0, start, count));
+    } else {
+      Tensor rows = at::empty({count, width}, dtype);
+      multiply_by_head(transposed, head.weight, rows);
+      const Tensor place = at::from_blob(const_cast<std::int64_t*>(tokens.place.data()), {count},
+                                         at::dtype(at::kLong));
+      kept.view({-1, width}).index_copy_(0, place, rows);
+    }
+  }
+  return std::tuple_cat(result.tensors(), std::make_tuple(kept));
+}
+
+std::tuple<Tensor, Tensor, Tensor> linear_token_logprobs_backward_cpu(
+    const Tensor& hidden, const Head& head, const Tensor& labels, const OptionalTensor& grad,
+    const OptionalTensor& grad_entropy, const Tensor& logp, const Tensor& lse,
+    const Tensor& lse_tail, const Tensor& entropy, const Tensor& kept, Keep keep,
+    std::int64_t workspace, bool need_hidden, bool need_weight, bool need_bias) {
+  const PlainTensors plain;
+  check_head(hidden, head, labels);
+  const Storage storage = storage_of("hidden", hidden);
+  const auto dtype = hidden.scalar_type(), product = product_dtype(dtype);
+  const std::int64_t vocabulary = head.weight.size(0), width = head.weight.size(1);
+  const auto shape = hidden.sizes().slice(0, hidden.dim() - 1);
+  const Tensor y = checked_labels(labels, shape, vocabulary, head.ignore_index);
+  const std::int64_t total = y.numel();
+  const auto optional = [&](const char* name, const OptionalTensor& g) {
+    return g.has_value() ? per_token(name, *g, total) : Tensor();
+  };
+  const Tensor a = optional("grad", grad), b = optional("grad_entropy", grad_entropy);
+  const Tensor lp = per_token("logp", logp, total), high = per_token("lse", lse, total);
+  const Tensor tail = per_token("lse_tail", lse_tail, total);
+  const Tensor h = b.defined() ? per_token("entropy", entropy, total) : Tensor();
+  const auto at_place = [](const Tensor& x, std::int64_t i) {
+    return x.defined() ? x.const_data_ptr<float>()[i] : 0.0f;
+  };
+
+  // Only tokens with an upstream gradient take part from here on.
+  std::vector<std::int64_t> active, column;  // places, and columns of a packed slab
+  std::int64_t counted = 0;
+  for (std::int64_t i = 0; i < total; ++i) {
+    if (y.const_data_ptr<std::int64_t>()[i] == head.ignore_index) continue;
+    if (at_place(a, i) != 0 || at_place(b, i) != 0) {
+      active.push_back(i);
+      column.push_back(counted);
+    }
+    ++counted;
+  }
+  const auto n = static_cast<std::int64_t>(active.size());
+  const bool whole = n == counted;
+  const bool has_slab = keep == Keep::kSlab && !b.defined();
+  const Tensor slab = has_slab ? packed_slab(kept, vocabulary, counted) : Tensor();
+
+  const auto columns_of = [&](const Tokens& tokens) {
+    Columns c(tokens.columns());
+    c.a.assign(tokens.columns(), 0.0f);
+    if (b.defined()) {
+      c.b.assign(tokens.columns(), 0.0f);
+      c.entropy.assign(tokens.columns(), 0.0f);
+    }
+    for (std::int64_t j = 0; j < tokens.count(); ++j) {
+      const std::int64_t i = tokens.place[j];
+      c.a[j] = at_place(a, i);
+      c.logp[j] = at_place(lp, i);
+      c.lse[j] = at_place(high, i);
+      c.lse_tail[j] = at_place(tail, i);
+      if (b.defined()) {
+        c.b[j] = at_place(b, i);
+        c.entropy[j] = at_place(h, i);
+      }
+    }
+    return c;
+  };
+  // The transposed gradient of tokens by the logits [begin, end), made anew, coefficients included.
+  const auto recompute = [&](const Tokens& tokens, LogitTiles& logits, GradientTiles& gradient,
+                             std::int64_t begin, std::int64_t end, Tensor out) {
+    const std::int64_t out_stride = out.stride(0), size = out.element_size();
+    char* to = static_cast<char*>(out.mutable_data_ptr());
+    logits.each(begin, end, nullptr, stride_for(tokens.count()),
+                [&](float* tile, std::int64_t stride, std::int64_t first, std::int64_t rows) {
+                  gradient.write(tile, stride, first, rows, to + (first - begin) * out_stride * size,
+                                 out_stride);
+                });
+    return out.narrow(0, 0, end - begin).narrow(1, 0, tokens.count());
+  };
+  const auto scale_to = [&](const Tensor& rows, std::int64_t row, Tensor to, std::int64_t place,
+                            float factor) {
+    const std::int64_t bytes = width * to.element_size();
+    softmax_kernels().scale_row(static_cast<const char*>(rows.const_data_ptr()) + row * bytes,
+                                static_cast<char*>(to.mutable_data_ptr()) + place * bytes, storage,
+                                width, factor);
+  };
+
+  Tensor d_hidden = at::empty({0}, dtype);
+  if (need_hidden && keep == Keep::kHidden && !b.defined()) {
+    d_hidden = empty_on_huge_pages(hidden.sizes(), dtype);
+    std::vector<float> factor(total, 0.0f);
+    for (const std::int64_t i : active) factor[i] = at_place(a, i);
+    at::parallel_for(0, total, 16, [&](std::int64_t begin, std::int64_t end) {
+      for (std::int64_t i = begin; i < end; ++i) {
+        if (factor[i] == 0) {
+          const std::int64_t bytes = width * d_hidden.element_size();
+          std::memset(static_cast<char*>(d_hidden.mutable_data_ptr()) + i * bytes, 0, bytes);
+        } else {
+          scale_to(kept, i, d_hidden, i, factor[i]);
+        }
+      }
+    });
+  } else if (need_hidden) {
+    d_hidden = n == total ? empty_on_huge_pages(hidden.sizes(), dtype)
+                          : at::zeros(hidden.sizes(), dtype);
+    const bool in_one = has_slab && whole;
+    const auto made = has_slab ? dtype : product;
+    const std::int64_t pass =
+        in_one ? std::max<std::int64_t>(1, n)
+               : tokens_per_pass(n, vocabulary, workspace, at::elementSize(made));
+    Tensor buffer;
+    if (!in_one && n > 0) {
+      buffer = empty_on_huge_pages({vocabulary, stride_for(std::min(n, pass))}, made);
+    }
+    for (std::int64_t start = 0; start < n; start += pass) {
+      const std::int64_t count = std::min(pass, n - start);
+      Tensor gradient = slab;
+      if (has_slab && !whole) {
+        const std::vector<std::int64_t> place(column.begin() + start, column.begin() + start + count);
+        gather_columns(slab, 0, vocabulary, place, buffer.mutable_data_ptr(), buffer.stride(0));
+        gradient = buffer.narrow(1, 0, count);
+      } else if (!has_slab) {
+        const Tokens tokens = tokens_at(hidden, y, active.data() + start, count);
+        const Columns columns = columns_of(tokens);
+        LogitTiles logits(tokens, head);
+        GradientTiles tiles(tokens, columns, head, storage_of("hidden", at::empty({0}, made)));
+        gradient = recompute(tokens, logits, tiles, 0, vocabulary, buffer);
+      }
+      Tensor rows = at::empty({count, width}, dtype);
+      multiply_by_head(gradient, head.weight, rows);
+      for (std::int64_t j = 0; j < count; ++j) {
+        const std::int64_t i = active[start + j];
+        scale_to(rows, j, d_hidden, i, has_slab ? at_place(a, i) : 1.0f);
+      }
+    }
+  }
+
+  Tensor d_weight = at::empty({0}, head.weight.options());
+  Tensor d_bias = at::empty({0}, head.bias.has_value() ? head.bias->options() : d_weight.options());
+  if (need_weight) d_weight = empty_on_huge_pages({vocabulary, width}, dtype);
+  if (need_bias) d_bias = at::empty({vocabulary}, d_bias.options());
+  if ((need_weight || need_bias) && n == 0) {
+    d_weight.zero_();
+    d_bias.zero_();
+  } else if (need_weight || need_bias) {
+    const auto made = has_slab ? dtype : product;
+    const Tokens tokens = tokens_at(hidden, y, active.data(), n);
+    const Columns columns = columns_of(tokens);
+    Tensor rows = tokens.hidden;
+    if (has_slab && need_weight) {
+      rows = at::empty({n, width}, dtype);
+      for (std::int64_t j = 0; j < n; ++j) scale_to(tokens.hidden, j, rows, j, columns.a[j]);
+    }
+    const std::int64_t stride = stride_for(n);
+    const std::int64_t fit = workspace / (stride * at::elementSize(made)) / kTileRows * kTileRows;
+    const bool in_one = has_slab && whole;
+    const std::int64_t block = in_one ? vocabulary : std::min(vocabulary, std::max(fit, kTileRows));
+    Tensor buffer;
+    if (!in_one) buffer = empty_on_huge_pages({block, stride}, made);
+    std::optional<LogitTiles> logits;
+    if (!has_slab) logits.emplace(tokens, head);
+    GradientTiles tiles(tokens, columns, head, storage_of("hidden", at::empty({0}, made)));
+    for (std::int64_t begin = 0; begin < vocabulary; begin += block) {
+      const std::int64_t count = std::min(block, vocabulary - begin);
+      Tensor gradient = slab;
+      if (has_slab && !whole) {
+        gather_columns(slab, begin, begin + count, column, buffer.mutable_data_ptr(), stride);
+        gradient = buffer.narrow(0, 0, count).narrow(1, 0, n);
+      } else if (!has_slab) {
+        gradient = recompute(tokens, *logits, tiles, begin, begin + count, buffer);
+      }
+      if (need_weight) multiply_by_hidden(gradient, rows, d_weight.narrow(0, begin, count));
+      if (need_bias) {
+        sum_tokens(gradient, has_slab ? columns.a : std::vector<float>(),
+                   d_bias.narrow(0, begin, count));
+      }
+    }
+  }
+  return {d_hidden, d_weight, d_bias};
+}
+
+}  // namespace drrlhf

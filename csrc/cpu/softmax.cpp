@@ -1,0 +1,128 @@
+#include "softmax.h"
+
+#include <cmath>
+#include <cstdint>
+#include <type_traits>
+
+#include "../core/platform.h"
+
+#ifdef DRRLHF_MULTIVERSIONED
+#include <immintrin.h>
+#endif
+
+#define DRRLHF_INLINE inline __attribute__((always_inline))
+
+namespace drrlhf {
+namespace {
+constexpr float kInfinityF = __builtin_huge_valf();
+}
+
+void merge(Others& into, const Others& from) {
+  const bool earlier = from.index >= 0 && (into.index < 0 || from.index < into.index);
+  if (from.top > into.top || (from.top == into.top && earlier)) into.index = from.index;
+  into.top = from.top > into.top ? from.top : into.top;
+  into.total += from.total;
+  if (into.sum == 0) {
+    into.reference = from.reference;
+    into.sum = from.sum;
+    into.shifted = from.shifted;
+    into.squares = from.squares;
+  } else if (from.sum != 0) {
+    const float d = from.reference - into.reference;
+    const float keep = d > 0 ? std::exp(-d) : 1.0f, take = d > 0 ? 1.0f : std::exp(d);
+    const float up = d > 0 ? d : 0.0f, down = d > 0 ? 0.0f : d;
+    into.shifted = (keep == 0 ? 0.0f : (into.shifted - into.sum * up) * keep) +
+                   (take == 0 ? 0.0f : (from.shifted + from.sum * down) * take);
+    into.sum = into.sum * keep + from.sum * take;
+    into.squares = into.squares * keep * keep + from.squares * take * take;
+    into.reference = d > 0 ? from.reference : into.reference;
+  }
+}
+
+// The products and sums of these loops are of approximations anyway: fused, they are faster and
+// no less accurate.
+#pragma GCC push_options
+#pragma GCC optimize("fp-contract=fast")
+
+namespace baseline {
+namespace {
+#define DRRLHF_LANES 4
+#include "softmax_kernels.h"
+#undef DRRLHF_LANES
+}  // namespace
+}  // namespace baseline
+
+#ifdef DRRLHF_MULTIVERSIONED
+
+#pragma GCC push_options
+#pragma GCC target("arch=x86-64-v3")
+namespace avx2 {
+namespace {
+#define DRRLHF_LANES 8
+#include "softmax_kernels.h"
+#undef DRRLHF_LANES
+}  // namespace
+}  // namespace avx2
+#pragma GCC pop_options
+
+#pragma GCC push_options
+#pragma GCC target("arch=x86-64-v4,prefer-vector-width=512")
+namespace avx512 {
+namespace {
+#define DRRLHF_LANES 16
+#include "softmax_kernels.h"
+#undef DRRLHF_LANES
+}  // namespace
+}  // namespace avx512
+#pragma GCC pop_options
+
+#endif
+
+#pragma GCC pop_options
+
+const SoftmaxKernels& softmax_kernels() {
+#ifdef DRRLHF_MULTIVERSIONED
+  static const SoftmaxKernels& best = __builtin_cpu_supports("x86-64-v4")   ? avx512::kKernels
+                                      : __builtin_cpu_supports("x86-64-v3") ? avx2::kKernels
+                                                                            : baseline::kKernels;
+  return best;
+#else
+  return baseline::kKernels;
+#endif
+}
+
+TokenStatistics finish(const Others& o, float label_z, std::int64_t label, std::int64_t n) {
+  TokenStatistics s;
+  const float d = label_z - o.reference;
+  const float others = o.sum == 0 ? 0.0f : o.sum * std::exp(-d);  // relative to the label's own
+  float log_sum, sum, shifted, squares;
+  if (others < 1) {
+    log_sum = std::log1p(others);
+    s.logp = -log_sum;
+    sum = 1 + others;
+    shifted = others == 0 ? 0.0f : (o.shifted - o.sum * d) * std::exp(-d);
+    squares = 1 + o.squares * std::exp(-d) * std::exp(-d);
+    s.entropy = log_sum - shifted / sum;
+    s.log_sum_squares = std::log(squares) - 2 * log_sum;
+    s.lse = label_z + log_sum;
+    s.lse_tail = (label_z - s.lse) + log_sum;
+  } else {
+    const float e = std::exp(d);
+    sum = o.sum + e;
+    log_sum = std::log(sum);
+    s.logp = d - log_sum;
+    shifted = o.shifted + (e == 0 ? 0.0f : e * d);
+    squares = o.squares + e * e;
+    s.entropy = log_sum - shifted / sum;
+    s.log_sum_squares = std::log(squares) - 2 * log_sum;
+    s.lse = o.reference + log_sum;
+    s.lse_tail = (o.reference - s.lse) + log_sum;
+  }
+  // What has no answer must stay seen: the label's own logit infinite, or every logit -infinity.
+  if (label_z - label_z != 0 && (!(label_z < 0) || o.sum == 0)) s.logp = s.lse = std::nanf("");
+  s.mean = o.total / static_cast<float>(n);
+  s.is_top1 = label_z > o.top || (label_z == o.top && label < o.index);
+  return s;
+}
+
+}  // namespace drrlhf

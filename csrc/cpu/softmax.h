@@ -1,0 +1,90 @@
+// Softmax statistics and gradients of logits, vectorised: along rows for logits that are given,
+// down columns for transposed tiles of logits that a matrix product has just left in the cache.
+//
+// z = softcap tanh(scale x / softcap) inverse_temperature, without the tanh where softcap is 0.
+// Everything is float32 inside; the label's own logit is kept apart from the others, so that
+// log p of a confident model keeps its digits.
+#pragma once
+
+#include <cfloat>
+#include <cstdint>
+
+namespace drrlhf {
+
+struct Transform {
+  float scale, softcap, inverse_temperature;
+};
+
+enum class Storage { kFloat, kBFloat16, kHalf };
+
+// Of the logits other than the label's: sum e with e = exp(z - reference), and where asked for
+// sum e (z - reference), sum e^2, the first maximum and its index. total = sum z of all logits, the
+// label's included. The reference is the largest of the first few, so that one pass will do.
+struct Others {
+  float reference = -FLT_MAX, sum = 0, shifted = 0, squares = 0, total = 0, top = -FLT_MAX;
+  std::int64_t index = -1;
+};
+
+// The same for every column of a tile, in arrays that the caller fills with those values at first.
+// What follows `sum` is null where it is not asked for.
+struct OthersOfColumns {
+  float *reference, *sum, *shifted, *squares, *total, *top;
+  std::int32_t* index;
+};
+
+// What a row is known by once its label's logit is counted in. lse + lse_tail is its log-sum-exp to
+// more digits than one float32 holds: gradients need them.
+struct TokenStatistics {
+  float logp, lse, lse_tail, entropy, mean, log_sum_squares;
+  bool is_top1;
+};
+
+// The coefficients of one row's gradient: a d logp / dx + b d entropy / dx.
+struct RowCoefficients {
+  float a, b, logp, lse, lse_tail, entropy;
+};
+
+// The same for every column of a tile; b and entropy null where b is 0, a null where it is 1.
+struct ColumnCoefficients {
+  const float *a, *b, *logp, *lse, *lse_tail, *entropy;
+};
+
+struct SoftmaxKernels {
+  // Statistics of the row x (n,) without entry `label`, whose transformed value goes to label_z.
+  void (*fold_row)(const void* x, Storage storage, std::int64_t n, std::int64_t label,
+                   const Transform& transform, bool extras, Others& others, float& label_z);
+  // out (n,) = gradient of the row x (n,); out may be x.
+  void (*row_gradient)(const void* x, void* out, Storage storage, std::int64_t n,
+                       std::int64_t label, const Transform& transform,
+                       const RowCoefficients& coefficients);
+  // Turns the tile's logits (rows, columns) into z in place; bias (rows,) may be null. `columns` is
+  // a multiple of kColumnBlock, here and below.
+  void (*transform_tile)(float* tile, std::int64_t stride, std::int64_t rows, std::int64_t columns,
+                         const float* bias, const Transform& transform);
+  // Folds a tile of z into `others`. The tile's first row is entry `first` of the vocabulary; a
+  // column whose label (columns,) lies in the tile gets its label_z. The tile is left as it was.
+  void (*fold_tile)(float* tile, std::int64_t stride, std::int64_t rows, std::int64_t columns,
+                    std::int64_t first, const std::int64_t* labels, const OthersOfColumns& others,
+                    float* label_z);
+  // out (rows, columns) = gradient of the tile of z; out may begin where the tile does, with rows
+  // no further apart. scratch (columns,).
+  void (*tile_gradient)(const float* tile, std::int64_t stride, std::int64_t rows,
+                        std::int64_t columns, std::int64_t first, const std::int64_t* labels,
+                        const Transform& transform, const ColumnCoefficients& coefficients,
+                        void* out, std::int64_t out_stride, Storage storage, float* scratch);
+  // out (n,) = factor x (n,).
+  void (*scale_row)(const void* x, void* out, Storage storage, std::int64_t n, float factor);
+};
+
+// Columns are worked on in blocks of this many, whatever the vector width.
+constexpr std::int64_t kColumnBlock = 16;
+
+// The kernels for the processor that this runs on.
+const SoftmaxKernels& softmax_kernels();
+
+// Adds `from` to `into`: statistics of disjoint parts of one row.
+void merge(Others& into, const Others& from);
+
+TokenStatistics finish(const Others& others, float label_z, std::int64_t label, std::int64_t n);
+
+}  // namespace drrlhf

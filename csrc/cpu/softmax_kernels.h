@@ -1,0 +1,671 @@
+// The kernels of softmax.h at one vector width. Included once per width by softmax.cpp, inside a
+// namespace and under the compiler's target for that width, with DRRLHF_LANES set. Vector types
+// are the compiler's own, so one text serves AVX-512, AVX2 and everything else.
+
+typedef float Floats __attribute__((vector_size(4 * DRRLHF_LANES)));
+typedef std::int32_t Ints __attribute__((vector_size(4 * DRRLHF_LANES)));
+typedef std::uint32_t Words __attribute__((vector_size(4 * DRRLHF_LANES)));
+typedef std::uint16_t Shorts __attribute__((vector_size(2 * DRRLHF_LANES)));
+
+constexpr int kLanes = DRRLHF_LANES;
+constexpr int kUnroll = 4;                    // independent chains, to hide the latency of an add
+constexpr int kStep = kLanes * kUnroll;
+constexpr int kChunk = 2048;                  // of a row: its float32 copy stays in the L1 cache
+
+template <class To, class From>
+DRRLHF_INLINE To bits(From from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  __builtin_memcpy(&to, &from, sizeof to);
+  return to;
+}
+
+DRRLHF_INLINE Floats all(float x) { return x - Floats{}; }
+DRRLHF_INLINE Ints all_ints(std::int32_t x) { return x - Ints{}; }
+// Not the larger where x is NaN but x itself: a NaN must stay seen.
+DRRLHF_INLINE Floats at_least(Floats x, Floats floor) { return x < floor ? floor : x; }
+DRRLHF_INLINE Floats larger(Floats x, Floats best) { return x > best ? x : best; }
+
+template <Storage S>
+struct Element {
+  using Type = std::uint16_t;
+};
+template <>
+struct Element<Storage::kFloat> {
+  using Type = float;
+};
+
+DRRLHF_INLINE Floats from_half(Words h) {
+  const Words sign = (h & 0x8000u) << 16, rest = (h & 0x7fffu) << 13;
+  // 2^112 moves the exponent's bias from 15 to 127, subnormal numbers included.
+  const Words finite = bits<Words>(bits<Floats>(rest) * 0x1p112f);
+  const Words special = rest | 0x7f800000u;
+  return bits<Floats>(sign | (rest >= 0x0f800000u ? special : finite));
+}
+
+DRRLHF_INLINE Words to_half(Floats x) {
+  const Words all_bits = bits<Words>(x), sign = all_bits & 0x80000000u, u = all_bits ^ sign;
+  const Words special = u > 0x7f800000u ? Words{} + 0x7e00u : Words{} + 0x7c00u;
+  // Adding 0.5 leaves a subnormal half, rounded to nearest even, in the low bits.
+  const Words subnormal = bits<Words>(bits<Floats>(u) + 0.5f) - 0x3f000000u;
+  const Words normal = (u - 0x38000000u + 0xfffu + ((u >> 13) & 1u)) >> 13;
+  const Words finite = u < 0x38800000u ? subnormal : normal;
+  return (u >= 0x47800000u ? special : finite) | (sign >> 16);
+}
+
+// To nearest, ties to even; the upper half of each word is the bfloat16.
+DRRLHF_INLINE Words rounded_to_bfloat16(Floats x) {
+  const Words u = bits<Words>(x);
+  return x == x ? u + 0x7fffu + ((u >> 16) & 1u) : u | 0x400000u;
+}
+
+template <Storage S>
+DRRLHF_INLINE Floats load(const typename Element<S>::Type* from) {
+  if constexpr (S == Storage::kFloat) {
+    Floats x;
+    __builtin_memcpy(&x, from, sizeof x);
+    return x;
+  } else {
+    Shorts narrow;
+    __builtin_memcpy(&narrow, from, sizeof narrow);
+    const Words wide = __builtin_convertvector(narrow, Words);
+    return S == Storage::kHalf ? from_half(wide) : bits<Floats>(wide << 16);
+  }
+}
+
+template <Storage S>
+DRRLHF_INLINE void store(typename Element<S>::Type* to, Floats x) {
+  if constexpr (S == Storage::kFloat) {
+    __builtin_memcpy(to, &x, sizeof x);
+  } else {
+    Words narrow;
+    if constexpr (S == Storage::kHalf) {
+      narrow = to_half(x);
+    } else {
+      narrow = rounded_to_bfloat16(x) >> 16;
+    }
+    const Shorts out = __builtin_convertvector(narrow, Shorts);
+    __builtin_memcpy(to, &out, sizeof out);
+  }
+}
+
+// Undoes load_two.
+template <Storage S>
+DRRLHF_INLINE void store_two(typename Element<S>::Type* to, Floats one, Floats two) {
+  if constexpr (S == Storage::kBFloat16) {
+    const Words pairs = (rounded_to_bfloat16(one) >> 16) | (rounded_to_bfloat16(two) & 0xffff0000u);
+    __builtin_memcpy(to, &pairs, sizeof pairs);
+  } else {
+    store<S>(to, one);
+    store<S>(to + kLanes, two);
+  }
+}
+
+// A part of a vector; what is missing reads as `fill`.
+template <Storage S>
+DRRLHF_INLINE Floats load_part(const typename Element<S>::Type* from, std::int64_t count,
+                               float fill) {
+  typename Element<S>::Type part[kLanes] = {};
+  for (std::int64_t i = 0; i < count; ++i) part[i] = from[i];
+  Floats x = load<S>(part);
+  for (std::int64_t i = count; i < kLanes; ++i) x[i] = fill;
+  return x;
+}
+
+template <Storage S>
+DRRLHF_INLINE void store_part(typename Element<S>::Type* to, std::int64_t count, Floats x) {
+  typename Element<S>::Type part[kLanes];
+  store<S>(part, x);
+  for (std::int64_t i = 0; i < count; ++i) to[i] = part[i];
+}
+
+constexpr float kLog2e = 1.44269504f, kShift = 12582912.0f;  // 1.5 * 2^23: rounds to an integer
+
+// 2^t for t < 128, relative error 1.5e-7; 0 where it would be below the normal numbers.
+DRRLHF_INLINE Floats two_to(Floats t) {
+  // The polynomials are fitted for the least largest relative error, on [0, 1) and [-1/2, 1/2].
+#if DRRLHF_LANES == 16
+  const Floats f = _mm512_maskz_reduce_ps(0xffff, t, _MM_FROUND_TO_NEG_INF);
+  Floats p = all(0x1.ec320ap-10f);
+  p = p * f + 0x1.26900cp-7f;
+  p = p * f + 0x1.c95446p-5f;
+  p = p * f + 0x1.ebd5a8p-3f;
+  p = p * f + 0x1.62e4f6p-1f;
+  p = p * f + 0x1.fffffep-1f;
+  return _mm512_maskz_scalef_ps(0xffff, p, t);
+#else
+  const Floats shifted = at_least(t, all(-1000.0f)) + kShift;
+  const Floats f = at_least(t, all(-1000.0f)) - (shifted - kShift);
+  Floats p = all(0x1.5bba14p-10f);
+  p = p * f + 0x1.3cea88p-7f;
+  p = p * f + 0x1.c6b752p-5f;
+  p = p * f + 0x1.ebf9bcp-3f;
+  p = p * f + 0x1.62e42ap-1f;
+  p = p * f + 1.0f;
+  const Ints exponent = bits<Ints>(shifted) - (0x4b400000 - 127);
+  return p * bits<Floats>((exponent > 0 ? exponent : Ints{}) << 23);
+#endif
+}
+
+DRRLHF_INLINE Floats exponential(Floats x) { return two_to(x * kLog2e); }
+
+// exp(z - reference) = factor 2^exponent(z) for a reference that many z share. One operation makes
+// an exponent: the product reference * log2(e) is rounded, but what that does is known and the same
+// for every z, so the factor, close to 1, takes it back. From 1e30 on the product could overflow.
+constexpr float kLargeReference = 1e30f;
+
+template <bool Large>
+struct Relative {
+  Floats reference, product;
+  DRRLHF_INLINE explicit Relative(Floats z) : reference(z), product(z * kLog2e) {}
+  DRRLHF_INLINE Floats exponent(Floats z) const {
+    return Large ? (z - reference) * kLog2e : z * kLog2e - product;
+  }
+  DRRLHF_INLINE Floats factor() const {
+    if (Large) return all(1.0f);
+    Floats lost;
+    for (int i = 0; i < kLanes; ++i) lost[i] = __builtin_fmaf(reference[i], kLog2e, -product[i]);
+    return two_to(-lost);
+  }
+};
+
+DRRLHF_INLINE bool any(Ints condition) {
+  std::int32_t found = 0;
+  for (int i = 0; i < kLanes; ++i) found |= condition[i];
+  return found != 0;
+}
+
+// Sums beyond this were taken relative to too small a reference. (NaN is beyond.)
+constexpr float kLargeSum = 1e30f;
+
+// tanh from expm1, which keeps the digits of small arguments.
+DRRLHF_INLINE Floats hyperbolic_tangent(Floats u) {
+  const Floats sign = bits<Floats>(bits<Words>(u) & 0x80000000u);
+  Floats x = bits<Floats>(bits<Words>(u) & 0x7fffffffu) * -2.0f;
+  x = at_least(x, all(-40.0f));
+  constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
+  const Floats shifted = x * kLog2e + kShift, k = shifted - kShift;
+  const Floats r = (x - k * kLn2High) - k * kLn2Low;
+  Floats s = all(1.0f / 5040);
+  s = s * r + 1.0f / 720;
+  s = s * r + 1.0f / 120;
+  s = s * r + 1.0f / 24;
+  s = s * r + 1.0f / 6;
+  s = s * r + 0.5f;
+  const Floats tail = r + r * r * s;
+  const Floats scale = bits<Floats>((bits<Ints>(shifted) - (0x4b400000 - 127)) << 23);
+  const Floats minus_expm1 = (1.0f - scale) - scale * tail;
+  return bits<Floats>(bits<Words>(minus_expm1 / (2.0f - minus_expm1)) | bits<Words>(sign));
+}
+
+// How much of the transform there is to do.
+enum class Form { kIdentity, kScaled, kCapped };
+
+template <Form F>
+DRRLHF_INLINE Floats transformed(Floats x, const Transform& t) {
+  if constexpr (F == Form::kIdentity) return x;
+  if constexpr (F == Form::kScaled) return x * (t.scale * t.inverse_temperature);
+  return hyperbolic_tangent(x * (t.scale / t.softcap)) * (t.softcap * t.inverse_temperature);
+}
+
+// dz/dx from z.
+template <Form F>
+DRRLHF_INLINE Floats slope(Floats z, const Transform& t) {
+  if constexpr (F == Form::kIdentity) return all(1.0f);
+  const float scaled = t.scale * t.inverse_temperature;
+  if constexpr (F == Form::kScaled) return all(scaled);
+  const Floats h = z * (1.0f / (t.softcap * t.inverse_temperature));
+  return (1.0f - h) * (1.0f + h) * scaled;
+}
+
+DRRLHF_INLINE float sum_of(Floats x) {
+  float total = 0;
+  for (int i = 0; i < kLanes; ++i) total += x[i];
+  return total;
+}
+
+DRRLHF_INLINE float largest_of(Floats x, float best) {
+  for (int i = 0; i < kLanes; ++i) best = x[i] > best ? x[i] : best;
+  return best;
+}
+
+// Two vectors at once, in whatever order is cheapest: bfloat16 comes apart into its even and its
+// odd entries by a shift and a mask.
+template <Storage S>
+DRRLHF_INLINE void load_two(const typename Element<S>::Type* from, Floats& one, Floats& two) {
+  if constexpr (S == Storage::kBFloat16) {
+    Words pairs;
+    __builtin_memcpy(&pairs, from, sizeof pairs);
+    one = bits<Floats>(pairs << 16);
+    two = bits<Floats>(pairs & 0xffff0000u);
+  } else {
+    one = load<S>(from);
+    two = load<S>(from + kLanes);
+  }
+}
+
+// A vector at i < n of a row, transformed; what lies beyond the row reads as `fill`.
+template <Storage S, Form F>
+DRRLHF_INLINE Floats logits_at(const typename Element<S>::Type* from, std::int64_t i,
+                               std::int64_t n, float fill, const Transform& t) {
+  if (i + kLanes <= n) return transformed<F>(load<S>(from + i), t);
+  Floats z = transformed<F>(load_part<S>(from + i, n - i, 0.0f), t);
+  for (std::int64_t j = n - i; j < kLanes; ++j) z[j] = fill;
+  return z;
+}
+
+template <Storage S, Form F>
+DRRLHF_INLINE float largest(const typename Element<S>::Type* from, std::int64_t n,
+                            const Transform& t) {
+  Floats best = all(-kLargeReference);
+  for (std::int64_t i = 0; i < n; i += kLanes) {
+    best = larger(logits_at<S, F>(from, i, n, -kInfinityF, t), best);
+  }
+  return largest_of(best, -kLargeReference);
+}
+
+// The sums of `Others` over a part of a row, relative to a given reference.
+template <Storage S, Form F, bool Extras, bool Large>
+DRRLHF_INLINE Others part_of_row(const typename Element<S>::Type* from, std::int64_t n,
+                                 float reference, const Transform& t) {
+  const Relative<Large> relative(all(reference));
+  Floats sum[kUnroll] = {}, shifted[kUnroll] = {}, squares[kUnroll] = {}, total[kUnroll] = {};
+  Floats top = all(-FLT_MAX);
+  const auto add = [&](int u, Floats z) __attribute__((always_inline)) {
+    const Floats x = relative.exponent(z), e = two_to(x);
+    sum[u] += e;
+    if constexpr (Extras) {
+      shifted[u] += e * at_least(x, all(-1000.0f));
+      squares[u] += e * e;
+      top = larger(z, top);
+    }
+  };
+  std::int64_t i = 0;
+  for (; i + kStep <= n; i += kStep) {
+    // Pages end the processor's own prefetching, and there is one every few steps.
+    constexpr int kBytes = kStep * sizeof(*from), kAhead = 2048;
+    const char* ahead = reinterpret_cast<const char*>(from + i) + kAhead;
+    for (int line = 0; line < kBytes; line += 64) __builtin_prefetch(ahead + line);
+    for (int u = 0; u < kUnroll; u += 2) {
+      Floats one, two;
+      load_two<S>(from + i + u * kLanes, one, two);
+      one = transformed<F>(one, t);
+      two = transformed<F>(two, t);
+      add(u, one);
+      add(u + 1, two);
+      if constexpr (Extras) total[u] += one + two;
+    }
+  }
+  for (; i < n; i += kLanes) {
+    add(0, logits_at<S, F>(from, i, n, -kInfinityF, t));
+    if constexpr (Extras) total[0] += logits_at<S, F>(from, i, n, 0.0f, t);
+  }
+  const float factor = relative.factor()[0];
+  Others part;
+  part.reference = reference;
+  part.sum = factor * sum_of((sum[0] + sum[1]) + (sum[2] + sum[3]));
+  if constexpr (Extras) {
+    part.shifted = factor / kLog2e * sum_of((shifted[0] + shifted[1]) + (shifted[2] + shifted[3]));
+    part.squares = factor * factor * sum_of((squares[0] + squares[1]) + (squares[2] + squares[3]));
+    part.total = sum_of(total[0] + total[2]);
+    part.top = largest_of(top, -FLT_MAX);
+  }
+  return part;
+}
+
+// One pass over memory: a chunk is summed relative to the largest logit of the first chunk, and
+// summed again, out of the cache, in the rare case that it holds a much larger one.
+template <Storage S, Form F, bool Extras>
+DRRLHF_INLINE void fold_range(const typename Element<S>::Type* x, std::int64_t begin,
+                              std::int64_t end, const Transform& t, Others& o) {
+  for (std::int64_t start = begin; start < end; start += kChunk) {
+    const std::int64_t n = end - start < kChunk ? end - start : kChunk;
+    const auto* from = x + start;
+    const auto part = [&](float reference) {
+      return __builtin_fabsf(reference) < kLargeReference
+                 ? part_of_row<S, F, Extras, false>(from, n, reference, t)
+                 : part_of_row<S, F, Extras, true>(from, n, reference, t);
+    };
+    if (o.sum == 0) o.reference = largest<S, F>(from, n, t);
+    Others p = part(o.reference);
+    if (!(p.sum < kLargeSum)) p = part(largest<S, F>(from, n, t));
+    if constexpr (Extras) {
+      if (p.top > o.top) {
+        std::int64_t i = 0;
+        while (!any(logits_at<S, F>(from, i, n, -kInfinityF, t) == p.top)) i += kLanes;
+        while (!(transformed<F>(load_part<S>(from + i, 1, 0.0f), t)[0] == p.top)) ++i;
+        p.index = start + i;
+      }
+    }
+    merge(o, p);
+  }
+}
+
+template <Storage S, Form F, bool Extras>
+void fold_row_as(const void* row, std::int64_t n, std::int64_t label, const Transform& t,
+                 Others& o, float& label_z) {
+  const auto* x = static_cast<const typename Element<S>::Type*>(row);
+  fold_range<S, F, Extras>(x, 0, label, t, o);
+  fold_range<S, F, Extras>(x, label + 1, n, t, o);
+  label_z = transformed<F>(load_part<S>(x + label, 1, 0.0f), t)[0];
+  o.total += label_z;
+}
+
+// d/dz of the label's own entry: 1 - p from the log-prob, for 1 - p cancels where p is close to 1.
+DRRLHF_INLINE float label_gradient(const RowCoefficients& c) {
+  const float p = __builtin_expf(c.logp);
+  const float entropy_part = c.b != 0 && p > 0 ? c.b * p * (c.logp + c.entropy) : 0.0f;
+  return -c.a * __builtin_expm1f(c.logp) - entropy_part;
+}
+
+// The coefficients of a row's or of several columns' gradient, ready for its loop.
+template <bool Large, bool Entropy>
+struct Gradient {
+  Relative<Large> relative;
+  Floats a, b, lse, lse_tail, entropy;
+
+  DRRLHF_INLINE Gradient(Floats a_, Floats b_, Floats lse_, Floats tail, Floats h)
+      : relative(lse_), a(a_ * relative.factor() * exponential(-tail)), b(b_), lse(lse_),
+        lse_tail(tail), entropy(h) {
+    if constexpr (Entropy) a = a_;
+  }
+
+  // -(a p + b p (log p + entropy)) for p = exp(z - log-sum-exp).
+  DRRLHF_INLINE Floats operator()(Floats z) const {
+    if constexpr (!Entropy) return -(a * two_to(relative.exponent(z)));
+    const Floats log_p = (z - lse) - lse_tail;
+    return -((a + b * (at_least(log_p, all(-1000.0f)) + entropy)) * exponential(log_p));
+  }
+};
+
+template <Storage S, Form F, class G>
+DRRLHF_INLINE void row_gradient_by(const G& gradient, const typename Element<S>::Type* x,
+                                   typename Element<S>::Type* out, std::int64_t n,
+                                   const Transform& t) {
+  std::int64_t i = 0;
+  for (; i + 2 * kLanes <= n; i += 2 * kLanes) {
+    constexpr int kBytes = 2 * kLanes * sizeof(*x), kAhead = 2048;
+    const char* ahead = reinterpret_cast<const char*>(x + i) + kAhead;
+    for (int line = 0; line < kBytes; line += 64) __builtin_prefetch(ahead + line);
+    Floats one, two;
+    load_two<S>(x + i, one, two);
+    one = transformed<F>(one, t);
+    two = transformed<F>(two, t);
+    store_two<S>(out + i, gradient(one) * slope<F>(one, t), gradient(two) * slope<F>(two, t));
+  }
+  for (; i < n; i += kLanes) {
+    const std::int64_t left = n - i < kLanes ? n - i : kLanes;
+    const Floats z = transformed<F>(load_part<S>(x + i, left, 0.0f), t);
+    store_part<S>(out + i, left, gradient(z) * slope<F>(z, t));
+  }
+}
+
+template <Storage S, Form F>
+void row_gradient_as(const void* row, void* to, std::int64_t n, std::int64_t label,
+                     const Transform& t, const RowCoefficients& c) {
+  using T = typename Element<S>::Type;
+  const auto* x = static_cast<const T*>(row);
+  auto* out = static_cast<T*>(to);
+  const Floats label_z = transformed<F>(load_part<S>(x + label, 1, 0.0f), t);
+  const auto by = [&](auto gradient) { row_gradient_by<S, F>(gradient, x, out, n, t); };
+  const Floats a = all(c.a), b = all(c.b), lse = all(c.lse), tail = all(c.lse_tail);
+  if (c.b != 0) {
+    by(Gradient<true, true>(a, b, lse, tail, all(c.entropy)));
+  } else if (__builtin_fabsf(c.lse) < kLargeReference) {
+    by(Gradient<false, false>(a, b, lse, tail, Floats{}));
+  } else {
+    by(Gradient<true, false>(a, b, lse, tail, Floats{}));
+  }
+  store_part<S>(out + label, 1, label_gradient(c) * slope<F>(label_z, t));
+}
+
+// Folds a block of kLanes columns into the statistics at column j.
+template <bool Extras, bool Large>
+DRRLHF_INLINE Floats fold_columns(const float* block, std::int64_t stride, std::int64_t rows,
+                                  Floats reference, Floats& shifted, Floats& squares) {
+  const Relative<Large> relative(reference);
+  Floats sum[2] = {}, shift[2] = {}, square[2] = {};
+  const auto add = [&](std::int64_t v, int u) __attribute__((always_inline)) {
+    const Floats x = relative.exponent(load<Storage::kFloat>(block + v * stride));
+    const Floats e = two_to(x);
+    sum[u] += e;
+    if constexpr (Extras) {
+      shift[u] += e * at_least(x, all(-1000.0f));
+      square[u] += e * e;
+    }
+  };
+  std::int64_t v = 0;
+  for (; v + 2 <= rows; v += 2) {
+    add(v, 0);
+    add(v + 1, 1);
+  }
+  if (v < rows) add(v, 0);
+  const Floats factor = relative.factor();
+  if constexpr (Extras) {
+    shifted = (shift[0] + shift[1]) * factor * (1 / kLog2e);
+    squares = (square[0] + square[1]) * factor * factor;
+  }
+  return (sum[0] + sum[1]) * factor;
+}
+
+template <Form F>
+void transform_tile_as(float* tile, std::int64_t stride, std::int64_t rows, std::int64_t columns,
+                       const float* bias, const Transform& t) {
+  constexpr auto kF = Storage::kFloat;
+  if (F == Form::kIdentity && bias == nullptr) return;
+  for (std::int64_t v = 0; v < rows; ++v) {
+    const float b = bias == nullptr ? 0.0f : bias[v];
+    float* row = tile + v * stride;
+    for (std::int64_t j = 0; j < columns; j += kLanes) {
+      store<kF>(row + j, transformed<F>(load<kF>(row + j) + b, t));
+    }
+  }
+}
+
+template <bool Extras>
+void fold_tile_as(float* tile, std::int64_t stride, std::int64_t rows, std::int64_t columns,
+                  std::int64_t first, const std::int64_t* labels, const OthersOfColumns& o,
+                  float* label_z) {
+  constexpr auto kF = Storage::kFloat;
+  if constexpr (Extras) {
+    for (std::int64_t j = 0; j < columns; j += kLanes) {
+      Floats total = load<kF>(o.total + j);
+      for (std::int64_t v = 0; v < rows; ++v) total += load<kF>(tile + v * stride + j);
+      store<kF>(o.total + j, total);
+    }
+  }
+  // The labels' own logits step aside, for the statistics are those of the others.
+  for (std::int64_t j = 0; j < columns; ++j) {
+    const std::int64_t v = labels[j] - first;
+    if (v >= 0 && v < rows) {
+      label_z[j] = tile[v * stride + j];
+      tile[v * stride + j] = -kInfinityF;
+    }
+  }
+  for (std::int64_t j = 0; j < columns; j += kLanes) {
+    const float* block = tile + j;
+    const auto largest_logits = [&] {
+      Floats best = all(-kLargeReference);
+      for (std::int64_t v = 0; v < rows; ++v) best = larger(load<kF>(block + v * stride), best);
+      return best;
+    };
+    Floats sum = load<kF>(o.sum + j), reference = load<kF>(o.reference + j);
+    if (any(sum == 0.0f)) reference = sum == 0.0f ? largest_logits() : reference;
+    Floats shifted, squares;
+    const auto fold = [&] {
+      const Floats size = bits<Floats>(bits<Words>(reference) & 0x7fffffffu);
+      return any(size >= kLargeReference)
+                 ? fold_columns<Extras, true>(block, stride, rows, reference, shifted, squares)
+                 : fold_columns<Extras, false>(block, stride, rows, reference, shifted, squares);
+    };
+    Floats added = fold();
+    if (any(~(added < kLargeSum))) {
+      const Floats best = largest_logits(), to = larger(best, reference);
+      const Floats factor = exponential(reference - to);
+      if constexpr (Extras) {
+        const Floats held = sum == 0.0f ? Floats{} : sum * (reference - to);
+        store<kF>(o.shifted + j, (load<kF>(o.shifted + j) + held) * factor);
+        store<kF>(o.squares + j, load<kF>(o.squares + j) * factor * factor);
+      }
+      sum *= factor;
+      reference = to;
+      added = fold();
+    }
+    store<kF>(o.reference + j, reference);
+    store<kF>(o.sum + j, sum + added);
+    if constexpr (Extras) {
+      store<kF>(o.shifted + j, load<kF>(o.shifted + j) + shifted);
+      store<kF>(o.squares + j, load<kF>(o.squares + j) + squares);
+      Floats top = load<kF>(o.top + j);
+      Ints index;
+      __builtin_memcpy(&index, o.index + j, sizeof index);
+      for (std::int64_t v = 0; v < rows; ++v) {
+        const Floats z = load<kF>(block + v * stride);
+        index = z > top ? all_ints(static_cast<std::int32_t>(first + v)) : index;
+        top = larger(z, top);
+      }
+      store<kF>(o.top + j, top);
+      __builtin_memcpy(o.index + j, &index, sizeof index);
+    }
+  }
+  for (std::int64_t j = 0; j < columns; ++j) {
+    const std::int64_t v = labels[j] - first;
+    if (v >= 0 && v < rows) tile[v * stride + j] = label_z[j];
+  }
+}
+
+// A block of columns at a time. Writing over the tile is safe: what a block overwrites, it or an
+// earlier block has read.
+template <Storage S, Form F, class G>
+DRRLHF_INLINE void columns_gradient(const G& gradient, const float* block, std::int64_t stride,
+                                    std::int64_t rows, const Transform& t,
+                                    typename Element<S>::Type* out, std::int64_t out_stride) {
+  for (std::int64_t v = 0; v < rows; ++v) {
+    const Floats z = load<Storage::kFloat>(block + v * stride);
+    store<S>(out + v * out_stride, gradient(z) * slope<F>(z, t));
+  }
+}
+
+template <Storage S, Form F>
+void tile_gradient_as(const float* tile, std::int64_t stride, std::int64_t rows,
+                      std::int64_t columns, std::int64_t first, const std::int64_t* labels,
+                      const Transform& t, const ColumnCoefficients& c, void* to,
+                      std::int64_t out_stride, float* scratch) {
+  constexpr auto kF = Storage::kFloat;
+  auto* out = static_cast<typename Element<S>::Type*>(to);
+  const auto entry = [](const float* values, std::int64_t j, float otherwise) {
+    return values == nullptr ? otherwise : values[j];
+  };
+  for (std::int64_t j = 0; j < columns; ++j) {
+    const std::int64_t v = labels[j] - first;
+    if (v >= 0 && v < rows) {
+      const RowCoefficients own = {entry(c.a, j, 1.0f), entry(c.b, j, 0.0f), c.logp[j], c.lse[j],
+                                   c.lse_tail[j], entry(c.entropy, j, 0.0f)};
+      scratch[j] = label_gradient(own) * slope<F>(all(tile[v * stride + j]), t)[0];
+    }
+  }
+  for (std::int64_t j = 0; j < columns; j += kLanes) {
+    const Floats lse = load<kF>(c.lse + j), tail = load<kF>(c.lse_tail + j);
+    const Floats a = c.a == nullptr ? all(1.0f) : load<kF>(c.a + j);
+    const Floats size = bits<Floats>(bits<Words>(lse) & 0x7fffffffu);
+    const auto by = [&](auto gradient) {
+      columns_gradient<S, F>(gradient, tile + j, stride, rows, t, out + j, out_stride);
+    };
+    if (c.b != nullptr) {
+      by(Gradient<true, true>(a, load<kF>(c.b + j), lse, tail, load<kF>(c.entropy + j)));
+    } else if (any(size >= kLargeReference)) {
+      by(Gradient<true, false>(a, Floats{}, lse, tail, Floats{}));
+    } else {
+      by(Gradient<false, false>(a, Floats{}, lse, tail, Floats{}));
+    }
+  }
+  for (std::int64_t j = 0; j < columns; ++j) {
+    const std::int64_t v = labels[j] - first;
+    if (v >= 0 && v < rows) store_part<S>(out + v * out_stride + j, 1, all(scratch[j]));
+  }
+}
+
+inline Form form_of(const Transform& t) {
+  if (t.softcap != 0) return Form::kCapped;
+  return t.scale * t.inverse_temperature == 1.0f ? Form::kIdentity : Form::kScaled;
+}
+
+// Calls f with the form as a constant.
+template <class F>
+DRRLHF_INLINE void with_form(const Transform& t, F f) {
+  switch (form_of(t)) {
+    case Form::kIdentity:
+      return f(std::integral_constant<Form, Form::kIdentity>());
+    case Form::kScaled:
+      return f(std::integral_constant<Form, Form::kScaled>());
+    case Form::kCapped:
+      return f(std::integral_constant<Form, Form::kCapped>());
+  }
+}
+
+template <class F>
+DRRLHF_INLINE void with_storage(Storage storage, F f) {
+  switch (storage) {
+    case Storage::kFloat:
+      return f(std::integral_constant<Storage, Storage::kFloat>());
+    case Storage::kBFloat16:
+      return f(std::integral_constant<Storage, Storage::kBFloat16>());
+    case Storage::kHalf:
+      return f(std::integral_constant<Storage, Storage::kHalf>());
+  }
+}
+
+void fold_row(const void* x, Storage storage, std::int64_t n, std::int64_t label,
+              const Transform& t, bool extras, Others& o, float& label_z) {
+  with_storage(storage, [&](auto s) {
+    with_form(t, [&](auto f) {
+      extras ? fold_row_as<s(), f(), true>(x, n, label, t, o, label_z)
+             : fold_row_as<s(), f(), false>(x, n, label, t, o, label_z);
+    });
+  });
+}
+
+void row_gradient(const void* x, void* out, Storage storage, std::int64_t n, std::int64_t label,
+                  const Transform& t, const RowCoefficients& c) {
+  with_storage(storage, [&](auto s) {
+    with_form(t, [&](auto f) { row_gradient_as<s(), f()>(x, out, n, label, t, c); });
+  });
+}
+
+void transform_tile(float* tile, std::int64_t stride, std::int64_t rows, std::int64_t columns,
+                    const float* bias, const Transform& t) {
+  with_form(t, [&](auto f) { transform_tile_as<f()>(tile, stride, rows, columns, bias, t); });
+}
+
+void fold_tile(float* tile, std::int64_t stride, std::int64_t rows, std::int64_t columns,
+               std::int64_t first, const std::int64_t* labels, const OthersOfColumns& o,
+               float* label_z) {
+  o.index != nullptr ? fold_tile_as<true>(tile, stride, rows, columns, first, labels, o, label_z)
+                     : fold_tile_as<false>(tile, stride, rows, columns, first, labels, o, label_z);
+}
+
+void tile_gradient(const float* tile, std::int64_t stride, std::int64_t rows, std::int64_t columns,
+                   std::int64_t first, const std::int64_t* labels, const Transform& t,
+                   const ColumnCoefficients& c, void* out, std::int64_t out_stride,
+                   Storage storage, float* scratch) {
+  with_storage(storage, [&](auto s) {
+    with_form(t, [&](auto f) {
+      tile_gradient_as<s(), f()>(tile, stride, rows, columns, first, labels, t, c, out, out_stride,
+                                 scratch);
+    });
+  });
+}
+
+void scale_row(const void* x, void* out, Storage storage, std::int64_t n, float factor) {
+  with_storage(storage, [&](auto s) {
+    using T = typename Element<s()>::Type;
+    const auto* from = static_cast<const T*>(x);
+    auto* to = static_cast<T*>(out);
+    std::int64_t i = 0;
+    for (; i + kLanes <= n; i += kLanes) store<s()>(to + i, load<s()>(from + i) * factor);
+    if (i < n) store_part<s()>(to + i, n - i, load_part<s()>(from + i, n - i, 0.0f) * factor);
+  });
+}
+
+constexpr SoftmaxKernels kKernels = {fold_row,  row_gradient,  transform_tile,
+                                     fold_tile, tile_gradient, scale_row};

@@ -1,0 +1,181 @@
+"""One DPO step of a language model with adapters: forward, head, loss, backward."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import drrlhf as dr
+from drrlhf import backends
+from drrlhf.bench import heads, peers, preference
+from drrlhf.bench.gate import Gate
+from drrlhf.bench.preference import BETA, ERM, KERNELS, ROBUST
+from drrlhf.bench.registry import OURS, SUITES, Case, Contest, Unavailable, Work, our
+
+SHAPES = {"cpu": (8, 256), "gpu": (16, 1024), "quick": (4, 12)}  # sequences, tokens of each
+CHECKED = (4, 64)  # of the same, in float64
+LAYERS = 8
+
+Step = Callable[[Any, Tensor, Tensor, Tensor], Tensor]  # model, ids, labels, reference -> loss ()
+
+
+def cases(suite: str) -> Iterator[Case]:
+    """Tokens/s of the policy's step; the reference log-probs are given, as if precomputed."""
+    sequences, length = SHAPES[suite]
+    yield Case(
+        op="dpo_step",
+        metric=f"{ROBUST}, forward+backward",
+        dtype="bfloat16",
+        shape=(sequences, length),
+        head="frozen",
+        memory=True,
+        kernels=KERNELS,
+        tokens=sequences * length,
+        build=lambda: _contest(suite, sequences, length),
+    )
+
+
+def _contest(suite: str, sequences: int, length: int) -> Contest:
+    device = SUITES[suite]
+    model = _model(suite, device)
+    vocabulary = model.get_base_model().config.vocab_size
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(vocabulary, (sequences, length), generator=generator).to(device)
+    # Labels of the next token, aligned with the hidden states; the last one has none.
+    labels = torch.cat([ids[:, 1:], ids.new_full((sequences, 1), -100)], 1)
+    reference = torch.zeros(sequences, device=device)
+    steps: dict[str, Callable[[], Step]] = {
+        OURS: lambda: _ours(ROBUST),
+        ERM: lambda: _ours("erm"),
+        heads.PLAIN: lambda: _plain_step("erm"),
+        heads.TRL: _trl,
+    }
+
+    def work(step: Step) -> Work:
+        def before() -> None:
+            model.zero_grad(set_to_none=True)
+
+        def run() -> None:
+            step(model, ids, labels, reference).backward()
+
+        # The gate runs a slice: in float64 the whole would take minutes.
+        def outputs() -> Mapping[str, Tensor]:
+            return _gradients(model, step, *_slice(ids, labels, reference))
+
+        return Work(run, before, outputs)
+
+    def gate(ambiguity: str) -> Gate:
+        step, inputs = _plain_step(ambiguity), _slice(ids, labels, reference)
+        return Gate(
+            lambda: _gradients(copy.deepcopy(model).double(), step, *inputs),
+            lambda: _gradients(model, step, *inputs),
+        )
+
+    erm, robust = gate("erm"), gate(ROBUST)
+    return Contest(
+        {name: partial(lambda make: work(make()), make) for name, make in steps.items()},
+        ours=(OURS, ERM),
+        baseline=(ERM,),
+        gates=dict.fromkeys(steps, erm) | {OURS: robust},
+    )
+
+
+def _slice(ids: Tensor, labels: Tensor, reference: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    sequences, length = CHECKED
+    return ids[:sequences, :length], labels[:sequences, :length], reference[:sequences]
+
+
+def _gradients(model: Any, step: Step, *inputs: Tensor) -> dict[str, Tensor]:
+    """The gradients of all adapters, in one vector."""
+    model.zero_grad(set_to_none=True)
+    step(model, *inputs).backward()
+    found = [p.grad.flatten().double() for p in model.parameters() if p.grad is not None]
+    model.zero_grad(set_to_none=True)
+    return {"adapters' gradient": torch.cat(found)}
+
+
+def _ours(ambiguity: str) -> Step:
+    function = our("linear_preference_loss")
+
+    def step(model: Any, ids: Tensor, labels: Tensor, reference: Tensor) -> Tensor:
+        policy = model.get_base_model()
+        hidden = policy.model(ids, torch.ones_like(ids), use_cache=False).last_hidden_state
+        weight = policy.get_output_embeddings().weight
+        return function(hidden, weight, labels, reference, beta=BETA, ambiguity=ambiguity).loss
+
+    return step
+
+
+def _plain_step(ambiguity: str) -> Step:
+    def step(model: Any, ids: Tensor, labels: Tensor, reference: Tensor) -> Tensor:
+        outputs = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+        logits = outputs.logits[:, :-1]
+        if logits.dtype != torch.float64:
+            logits = logits.float()
+        logps = logits.log_softmax(-1).gather(-1, labels[:, :-1, None]).squeeze(-1).sum(1)
+        if ambiguity == "erm":
+            return preference.dpo_loss(logps - reference)
+        chosen, rejected = (logps - reference).chunk(2)
+        zeros = torch.zeros_like(chosen)
+        with backends.use("reference"):
+            return dr.preference_loss(
+                chosen, rejected, zeros, zeros, beta=BETA, ambiguity=ambiguity
+            ).loss
+
+    return step
+
+
+def _trl() -> Step:
+    add_fused_lm_head = peers.load("trl.trainer.utils", "trl").add_fused_lm_head
+
+    def step(model: Any, ids: Tensor, labels: Tensor, reference: Tensor) -> Tensor:
+        policy = model.get_base_model()
+        if not hasattr(policy, "_bench_fused"):
+            add_fused_lm_head(policy)
+            policy._bench_fused = True
+        mask = torch.ones_like(ids)
+        outputs = model(
+            input_ids=ids, attention_mask=mask, labels=ids, use_cache=False, fused_lm_head=True
+        )
+        return preference.dpo_loss(outputs.log_probs.sum(1) - reference)
+
+    return step
+
+
+def _model(suite: str, device: str) -> Any:
+    """The policy in bfloat16 with LoRA on every linear layer; a tiny random one when quick.
+
+    Raises:
+        Unavailable: packages are missing, or the model is neither cached nor to be fetched.
+    """
+    transformers, peft = peers.load("transformers", "transformers"), peers.load("peft", "peft")
+    transformers.utils.logging.disable_progress_bar()
+    torch.manual_seed(0)
+    if suite == "quick":
+        config = transformers.LlamaConfig(
+            vocab_size=211, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+            num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=64,
+            initializer_range=0.2,
+        )  # fmt: skip
+        model = transformers.LlamaForCausalLM(config).bfloat16()
+    else:
+        from rich.console import Console
+
+        from drrlhf.demo.material import MaterialError
+
+        try:
+            from drrlhf.demo.dpo import cut_model
+
+            folder = cut_model(LAYERS, Console(stderr=True))
+        except (ImportError, MaterialError) as error:
+            raise Unavailable(f"no model: {peers.reason(error)}") from error
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    adapters = peft.LoraConfig(
+        r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
+    return peft.get_peft_model(model.to(device), adapters).train()

@@ -1,0 +1,99 @@
+"""The correctness gate: an implementation against float64, beside plain PyTorch at its dtype."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+RMS_FACTOR = 2.0
+WORST_FACTOR = 4.0  # one logit's rounding decides the worst element
+
+
+class Verdict(NamedTuple):
+    """How far one quantity is from float64, relative to its root mean square there.
+
+    rms, worst: of what is judged; allowed_rms, allowed_worst: what plain PyTorch's errors allow.
+    """
+
+    quantity: str
+    rms: float
+    allowed_rms: float
+    worst: float
+    allowed_worst: float
+
+    @property
+    def ok(self) -> bool:
+        return self.rms <= self.allowed_rms and self.worst <= self.allowed_worst  # NaN fails
+
+    def __str__(self) -> str:
+        return (
+            f"{self.quantity}: RMS error {self.rms:.2g} (at most {self.allowed_rms:.2g}), "
+            f"worst {self.worst:.2g} (at most {self.allowed_worst:.2g}), relative to float64"
+        )
+
+
+def judge(
+    quantity: str, result: Tensor, plain: Tensor, truth: Tensor, floor: float = 0.0
+) -> Verdict:
+    """Hold `result` against `truth` (float64), allowing it twice the RMS error of `plain`.
+
+    The worst element may be four times as far off as plain's. Errors of plain below the rounding
+    of the result itself, or below `floor` (absolute), count as that: a plain result that is exact
+    by luck sets no standard.
+    """
+    if result.shape != truth.shape or plain.shape != truth.shape:
+        raise ValueError(
+            f"{quantity}: expected shape {tuple(truth.shape)}, got {tuple(result.shape)} and, from "
+            f"plain PyTorch, {tuple(plain.shape)}"
+        )
+    truth = truth.detach().double()
+    scale = float(truth.square().mean().sqrt()) or 1.0
+    unit = torch.finfo(result.dtype).eps / 4  # RMS of rounding to nearest, nearly
+    rms, worst = _errors(result, truth, scale)
+    plain_rms, plain_worst = _errors(plain, truth, scale)
+    largest = float(truth.abs().max()) / scale
+    return Verdict(
+        quantity,
+        rms,
+        RMS_FACTOR * max(plain_rms, unit, floor / scale),
+        worst,
+        WORST_FACTOR * max(plain_worst, 2 * unit * largest, floor / scale),
+    )
+
+
+def _errors(result: Tensor, truth: Tensor, scale: float) -> tuple[float, float]:
+    error = (result.detach().double().to(truth.device) - truth) / scale
+    return float(error.square().mean().sqrt()), float(error.abs().max())
+
+
+class Gate:
+    """The truth of one computation, and plain PyTorch's result of it; made once, when asked for.
+
+    truth: quantity -> float64 tensor. plain: the same at the dtype that is measured. floors:
+    quantity -> absolute error below which plain's sets no standard.
+    """
+
+    def __init__(
+        self,
+        truth: Callable[[], Mapping[str, Tensor]],
+        plain: Callable[[], Mapping[str, Tensor]],
+        floors: Callable[[], Mapping[str, float]] = dict,
+    ) -> None:
+        self._make = truth, plain, floors
+
+    @cached_property
+    def _known(self) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor], Mapping[str, float]]:
+        truth, plain, floors = self._make
+        return truth(), {k: v.detach().clone() for k, v in plain().items()}, floors()
+
+    def judge(self, outputs: Mapping[str, Tensor]) -> list[Verdict]:
+        """One verdict for each quantity of the truth."""
+        truth, plain, floors = self._known
+        return [
+            judge(name, outputs[name], plain[name], truth[name], floors.get(name, 0.0))
+            for name in truth
+        ]

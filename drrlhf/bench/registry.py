@@ -1,0 +1,142 @@
+"""What a case of the benchmark is: one piece of work, and the contenders that do it.
+
+Adding one: a `Case` in the module of its op, whose `build` makes the inputs and returns a
+`Contest`; nothing is allocated before the case's turn comes. Adding an op: a module with
+``cases(suite)``, and its line in `OPS`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+import drrlhf as dr
+from drrlhf.bench.gate import Gate
+
+OURS = "drrlhf"
+SUITES = {"cpu": "cpu", "gpu": "cuda", "quick": "cpu"}  # and the device of each
+
+# Op, and the module whose `cases(suite)` yields its cases.
+OPS = {
+    "ceilings": "ceilings",
+    "robust_risk": "reducers",
+    "token_logprobs": "token_logprobs",
+    "linear_token_logprobs": "linear_token_logprobs",
+    "linear_preference_loss": "preference",
+    "dpo_step": "dpo_step",
+}
+
+
+class Unavailable(Exception):
+    """A contender, or a whole case, that cannot run here; its text is the reason."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one contender does.
+
+    run: the part that is timed. before: untimed, ahead of every run (clears gradients, or builds
+    the graph that only the backward of is timed). outputs: what the last run computed, by
+    quantity, for the correctness gate.
+    """
+
+    run: Callable[[], object]
+    before: Callable[[], object] | None = None
+    outputs: Callable[[], Mapping[str, Tensor]] | None = None
+
+    def once(self) -> None:
+        """One untimed run."""
+        if self.before is not None:
+            self.before()
+        self.run()
+
+
+@dataclass(frozen=True)
+class Contest:
+    """The contenders of one case, on inputs that exist now.
+
+    contenders: name -> what makes its `Work`, or raises `Unavailable`. ours: those that must pass
+    their gate before any speed is shown, and whose errors are errors. baseline: ratios are to the
+    fastest of these. gates: the float64 truth that each contender's outputs are held against.
+    formula: in place of a baseline, a computed number: (what it is, its value in the case's unit).
+    """
+
+    contenders: Mapping[str, Callable[[], Work]]
+    ours: tuple[str, ...] = (OURS,)
+    baseline: tuple[str, ...] = ()
+    gates: Mapping[str, Gate] | None = None
+    formula: tuple[str, float] | None = None
+
+
+@dataclass(frozen=True)
+class Case:
+    """One piece of work. `bytes` and `flops` are the least that it needs, whoever does it.
+
+    unit: ms or us (time of one run), or MiB (peak extra memory of one run, and no time). axis: what
+    the case is one point of a scaling curve over. threads: CPU threads that it is measured with, if
+    not those of the process. memory: whether peak memory is metered beside the time. tokens: how
+    many one run processes, for tokens/s. kernels: the ops of `drrlhf.backends` that do our work,
+    where that is not `op`; each with those whose names continue its own.
+    """
+
+    op: str
+    metric: str
+    dtype: str
+    shape: tuple[int, ...]
+    build: Callable[[], Contest]
+    head: str | None = None
+    unit: str = "ms"
+    bytes: int | None = None
+    flops: int | None = None
+    axis: str | None = None
+    threads: int | None = None
+    memory: bool = False
+    tokens: int | None = None
+    kernels: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        shape = "×".join(map(str, self.shape))
+        parts = [self.metric, self.dtype, shape]
+        if self.head:
+            parts.append(f"head {self.head}")
+        if self.axis:
+            parts.append(f"scaling over {self.axis}")
+        return ", ".join(parts)
+
+
+def select(suite: str, ops: Iterable[str] = ()) -> list[Case]:
+    """The cases of a suite, those of `ops` alone when any are named, in the order of `OPS`.
+
+    Raises:
+        ValueError: a suite or an op that there is not.
+    """
+    if suite not in SUITES:
+        raise ValueError(f"suite: expected one of {', '.join(SUITES)}, got {suite!r}")
+    wanted = set(ops)
+    if unknown := wanted - set(OPS):
+        raise ValueError(f"op: expected one of {', '.join(OPS)}, got {min(unknown)!r}")
+    cases: list[Case] = []
+    for op, module in OPS.items():
+        if not wanted or op in wanted:
+            cases += importlib.import_module(f"drrlhf.bench.{module}").cases(suite)
+    return cases
+
+
+def our(name: str, *parameters: str) -> Callable[..., Any]:
+    """The public function `drrlhf.<name>`.
+
+    Raises:
+        Unavailable: this version has no such function, or it lacks one of `parameters`.
+    """
+    if not hasattr(dr, name):
+        raise Unavailable(f"this version of drrlhf has no {name}")
+    function = getattr(dr, name)
+    missing = [p for p in parameters if p not in inspect.signature(function).parameters]
+    if missing:
+        raise Unavailable(f"{name} of this version of drrlhf takes no {', '.join(missing)}")
+    return function

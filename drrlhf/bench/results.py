@@ -1,0 +1,171 @@
+"""Result files: what was measured, on what, with which versions, at which commit."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import subprocess
+from collections.abc import Iterable
+from datetime import date
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import drrlhf as dr
+from drrlhf.bench.registry import SUITES
+from drrlhf.bench.runner import Outcome
+
+Result = dict[str, Any]
+
+PEERS = ("trl", "transformers", "peft", "triton", "liger-kernel", "sqwash", "dro")
+# Suites whose results the README may quote; robust_risk is the name of results kept before suites.
+KEPT = ("robust_risk", "cpu")
+
+
+def collect(suite: str, outcomes: Iterable[Outcome]) -> Result:
+    """What a result file holds: ``records`` beside what they were taken on.
+
+    Keys: suite, device, date, versions, commit (None outside a checkout; ends in -dirty when
+    tracked files differ from it), records, skipped (who did not run, and why) and failed (our
+    results that were wrong).
+    """
+    outcomes = list(outcomes)
+    return {
+        "suite": suite,
+        "device": device_name(SUITES[suite]),
+        "date": date.today().isoformat(),
+        "versions": versions(),
+        "commit": commit(),
+        "records": [record for outcome in outcomes for record in outcome.records],
+        "skipped": [
+            _about(outcome) | {"contender": name or None, "reason": why}
+            for outcome in outcomes
+            for name, why in outcome.skipped.items()
+        ],
+        "failed": [
+            _about(outcome) | {"reason": why} for outcome in outcomes for why in outcome.failures
+        ],
+    }
+
+
+def _about(outcome: Outcome) -> dict[str, Any]:
+    case = outcome.case
+    return {
+        "op": case.op,
+        "metric": case.metric,
+        "dtype": case.dtype,
+        "shape": list(case.shape),
+        "head": case.head,
+    }
+
+
+def write(result: Result, folder: str | os.PathLike[str]) -> Path:
+    """Write `result` as ``<suite>_<device>_<date>.json`` in `folder` and return the path.
+
+    A file of the same day, commit and versions keeps its records of other ops.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{stem(result)}.json"
+    lists = ("records", "skipped", "failed")
+    if path.is_file():
+        before = read(path)
+        same = all(before.get(key) == result[key] for key in ("commit", "versions"))
+        measured = {entry["op"] for key in lists for entry in result[key]}
+        if same:
+            kept = {
+                key: [entry for entry in before.get(key, []) if entry["op"] not in measured]
+                for key in lists
+            }
+            result = result | {key: kept[key] + result[key] for key in lists}
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    temporary.replace(path)
+    return path
+
+
+def stem(result: Result) -> str:
+    """The name of a result's file, without its suffix."""
+    return f"{result['suite']}_{slug(result['device'])}_{result['date']}"
+
+
+def read(path: str | os.PathLike[str]) -> Result:
+    """A result file.
+
+    Raises:
+        ValueError: not JSON, or without records.
+    """
+    try:
+        result = json.loads(Path(path).read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: not valid JSON ({error})") from error
+    if not isinstance(result, dict) or not isinstance(result.get("records"), list):
+        raise ValueError(f"{path}: expected a result of drrlhf bench, with a list of records")
+    return result
+
+
+def newest(folder: str | os.PathLike[str], op: str) -> Result | None:
+    """The newest kept CPU result in `folder` that has records of `op`; None without one."""
+    found = []
+    for suite in KEPT:
+        for path in Path(folder).glob(f"{suite}_*.json"):
+            day = path.stem.rpartition("_")[2]
+            found.append((day, KEPT.index(suite), path.name, path))
+    for *_, path in sorted(found, reverse=True):
+        result = read(path)
+        if any(record["op"] == op for record in result["records"]):
+            return result
+    return None
+
+
+def device_name(device: str) -> str:
+    """The processor's or the GPU's name, without what vendors decorate it with."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    info = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.*)", info.read_text()) if info.exists() else []
+    name = names[0].strip() if names else platform.processor() or platform.machine()
+    return re.sub(r"\((R|TM)\)|@.*$", "", name).strip()
+
+
+def slug(name: str) -> str:
+    """A name as part of a file name."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def versions() -> dict[str, str]:
+    """Versions of drrlhf, Python, torch and the peers that are installed."""
+    found = {
+        "drrlhf": dr.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+    for package in PEERS:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def commit() -> str | None:
+    """The commit of the checkout that this package is part of, if it is part of one."""
+    package = Path(dr.__file__).parent
+    # The package may be installed inside somebody else's checkout, which does not track it.
+    if _git(package, "ls-files", "--error-unmatch", "version.py") is None:
+        return None
+    head = _git(package, "rev-parse", "HEAD")
+    changed = _git(package, "status", "--porcelain", "--untracked-files=no")
+    return f"{head}-dirty" if changed else head
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=folder)
+    except FileNotFoundError:
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
