@@ -22,7 +22,7 @@ SOURCES = ["csrc/ops.cpp", *(str(p) for p in sorted(Path("csrc/cpu").glob("*.cpp
 HEADERS = [str(p) for p in sorted(Path("csrc").rglob("*.h"))]
 FLAGS = [
     "-O3", "-g0", "-std=c++20", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off",
-    "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-parameter",
+    "-fvisibility=hidden", "-fopenmp", "-Wall", "-Wextra", "-Wno-unused-parameter",
 ]  # fmt: skip
 
 if MODE not in ("auto", "cpu", "cuda", "none"):
@@ -68,7 +68,14 @@ def extension():
             write_record(Path("drrlhf") if self.inplace else Path(self.build_lib, "drrlhf"))
 
     return [
-        CppExtension("drrlhf._C", SOURCES, depends=HEADERS, extra_compile_args={"cxx": FLAGS})
+        CppExtension(
+            "drrlhf._C",
+            SOURCES,
+            depends=HEADERS,
+            extra_compile_args={"cxx": FLAGS},
+            # Without it at::parallel_for, a template in a header, would run on one thread.
+            extra_link_args=["-fopenmp"],
+        )
     ], Build
 
 

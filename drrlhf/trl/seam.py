@@ -11,6 +11,7 @@ import importlib
 import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import fields
+from types import CodeType
 from typing import Any
 
 SUPPORTED = ">=1.16,<2"
@@ -59,6 +60,28 @@ _METHODS: tuple[tuple[str, str, tuple[str, ...], frozenset[str]], ...] = (
     ),
 )
 
+# (module, function, its parameters in order, the names that it or a function in it must read)
+_FUNCTIONS: tuple[tuple[str, str, tuple[str, ...], frozenset[str]], ...] = (
+    (
+        "trl.trainer.utils",
+        "add_fused_lm_head",
+        ("model", "temperature", "cast_lm_head_to_fp32", "outputs"),
+        frozenset({"_ChunkedLogProbFunction", "apply", "_use_triton", "maybe_gather_lm_head_ctx"}),
+    ),
+    ("trl.trainer.utils", "maybe_gather_lm_head_ctx", ("params",), frozenset()),
+    ("trl.kernels.chunked_logprob", "_use_triton", ("device",), frozenset()),
+    (
+        "trl.kernels.chunked_logprob:ChunkedLogProbFunction",
+        "forward",
+        ("ctx", "hidden", "weight", "bias", "targets", "temperature", "chunk_size")
+        + ("final_logit_softcapping", "logit_scale", "outputs"),
+        frozenset({"float32", "mark_non_differentiable"}),
+    ),
+)
+# What the fused forward looks up anew on every call, and what our head puts something else for.
+HEAD_NAMES = ("_ChunkedLogProbFunction", "_use_triton")
+HEAD_OUTPUTS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
+
 # (configuration, the fields that are read from it)
 _FIELDS: tuple[tuple[str, frozenset[str]], ...] = (
     (
@@ -87,11 +110,28 @@ def check() -> None:
     """
     version = _trl_version()
     for owner, method, parameters, names in _METHODS:
-        _check_method(version, owner, method, parameters, names)
+        _check_function(version, owner, method, parameters, names)
+    check_head()
     for config, needed in _FIELDS:
         missing = needed - {field.name for field in fields(_find(version, config))}
         if missing:
             raise _moved(version, f"{config} no longer has the field {min(missing)!r}")
+
+
+def check_head() -> None:
+    """Verify that TRL's fused head is where `drrlhf.trl.head` replaces it, and takes what it took.
+
+    Raises:
+        ImportError, SeamMovedError: as `check`.
+    """
+    version = _trl_version()
+    for owner, function, parameters, names in _FUNCTIONS:
+        _check_function(version, owner, function, parameters, names)
+    for name in HEAD_NAMES:
+        _find(version, f"trl.trainer.utils:{name}")
+    outputs = tuple(_find(version, "trl.kernels.chunked_logprob:OPTIONAL_OUTPUTS"))
+    if outputs != HEAD_OUTPUTS:
+        raise _moved(version, f"its head's outputs are {outputs}, expected {HEAD_OUTPUTS}")
 
 
 def _trl_version() -> str:
@@ -114,7 +154,7 @@ def _trl_version() -> str:
     return trl.__version__
 
 
-def _check_method(
+def _check_function(
     version: str, owner: str, method: str, parameters: tuple[str, ...], names: frozenset[str]
 ) -> None:
     function = getattr(_find(version, owner), method, None)
@@ -123,15 +163,22 @@ def _check_method(
     found = tuple(inspect.signature(function).parameters)
     if found != parameters:
         raise _moved(version, f"{owner}.{method} takes {found}, expected {parameters}")
-    missing = names - set(inspect.unwrap(function).__code__.co_names)
+    missing = names - _names_read(inspect.unwrap(function).__code__)
     if missing:
         raise _moved(version, f"{owner}.{method} no longer uses {min(missing)!r}")
 
 
+def _names_read(code: CodeType) -> set[str]:
+    """The globals and attributes that a function reads, with those of the functions inside it."""
+    inner = (part for part in code.co_consts if isinstance(part, CodeType))
+    return set(code.co_names).union(*map(_names_read, inner))
+
+
 def _find(version: str, owner: str) -> Any:
-    module, name = owner.split(":")
+    module, _, name = owner.partition(":")
     try:
-        return getattr(importlib.import_module(module), name)
+        found = importlib.import_module(module)
+        return getattr(found, name) if name else found
     except (ModuleNotFoundError, AttributeError) as error:
         raise _moved(version, f"{owner} is gone") from error
 

@@ -1,0 +1,286 @@
+"""TRL's fused LM head on `drrlhf.linear_token_logprobs`, and how it gets into TRL.
+
+A model that TRL gave a fused head to (`trl.trainer.utils.add_fused_lm_head`) looks the head up by
+name on every call. `patch_head` puts ours under that name, so that it serves every trainer of TRL
+that uses the fused head (SFT, DPO, KTO, GRPO, RLOO), models prepared before it included. Our own
+trainers put it there for the length of their loss alone.
+
+Beside the head itself one more name is replaced: TRL scores every position, prompts and padding
+included, on devices where it has no Triton, and only the counted ones elsewhere. Ours takes the
+counted ones on the CPU too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from trl.kernels import ChunkedLogProbFunction
+from trl.kernels.chunked_logprob import _use_triton
+from trl.trainer import utils
+
+from drrlhf import linear_token_logprobs
+from drrlhf.checks import check_choice
+from drrlhf.trl import seam
+
+HEADS = ("drrlhf", "trl")
+
+# TRL's names of the outputs, and ours; log_probs always comes.
+_OUTPUTS = {
+    "entropy": "entropy",
+    "log_sum_sq_probs": "log_sum_sq_probs",
+    "mean_logits": "mean_logit",
+    "is_top1": "is_top1",
+}
+
+
+@dataclass(frozen=True)
+class TokenLogprobHead:
+    """What stands in for TRL's ``ChunkedLogProbFunction``: `apply` takes and gives the same.
+
+    ``memory_budget`` is that of `drrlhf.linear_token_logprobs`, in bytes; None is its default.
+    """
+
+    memory_budget: int | None = None
+
+    def apply(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        temperature: float,
+        chunk_size: int,
+        final_logit_softcapping: float | None = None,
+        logit_scale: float = 1.0,
+        outputs: tuple[str, ...] = seam.HEAD_OUTPUTS,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+        """Log-probs (N,) of the targets, and what else of each token's distribution is asked for.
+
+        The logits are softcap(logit_scale (hidden weight^T + bias)) / temperature; they are never
+        rounded to a narrow dtype, as TRL's are.
+
+        Args:
+            hidden: (N, D), floating; weight: (V, D); bias: (V,) or None. The products run in
+                autocast's dtype where autocast is on, else in the hidden states', to which the
+                weight is cast.
+            targets: (N,) integers in [0, V); -100 gives 0 and no gradient.
+            chunk_size: TRL's tile width; without effect here, the tiles are chosen for the caches.
+            outputs: of ``entropy``, ``log_sum_sq_probs``, ``mean_logits``, ``is_top1``;
+                ``log_probs`` may be named and always comes.
+
+        Returns:
+            (log_probs, entropy, log_sum_sq_probs, mean_logits, is_top1), each (N,) or None where
+            not asked for; float32 (float64 for float64 hidden states), is_top1 bool. Gradients of
+            log_probs and entropy flow to hidden, weight and bias, in their dtypes.
+
+        Raises:
+            ValueError: shapes, dtypes, targets outside [0, V), temperature or softcap not > 0,
+                logit_scale 0, an unknown output.
+        """
+        for name in outputs:
+            check_choice("outputs", name, ("log_probs", *_OUTPUTS))
+        wanted = tuple(_OUTPUTS[name] for name in outputs if name != "log_probs")
+        device = hidden.device.type
+        autocast = torch.is_autocast_enabled(device)
+        cast = weight.to(torch.get_autocast_dtype(device) if autocast else hidden.dtype)
+        with _reading_again((weight, cast), (bias, bias)):
+            found = linear_token_logprobs(
+                hidden,
+                cast,
+                targets,
+                bias=bias,
+                temperature=temperature,
+                softcap=final_logit_softcapping,
+                logit_scale=logit_scale,
+                outputs=wanted,
+                memory_budget=self.memory_budget,
+            )
+        if isinstance(found, Tensor):
+            return found, None, None, None, None
+        return (
+            found.logps,
+            found.entropy,
+            found.log_sum_sq_probs,
+            found.mean_logit,
+            found.is_top1,
+        )
+
+
+def _reading_again(*pairs: tuple[Tensor | None, Tensor | None]) -> Any:
+    """A context in which the backward keeps each parameter itself, not what was made of it.
+
+    ``pairs`` are (parameter, what is read of it). Two cases need it. A cast copy of the head is as
+    large as the head, and would live from the forward to the backward: casting again is cheap. And
+    under DeepSpeed ZeRO-3 a parameter is whole only inside TRL's gathering context, which is over
+    by the time of the backward: it is entered again there.
+    """
+    kept = [
+        (parameter, read)
+        for parameter, read in pairs
+        if parameter is not None
+        and read is not None
+        and (hasattr(parameter, "ds_status") or (read is not parameter and not _compiling()))
+    ]
+    if not kept:
+        return contextlib.nullcontext()
+
+    def pack(saved: Tensor) -> Tensor | _Again:
+        for parameter, read in kept:
+            if saved.data_ptr() == read.data_ptr() and saved.shape == read.shape:
+                return _Again(parameter, read.dtype, parameter._version)
+        return saved
+
+    def unpack(saved: Tensor | _Again) -> Tensor:
+        return saved if isinstance(saved, Tensor) else saved.read()
+
+    return saved_tensors_hooks(pack, unpack)
+
+
+def _compiling() -> bool:
+    return torch.compiler.is_compiling()  # graphs plan what they keep, and hooks would break them
+
+
+@dataclass(frozen=True)
+class _Again:
+    """A parameter to be read anew in the backward, as `dtype`."""
+
+    parameter: Tensor
+    dtype: torch.dtype
+    version: int
+
+    def read(self) -> Tensor:
+        # what autograd checks for the tensors that it keeps itself
+        if self.parameter._version != self.version:
+            raise RuntimeError(
+                "the output head was modified in place between its forward and its backward "
+                f"(version {self.parameter._version}, expected {self.version}): run the backward "
+                "before the optimizer step"
+            )
+        # The result outlives the context: DeepSpeed frees a parameter by pointing it elsewhere.
+        with utils.maybe_gather_lm_head_ctx(self.parameter):
+            return self.parameter.detach().to(self.dtype)
+
+
+# -- where it stands -------------------------------------------------------------------------------
+
+
+def _only_counted(device: torch.device) -> bool:
+    """Stands in for TRL's ``_use_triton`` where that decides whether to leave out positions."""
+    return device.type in ("cpu", "cuda") or _use_triton(device)
+
+
+class HeadPatch:
+    """One replacement of TRL's head, from `patch_head`: ends with `remove` or a ``with`` block."""
+
+    def __init__(self, head: Any) -> None:
+        _check_place()
+        self.head = head
+        _patches.append(self)
+        _settle()
+
+    def remove(self) -> None:
+        """Undo this replacement; what other ones put there stays. A second call does nothing.
+
+        Raises:
+            RuntimeError: something else has replaced the head since.
+        """
+        if self in _patches:
+            _check_place()
+            _patches.remove(self)
+            _settle()
+
+    def __enter__(self) -> HeadPatch:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
+
+
+# Those in force; the last one's head is in place.
+_patches: list[HeadPatch] = []
+
+
+def patch_head(memory_budget: int | None = None) -> HeadPatch:
+    """Give our head to every TRL trainer in this process, until it is undone.
+
+    ::
+
+        patch_head()                    # until unpatch_head()
+        with patch_head():              # or for the length of a block
+            trl.DPOTrainer(...).train()
+
+    Models that TRL prepared before use it too, at their next call. Calling it again changes nothing
+    but the budget; `unpatch_head` ends all calls, the handle that it returns ends this one.
+    Trainers with ``use_liger_kernel`` and the like that bypass TRL's fused head stay as they are.
+
+    Args:
+        memory_budget: of `drrlhf.linear_token_logprobs`, in bytes; None is its default.
+
+    Raises:
+        ImportError: TRL is not ``>=1.16,<2``.
+        SeamMovedError: (an ImportError) its fused head has moved or changed.
+        RuntimeError: something else already stands in the place of TRL's head.
+        ValueError: memory_budget is negative.
+    """
+    if memory_budget is not None and memory_budget < 0:
+        raise ValueError(f"memory_budget: expected bytes >= 0, got {memory_budget!r}")
+    seam.check_head()
+    return HeadPatch(TokenLogprobHead(memory_budget))
+
+
+def unpatch_head() -> None:
+    """Put TRL's own head back, however often `patch_head` was called. Without a patch, nothing.
+
+    Raises:
+        RuntimeError: something else has replaced the head since.
+    """
+    if _patches:
+        _check_place()
+        _patches.clear()
+        _settle()
+
+
+def using(head: str) -> contextlib.AbstractContextManager[Any]:
+    """A ``with`` block in which TRL's models use ``head``, one of `HEADS`.
+
+    A head of ours that is in place already serves ``"drrlhf"`` with its budget.
+
+    Raises:
+        RuntimeError: something else stands in the place of TRL's head (not for ``"trl"``).
+    """
+    ours = isinstance(utils._ChunkedLogProbFunction, TokenLogprobHead)
+    if ours == (head == "drrlhf"):
+        return contextlib.nullcontext()
+    return HeadPatch(TokenLogprobHead() if head == "drrlhf" else ChunkedLogProbFunction)
+
+
+def check(head: str) -> None:
+    """Raise what `using` would, so that a trainer can fail before it loads a model."""
+    with using(head):
+        pass
+
+
+def _settle() -> None:
+    head = _patches[-1].head if _patches else ChunkedLogProbFunction
+    utils._ChunkedLogProbFunction = head
+    utils._use_triton = _only_counted if isinstance(head, TokenLogprobHead) else _use_triton
+
+
+def _check_place() -> None:
+    """RuntimeError unless the two names hold what TRL or the last patch of ours put there."""
+    head = _patches[-1].head if _patches else ChunkedLogProbFunction
+    compact = _only_counted if isinstance(head, TokenLogprobHead) else _use_triton
+    for name, expected in zip(seam.HEAD_NAMES, (head, compact), strict=True):
+        found = getattr(utils, name)
+        if found is not expected:
+            what = f"{getattr(found, '__module__', '?')}.{getattr(found, '__qualname__', found)}"
+            raise RuntimeError(
+                f"trl.trainer.utils.{name}: expected {expected!r}, found {what}, which something "
+                "other than drrlhf put there. Undo that first, or keep it and leave this head out "
+                "(head='trl' in drrlhf.trl.DPOConfig)."
+            )
