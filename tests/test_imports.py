@@ -16,11 +16,12 @@ LAYERS = {
     "ops": 3,
     "robust": 4, "logprobs": 4,
     "losses": 5,
-    "modules": 6,
-    "": 7,  # the package itself: the public names
-    "data": 8, "report": 8, "callbacks": 8, "stress": 8,
-    "trl": 9, "demo": 10, "bench": 10,
-    "cli": 11, "__main__": 12,
+    "head": 6,
+    "modules": 7,
+    "": 8,  # the package itself: the public names
+    "data": 9, "report": 9, "callbacks": 9, "stress": 9,
+    "trl": 10, "demo": 11, "bench": 11,
+    "cli": 12, "__main__": 13,
 }  # fmt: skip
 
 

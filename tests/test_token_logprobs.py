@@ -150,5 +150,5 @@ def test_compiles_and_opcheck():
     torch.testing.assert_close(compiled, step(logits))
     ours, eager = (torch.autograd.grad(x, logits)[0] for x in (compiled, step(logits)))
     torch.testing.assert_close(ours, eager)
-    arguments = (logits, labels, -100, 1.0, None)
+    arguments = (logits, labels, -100, 1.0, None, 15)
     torch.library.opcheck(torch.ops.drrlhf.token_logprobs.default, arguments)

@@ -1,5 +1,6 @@
-// Logits are made transposed, (V, tokens): the head's rows are read as they lie, a tile's statistics
-// run down its columns, and the matrix product of the next step takes the transpose as it is.
+// Logits are made transposed, (V, tokens): the head's rows are read as they lie, a tile's
+// statistics run down its columns, and the matrix product of the next step takes the transpose as
+// it is.
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <ATen/native/CPUBlas.h>
@@ -167,7 +168,8 @@ class LogitTiles {
   template <class F>
   void each_blocked(std::int64_t begin, std::int64_t end, float* slab, std::int64_t stride,
                     const F& f) {
-    const std::int64_t columns = tokens_.columns(), tiles = (end - begin + kTileRows - 1) / kTileRows;
+    const std::int64_t columns = tokens_.columns(),
+                       tiles = (end - begin + kTileRows - 1) / kTileRows;
     const auto* head = weight_.const_data_ptr<at::BFloat16>();
     const auto* packed = reinterpret_cast<const at::BFloat16*>(packed_.const_data_ptr());
     Tensor buffer;
@@ -181,10 +183,9 @@ class LogitTiles {
                                       : buffer.mutable_data_ptr<float>() +
                                             at::get_thread_num() * kTileRows * stride;
         for (std::int64_t j = 0; j < columns; j += kBlock) {
-          at::native::cpublas::brgemm(rows, std::min(kBlock, columns - j), width_,
-                                      weight_.stride(0), kBlock, stride, false,
-                                      head + first * weight_.stride(0), packed + j * width_,
-                                      tile + j, true);
+          at::native::cpublas::brgemm(
+              rows, std::min(kBlock, columns - j), width_, weight_.stride(0), kBlock, stride, false,
+              head + first * weight_.stride(0), packed + j * width_, tile + j, true);
         }
         softmax_kernels().transform_tile(tile, stride, rows, columns, bias(first), transform_);
         f(tile, stride, first, rows);
@@ -198,10 +199,12 @@ class LogitTiles {
                        const F& f) {
     const std::int64_t columns = tokens_.columns(), n = tokens_.count();
     Tensor buffer;
-    if (slab == nullptr) buffer = at::empty({std::min(kWidenedRows, end - begin), stride}, at::kFloat);
+    if (slab == nullptr)
+      buffer = at::empty({std::min(kWidenedRows, end - begin), stride}, at::kFloat);
     for (std::int64_t start = begin; start < end; start += kWidenedRows) {
       const std::int64_t count = std::min(kWidenedRows, end - start);
-      float* block = slab != nullptr ? slab + (start - begin) * stride : buffer.mutable_data_ptr<float>();
+      float* block =
+          slab != nullptr ? slab + (start - begin) * stride : buffer.mutable_data_ptr<float>();
       Tensor product = at::from_blob(block, {count, n}, {stride, 1}, at::kFloat);
       at::mm_out(product, weight_.narrow(0, start, count).to(at::kFloat), hidden_.t());
       const std::int64_t tiles = (count + kTileRows - 1) / kTileRows;
@@ -231,9 +234,13 @@ class LogitTiles {
 class ColumnStatistics {
  public:
   ColumnStatistics(const Tokens& tokens, bool extras)
-      : tokens_(tokens), columns_(tokens.columns()), threads_(at::get_num_threads()),
-        extras_(extras), others_(threads_ * kFields * columns_, 0.0f),
-        index_(threads_ * columns_, -1), label_z_(columns_, 0.0f) {
+      : tokens_(tokens),
+        columns_(tokens.columns()),
+        threads_(at::get_num_threads()),
+        extras_(extras),
+        others_(threads_ * kFields * columns_, 0.0f),
+        index_(threads_ * columns_, -1),
+        label_z_(columns_, 0.0f) {
     for (int t = 0; t < threads_; ++t) {
       const OthersOfColumns o = of_thread(t);
       std::fill_n(o.reference, columns_, Others().reference);
@@ -272,7 +279,12 @@ class ColumnStatistics {
     float* base = const_cast<float*>(others_.data()) + t * kFields * columns_;
     const auto field = [&](int k) { return base + k * columns_; };
     if (!extras_) return {field(0), field(1), nullptr, nullptr, nullptr, nullptr, nullptr};
-    return {field(0), field(1), field(2), field(3), field(4), field(5),
+    return {field(0),
+            field(1),
+            field(2),
+            field(3),
+            field(4),
+            field(5),
             const_cast<std::int32_t*>(index_.data()) + t * columns_};
   }
 
@@ -307,8 +319,10 @@ struct GradientTiles {
   std::vector<float> scratch;  // per thread
 
   GradientTiles(const Tokens& t, const Columns& c, const Head& head, Storage s)
-      : tokens(t), columns(c),
-        transform(transform_of(head.temperature, head.softcap, head.logit_scale)), storage(s),
+      : tokens(t),
+        columns(c),
+        transform(transform_of(head.temperature, head.softcap, head.logit_scale)),
+        storage(s),
         scratch(at::get_num_threads() * t.columns()) {}
 
   void write(const float* tile, std::int64_t stride, std::int64_t first, std::int64_t rows,
@@ -366,7 +380,9 @@ void sum_tokens(const Tensor& gradient, const std::vector<float>& factor, Tensor
       });
 }
 
-at::ScalarType product_dtype(at::ScalarType dtype) { return multiplies(dtype) ? dtype : at::kFloat; }
+at::ScalarType product_dtype(at::ScalarType dtype) {
+  return multiplies(dtype) ? dtype : at::kFloat;
+}
 
 // As many tokens as have their logits, of `size` bytes each, in the workspace at a time; at least
 // one block.
@@ -381,15 +397,16 @@ std::int64_t tokens_per_pass(std::int64_t tokens, std::int64_t vocabulary, std::
 void check_head(const Tensor& hidden, const Head& head, const Tensor& labels) {
   const Tensor& weight = head.weight;
   TORCH_CHECK_VALUE(hidden.dim() >= 1 && weight.dim() == 2 && hidden.size(-1) == weight.size(1),
-                    "weight: expected shape (V, D) with the D of hidden ", hidden.sizes(),
-                    ", got ", weight.sizes());
+                    "weight: expected shape (V, D) with the D of hidden ", hidden.sizes(), ", got ",
+                    weight.sizes());
   TORCH_CHECK_VALUE(hidden.scalar_type() == weight.scalar_type() && weight.device().is_cpu(),
                     "weight: expected ", hidden.scalar_type(), " on the CPU as hidden, got ",
                     weight.scalar_type(), " on ", weight.device());
   TORCH_CHECK_VALUE(weight.size(0) >= 1, "weight: expected V >= 1, got ", weight.sizes());
-  TORCH_CHECK_VALUE(!head.bias.has_value() || (head.bias->dim() == 1 && head.bias->device().is_cpu() &&
-                                               head.bias->numel() == weight.size(0)),
-                    "bias: expected a CPU tensor of shape (", weight.size(0), ")");
+  TORCH_CHECK_VALUE(
+      !head.bias.has_value() || (head.bias->dim() == 1 && head.bias->device().is_cpu() &&
+                                 head.bias->numel() == weight.size(0)),
+      "bias: expected a CPU tensor of shape (", weight.size(0), ")");
 }
 
 // Copies the columns `place` of a packed slab (V, counted), or all of them if null, to rows of
@@ -574,8 +591,8 @@ std::tuple<Tensor, Tensor, Tensor> linear_token_logprobs_backward_cpu(
     char* to = static_cast<char*>(out.mutable_data_ptr());
     logits.each(begin, end, nullptr, stride_for(tokens.count()),
                 [&](float* tile, std::int64_t stride, std::int64_t first, std::int64_t rows) {
-                  gradient.write(tile, stride, first, rows, to + (first - begin) * out_stride * size,
-                                 out_stride);
+                  gradient.write(tile, stride, first, rows,
+                                 to + (first - begin) * out_stride * size, out_stride);
                 });
     return out.narrow(0, 0, end - begin).narrow(1, 0, tokens.count());
   };
@@ -603,8 +620,8 @@ std::tuple<Tensor, Tensor, Tensor> linear_token_logprobs_backward_cpu(
       }
     });
   } else if (need_hidden) {
-    d_hidden = n == total ? empty_on_huge_pages(hidden.sizes(), dtype)
-                          : at::zeros(hidden.sizes(), dtype);
+    d_hidden =
+        n == total ? empty_on_huge_pages(hidden.sizes(), dtype) : at::zeros(hidden.sizes(), dtype);
     const bool in_one = has_slab && whole;
     const auto made = has_slab ? dtype : product;
     const std::int64_t pass =
@@ -618,7 +635,8 @@ std::tuple<Tensor, Tensor, Tensor> linear_token_logprobs_backward_cpu(
       const std::int64_t count = std::min(pass, n - start);
       Tensor gradient = slab;
       if (has_slab && !whole) {
-        const std::vector<std::int64_t> place(column.begin() + start, column.begin() + start + count);
+        const std::vector<std::int64_t> place(column.begin() + start,
+                                              column.begin() + start + count);
         gather_columns(slab, 0, vocabulary, place, buffer.mutable_data_ptr(), buffer.stride(0));
         gradient = buffer.narrow(1, 0, count);
       } else if (!has_slab) {

@@ -56,7 +56,8 @@ void token_logprobs_backward_cpu(const Tensor& logits, const Tensor& labels,
                                  const Tensor& entropy, std::int64_t ignore_index,
                                  double temperature, std::optional<double> softcap, Tensor& out);
 
-// Of the counted tokens of each sequence, (S,) in float64: the sum of their log-probs, their number.
+// Of the counted tokens of each sequence, (S,) in float64: the sum of their log-probs, their
+// number.
 struct SequenceSums {
   Tensor total, count;
 };
@@ -73,12 +74,12 @@ Tensor spread_to_tokens(const Tensor& per_sequence, const Tensor& labels,
 enum class Keep : std::int64_t {
   kNothing,  // the backward computes the logits again
   kHidden,   // d logp / d hidden (tokens, D), unscaled: the backward scales its rows
-  kSlab,     // d logp / d logits, transposed: (V, counted tokens), packed at the front of (V, tokens)
+  kSlab,  // d logp / d logits, transposed: (V, counted tokens), packed at the front of (V, tokens)
 };
 
 struct Head {
-  Tensor weight;             // (V, D)
-  OptionalTensor bias;       // (V,)
+  Tensor weight;        // (V, D)
+  OptionalTensor bias;  // (V,)
   std::int64_t ignore_index;
   double temperature;
   std::optional<double> softcap;

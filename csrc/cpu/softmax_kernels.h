@@ -8,9 +8,9 @@ typedef std::uint32_t Words __attribute__((vector_size(4 * DRRLHF_LANES)));
 typedef std::uint16_t Shorts __attribute__((vector_size(2 * DRRLHF_LANES)));
 
 constexpr int kLanes = DRRLHF_LANES;
-constexpr int kUnroll = 4;                    // independent chains, to hide the latency of an add
+constexpr int kUnroll = 4;  // independent chains, to hide the latency of an add
 constexpr int kStep = kLanes * kUnroll;
-constexpr int kChunk = 2048;                  // of a row: its float32 copy stays in the L1 cache
+constexpr int kChunk = 2048;  // of a row: its float32 copy stays in the L1 cache
 
 template <class To, class From>
 DRRLHF_INLINE To bits(From from) {
@@ -25,6 +25,18 @@ DRRLHF_INLINE Ints all_ints(std::int32_t x) { return x - Ints{}; }
 // Not the larger where x is NaN but x itself: a NaN must stay seen.
 DRRLHF_INLINE Floats at_least(Floats x, Floats floor) { return x < floor ? floor : x; }
 DRRLHF_INLINE Floats larger(Floats x, Floats best) { return x > best ? x : best; }
+
+// a b + c with one rounding, where the processor can. Spelled out where it matters which product of
+// an expression keeps its digits.
+DRRLHF_INLINE Floats fused(Floats a, Floats b, Floats c) {
+#if DRRLHF_LANES == 16
+  return _mm512_fmadd_ps(a, b, c);
+#elif DRRLHF_LANES == 8
+  return _mm256_fmadd_ps(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
 
 template <Storage S>
 struct Element {
@@ -108,7 +120,7 @@ DRRLHF_INLINE Floats load_part(const typename Element<S>::Type* from, std::int64
   typename Element<S>::Type part[kLanes] = {};
   for (std::int64_t i = 0; i < count; ++i) part[i] = from[i];
   Floats x = load<S>(part);
-  for (std::int64_t i = count; i < kLanes; ++i) x[i] = fill;
+  for (int i = 0; i < kLanes; ++i) x[i] = i < count ? x[i] : fill;
   return x;
 }
 
@@ -119,54 +131,71 @@ DRRLHF_INLINE void store_part(typename Element<S>::Type* to, std::int64_t count,
   for (std::int64_t i = 0; i < count; ++i) to[i] = part[i];
 }
 
-constexpr float kLog2e = 1.44269504f, kShift = 12582912.0f;  // 1.5 * 2^23: rounds to an integer
+constexpr float kLog2e = 1.44269504f;  // 1.44269502 in float32
+constexpr float kLn2 = 0.693147181f;
+constexpr float kLog2eLost = 1.334977e-8f;  // log2(e) / kLog2e - 1
+constexpr float kShift = 12582912.0f;       // 1.5 * 2^23: rounds to an integer
 
-// 2^t for t < 128, relative error 1.5e-7; 0 where it would be below the normal numbers.
+// 2^t for t < 128, relative error 6e-8; exactly 1 at 0, and 0 where it would be below the normal
+// numbers.
+//
+// Refined: of t = x log2(e) with the rounded constant, for the exact one. What rounding it takes
+// from every x is nothing to a sum of them, but it is a bias of the single value.
+template <bool Refined>
 DRRLHF_INLINE Floats two_to(Floats t) {
-  // The polynomials are fitted for the least largest relative error, on [0, 1) and [-1/2, 1/2].
 #if DRRLHF_LANES == 16
-  const Floats f = _mm512_maskz_reduce_ps(0xffff, t, _MM_FROUND_TO_NEG_INF);
-  Floats p = all(0x1.ec320ap-10f);
-  p = p * f + 0x1.26900cp-7f;
-  p = p * f + 0x1.c95446p-5f;
-  p = p * f + 0x1.ebd5a8p-3f;
-  p = p * f + 0x1.62e4f6p-1f;
-  p = p * f + 0x1.fffffep-1f;
-  return _mm512_maskz_scalef_ps(0xffff, p, t);
+  if constexpr (Refined) t = at_least(t, all(-1000.0f));
+  Floats f = _mm512_maskz_reduce_ps(0xffff, t, _MM_FROUND_TO_NEG_INF);
 #else
-  const Floats shifted = at_least(t, all(-1000.0f)) + kShift;
-  const Floats f = at_least(t, all(-1000.0f)) - (shifted - kShift);
-  Floats p = all(0x1.5bba14p-10f);
-  p = p * f + 0x1.3cea88p-7f;
-  p = p * f + 0x1.c6b752p-5f;
-  p = p * f + 0x1.ebf9bcp-3f;
-  p = p * f + 0x1.62e42ap-1f;
+  t = at_least(t, all(-1000.0f));
+  const Floats shifted = (t - 0.5f) + kShift;
+  Floats f = t - (shifted - kShift);
+#endif
+  if constexpr (Refined) f = t * kLog2eLost + f;
+  // 2^f on [0, 1], fitted for the least largest relative error.
+  Floats p = all(0x1.c54174p-13f);
+  p = p * f + 0x1.46d64ep-10f;
+  p = p * f + 0x1.3d0b92p-7f;
+  p = p * f + 0x1.c68912p-5f;
+  p = p * f + 0x1.ebfd58p-3f;
+  p = p * f + 0x1.62e42cp-1f;
   p = p * f + 1.0f;
+#if DRRLHF_LANES == 16
+  return _mm512_maskz_scalef_ps(0xffff, p, t);  // takes the floor of t
+#else
   const Ints exponent = bits<Ints>(shifted) - (0x4b400000 - 127);
   return p * bits<Floats>((exponent > 0 ? exponent : Ints{}) << 23);
 #endif
 }
 
-DRRLHF_INLINE Floats exponential(Floats x) { return two_to(x * kLog2e); }
+DRRLHF_INLINE Floats exponential(Floats x) { return two_to<true>(x * kLog2e); }
+
+// exp(x) of tiny x: what a float32 cannot hold of a number below 1e4 or so.
+DRRLHF_INLINE Floats exponential_of_tiny(Floats x) { return 1.0f + (x + 0.5f * x * x); }
 
 // exp(z - reference) = factor 2^exponent(z) for a reference that many z share. One operation makes
 // an exponent: the product reference * log2(e) is rounded, but what that does is known and the same
-// for every z, so the factor, close to 1, takes it back. From 1e30 on the product could overflow.
-constexpr float kLargeReference = 1e30f;
+// for every z, so the factor, close to 1, takes it back. For large references it would not be.
+constexpr float kLargeReference = 1e4f;
 
 template <bool Large>
 struct Relative {
   Floats reference, product;
   DRRLHF_INLINE explicit Relative(Floats z) : reference(z), product(z * kLog2e) {}
   DRRLHF_INLINE Floats exponent(Floats z) const {
-    return Large ? (z - reference) * kLog2e : z * kLog2e - product;
+    return Large ? (z - reference) * kLog2e : fused(z, all(kLog2e), -product);
   }
-  DRRLHF_INLINE Floats factor() const {
-    if (Large) return all(1.0f);
-    Floats lost;
-    for (int i = 0; i < kLanes; ++i) lost[i] = __builtin_fmaf(reference[i], kLog2e, -product[i]);
-    return two_to(-lost);
+  // Minus the log of the factor.
+  DRRLHF_INLINE Floats lost() const {
+    Floats found = {};
+    if (!Large) {
+      for (int i = 0; i < kLanes; ++i) {
+        found[i] = __builtin_fmaf(reference[i], kLog2e, -product[i]);
+      }
+    }
+    return found * kLn2;
   }
+  DRRLHF_INLINE Floats factor() const { return exponential_of_tiny(-lost()); }
 };
 
 DRRLHF_INLINE bool any(Ints condition) {
@@ -175,8 +204,11 @@ DRRLHF_INLINE bool any(Ints condition) {
   return found != 0;
 }
 
-// Sums beyond this were taken relative to too small a reference. (NaN is beyond.)
-constexpr float kLargeSum = 1e30f;
+// The reference of logits that are all -infinity; finite, so that differences are not NaN.
+constexpr float kLeastReference = -1e30f;
+
+// How far above its reference a logit may lie: exponents far from 0 have a coarser rounding.
+constexpr float kHeadroom = 1.0f;
 
 // tanh from expm1, which keeps the digits of small arguments.
 DRRLHF_INLINE Floats hyperbolic_tangent(Floats u) {
@@ -218,6 +250,19 @@ DRRLHF_INLINE Floats slope(Floats z, const Transform& t) {
   return (1.0f - h) * (1.0f + h) * scaled;
 }
 
+// A transformed logit and dz/dx.
+struct Sloped {
+  Floats z, slope;
+};
+
+template <Form F>
+DRRLHF_INLINE Sloped sloped(Floats x, const Transform& t) {
+  if constexpr (F != Form::kCapped) return {transformed<F>(x, t), slope<F>(x, t)};
+  const Floats h = hyperbolic_tangent(x * (t.scale / t.softcap));
+  return {h * (t.softcap * t.inverse_temperature),
+          (1.0f - h) * (1.0f + h) * (t.scale * t.inverse_temperature)};
+}
+
 DRRLHF_INLINE float sum_of(Floats x) {
   float total = 0;
   for (int i = 0; i < kLanes; ++i) total += x[i];
@@ -250,18 +295,18 @@ DRRLHF_INLINE Floats logits_at(const typename Element<S>::Type* from, std::int64
                                std::int64_t n, float fill, const Transform& t) {
   if (i + kLanes <= n) return transformed<F>(load<S>(from + i), t);
   Floats z = transformed<F>(load_part<S>(from + i, n - i, 0.0f), t);
-  for (std::int64_t j = n - i; j < kLanes; ++j) z[j] = fill;
+  for (int j = 0; j < kLanes; ++j) z[j] = j < n - i ? z[j] : fill;
   return z;
 }
 
 template <Storage S, Form F>
 DRRLHF_INLINE float largest(const typename Element<S>::Type* from, std::int64_t n,
                             const Transform& t) {
-  Floats best = all(-kLargeReference);
+  Floats best = all(kLeastReference);
   for (std::int64_t i = 0; i < n; i += kLanes) {
     best = larger(logits_at<S, F>(from, i, n, -kInfinityF, t), best);
   }
-  return largest_of(best, -kLargeReference);
+  return largest_of(best, kLeastReference);
 }
 
 // The sums of `Others` over a part of a row, relative to a given reference.
@@ -270,15 +315,16 @@ DRRLHF_INLINE Others part_of_row(const typename Element<S>::Type* from, std::int
                                  float reference, const Transform& t) {
   const Relative<Large> relative(all(reference));
   Floats sum[kUnroll] = {}, shifted[kUnroll] = {}, squares[kUnroll] = {}, total[kUnroll] = {};
-  Floats top = all(-FLT_MAX);
+  Floats top[kUnroll];
+  for (int u = 0; u < kUnroll; ++u) top[u] = all(-FLT_MAX);
   const auto add = [&](int u, Floats z) __attribute__((always_inline)) {
-    const Floats x = relative.exponent(z), e = two_to(x);
+    const Floats x = relative.exponent(z), e = two_to<false>(x);
     sum[u] += e;
     if constexpr (Extras) {
       shifted[u] += e * at_least(x, all(-1000.0f));
       squares[u] += e * e;
-      top = larger(z, top);
     }
+    top[u] = larger(z, top[u]);
   };
   std::int64_t i = 0;
   for (; i + kStep <= n; i += kStep) {
@@ -308,13 +354,14 @@ DRRLHF_INLINE Others part_of_row(const typename Element<S>::Type* from, std::int
     part.shifted = factor / kLog2e * sum_of((shifted[0] + shifted[1]) + (shifted[2] + shifted[3]));
     part.squares = factor * factor * sum_of((squares[0] + squares[1]) + (squares[2] + squares[3]));
     part.total = sum_of(total[0] + total[2]);
-    part.top = largest_of(top, -FLT_MAX);
   }
+  part.top = -FLT_MAX;
+  for (int u = 0; u < kUnroll; ++u) part.top = largest_of(top[u], part.top);
   return part;
 }
 
 // One pass over memory: a chunk is summed relative to the largest logit of the first chunk, and
-// summed again, out of the cache, in the rare case that it holds a much larger one.
+// summed again, out of the cache, in the rare case that it holds a larger one.
 template <Storage S, Form F, bool Extras>
 DRRLHF_INLINE void fold_range(const typename Element<S>::Type* x, std::int64_t begin,
                               std::int64_t end, const Transform& t, Others& o) {
@@ -328,7 +375,7 @@ DRRLHF_INLINE void fold_range(const typename Element<S>::Type* x, std::int64_t b
     };
     if (o.sum == 0) o.reference = largest<S, F>(from, n, t);
     Others p = part(o.reference);
-    if (!(p.sum < kLargeSum)) p = part(largest<S, F>(from, n, t));
+    if (p.top > o.reference + kHeadroom) p = part(p.top);
     if constexpr (Extras) {
       if (p.top > o.top) {
         std::int64_t i = 0;
@@ -342,8 +389,8 @@ DRRLHF_INLINE void fold_range(const typename Element<S>::Type* x, std::int64_t b
 }
 
 template <Storage S, Form F, bool Extras>
-void fold_row_as(const void* row, std::int64_t n, std::int64_t label, const Transform& t,
-                 Others& o, float& label_z) {
+void fold_row_as(const void* row, std::int64_t n, std::int64_t label, const Transform& t, Others& o,
+                 float& label_z) {
   const auto* x = static_cast<const typename Element<S>::Type*>(row);
   fold_range<S, F, Extras>(x, 0, label, t, o);
   fold_range<S, F, Extras>(x, label + 1, n, t, o);
@@ -365,14 +412,18 @@ struct Gradient {
   Floats a, b, lse, lse_tail, entropy;
 
   DRRLHF_INLINE Gradient(Floats a_, Floats b_, Floats lse_, Floats tail, Floats h)
-      : relative(lse_), a(a_ * relative.factor() * exponential(-tail)), b(b_), lse(lse_),
-        lse_tail(tail), entropy(h) {
+      : relative(lse_),
+        a(a_ * exponential_of_tiny(-(relative.lost() + tail))),
+        b(b_),
+        lse(lse_),
+        lse_tail(tail),
+        entropy(h) {
     if constexpr (Entropy) a = a_;
   }
 
   // -(a p + b p (log p + entropy)) for p = exp(z - log-sum-exp).
   DRRLHF_INLINE Floats operator()(Floats z) const {
-    if constexpr (!Entropy) return -(a * two_to(relative.exponent(z)));
+    if constexpr (!Entropy) return -(a * two_to<true>(relative.exponent(z)));
     const Floats log_p = (z - lse) - lse_tail;
     return -((a + b * (at_least(log_p, all(-1000.0f)) + entropy)) * exponential(log_p));
   }
@@ -389,14 +440,13 @@ DRRLHF_INLINE void row_gradient_by(const G& gradient, const typename Element<S>:
     for (int line = 0; line < kBytes; line += 64) __builtin_prefetch(ahead + line);
     Floats one, two;
     load_two<S>(x + i, one, two);
-    one = transformed<F>(one, t);
-    two = transformed<F>(two, t);
-    store_two<S>(out + i, gradient(one) * slope<F>(one, t), gradient(two) * slope<F>(two, t));
+    const Sloped a = sloped<F>(one, t), b = sloped<F>(two, t);
+    store_two<S>(out + i, gradient(a.z) * a.slope, gradient(b.z) * b.slope);
   }
   for (; i < n; i += kLanes) {
     const std::int64_t left = n - i < kLanes ? n - i : kLanes;
-    const Floats z = transformed<F>(load_part<S>(x + i, left, 0.0f), t);
-    store_part<S>(out + i, left, gradient(z) * slope<F>(z, t));
+    const Sloped a = sloped<F>(load_part<S>(x + i, left, 0.0f), t);
+    store_part<S>(out + i, left, gradient(a.z) * a.slope);
   }
 }
 
@@ -406,7 +456,7 @@ void row_gradient_as(const void* row, void* to, std::int64_t n, std::int64_t lab
   using T = typename Element<S>::Type;
   const auto* x = static_cast<const T*>(row);
   auto* out = static_cast<T*>(to);
-  const Floats label_z = transformed<F>(load_part<S>(x + label, 1, 0.0f), t);
+  const Floats label_slope = sloped<F>(load_part<S>(x + label, 1, 0.0f), t).slope;
   const auto by = [&](auto gradient) { row_gradient_by<S, F>(gradient, x, out, n, t); };
   const Floats a = all(c.a), b = all(c.b), lse = all(c.lse), tail = all(c.lse_tail);
   if (c.b != 0) {
@@ -416,18 +466,20 @@ void row_gradient_as(const void* row, void* to, std::int64_t n, std::int64_t lab
   } else {
     by(Gradient<true, false>(a, b, lse, tail, Floats{}));
   }
-  store_part<S>(out + label, 1, label_gradient(c) * slope<F>(label_z, t));
+  store_part<S>(out + label, 1, label_gradient(c) * label_slope);
 }
 
 // Folds a block of kLanes columns into the statistics at column j.
 template <bool Extras, bool Large>
 DRRLHF_INLINE Floats fold_columns(const float* block, std::int64_t stride, std::int64_t rows,
-                                  Floats reference, Floats& shifted, Floats& squares) {
+                                  Floats reference, Floats& top, Floats& shifted, Floats& squares) {
   const Relative<Large> relative(reference);
   Floats sum[2] = {}, shift[2] = {}, square[2] = {};
+  Floats best[2] = {all(-FLT_MAX), all(-FLT_MAX)};
   const auto add = [&](std::int64_t v, int u) __attribute__((always_inline)) {
-    const Floats x = relative.exponent(load<Storage::kFloat>(block + v * stride));
-    const Floats e = two_to(x);
+    const Floats z = load<Storage::kFloat>(block + v * stride);
+    const Floats x = relative.exponent(z), e = two_to<false>(x);
+    best[u] = larger(z, best[u]);
     sum[u] += e;
     if constexpr (Extras) {
       shift[u] += e * at_least(x, all(-1000.0f));
@@ -440,6 +492,7 @@ DRRLHF_INLINE Floats fold_columns(const float* block, std::int64_t stride, std::
     add(v + 1, 1);
   }
   if (v < rows) add(v, 0);
+  top = larger(best[0], best[1]);
   const Floats factor = relative.factor();
   if constexpr (Extras) {
     shifted = (shift[0] + shift[1]) * factor * (1 / kLog2e);
@@ -485,22 +538,24 @@ void fold_tile_as(float* tile, std::int64_t stride, std::int64_t rows, std::int6
   for (std::int64_t j = 0; j < columns; j += kLanes) {
     const float* block = tile + j;
     const auto largest_logits = [&] {
-      Floats best = all(-kLargeReference);
+      Floats best = all(kLeastReference);
       for (std::int64_t v = 0; v < rows; ++v) best = larger(load<kF>(block + v * stride), best);
       return best;
     };
     Floats sum = load<kF>(o.sum + j), reference = load<kF>(o.reference + j);
     if (any(sum == 0.0f)) reference = sum == 0.0f ? largest_logits() : reference;
-    Floats shifted, squares;
+    Floats best, shifted, squares;
     const auto fold = [&] {
       const Floats size = bits<Floats>(bits<Words>(reference) & 0x7fffffffu);
       return any(size >= kLargeReference)
-                 ? fold_columns<Extras, true>(block, stride, rows, reference, shifted, squares)
-                 : fold_columns<Extras, false>(block, stride, rows, reference, shifted, squares);
+                 ? fold_columns<Extras, true>(block, stride, rows, reference, best, shifted,
+                                              squares)
+                 : fold_columns<Extras, false>(block, stride, rows, reference, best, shifted,
+                                               squares);
     };
     Floats added = fold();
-    if (any(~(added < kLargeSum))) {
-      const Floats best = largest_logits(), to = larger(best, reference);
+    if (any(best > reference + kHeadroom)) {
+      const Floats to = larger(best, reference);
       const Floats factor = exponential(reference - to);
       if constexpr (Extras) {
         const Floats held = sum == 0.0f ? Floats{} : sum * (reference - to);
@@ -559,8 +614,9 @@ void tile_gradient_as(const float* tile, std::int64_t stride, std::int64_t rows,
   for (std::int64_t j = 0; j < columns; ++j) {
     const std::int64_t v = labels[j] - first;
     if (v >= 0 && v < rows) {
-      const RowCoefficients own = {entry(c.a, j, 1.0f), entry(c.b, j, 0.0f), c.logp[j], c.lse[j],
-                                   c.lse_tail[j], entry(c.entropy, j, 0.0f)};
+      const RowCoefficients own = {entry(c.a, j, 1.0f), entry(c.b, j, 0.0f),
+                                   c.logp[j],           c.lse[j],
+                                   c.lse_tail[j],       entry(c.entropy, j, 0.0f)};
       scratch[j] = label_gradient(own) * slope<F>(all(tile[v * stride + j]), t)[0];
     }
   }
@@ -646,8 +702,8 @@ void fold_tile(float* tile, std::int64_t stride, std::int64_t rows, std::int64_t
 
 void tile_gradient(const float* tile, std::int64_t stride, std::int64_t rows, std::int64_t columns,
                    std::int64_t first, const std::int64_t* labels, const Transform& t,
-                   const ColumnCoefficients& c, void* out, std::int64_t out_stride,
-                   Storage storage, float* scratch) {
+                   const ColumnCoefficients& c, void* out, std::int64_t out_stride, Storage storage,
+                   float* scratch) {
   with_storage(storage, [&](auto s) {
     with_form(t, [&](auto f) {
       tile_gradient_as<s(), f()>(tile, stride, rows, columns, first, labels, t, c, out, out_stride,
