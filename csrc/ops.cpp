@@ -221,10 +221,14 @@ NineTensors sequence_preference_loss(
   const auto dtype = statistics_dtype(logps);
   const Tensor d_logps =
       spread_to_tokens(at::cat({d_chosen, d_rejected}), labels, cu_seqlens, ignore_index, false);
-  return {value.to(dtype),          q.to(dtype),
-          losses.to(dtype),         chosen_rewards.to(dtype),
-          rejected_rewards.to(dtype), dual.to(dtype),
-          state,                    sums.total.to(dtype),
+  return {value.to(dtype),
+          q.to(dtype),
+          losses.to(dtype),
+          chosen_rewards.to(dtype),
+          rejected_rewards.to(dtype),
+          dual.to(dtype),
+          state,
+          sums.total.to(dtype),
           d_logps.to(logps.scalar_type())};
 }
 
@@ -238,8 +242,8 @@ Tensor sequence_logprobs(const Tensor& logps, const Tensor& labels,
 Tensor token_logprobs_backward(const Tensor& logits, const Tensor& labels,
                                const OptionalTensor& grad, const OptionalTensor& grad_entropy,
                                const Tensor& logp, const Tensor& lse, const Tensor& lse_tail,
-                               const Tensor& entropy, std::int64_t ignore_index,
-                               double temperature, std::optional<double> softcap) {
+                               const Tensor& entropy, std::int64_t ignore_index, double temperature,
+                               std::optional<double> softcap) {
   Tensor out = empty_on_huge_pages(logits.sizes(), logits.scalar_type());
   token_logprobs_backward_cpu(logits, labels, grad, grad_entropy, logp, lse, lse_tail, entropy,
                               ignore_index, temperature, softcap, out);

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -86,7 +86,7 @@ def linear_preference_loss(
     Raises:
         ValueError: an odd number of sequences, and whatever the functions named above refuse.
     """
-    token_options = {
+    token_options: dict[str, Any] = {
         "ignore_index": ignore_index, "temperature": temperature, "softcap": softcap,
         "logit_scale": logit_scale, "memory_budget": memory_budget,
     }  # fmt: skip
@@ -100,7 +100,7 @@ def linear_preference_loss(
                 weight if ref_weight is None else ref_weight,
                 labels,
                 bias=bias if ref_weight is None else ref_bias,
-                **token_options,  # type: ignore[arg-type]
+                **token_options,
             )
             ref_logps = sequence_logprobs(
                 ref_tokens, labels, cu_seqlens=cu_seqlens, ignore_index=ignore_index
@@ -113,7 +113,7 @@ def linear_preference_loss(
         loss_type, label_smoothing, f_divergence, beta, discopop_tau, f_alpha_divergence_coef,
         references=(ref_logps, ref_logps),
     )  # fmt: skip
-    logps = linear_token_logprobs(hidden, weight, labels, bias=bias, **token_options)  # type: ignore[arg-type]
+    logps = linear_token_logprobs(hidden, weight, labels, bias=bias, **token_options)
     first = logps.new_empty(sequences // 2)
     nominal, groups, state, encoded = adversary(
         first, ambiguity, nominal, groups, group_state, update, "the pairs"

@@ -64,7 +64,9 @@ _OUTPUT_BITS = {
 
 def _check_outputs(outputs: Sequence[str]) -> int:
     if isinstance(outputs, str):
-        raise ValueError(f"outputs: expected a sequence of names such as {(outputs,)}, got a string")
+        raise ValueError(
+            f"outputs: expected a sequence of names such as {(outputs,)}, got a string"
+        )
     bits = 0
     for name in outputs:
         check_choice("outputs", name, tuple(_OUTPUT_BITS))
@@ -87,7 +89,7 @@ def _result(found: tuple[Tensor, ...], outputs: Sequence[str]) -> Tensor | Token
 
 
 @overload
-def token_logprobs(
+def token_logprobs(  # type: ignore[overload-overlap]
     logits: Tensor, labels: Tensor, *, ignore_index: int = ..., temperature: float = ...,
     softcap: float | None = ..., outputs: tuple[()] = ..., inplace_backward: bool = ...,
 ) -> Tensor: ...  # fmt: skip
@@ -137,8 +139,8 @@ def token_logprobs(
     if inplace_backward and not torch.compiler.is_compiling():
         if logits.is_leaf and logits.requires_grad:
             raise ValueError(
-                "inplace_backward: expected logits that an operation made, got a leaf tensor, whose "
-                "values the backward would destroy; leave it False"
+                "inplace_backward: expected logits that an operation made, got a leaf tensor, "
+                "whose values the backward would destroy; leave it False"
             )
         op = ops.InPlaceTokenLogprobs.apply
     return _result(op(logits, labels, ignore_index, float(temperature), softcap, bits), outputs)
@@ -163,7 +165,7 @@ def _plan(
 
 
 @overload
-def linear_token_logprobs(
+def linear_token_logprobs(  # type: ignore[overload-overlap]
     hidden: Tensor, weight: Tensor, labels: Tensor, *, bias: Tensor | None = ...,
     ignore_index: int = ..., temperature: float = ..., softcap: float | None = ...,
     logit_scale: float = ..., outputs: tuple[()] = ..., memory_budget: int | None = ...,

@@ -596,21 +596,31 @@ def token_logprobs(
     true = z.gather(-1, index)
     e = torch.exp(z - top)
     others = e.scatter(-1, index, 0.0).sum(-1, keepdim=True)
-    log_sum = torch.where(true == top, torch.log1p(others), torch.log(others + torch.exp(true - top)))
+    log_sum = torch.where(
+        true == top, torch.log1p(others), torch.log(others + torch.exp(true - top))
+    )
     logp = torch.where(true == top, -log_sum, true - top - log_sum)
     lse = top + log_sum
     found = [logp, lse, (top - lse) + log_sum]
     sums = [
-        (ENTROPY, lambda: log_sum - torch.where(e > 0, e * (z - top), 0).sum(-1, True) / e.sum(-1, True)),
+        (
+            ENTROPY,
+            lambda: log_sum - torch.where(e > 0, e * (z - top), 0).sum(-1, True) / e.sum(-1, True),
+        ),
         (MEAN_LOGIT, lambda: z.mean(-1, keepdim=True)),
         (IS_TOP1, lambda: z.argmax(-1, keepdim=True) == index),
-        (LOG_SUM_SQ_PROBS, lambda: torch.log((e * e).sum(-1, True)) - 2 * torch.log(e.sum(-1, True))),
+        (
+            LOG_SUM_SQ_PROBS,
+            lambda: torch.log((e * e).sum(-1, True)) - 2 * torch.log(e.sum(-1, True)),
+        ),
     ]
     found = [torch.where(valid, x.squeeze(-1), 0) for x in found]
     for bit, statistic in sums:
         dtype = torch.bool if bit == IS_TOP1 else z.dtype
         if outputs & bit:
-            found.append(torch.where(valid, statistic().squeeze(-1), False if bit == IS_TOP1 else 0))
+            found.append(
+                torch.where(valid, statistic().squeeze(-1), False if bit == IS_TOP1 else 0)
+            )
         else:
             found.append(z.new_empty(0, dtype=dtype))
     return tuple(found)
@@ -627,7 +637,9 @@ def _logit_gradient(
     d = torch.zeros_like(z)
     if grad is not None:
         # The true class as -expm1(logp): 1 - p cancels exactly where tuned models live.
-        d = (-p).scatter(-1, index, -torch.expm1(logp).unsqueeze(-1)) * grad.to(z.dtype).unsqueeze(-1)
+        d = (-p).scatter(-1, index, -torch.expm1(logp).unsqueeze(-1)) * grad.to(z.dtype).unsqueeze(
+            -1
+        )
     if grad_entropy is not None:
         # d entropy / dz_j = -p_j (log p_j + entropy)
         slope = torch.where(p > 0, p * (log_p + entropy.unsqueeze(-1)), 0)
@@ -696,8 +708,9 @@ def linear_token_logprobs(
     if keep != KEEP_NOTHING:
         one = torch.ones_like(found[0])
         d = token_logprobs_backward(
-            logits, labels, one, None, *found[:4], ignore_index, temperature, softcap
-        )
+            logits, labels, one, None, found[0], found[1], found[2], found[3], ignore_index,
+            temperature, softcap,
+        )  # fmt: skip
         d = d * logit_scale
         if keep == KEEP_HIDDEN:
             kept = (d @ weight.to(d.dtype)).to(hidden.dtype)
@@ -809,11 +822,14 @@ def sequence_preference_loss(
     """
     sums = sequence_logprobs(logps.double(), labels, cu_seqlens, ignore_index, False)
     lengths = _token_counts(labels, cu_seqlens, ignore_index).double()
-    chosen, rejected = sums.chunk(2)
-    references = (None, None) if ref_logps is None else ref_logps.double().chunk(2)
+    n = sums.numel() // 2
+    ref_chosen = ref_rejected = None
+    if ref_logps is not None:
+        ref_chosen, ref_rejected = ref_logps[:n].double(), ref_logps[n:].double()
     *found, d_chosen, d_rejected = preference_loss(
-        chosen, rejected, *references, *lengths.chunk(2), nominal, groups, group_weights, *options
-    )
+        sums[:n], sums[n:], ref_chosen, ref_rejected, lengths[:n], lengths[n:],
+        nominal, groups, group_weights, *options,
+    )  # fmt: skip
     d = sequence_logprobs_backward(
         torch.cat([d_chosen, d_rejected]), labels, cu_seqlens, ignore_index, False
     )

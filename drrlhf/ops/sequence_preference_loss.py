@@ -1,4 +1,4 @@
-"""`sequence_preference_loss`: from token log-probs to the robust loss and its gradients in one op."""
+"""`sequence_preference_loss`: token log-probs to robust loss and gradients in one op."""
 
 from __future__ import annotations
 

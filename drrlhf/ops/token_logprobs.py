@@ -38,7 +38,7 @@ def _fake_backward(logits, *rest):
 
 
 def _setup(ctx: Any, inputs: Any, output: Any) -> None:
-    logits, labels, ignore_index, temperature, softcap, outputs = inputs
+    logits, labels, ignore_index, temperature, softcap, _ = inputs
     ctx.options = (ignore_index, temperature, softcap)
     ctx.save_for_backward(logits, labels, *output[:4])
     ctx.mark_non_differentiable(*output[1:3], *output[4:])
