@@ -87,7 +87,9 @@ def _contest(suite: str, sequences: int, length: int) -> Contest:
 
 def _slice(ids: Tensor, labels: Tensor, reference: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     sequences, length = CHECKED
-    return ids[:sequences, :length], labels[:sequences, :length], reference[:sequences]
+    ids = ids[:sequences, :length]
+    ends = ids.new_full((len(ids), 1), -100)  # the slice's last token predicts none of its own
+    return ids, torch.cat([labels[:sequences, : ids.shape[1] - 1], ends], 1), reference[:sequences]
 
 
 def _gradients(model: Any, step: Step, *inputs: Tensor) -> dict[str, Tensor]:
