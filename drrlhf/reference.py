@@ -678,7 +678,10 @@ def token_logprobs_backward_(logits: Tensor, *rest) -> None:
 def linear_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float) -> Tensor:
     """(hidden weight^T + bias) scale, (..., V), accumulated and kept in float32: never rounded."""
     dtype = statistics_dtype(hidden)
-    logits = F.linear(hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+    # An op's kernel is plain arithmetic: autocast around its call must not narrow the product.
+    with torch.autocast(hidden.device.type, enabled=False):
+        kind = None if bias is None else bias.to(dtype)
+        logits = F.linear(hidden.to(dtype), weight.to(dtype), kind)
     return logits if scale == 1.0 else logits * scale
 
 
@@ -713,7 +716,8 @@ def linear_token_logprobs(
         )  # fmt: skip
         d = d * logit_scale
         if keep == KEEP_HIDDEN:
-            kept = (d @ weight.to(d.dtype)).to(hidden.dtype)
+            with torch.autocast(hidden.device.type, enabled=False):
+                kept = (d @ weight.to(d.dtype)).to(hidden.dtype)
         else:
             rows = d[labels != ignore_index].T.reshape(-1).to(hidden.dtype)
             kept = hidden.new_zeros(weight.shape[0], labels.numel())
@@ -755,11 +759,12 @@ def linear_token_logprobs_backward(
     d = (d * logit_scale).flatten(0, -2)
     rows = hidden.reshape(-1, hidden.shape[-1]).to(d.dtype)
     none = hidden.new_empty(0)
-    return (
-        (d @ weight.to(d.dtype)).view(hidden.shape).to(hidden.dtype) if need_hidden else none,
-        (d.T @ rows).to(weight.dtype) if need_weight else none,
-        d.sum(0).to(weight.dtype if bias is None else bias.dtype) if need_bias else none,
-    )
+    with torch.autocast(hidden.device.type, enabled=False):
+        return (
+            (d @ weight.to(d.dtype)).view(hidden.shape).to(hidden.dtype) if need_hidden else none,
+            (d.T @ rows).to(weight.dtype) if need_weight else none,
+            d.sum(0).to(weight.dtype if bias is None else bias.dtype) if need_bias else none,
+        )
 
 
 # --------------------------------------------------------------------------- sequences

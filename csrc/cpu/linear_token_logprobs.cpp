@@ -334,6 +334,121 @@ struct GradientTiles {
   }
 };
 
+// bfloat16 rows (count, width) as the blocked product wants its second operand: by blocks of
+// kProductBlock columns, neighbouring rows interleaved; an odd last row is paired with zeros.
+constexpr std::int64_t kProductBlock = 64;
+
+DRRLHF_MULTIVERSION void interleave(const std::uint16_t* one, const std::uint16_t* two,
+                                    std::int64_t n, std::uint32_t* out) {
+  for (std::int64_t i = 0; i < n; ++i) out[i] = one[i] | std::uint32_t(two[i]) << 16;
+}
+
+void pack_pairs(const at::BFloat16* rows, std::int64_t stride, std::int64_t count,
+                std::int64_t width, at::BFloat16* out) {
+  const std::vector<std::uint16_t> zeros(count % 2 == 0 ? 0 : width, 0);
+  const auto* from = reinterpret_cast<const std::uint16_t*>(rows);
+  auto* to = reinterpret_cast<std::uint32_t*>(out);
+  const std::int64_t pairs = (count + 1) / 2;
+  for (std::int64_t k = 0; k < pairs; ++k) {
+    const std::uint16_t* one = from + 2 * k * stride;
+    const std::uint16_t* two = 2 * k + 1 < count ? one + stride : zeros.data();
+    for (std::int64_t d = 0; d < width; d += kProductBlock) {
+      const std::int64_t block = std::min(kProductBlock, width - d);
+      // Blocks lie at their columns, whatever the width of the last one.
+      interleave(one + d, two + d, block, to + d * pairs + k * block);
+    }
+  }
+}
+
+// c (rows, width) (+)= a (rows, depth) b, b packed as above with `depth` rows, which is even.
+void multiply_packed(const at::BFloat16* a, std::int64_t stride, std::int64_t rows,
+                     std::int64_t depth, const at::BFloat16* b, std::int64_t width, float* c,
+                     bool add) {
+  for (std::int64_t d = 0; d < width; d += kProductBlock) {
+    const std::int64_t block = std::min(kProductBlock, width - d);
+    at::native::cpublas::brgemm(rows, block, depth, stride, block, width, add, a, b + d * depth,
+                                c + d, true);
+  }
+}
+
+bool multiplies_packed(const Tensor& weight) {
+  return weight.scalar_type() == at::kBFloat16 && multiplies_bfloat16() &&
+         weight.size(1) % kColumnBlock == 0 && weight.stride(1) == 1;
+}
+
+// d logp / d hidden (tokens, D), from z as LogitTiles left it in a slab: every thread turns tiles
+// into gradients and multiplies them by the head while they are in its cache.
+class HiddenGradient {
+ public:
+  // Rows of the head multiplied at a time: fewer would read and write the sums too often.
+  static constexpr std::int64_t kRows = 128;
+
+  // Whether the threads' sums fit in the workspace beside the slab.
+  static bool fits(const Tensor& weight, std::int64_t tokens, std::int64_t workspace) {
+    return multiplies_packed(weight) &&
+           at::get_num_threads() * tokens * weight.size(1) * std::int64_t(sizeof(float)) <=
+               workspace / 4;
+  }
+
+  static Tensor compute(const float* z, std::int64_t stride, const Tokens& tokens,
+                        const Columns& columns, const Head& head) {
+    const Tensor& weight = head.weight;
+    const std::int64_t vocabulary = weight.size(0), width = weight.size(1), n = tokens.count();
+    const std::int64_t blocks = (vocabulary + kRows - 1) / kRows;
+    const Transform transform = transform_of(head.temperature, head.softcap, head.logit_scale);
+    Tensor sums = at::zeros({at::get_num_threads(), n, width}, at::kFloat);
+    at::parallel_for(0, blocks, 1, [&](std::int64_t from, std::int64_t to) {
+      Tensor gradient = at::empty({n, kRows}, at::kBFloat16);
+      Tensor packed = at::empty({kRows * width}, at::kBFloat16);
+      std::vector<float> scratch(tokens.columns());
+      auto* a = gradient.mutable_data_ptr<at::BFloat16>();
+      float* sum = sums.mutable_data_ptr<float>() + at::get_thread_num() * n * width;
+      for (std::int64_t i = from; i < to; ++i) {
+        const std::int64_t begin = i * kRows, end = std::min(begin + kRows, vocabulary);
+        for (std::int64_t first = begin; first < end; first += kTileRows) {
+          softmax_kernels().tile_gradient_transposed(
+              z + first * stride, stride, std::min(kTileRows, end - first), tokens.columns(), n,
+              first, tokens.labels.data(), transform, columns.coefficients(),
+              reinterpret_cast<std::uint16_t*>(a) + (first - begin), kRows, scratch.data());
+        }
+        pack_pairs(weight.const_data_ptr<at::BFloat16>() + begin * weight.stride(0),
+                   weight.stride(0), end - begin, width, packed.mutable_data_ptr<at::BFloat16>());
+        multiply_packed(a, kRows, n, round_up(end - begin, 2),
+                        packed.const_data_ptr<at::BFloat16>(), width, sum, true);
+      }
+      at::native::cpublas::brgemm_release();
+    });
+    return sums.sum(0);
+  }
+};
+
+// d weight (rows, D) = gradient (rows, tokens) hidden, tile by tile.
+class WeightGradient {
+ public:
+  explicit WeightGradient(const Tensor& hidden)
+      : depth_(round_up(hidden.size(0), 2)),
+        width_(hidden.size(1)),
+        packed_(at::empty({depth_ * width_}, at::kBFloat16)),
+        sums_(at::empty({at::get_num_threads(), kTileRows, width_}, at::kFloat)) {
+    pack_pairs(hidden.const_data_ptr<at::BFloat16>(), hidden.stride(0), hidden.size(0), width_,
+               packed_.mutable_data_ptr<at::BFloat16>());
+  }
+
+  // gradient (rows, depth): an entry beyond the last token counts for nothing, but must be finite.
+  void write(const at::BFloat16* gradient, std::int64_t stride, std::int64_t rows, Tensor& d_weight,
+             std::int64_t first) {
+    float* sum = sums_.mutable_data_ptr<float>() + at::get_thread_num() * kTileRows * width_;
+    multiply_packed(gradient, stride, rows, depth_, packed_.const_data_ptr<at::BFloat16>(), width_,
+                    sum, false);
+    at::BFloat16* out = d_weight.mutable_data_ptr<at::BFloat16>() + first * width_;
+    softmax_kernels().narrow_row(sum, out, Storage::kBFloat16, rows * width_);
+  }
+
+ private:
+  std::int64_t depth_, width_;
+  Tensor packed_, sums_;
+};
+
 // (tokens, D) = gradient^T weight, for a transposed gradient (V, tokens); in the weight's dtype.
 void multiply_by_head(const Tensor& gradient, const Tensor& weight, Tensor result) {
   if (multiplies(weight.scalar_type())) {
@@ -422,6 +537,8 @@ void gather_columns(const Tensor& slab, std::int64_t begin, std::int64_t end,
         const T* row = from + v * stride;
         T* target = to + (v - begin) * out_stride;
         for (std::size_t j = 0; j < place.size(); ++j) target[j] = row[place[j]];
+        // Products take tokens in pairs; the last one's partner counts for nothing.
+        if (place.size() % 2 != 0) target[place.size()] = 0;
       }
     });
   };
@@ -489,6 +606,15 @@ EightTensors linear_token_logprobs_cpu(const Tensor& hidden, const Head& head, c
       columns.lse_tail[j] = s.lse_tail;
     }
     if (scored) continue;
+    const auto place = [&] {
+      return at::from_blob(const_cast<std::int64_t*>(tokens.place.data()), {count},
+                           at::dtype(at::kLong));
+    };
+    if (keep == Keep::kHidden && HiddenGradient::fits(head.weight, count, workspace)) {
+      const Tensor rows = HiddenGradient::compute(z, stride, tokens, columns, head);
+      kept.view({-1, width}).index_copy_(0, place(), rows.to(dtype));
+      continue;
+    }
     // The gradient by the logits takes their place, row by row: at the front of each row, or in the
     // slab that is kept if whole column blocks fit there.
     const bool direct = keep == Keep::kSlab && count % kColumnBlock == 0;
@@ -516,9 +642,7 @@ EightTensors linear_token_logprobs_cpu(const Tensor& hidden, const Head& head, c
     } else {
       Tensor rows = at::empty({count, width}, dtype);
       multiply_by_head(transposed, head.weight, rows);
-      const Tensor place = at::from_blob(const_cast<std::int64_t*>(tokens.place.data()), {count},
-                                         at::dtype(at::kLong));
-      kept.view({-1, width}).index_copy_(0, place, rows);
+      kept.view({-1, width}).index_copy_(0, place(), rows);
     }
   }
   return std::tuple_cat(result.tensors(), std::make_tuple(kept));
@@ -679,7 +803,10 @@ std::tuple<Tensor, Tensor, Tensor> linear_token_logprobs_backward_cpu(
     if (!in_one) buffer = empty_on_huge_pages({block, stride}, made);
     std::optional<LogitTiles> logits;
     if (!has_slab) logits.emplace(tokens, head);
+    std::optional<WeightGradient> product_of_tiles;
+    if (need_weight && multiplies_packed(head.weight)) product_of_tiles.emplace(rows);
     GradientTiles tiles(tokens, columns, head, storage_of("hidden", at::empty({0}, made)));
+    const std::int64_t depth = round_up(n, 2);
     for (std::int64_t begin = 0; begin < vocabulary; begin += block) {
       const std::int64_t count = std::min(block, vocabulary - begin);
       Tensor gradient = slab;
@@ -689,7 +816,20 @@ std::tuple<Tensor, Tensor, Tensor> linear_token_logprobs_backward_cpu(
       } else if (!has_slab) {
         gradient = recompute(tokens, *logits, tiles, begin, begin + count, buffer);
       }
-      if (need_weight) multiply_by_hidden(gradient, rows, d_weight.narrow(0, begin, count));
+      if (need_weight && product_of_tiles.has_value() && gradient.stride(0) >= depth) {
+        const auto* from = gradient.const_data_ptr<at::BFloat16>();
+        const std::int64_t step = gradient.stride(0), parts = (count + kTileRows - 1) / kTileRows;
+        at::parallel_for(0, parts, 1, [&](std::int64_t first, std::int64_t last) {
+          for (std::int64_t i = first; i < last; ++i) {
+            const std::int64_t v = i * kTileRows;
+            product_of_tiles->write(from + v * step, step, std::min(kTileRows, count - v), d_weight,
+                                    begin + v);
+          }
+          at::native::cpublas::brgemm_release();
+        });
+      } else if (need_weight) {
+        multiply_by_hidden(gradient, rows, d_weight.narrow(0, begin, count));
+      }
       if (need_bias) {
         sum_tokens(gradient, has_slab ? columns.a : std::vector<float>(),
                    d_bias.narrow(0, begin, count));

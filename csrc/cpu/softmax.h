@@ -72,8 +72,17 @@ struct SoftmaxKernels {
                         std::int64_t columns, std::int64_t first, const std::int64_t* labels,
                         const Transform& transform, const ColumnCoefficients& coefficients,
                         void* out, std::int64_t out_stride, Storage storage, float* scratch);
+  // The first `tokens` columns of that as rows of bfloat16: out (tokens, rows), its rows filled
+  // with 0 up to a multiple of 16 entries. Only where the processor has AVX-512.
+  void (*tile_gradient_transposed)(const float* tile, std::int64_t stride, std::int64_t rows,
+                                   std::int64_t columns, std::int64_t tokens, std::int64_t first,
+                                   const std::int64_t* labels, const Transform& transform,
+                                   const ColumnCoefficients& coefficients, std::uint16_t* out,
+                                   std::int64_t out_stride, float* scratch);
   // out (n,) = factor x (n,).
   void (*scale_row)(const void* x, void* out, Storage storage, std::int64_t n, float factor);
+  // out (n,) = x (n,), rounded.
+  void (*narrow_row)(const float* x, void* out, Storage storage, std::int64_t n);
 };
 
 // Columns are worked on in blocks of this many, whatever the vector width.

@@ -8,6 +8,8 @@ from trl import DPOConfig as _TRLDPOConfig
 from trl import RewardConfig as _TRLRewardConfig
 
 from drrlhf import parse_ambiguity
+from drrlhf.checks import check_choice
+from drrlhf.trl.head import HEADS
 
 _HELP = (
     "The ambiguity set around each batch: erm (TRL's own objective), kl:RADIUS, "
@@ -18,7 +20,7 @@ _HELP = (
 
 @dataclass
 class _Ambiguous:
-    """The field that both configurations get, last, and its check before theirs."""
+    """The field that both configurations get, and its check before theirs."""
 
     ambiguity: str = field(default="erm", metadata={"help": _HELP})
 
@@ -29,15 +31,28 @@ class _Ambiguous:
 
 @dataclass
 class DPOConfig(_Ambiguous, _TRLDPOConfig):
-    """TRL's ``DPOConfig`` plus the ambiguity set.
+    """TRL's ``DPOConfig`` plus the ambiguity set and the output head.
 
     ``ambiguity`` takes a string such as ``"tv:0.1"`` or an instance such as ``drrlhf.TV(0.1)``, and
     holds the canonical string afterwards, so that saving and parsing the configuration work as
     before. ``label_smoothing`` also applies to ``loss_type="sigmoid"`` (cDPO): TRL ignores it.
+    ``head`` computes the log-probs of the policy and the reference: ``"drrlhf"`` is
+    `drrlhf.linear_token_logprobs`, in place for this trainer's losses alone; ``"trl"`` is TRL's
+    own. In float32 they agree to rounding; in bfloat16 ours does not round the logits.
 
     Raises:
-        ValueError: the ambiguity set is unknown or an argument of it is out of range.
+        ValueError: the ambiguity set is unknown, an argument of it is out of range, or ``head`` is
+            neither.
     """
+
+    head: str = field(
+        default="drrlhf",
+        metadata={"help": f"What computes the log-probs of tokens: {' or '.join(HEADS)}'s kernel."},
+    )
+
+    def __post_init__(self) -> None:
+        check_choice("head", self.head, HEADS)
+        super().__post_init__()
 
 
 @dataclass

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 import trl
 
-from drrlhf import ERM, pair_losses, preference_loss, robust_risk
+from drrlhf import ERM, backends, pair_losses, preference_loss, robust_risk
 from drrlhf.reference import LOSS_TYPES, SMOOTHED_LOSSES
-from drrlhf.trl import columns
+from drrlhf.trl import columns, head
 from drrlhf.trl.base import AmbiguityMixin, logger
 from drrlhf.trl.seam import Recorder, overridden
 
@@ -29,19 +29,24 @@ class DPOTrainer(AmbiguityMixin, trl.DPOTrainer):
     to ``loss_type="sigmoid"`` (cDPO), where TRL ignores it. Several ``loss_type`` are summed pair
     by pair with ``loss_weights`` (and WPO's ``use_weighting``), and the adversary weighs the sum;
     ``sft`` and a mixture-of-experts auxiliary loss are added outside the ambiguity set. Datasets
-    may have the columns ``group`` (int) and ``weight`` (>= 0).
+    may have the columns ``group`` (int) and ``weight`` (>= 0). The log-probs come from the head
+    that ``args.head`` names, in training, evaluation and precomputation; other trainers in the
+    process keep theirs.
 
     Raises:
         ValueError: an unknown ``loss_type``; ``aot`` or ``aot_unpaired`` with weights; an
             ambiguity set with no pair loss to act on; a Group set without a ``group`` column, an
             id outside [0, num_groups), a weight that is not finite and >= 0, or a Group set on
             several processes.
+        RuntimeError: with ``head="drrlhf"``, something other than TRL or drrlhf stands in the
+            place of TRL's head.
     """
 
     __signature__ = inspect.signature(trl.DPOTrainer)
 
     def _check_arguments(self, config: Any, weighted: bool) -> None:
         super()._check_arguments(config, weighted)
+        head.check(_head_of(config))
         unknown = set(config.loss_type) - {*PAIR_LOSSES, *OUTSIDE_LOSSES}
         if unknown:
             raise ValueError(
@@ -66,6 +71,13 @@ class DPOTrainer(AmbiguityMixin, trl.DPOTrainer):
 
     def _warn(self, weighted: bool) -> None:
         super()._warn(weighted)
+        device = self.accelerator.device.type
+        if _head_of(self.args) == "drrlhf" and device != "cpu" and not _has_kernel(device):
+            logger.warning(
+                f"head='drrlhf' has no kernel for {device} in this version and runs in plain "
+                "PyTorch, which holds the float32 logits of all counted tokens: head='trl' needs "
+                "less memory there."
+            )
         if not self.args.label_smoothing:
             return
         smoothed = (*SMOOTHED_LOSSES, *SORTED_LOSSES)
@@ -83,7 +95,8 @@ class DPOTrainer(AmbiguityMixin, trl.DPOTrainer):
 
     # The columns must not reach the model here either: `evaluate` precomputes with our collator.
     def compute_ref_log_probs(self, model: Any, inputs: Any) -> Any:
-        return super().compute_ref_log_probs(model, columns.take(inputs)[0])
+        with head.using(_head_of(self.args)):
+            return super().compute_ref_log_probs(model, columns.take(inputs)[0])
 
     def _compute_loss(self, model: Any, inputs: Any, return_outputs: bool) -> Any:
         """TRL's forward passes and metrics, our reduction.
@@ -103,11 +116,14 @@ class DPOTrainer(AmbiguityMixin, trl.DPOTrainer):
             inputs.update(ref_chosen_logps=chosen, ref_rejected_logps=rejected)
 
         recorder = Recorder(model, after=None if self.precompute_ref_logps else add_reference)
-        with overridden(
-            self,
-            precompute_ref_logps=True,
-            loss_types=[name for name, _ in outside],
-            loss_weights=[weight for _, weight in outside],
+        with (
+            head.using(_head_of(self.args)),
+            overridden(
+                self,
+                precompute_ref_logps=True,
+                loss_types=[name for name, _ in outside],
+                loss_weights=[weight for _, weight in outside],
+            ),
         ):
             result = super()._compute_loss(recorder, inputs, return_outputs)
         loss, outputs = result if return_outputs else (result, None)
@@ -185,3 +201,15 @@ class DPOTrainer(AmbiguityMixin, trl.DPOTrainer):
     def _tokens(recorder: Recorder, name: str, mask: torch.Tensor) -> torch.Tensor:
         """An output of each token (2n, L - 1); a prompt-tuning adapter's own tokens are dropped."""
         return recorder.output(name)[:, 1 - mask.size(1) :]
+
+
+def _head_of(config: Any) -> str:
+    """``config.head``; TRL's own configuration has none, and gets the default."""
+    return getattr(config, "head", "drrlhf")
+
+
+def _has_kernel(device: str) -> bool:
+    """Whether more than plain PyTorch serves the head on this type of device."""
+    op = "linear_token_logprobs"
+    serving = (row for row in backends.explain() if (row.op, row.device) == (op, device))
+    return any(row.chosen and row.backend != "reference" for row in serving)

@@ -87,10 +87,15 @@ class TokenLogprobHead:
         wanted = tuple(_OUTPUTS[name] for name in outputs if name != "log_probs")
         device = hidden.device.type
         autocast = torch.is_autocast_enabled(device)
-        cast = weight.to(torch.get_autocast_dtype(device) if autocast else hidden.dtype)
-        with _reading_again((weight, cast), (bias, bias)):
+        dtype = torch.get_autocast_dtype(device) if autocast else hidden.dtype
+        cast = weight.to(dtype)
+        # Where plain PyTorch serves, autocast left on would round its float32 logits as well.
+        with (
+            torch.autocast(device, enabled=False),
+            _reading_again((weight, cast), (bias, bias)),
+        ):
             found = linear_token_logprobs(
-                hidden,
+                hidden.to(dtype),
                 cast,
                 targets,
                 bias=bias,
@@ -115,16 +120,17 @@ def _reading_again(*pairs: tuple[Tensor | None, Tensor | None]) -> Any:
     """A context in which the backward keeps each parameter itself, not what was made of it.
 
     ``pairs`` are (parameter, what is read of it). Two cases need it. A cast copy of the head is as
-    large as the head, and would live from the forward to the backward: casting again is cheap. And
-    under DeepSpeed ZeRO-3 a parameter is whole only inside TRL's gathering context, which is over
-    by the time of the backward: it is entered again there.
+    large as the head, and would live from the forward to the backward: casting again is cheap. (A
+    compiled graph plans that itself.) And under DeepSpeed ZeRO-3 a parameter is whole only inside
+    TRL's gathering context, which is over by the time of the backward: it is entered again there.
     """
+    compiling = torch.compiler.is_compiling()
     kept = [
         (parameter, read)
         for parameter, read in pairs
         if parameter is not None
         and read is not None
-        and (hasattr(parameter, "ds_status") or (read is not parameter and not _compiling()))
+        and (hasattr(parameter, "ds_status") or (read is not parameter and not compiling))
     ]
     if not kept:
         return contextlib.nullcontext()
@@ -141,15 +147,11 @@ def _reading_again(*pairs: tuple[Tensor | None, Tensor | None]) -> Any:
     return saved_tensors_hooks(pack, unpack)
 
 
-def _compiling() -> bool:
-    return torch.compiler.is_compiling()  # graphs plan what they keep, and hooks would break them
-
-
 @dataclass(frozen=True)
 class _Again:
     """A parameter to be read anew in the backward, as `dtype`."""
 
-    parameter: Tensor
+    parameter: Any
     dtype: torch.dtype
     version: int
 
@@ -215,8 +217,8 @@ def patch_head(memory_budget: int | None = None) -> HeadPatch:
             trl.DPOTrainer(...).train()
 
     Models that TRL prepared before use it too, at their next call. Calling it again changes nothing
-    but the budget; `unpatch_head` ends all calls, the handle that it returns ends this one.
-    Trainers with ``use_liger_kernel`` and the like that bypass TRL's fused head stay as they are.
+    but the budget. The handle that it returns ends this one call, `unpatch_head` ends all. Code
+    that does not go through TRL's fused head, such as its distillation trainer, stays as it is.
 
     Args:
         memory_budget: of `drrlhf.linear_token_logprobs`, in bytes; None is its default.
@@ -265,17 +267,20 @@ def check(head: str) -> None:
         pass
 
 
-def _settle() -> None:
+def _in_place() -> tuple[Any, Any]:
+    """What the two names hold, by what TRL and we put there."""
     head = _patches[-1].head if _patches else ChunkedLogProbFunction
-    utils._ChunkedLogProbFunction = head
-    utils._use_triton = _only_counted if isinstance(head, TokenLogprobHead) else _use_triton
+    return head, _only_counted if isinstance(head, TokenLogprobHead) else _use_triton
+
+
+def _settle() -> None:
+    for name, value in zip(seam.HEAD_NAMES, _in_place(), strict=True):
+        setattr(utils, name, value)
 
 
 def _check_place() -> None:
-    """RuntimeError unless the two names hold what TRL or the last patch of ours put there."""
-    head = _patches[-1].head if _patches else ChunkedLogProbFunction
-    compact = _only_counted if isinstance(head, TokenLogprobHead) else _use_triton
-    for name, expected in zip(seam.HEAD_NAMES, (head, compact), strict=True):
+    """RuntimeError unless the two names hold what TRL or our last patch put there."""
+    for name, expected in zip(seam.HEAD_NAMES, _in_place(), strict=True):
         found = getattr(utils, name)
         if found is not expected:
             what = f"{getattr(found, '__module__', '?')}.{getattr(found, '__qualname__', found)}"

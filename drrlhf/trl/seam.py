@@ -73,8 +73,10 @@ _FUNCTIONS: tuple[tuple[str, str, tuple[str, ...], frozenset[str]], ...] = (
     (
         "trl.kernels.chunked_logprob:ChunkedLogProbFunction",
         "forward",
-        ("ctx", "hidden", "weight", "bias", "targets", "temperature", "chunk_size")
-        + ("final_logit_softcapping", "logit_scale", "outputs"),
+        (
+            *("ctx", "hidden", "weight", "bias", "targets", "temperature", "chunk_size"),
+            *("final_logit_softcapping", "logit_scale", "outputs"),
+        ),
         frozenset({"float32", "mark_non_differentiable"}),
     ),
 )
