@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
-from types import SimpleNamespace
 
 import pytest
 
@@ -620,8 +618,10 @@ def test_under_a_patch_for_all(llama, tmp_path, calls):
 
 
 def test_configuration(llama, tmp_path, calls):
-    assert ours.DPOConfig(str(tmp_path), **quiet()).head == "drrlhf"
-    with pytest.raises(ValueError, match=r"head: unknown 'liger'; .*expected one of drrlhf, trl"):
+    assert ours.DPOConfig(str(tmp_path), **quiet()).head == "auto"
+    with pytest.raises(
+        ValueError, match=r"head: unknown 'liger'; .*expected one of auto, drrlhf, trl"
+    ):
         ours.DPOConfig(str(tmp_path), **quiet(head="liger"))
     (parsed,) = HfArgumentParser(ours.DPOConfig).parse_args_into_dataclasses(
         ["--output_dir", str(tmp_path), "--use_cpu", "--head", "trl"]
@@ -637,11 +637,11 @@ def test_configuration(llama, tmp_path, calls):
     assert len(calls) == 2
 
 
-def test_a_device_without_a_kernel_is_told(llama, tmp_path, caplog, monkeypatch):
-    _, trainer = train_dpo(llama, tmp_path, ours, max_steps=1)
-    for device, backend, told in (("cuda", "reference", 1), ("cpu", "reference", 0)):
-        monkeypatch.setattr(trainer, "accelerator", SimpleNamespace(device=torch.device(device)))
-        caplog.clear()
-        with caplog.at_level(logging.WARNING), backends.use(backend):
-            trainer._warn(False)
-        assert caplog.text.count("head='drrlhf' has no kernel for cuda") == told
+def test_a_device_without_a_kernel_gets_trls(llama, tmp_path, calls):
+    assert head.resolve("auto", "cpu") == "drrlhf" and head.resolve("auto", "cuda") == "trl"
+    assert head.resolve("drrlhf", "cuda") == "drrlhf" and head.resolve("trl", "cpu") == "trl"
+    with backends.use("reference"):
+        train_dpo(llama, tmp_path, ours, max_steps=1)
+    assert not calls
+    train_dpo(llama, tmp_path, ours, max_steps=1)
+    assert calls

@@ -38,16 +38,18 @@ class DPOConfig(_Ambiguous, _TRLDPOConfig):
     before. ``label_smoothing`` also applies to ``loss_type="sigmoid"`` (cDPO): TRL ignores it.
     ``head`` computes the log-probs of the policy and the reference: ``"drrlhf"`` is
     `drrlhf.linear_token_logprobs`, in place for this trainer's losses alone; ``"trl"`` is TRL's
-    own. In float32 they agree to rounding; in bfloat16 ours does not round the logits.
+    own; ``"auto"`` is ours where a compiled kernel serves it on the training device, else TRL's,
+    which needs less memory than plain PyTorch. In float32 they agree to rounding; in bfloat16 ours
+    does not round the logits.
 
     Raises:
         ValueError: the ambiguity set is unknown, an argument of it is out of range, or ``head`` is
-            neither.
+            none of these.
     """
 
     head: str = field(
-        default="drrlhf",
-        metadata={"help": f"What computes the log-probs of tokens: {' or '.join(HEADS)}'s kernel."},
+        default="auto",
+        metadata={"help": f"What computes the log-probs of tokens: {', '.join(HEADS)}."},
     )
 
     def __post_init__(self) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import trl
 
-from drrlhf import ERM, backends, pair_losses, preference_loss, robust_risk
+from drrlhf import ERM, pair_losses, preference_loss, robust_risk
 from drrlhf.reference import LOSS_TYPES, SMOOTHED_LOSSES
 from drrlhf.trl import columns, head
 from drrlhf.trl.base import AmbiguityMixin, logger
@@ -38,7 +38,7 @@ class DPOTrainer(AmbiguityMixin, trl.DPOTrainer):
             ambiguity set with no pair loss to act on; a Group set without a ``group`` column, an
             id outside [0, num_groups), a weight that is not finite and >= 0, or a Group set on
             several processes.
-        RuntimeError: with ``head="drrlhf"``, something other than TRL or drrlhf stands in the
+        RuntimeError: with our head, something other than TRL or drrlhf stands in the
             place of TRL's head.
     """
 
@@ -46,7 +46,7 @@ class DPOTrainer(AmbiguityMixin, trl.DPOTrainer):
 
     def _check_arguments(self, config: Any, weighted: bool) -> None:
         super()._check_arguments(config, weighted)
-        head.check(_head_of(config))
+        head.check(head.resolve(_head_of(config), config.device.type))
         unknown = set(config.loss_type) - {*PAIR_LOSSES, *OUTSIDE_LOSSES}
         if unknown:
             raise ValueError(
@@ -71,13 +71,6 @@ class DPOTrainer(AmbiguityMixin, trl.DPOTrainer):
 
     def _warn(self, weighted: bool) -> None:
         super()._warn(weighted)
-        device = self.accelerator.device.type
-        if _head_of(self.args) == "drrlhf" and device != "cpu" and not _has_kernel(device):
-            logger.warning(
-                f"head='drrlhf' has no kernel for {device} in this version and runs in plain "
-                "PyTorch, which holds the float32 logits of all counted tokens: head='trl' needs "
-                "less memory there."
-            )
         if not self.args.label_smoothing:
             return
         smoothed = (*SMOOTHED_LOSSES, *SORTED_LOSSES)
@@ -93,9 +86,12 @@ class DPOTrainer(AmbiguityMixin, trl.DPOTrainer):
                 f"{', '.join(ignored)}, as in TRL."
             )
 
+    def _head(self) -> str:
+        return head.resolve(_head_of(self.args), self.accelerator.device.type)
+
     # The columns must not reach the model here either: `evaluate` precomputes with our collator.
     def compute_ref_log_probs(self, model: Any, inputs: Any) -> Any:
-        with head.using(_head_of(self.args)):
+        with head.using(self._head()):
             return super().compute_ref_log_probs(model, columns.take(inputs)[0])
 
     def _compute_loss(self, model: Any, inputs: Any, return_outputs: bool) -> Any:
@@ -117,7 +113,7 @@ class DPOTrainer(AmbiguityMixin, trl.DPOTrainer):
 
         recorder = Recorder(model, after=None if self.precompute_ref_logps else add_reference)
         with (
-            head.using(_head_of(self.args)),
+            head.using(self._head()),
             overridden(
                 self,
                 precompute_ref_logps=True,
@@ -205,11 +201,4 @@ class DPOTrainer(AmbiguityMixin, trl.DPOTrainer):
 
 def _head_of(config: Any) -> str:
     """``config.head``; TRL's own configuration has none, and gets the default."""
-    return getattr(config, "head", "drrlhf")
-
-
-def _has_kernel(device: str) -> bool:
-    """Whether more than plain PyTorch serves the head on this type of device."""
-    op = "linear_token_logprobs"
-    serving = (row for row in backends.explain() if (row.op, row.device) == (op, device))
-    return any(row.chosen and row.backend != "reference" for row in serving)
+    return getattr(config, "head", "auto")

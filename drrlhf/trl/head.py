@@ -23,11 +23,11 @@ from trl.kernels import ChunkedLogProbFunction
 from trl.kernels.chunked_logprob import _use_triton
 from trl.trainer import utils
 
-from drrlhf import linear_token_logprobs
+from drrlhf import backends, linear_token_logprobs
 from drrlhf.checks import check_choice
 from drrlhf.trl import seam
 
-HEADS = ("drrlhf", "trl")
+HEADS = ("auto", "drrlhf", "trl")
 
 # TRL's names of the outputs, and ours; log_probs always comes.
 _OUTPUTS = {
@@ -247,8 +247,18 @@ def unpatch_head() -> None:
         _settle()
 
 
+def resolve(head: str, device: str) -> str:
+    """``"drrlhf"`` or ``"trl"``, for one of `HEADS` on a type of device."""
+    if head != "auto":
+        return head
+    op = "linear_token_logprobs"
+    serving = (row for row in backends.explain() if (row.op, row.device) == (op, device))
+    compiled = any(row.chosen and row.backend != "reference" for row in serving)
+    return "drrlhf" if compiled else "trl"
+
+
 def using(head: str) -> contextlib.AbstractContextManager[Any]:
-    """A ``with`` block in which TRL's models use ``head``, one of `HEADS`.
+    """A ``with`` block in which TRL's models use ``head``, as `resolve` gives it.
 
     A head of ours that is in place already serves ``"drrlhf"`` with its budget.
 
