@@ -599,7 +599,7 @@ def token_logprobs(
     log_sum = torch.where(
         true == top, torch.log1p(others), torch.log(others + torch.exp(true - top))
     )
-    logp = torch.where(true == top, -log_sum, true - top - log_sum)
+    logp = (true - top) - log_sum
     lse = top + log_sum
     found = [logp, lse, (top - lse) + log_sum]
     sums = [
@@ -756,14 +756,18 @@ def linear_token_logprobs_backward(
     d = token_logprobs_backward(
         logits, labels, grad, grad_entropy, *statistics, ignore_index, temperature, softcap
     )
-    d = (d * logit_scale).flatten(0, -2)
-    rows = hidden.reshape(-1, hidden.shape[-1]).to(d.dtype)
-    none = hidden.new_empty(0)
+    d = (d * logit_scale).reshape(-1, weight.shape[0])
+    # An ignored token's hidden state, even NaN, never matters.
+    counted = (labels != ignore_index).reshape(-1, 1)
+    rows = torch.where(counted, hidden.reshape(-1, hidden.shape[-1]).to(d.dtype), 0)
+    like_bias = weight if bias is None else bias
     with torch.autocast(hidden.device.type, enabled=False):
         return (
-            (d @ weight.to(d.dtype)).view(hidden.shape).to(hidden.dtype) if need_hidden else none,
-            (d.T @ rows).to(weight.dtype) if need_weight else none,
-            d.sum(0).to(weight.dtype if bias is None else bias.dtype) if need_bias else none,
+            (d @ weight.to(d.dtype)).view(hidden.shape).to(hidden.dtype)
+            if need_hidden
+            else hidden.new_empty(0),
+            (d.T @ rows).to(weight.dtype) if need_weight else weight.new_empty(0),
+            d.sum(0).to(like_bias.dtype) if need_bias else like_bias.new_empty(0),
         )
 
 
@@ -790,13 +794,12 @@ def sequence_logprobs(
     logps: Tensor, labels: Tensor, cu_seqlens: Tensor | None, ignore_index: int, mean: bool
 ) -> Tensor:
     """Sums or means (S,) over the counted tokens of padded (B, L) rows, or packed (T,) segments."""
-    dtype = statistics_dtype(logps)
-    kept = torch.where(labels != ignore_index, logps, 0).to(dtype)
+    kept = torch.where(labels != ignore_index, logps, 0).double()
     segment, count = _segments(labels, cu_seqlens)
     total = kept.new_zeros(count).index_add(0, segment.reshape(-1), kept.reshape(-1))
     if mean:
         total = total / _token_counts(labels, cu_seqlens, ignore_index).clamp(min=1)
-    return total
+    return total.to(statistics_dtype(logps))
 
 
 def sequence_logprobs_backward(

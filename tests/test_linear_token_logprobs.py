@@ -2,82 +2,742 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
+
 import pytest
 import torch
+from three_ways import (
+    BACKENDS,
+    LAYOUTS,
+    OUTPUTS,
+    assert_no_worse,
+    plain,
+    plain_logits,
+    plain_outputs,
+)
 
 import drrlhf as dr
+from drrlhf import backends, logprobs, ops, reference
+
+OP = ops.linear_token_logprobs
+MIB = 2**20
+KEEPS = {
+    "nothing": reference.KEEP_NOTHING,
+    "hidden": reference.KEEP_HIDDEN,
+    "slab": reference.KEEP_SLAB,
+}
+OPTIONS = [{}, {"temperature": 0.7, "logit_scale": 0.5}, {"logit_scale": -1.3}, {"softcap": 6.0}]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# Tokens by width by vocabulary, either side of columns of 16, blocks of 64 tokens, tiles of 64 and
+# blocks of 128 rows of the head; of 1024 scored tokens and 1024 widened rows. Odd widths have no
+# blocked product, multiples of 16 have one for the gradients too.
+SHAPES = [
+    (1, 2, 65), (15, 3, 63), (16, 16, 64), (17, 32, 65), (31, 18, 127), (63, 33, 128),
+    (64, 48, 129), (65, 16, 193), (129, 64, 257), (33, 8, 1023), (16, 80, 1024), (47, 16, 1025),
+    (1023, 4, 19), (1025, 16, 33),
+]  # fmt: skip
 
 
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    with backends.use(request.param):
+        yield request.param
+
+
+needs_cpp = pytest.mark.skipif("cpp" not in BACKENDS, reason="the C++ extension is not built")
+
+
+def problem(tokens, width, vocabulary, dtype=torch.float32, size=2.0, seed=0):
+    """hidden, weight, bias, labels: some ignored, and upstream gradients, some of them 0."""
+    g = torch.Generator().manual_seed(seed)
+    random = lambda *shape: torch.randn(shape, generator=g)  # noqa: E731
+    hidden, weight = random(tokens, width), size * random(vocabulary, width) / width**0.5
+    labels = torch.randint(0, vocabulary, (tokens,), generator=g)
+    upstream = random(tokens)
+    if tokens > 4:
+        labels[1::6], upstream[2::5] = -100, 0.0
+    return hidden.to(dtype), weight.to(dtype), random(vocabulary).to(dtype), labels, upstream
+
+
+def call(hidden, weight, bias, labels, keep, workspace, outputs=0, **options):
+    """The op itself, which is told what to keep and how much room it has for logits."""
+    return OP(
+        hidden, weight, bias, labels, -100, options.get("temperature", 1.0),
+        options.get("softcap"), options.get("logit_scale", 1.0), outputs, keep, workspace,
+    )  # fmt: skip
+
+
+def plain_linear(hidden, weight, bias, labels, logit_scale=1.0, **options):
+    return plain(plain_logits(hidden, weight, bias, logit_scale), labels, **options)
+
+
+def gradients(outputs, upstream, inputs):
+    upstream = [u.to(o.dtype) for u, o in zip(upstream, outputs)]
+    return torch.autograd.grad(outputs, inputs, upstream)
+
+
+def three(data, function, entropy=False, needs=(True, True, True), **options):
+    """Values and gradients: `function`'s, plain PyTorch's, and the definition's in float64."""
+    *inputs, labels, upstream = data
+    found = []
+    for kind in range(3):
+        x = [t.double() if kind == 2 else t.clone() for t in inputs]
+        for t, need in zip(x, needs):
+            t.requires_grad_(need)
+        exact = backends.use("reference") if kind == 2 else contextlib.nullcontext()
+        with exact:
+            if kind == 0:
+                both = function(*x, labels, **options)
+            elif kind == 1:
+                scale = options.get("logit_scale", 1.0)
+                rest = {k: v for k, v in options.items() if k != "logit_scale"}
+                logits = plain_logits(*x, scale)
+                both = [plain(logits, labels, **rest)]
+                if entropy:
+                    both.append(plain_outputs(logits, labels, **rest)["entropy"])
+            else:
+                made = dr.linear_token_logprobs(
+                    x[0], x[1], labels, bias=x[2], outputs=("entropy",), **options
+                )
+                both = made[:2]
+            both = list(both)[: 2 if entropy else 1]
+            wanted = [t for t, need in zip(x, needs) if need]
+            found.append((both, gradients(both, [upstream, upstream.flip(0)], wanted)))
+    return found
+
+
+NAMES = ("hidden", "weight", "bias")
+
+
+def hold(cases, function, entropy=False, **options):
+    """The three-way tolerance over some problems, pooled."""
+    found = [three(data, function, entropy, **options) for data in cases]
+    for i, name in enumerate(("log-probs", "entropy")[: 1 + entropy]):
+        assert_no_worse(*([f[k][0][i] for f in found] for k in range(3)), name)
+    for i, name in enumerate(NAMES):
+        assert_no_worse(*([f[k][1][i] for f in found] for k in range(3)), f"gradient of {name}")
+
+
+def enough(shape, dtype):
+    """Several problems of one shape, for ratios that mean something."""
+    return [problem(*shape, dtype, seed=seed) for seed in range(max(2, min(24, 1200 // shape[0])))]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("keep", KEEPS)
+def test_no_less_accurate_than_plain_pytorch(backend, dtype, shape, keep):
+    """Passes of 16 tokens and of as many as fit; all inputs trained."""
+    if backend == "reference" and keep != "nothing":
+        pytest.skip("the reference computes everything again")
+    cases = enough(shape, dtype)
+    for workspace in (0, 48 * MIB):
+        hold(cases, lambda *x: call(*x, KEEPS[keep], workspace)[:1])  # noqa: B023
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("keep", KEEPS)
+def test_options_and_entropy(backend, dtype, options, keep):
+    cases = [problem(n, d, 131, dtype, seed=n) for n, d in ((40, 16), (77, 32), (150, 16), (33, 7))]
+    for entropy in (False, True):
+        hold(
+            cases,
+            lambda *x, **o: [call(*x, KEEPS[keep], MIB, int(entropy), **o)[i] for i in (0, 3)],  # noqa: B023
+            entropy,
+            **options,
+        )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [0.1, 10.0])
+def test_flat_and_confident(backend, dtype, size):
+    """Logits that hardly differ, and softmax at 1 with the label there or elsewhere."""
+    cases = []
+    for seed in range(4):
+        hidden, weight, bias, labels, upstream = problem(150, 32, 131, dtype, size, seed)
+        if seed % 2:
+            labels = plain_logits(hidden.double(), weight.double(), bias.double()).argmax(-1)
+        cases.append((hidden, weight, bias, labels, upstream))
+    for keep in KEEPS.values():
+        hold(cases, lambda *x: call(*x, keep, 48 * MIB)[:1])  # noqa: B023
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("keep", KEEPS)
+@pytest.mark.parametrize("bias", [True, False])
+def test_only_the_gradients_that_are_needed(backend, dtype, keep, bias):
+    """Each alone is what it is beside the others; the rest is None."""
+    *inputs, labels, upstream = problem(77, 16, 193, dtype)
+    inputs = inputs if bias else [*inputs[:2], None]
+    every = {}
+    for needs in ((1, 1, 1), (1, 0, 0), (0, 1, 0), (0, 0, 1), (0, 1, 1), (1, 0, 1)):
+        x = [
+            None if t is None else t.clone().requires_grad_(bool(n)) for t, n in zip(inputs, needs)
+        ]
+        if not any(t is not None and t.requires_grad for t in x):
+            continue
+        call(*x, labels, KEEPS[keep], MIB)[0].backward(upstream)
+        for name, t, need in zip(NAMES, x, needs):
+            if t is not None:
+                assert (t.grad is None) == (not need)
+                if need:
+                    torch.testing.assert_close(t.grad, every.setdefault(name, t.grad))
+
+
+@pytest.mark.parametrize("needs", [("hidden",), ("weight",), ("bias",), NAMES])
+@pytest.mark.parametrize("budget", [None, 0, 60_000, 10 * MIB, 60 * MIB])
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize(
-    "options", [{}, {"temperature": 0.5}, {"softcap": 4.0}, {"logit_scale": 0.25}]
-)
-def test_value_and_gradients(bias, options):
-    g = torch.Generator().manual_seed(2)
-    hidden = torch.randn(2, 5, 6, generator=g, dtype=torch.float64, requires_grad=True)
-    weight = torch.randn(11, 6, generator=g, dtype=torch.float64, requires_grad=True)
-    b = torch.randn(11, generator=g, dtype=torch.float64, requires_grad=True) if bias else None
-    labels = torch.randint(0, 11, (2, 5), generator=g)
-    labels[0, 1] = -100
-    options = dict(options)
-    scale = options.get("logit_scale", 1.0)
-    logits = scale * (hidden @ weight.T + (b if bias else 0.0))
-    rest = {k: v for k, v in options.items() if k != "logit_scale"}
-    expected = dr.token_logprobs(logits, labels, **rest)
-    ours = dr.linear_token_logprobs(hidden, weight, labels, bias=b, **options)
-    torch.testing.assert_close(ours, expected)
-    upstream = torch.randn(2, 5, generator=g, dtype=torch.float64)
-    inputs = [hidden, weight] + ([b] if bias else [])
-    for a, e in zip(*(torch.autograd.grad(x, inputs, upstream) for x in (ours, expected))):
-        torch.testing.assert_close(a, e)
-    assert torch.autograd.gradcheck(
-        lambda h, w: dr.linear_token_logprobs(h, w, labels, bias=b, **options), (hidden, weight)
+def test_memory_budget_changes_no_number(backend, needs, budget, bias):
+    *inputs, labels, upstream = problem(77, 16, 193)
+    if needs == ("bias",) and not bias:
+        pytest.skip("no bias, no gradient")
+    found = []
+    for memory_budget in (10**12, budget):
+        x = {k: t.clone().requires_grad_(k in needs) for k, t in zip(NAMES, inputs)}
+        b = x["bias"] if bias else None
+        logps = dr.linear_token_logprobs(
+            x["hidden"], x["weight"], labels, bias=b, memory_budget=memory_budget
+        )
+        wanted = [x[k] for k in needs if k != "bias" or bias]
+        found.append([logps, *torch.autograd.grad(logps, wanted, upstream)])
+    for a, b in zip(*found):
+        torch.testing.assert_close(a, b)
+
+
+def test_what_is_kept_follows_from_needs_and_budget(monkeypatch):
+    hidden, weight, bias, labels, _ = problem(8, 4, 10)
+    plans = []
+    monkeypatch.setattr(
+        logprobs.ops, "linear_token_logprobs",
+        lambda *x: plans.append(x[-2:]) or ops.token_logprobs(plain_logits(*x[:2]), labels, -100, 1.0, None, 0),
+    )  # fmt: skip
+    slab, room = 8 * 10 * 4, 48 * MIB
+    cases = [
+        ((), None, reference.KEEP_NOTHING, room),
+        (("hidden",), None, reference.KEEP_HIDDEN, room),
+        (("hidden",), 5, reference.KEEP_HIDDEN, 5),
+        (("weight",), None, reference.KEEP_SLAB, room),
+        (("bias",), None, reference.KEEP_SLAB, room),
+        (NAMES, room + slab, reference.KEEP_SLAB, room),
+        (NAMES, room + slab - 1, reference.KEEP_HIDDEN, room),
+        (("weight",), room + slab - 1, reference.KEEP_NOTHING, room),
+    ]
+    for needs, budget, keep, workspace in cases:
+        x = {k: t.clone().requires_grad_(k in needs) for k, t in zip(NAMES, (hidden, weight, bias))}
+        dr.linear_token_logprobs(
+            x["hidden"], x["weight"], labels, bias=x["bias"], memory_budget=budget
+        )
+        assert plans.pop() == (keep, workspace), (needs, budget)
+    with torch.no_grad():
+        dr.linear_token_logprobs(hidden.requires_grad_(), weight.requires_grad_(), labels)
+    assert plans.pop() == (reference.KEEP_NOTHING, room)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("keep", KEEPS)
+@pytest.mark.parametrize("active", [0, 1, 2, 16, 63, 77])
+def test_tokens_without_upstream_gradient_take_no_part(backend, dtype, keep, active):
+    """Any number of tokens that do, also none: as if the others had not been there."""
+    hidden, weight, bias, _, _ = problem(77, 16, 193, dtype)
+    labels = torch.arange(77) % 193
+    place = torch.randperm(77, generator=torch.Generator().manual_seed(active))[:active].sort()[0]
+    upstream = torch.zeros(77)
+    upstream[place] = torch.linspace(0.5, 1.5, active) if active else upstream[place]
+    found = []
+    for tokens in (torch.arange(77), place):
+        x = [t.clone().requires_grad_() for t in (hidden[tokens], weight, bias)]
+        logps = call(*x, labels[tokens], KEEPS[keep], MIB)[0]
+        logps.backward(upstream[tokens])
+        found.append([t.grad for t in x])
+    for name, a, b in zip(NAMES, *found):
+        if name == "hidden":
+            dropped = torch.ones(77, dtype=torch.bool)
+            dropped[place] = False
+            assert (a[dropped] == 0).all()
+            a = a[place]
+        close = {"rtol": 2e-2, "atol": 1e-3} if dtype == torch.bfloat16 else {}
+        torch.testing.assert_close(a, b, **close, msg=lambda m: f"{name}: {m}")  # noqa: B023
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("keep", KEEPS)
+@pytest.mark.parametrize("tokens", [1, 5, 16, 17])
+def test_columns_beyond_the_tokens_never_count(backend, dtype, keep, tokens):
+    """A large bias, whose exponential overflows where there is no token to normalise it."""
+    hidden, weight, bias, labels, upstream = problem(tokens, 16, 70, dtype)
+    bias = bias + 200.0
+    found = three(
+        (hidden, weight, bias, labels, upstream), lambda *x: call(*x, KEEPS[keep], MIB)[:1]
     )
+    for name, ours, truth in zip(NAMES, found[0][1], found[2][1]):
+        assert torch.isfinite(ours).all(), f"gradient of {name}"
+        close = {"rtol": 4e-2, "atol": 4e-2} if dtype == torch.bfloat16 else {"rtol": 1e-3, "atol": 1e-4}  # fmt: skip
+        torch.testing.assert_close(ours.double(), truth, **close)
 
 
-def test_bf16_logits_are_not_rounded():
-    g = torch.Generator().manual_seed(3)
-    hidden = torch.randn(64, 128, generator=g).bfloat16()
-    weight = torch.randn(500, 128, generator=g).bfloat16()
-    labels = torch.randint(0, 500, (64,), generator=g)
-    truth = (hidden.double() @ weight.double().T).log_softmax(-1)
-    truth = truth.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+def test_all_labels_ignored(backend):
+    hidden, weight, bias, labels, _ = problem(20, 16, 70)
+    hidden[3] = math.nan
+    for keep in KEEPS.values():
+        x = [t.clone().requires_grad_() for t in (hidden, weight, bias)]
+        logps = call(*x, torch.full_like(labels, -100), keep, MIB)[0]
+        logps.sum().backward()
+        assert (logps == 0).all() and all((t.grad == 0).all() for t in x)
+
+
+@pytest.mark.parametrize("keep", KEEPS)
+@pytest.mark.parametrize("entropy", [False, True])
+def test_tokens_that_nobody_asks_about_may_hold_nan(backend, keep, entropy):
+    """Ignored, or without an upstream gradient: 0 times NaN in a product would be NaN."""
+    hidden, weight, bias, labels, upstream = problem(20, 16, 70)
+    silent = (labels == -100) | (upstream == 0)
+    hidden[silent] = math.nan
+    x = [t.clone().requires_grad_() for t in (hidden, weight, bias)]
+    found = call(*x, labels, KEEPS[keep], MIB, int(entropy))
+    outputs = [found[0], found[3]] if entropy else [found[0]]
+    torch.autograd.backward(outputs, [upstream] * len(outputs))
+    assert all(torch.isfinite(t.grad).all() for t in x)
+    assert (x[0].grad[silent] == 0).all()
+
+
+# --------------------------------------------------------------------------- not finite
+
+SPECIAL = {
+    "-inf": [-math.inf],
+    "+inf": [math.inf],
+    "NaN": [math.nan],
+    "both infinities": [math.inf, -math.inf],
+    "finfo.min": [torch.finfo(torch.float32).min],
+    "finfo.min twice": [torch.finfo(torch.float32).min] * 2,
+    "1e4": [1e4],
+    "-1e4": [-1e4],
+    "1e30": [1e30],
+}
+
+
+@pytest.mark.parametrize("vocabulary", [1, 2, 5, 70, 200])
+@pytest.mark.parametrize("name", SPECIAL)
+def test_special_logits_give_what_plain_pytorch_gives(backend, name, vocabulary):
+    """A bias brings them in. NaN is never hidden."""
+    labels = torch.tensor([0, vocabulary // 2, vocabulary - 1])
+    for place in {0, vocabulary // 2, vocabulary - 1}:
+        bias = torch.randn(vocabulary)
+        for k, value in enumerate(SPECIAL[name]):
+            bias[(place + k) % vocabulary] = value
+        for options in ({}, {"temperature": 0.5}, {"softcap": 2.0}):
+            theirs = bias.expand(3, -1).clone().requires_grad_()
+            expected = plain(theirs, labels, **options)
+            expected.sum().backward()
+            for keep in KEEPS.values():
+                ours = bias.clone().requires_grad_()
+                zeros = torch.zeros(3, 2), torch.zeros(vocabulary, 2)
+                logps = call(*zeros, ours, labels, keep, MIB, **options)[0]
+                logps.sum().backward()
+                for a, b in ((logps, expected), (ours.grad, theirs.grad.sum(0))):
+                    torch.testing.assert_close(
+                        a.detach(), b.detach(), rtol=2e-5, atol=1e-6, equal_nan=True,
+                        msg=lambda m: f"{name} at {place}, {options}: {m}",  # noqa: B023
+                    )  # fmt: skip
+
+
+def test_nan_in_one_token_stays_there(backend):
+    hidden, weight, bias, _, _ = problem(20, 16, 70)
+    hidden[3, 5] = math.nan
+    for keep in KEEPS.values():
+        x = hidden.clone().requires_grad_()
+        logps = call(x, weight, bias, torch.arange(20), keep, MIB)[0]
+        logps.sum().backward()
+        clean = torch.arange(20) != 3
+        assert logps[3].isnan() and logps[clean].isfinite().all()
+        assert x.grad[3].isnan().all() and x.grad[clean].isfinite().all()
+
+
+# --------------------------------------------------------------------------- optional outputs
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("vocabulary", [2, 63, 200, 1100])
+@pytest.mark.parametrize("level", [0.0, 1.0, 30.0])
+def test_optional_outputs(backend, dtype, vocabulary, level):
+    """`level` raises all logits; a head of four rows repeated makes ties."""
+    hidden, weight, bias, labels, _ = problem(301, 16, vocabulary, dtype)
+    bias = (bias + level).to(dtype)
+    exact = plain_logits(hidden.double(), weight.double(), bias.double())
+    truth = plain_outputs(exact, labels)
+    theirs = plain_outputs(plain_logits(hidden, weight, bias), labels)
+    ours = dr.linear_token_logprobs(hidden, weight, labels, bias=bias, outputs=OUTPUTS)
+    for name in set(OUTPUTS) - {"is_top1"}:
+        assert_no_worse(getattr(ours, name), theirs[name], truth[name], name)
+    assert torch.equal(ours.is_top1, truth["is_top1"])
+    tied = weight[:2].repeat(vocabulary, 1)[:vocabulary]
+    found = dr.linear_token_logprobs(hidden, tied, labels, outputs=("is_top1",))
+    # Of entries that are equal the first is the top one: no label from the third on ever is.
+    first = (hidden.double() @ tied.double().T).argmax(-1) % 2
+    assert torch.equal(found.is_top1, (labels == first) & (labels != -100))
+
+
+# --------------------------------------------------------------------------- layout, autocast
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("of_hidden", ["dense", *LAYOUTS])
+@pytest.mark.parametrize("of_weight", ["dense", *LAYOUTS])
+def test_layouts(backend, dtype, of_hidden, of_weight):
+    h, w, _, labels, upstream = problem(19, 16, 70, dtype)
+    h, w = (LAYOUTS.get(of, torch.clone)(x) for of, x in ((of_hidden, h), (of_weight, w)))
+    found = []
+    for hidden, weight in ((h, w), (h.contiguous().clone(), w.contiguous().clone())):
+        hidden, weight = hidden.detach().requires_grad_(), weight.detach().requires_grad_()
+        logps = dr.linear_token_logprobs(hidden, weight, labels)
+        found.append((logps, *torch.autograd.grad(logps, (hidden, weight), upstream)))
+    close = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {}
+    if of_weight == "one row for all":
+        # The gradient of hidden is 0 but for the rounding of a narrow slab.
+        close = {"rtol": 1e-2, "atol": 3e-2}
+    for a, b in zip(*found):
+        torch.testing.assert_close(a, b, **close)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_tokens_of_any_shape(backend, dtype):
+    hidden, weight, bias, labels, upstream = problem(24, 16, 70, dtype)
+    expected = hidden.clone().requires_grad_()
+    flat = dr.linear_token_logprobs(expected, weight, labels, bias=bias)
+    flat.backward(upstream)
+    batch = hidden.view(2, 3, 4, 16).permute(2, 0, 1, 3).requires_grad_()
+    arrange = lambda x: x.view(2, 3, 4).permute(2, 0, 1)  # noqa: E731
+    logps = dr.linear_token_logprobs(batch, weight, arrange(labels).int(), bias=bias)
+    assert logps.shape == (4, 2, 3)
+    torch.testing.assert_close(logps, arrange(flat))
+    (gradient,) = torch.autograd.grad(logps, batch, arrange(upstream))
+    close = {"rtol": 1e-2, "atol": 1e-2} if dtype == torch.bfloat16 else {}
+    torch.testing.assert_close(gradient.permute(1, 2, 0, 3).reshape(24, 16), expected.grad, **close)
+
+
+def test_one_token_and_none(backend):
+    hidden, weight, bias, _, _ = problem(3, 16, 70)
+    one = hidden[1].clone().requires_grad_()
+    logp = dr.linear_token_logprobs(one, weight, torch.tensor(5), bias=bias)
+    torch.testing.assert_close(logp, (weight @ one + bias).log_softmax(-1)[5])
+    logp.backward()
+    assert one.grad.shape == (16,)
+    weight.requires_grad_()
+    for shape in ((0,), (3, 0)):
+        none = torch.zeros(*shape, 16, requires_grad=True)
+        logps = dr.linear_token_logprobs(none, weight, torch.zeros(shape, dtype=torch.long))
+        logps.sum().backward()
+        assert logps.shape == shape and (weight.grad == 0).all()
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_autocast_takes_its_dtype_and_keeps_float32_logits(backend, trained):
+    hidden, weight, bias, labels, upstream = problem(19, 16, 70)
+    found = []
+    for autocast in (True, False):
+        h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_(trained)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            narrow = (h, w) if autocast else (h.bfloat16(), w.bfloat16())
+            logps = dr.linear_token_logprobs(*narrow, labels, bias=bias)
+            # A backward inside of autocast too, which must not narrow its products.
+            logps.backward(upstream)
+        assert logps.dtype == torch.float32 and h.grad.dtype == torch.float32
+        found.append((logps, h.grad, w.grad))
+    for a, b in zip(*found):
+        assert (a is None and b is None) or torch.equal(a, b)
+
+
+def test_autocast_narrows_no_product_of_the_op(backend):
+    """Told float32, it multiplies float32, whatever surrounds it."""
+    data = problem(40, 16, 70)
+    for keep in KEEPS.values():
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            inside = three(data, lambda *x: call(*x, keep, MIB)[:1])[0]  # noqa: B023
+        outside = three(data, lambda *x: call(*x, keep, MIB)[:1])[0]  # noqa: B023
+        for a, b in zip((*inside[0], *inside[1]), (*outside[0], *outside[1])):
+            assert torch.equal(a, b)
+
+
+def test_bf16_logits_are_not_rounded(backend):
+    hidden, weight, _, labels, _ = problem(64, 128, 500, torch.bfloat16)
+    truth = plain(hidden.double() @ weight.double().T, labels)
     rounded = dr.token_logprobs(hidden @ weight.T, labels)
     ours = dr.linear_token_logprobs(hidden, weight, labels)
     assert (ours - truth).abs().max() < 0.01 * (rounded - truth).abs().max()
 
 
-def test_autocast_takes_its_dtype_and_keeps_float32_logits():
-    hidden, weight = torch.randn(8, 16), torch.randn(33, 16)
-    labels = torch.randint(0, 33, (8,))
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        ours = dr.linear_token_logprobs(hidden, weight, labels)
-    expected = dr.linear_token_logprobs(hidden.bfloat16(), weight.bfloat16(), labels)
-    assert ours.dtype == torch.float32
-    torch.testing.assert_close(ours, expected)
+def test_narrow_gradients_accumulate_in_float32(backend):
+    """A thousand tokens with one label: bfloat16 sums would stop growing at 256."""
+    hidden = torch.ones(1000, 16, dtype=torch.bfloat16)
+    weight = torch.zeros(3, 16, dtype=torch.bfloat16)
+    bias = torch.zeros(3, dtype=torch.bfloat16)
+    labels = torch.zeros(1000, dtype=torch.long)
+    for keep in KEEPS.values():
+        w, b = weight.clone().requires_grad_(), bias.clone().requires_grad_()
+        call(hidden, w, b, labels, keep, MIB)[0].sum().backward()
+        expected = torch.tensor([2000 / 3, -1000 / 3, -1000 / 3])
+        torch.testing.assert_close(b.grad.float(), expected, rtol=8e-3, atol=0)
+        torch.testing.assert_close(w.grad[:, 0].float(), expected, rtol=8e-3, atol=0)
 
 
-@pytest.mark.parametrize(
-    "call,message",
-    [
-        (lambda h, w, y: dr.linear_token_logprobs(h, w[:, :3], y), r"\(V, D\) with D = 4"),
-        (lambda h, w, y: dr.linear_token_logprobs(h, w.double(), y), "expected torch.float32"),
-        (
-            lambda h, w, y: dr.linear_token_logprobs(h, w, y + 9),
-            r"labels: expected values in \[0, 5",
-        ),
-        (lambda h, w, y: dr.linear_token_logprobs(h, w, y, bias=y.float()), "bias: expected shape"),
-    ],
-)
-def test_bad_input(call, message):
+# --------------------------------------------------------------------------- the definition
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("options", OPTIONS)
+def test_reference_by_gradcheck(bias, options):
+    hidden, weight, b, labels, _ = problem(10, 6, 11, torch.float64)
+    hidden = hidden.view(2, 5, 6).requires_grad_()
+    labels, weight = labels.view(2, 5), weight.requires_grad_()
+    inputs = (hidden, weight, b.requires_grad_()) if bias else (hidden, weight)
+
+    def both(h, w, b=None):
+        return dr.linear_token_logprobs(h, w, labels, bias=b, outputs=("entropy",), **options)[:2]
+
+    assert torch.autograd.gradcheck(both, inputs)
+    rest = {k: v for k, v in options.items() if k != "logit_scale"}
+    logits = plain_logits(hidden, weight, b if bias else None, options.get("logit_scale", 1.0))
+    torch.testing.assert_close(both(*inputs)[0], plain(logits, labels, **rest))
+
+
+@needs_cpp
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("keep", KEEPS)
+@pytest.mark.parametrize("entropy", [False, True])
+def test_a_backward_may_follow_another_backends_forward(dtype, keep, entropy):
+    """What is kept has one meaning: log-probs and gradients agree whoever made what."""
+    *inputs, labels, upstream = problem(77, 16, 193, dtype)
+    found = {}
+    for forward in BACKENDS:
+        for backward in BACKENDS:
+            x = [t.clone().requires_grad_() for t in inputs]
+            with backends.use(forward):
+                outputs = call(*x, labels, KEEPS[keep], MIB, int(entropy), temperature=0.7)
+                made = [outputs[0], outputs[3]] if entropy else [outputs[0]]
+                kept = outputs[7].detach()
+            with backends.use(backward):
+                found[forward, backward] = (
+                    made[0].detach(), kept, *gradients(made, [upstream, upstream.flip(0)], x)
+                )  # fmt: skip
+    expected = found["reference", "reference"]
+    close = {"rtol": 1e-3, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
+    counted = int((labels != -100).sum())
+    for pair, tensors in found.items():
+        for name, a, b in zip(("log-probs", "kept", *NAMES), tensors, expected):
+            assert a.shape == b.shape and a.dtype == b.dtype
+            if name == "kept" and keep == "slab":
+                a, b = (t.view(-1)[: 193 * counted] for t in (a, b))
+            exact = {"rtol": 1e-5, "atol": 1e-5} if name == "log-probs" else close
+            torch.testing.assert_close(a, b, **exact, msg=lambda m: f"{pair} {name}: {m}")  # noqa: B023
+
+
+@needs_cpp
+def test_float64_is_the_references():
+    hidden, weight, bias, labels, _ = problem(5, 4, 7, torch.float64)
+    assert dr.linear_token_logprobs(hidden, weight, labels).dtype == torch.float64
+    with (
+        backends.use("cpp"),
+        pytest.raises(backends.BackendError, match="float64 is the reference"),
+    ):
+        dr.linear_token_logprobs(hidden, weight, labels, bias=bias)
+
+
+# --------------------------------------------------------------------------- backward
+
+
+@pytest.mark.parametrize("keep", KEEPS)
+def test_retained_graph_gives_the_same_gradients_twice(backend, keep):
+    *inputs, labels, upstream = problem(20, 16, 70)
+    x = [t.requires_grad_() for t in inputs]
+    logps = call(*x, labels, KEEPS[keep], MIB)[0]
+    first = torch.autograd.grad(logps, x, upstream, retain_graph=True)
+    other = torch.autograd.grad(logps, x, upstream.flip(0), retain_graph=True)
+    again = torch.autograd.grad(logps, x, upstream)
+    for a, b, c in zip(first, again, other):
+        assert torch.equal(a, b) and not torch.equal(a, c)
+
+
+def test_double_backward_is_refused(backend):
+    hidden, weight, _, labels, _ = problem(5, 16, 70)
+    hidden.requires_grad_()
+    logps = dr.linear_token_logprobs(hidden, weight, labels)
+    with pytest.raises(RuntimeError, match="no double backward"):
+        torch.autograd.grad(logps.sum(), hidden, create_graph=True)
+
+
+# --------------------------------------------------------------------------- bad input
+
+
+BAD_CALLS = [
+    (lambda h, w, y: (h, w[:, :3], y), {}, r"\(V, D\) with D = 4"),
+    (lambda h, w, y: (h, w[0], y), {}, r"weight: expected shape \(V, D\)"),
+    (lambda h, w, y: (torch.tensor(1.0), w, y), {}, r"weight: expected shape \(V, D\)"),
+    (lambda h, w, y: (h, w.double(), y), {}, "expected torch.float32 as hidden"),
+    (lambda h, w, y: (h.bfloat16(), w, y), {}, "expected torch.bfloat16 as hidden"),
+    (lambda h, w, y: (h.long(), w, y), {}, "hidden: expected a floating"),
+    (lambda h, w, y: (h, w.long(), y), {}, "weight: expected a floating"),
+    (lambda h, w, y: (h, w, y + 4), {}, r"labels: expected values in \[0, 5\).*got 5"),
+    (lambda h, w, y: (h, w, y - 1), {}, r"labels: expected values in \[0, 5\).*got -1"),
+    (lambda h, w, y: (h, w, y[:1]), {}, r"labels: expected shape \(2,\)"),
+    (lambda h, w, y: (h, w, y.float()), {}, "labels: expected an integer"),
+    (lambda h, w, y: (h, w, y), {"bias": torch.zeros(4)}, r"bias: expected shape \(5,\)"),
+    (lambda h, w, y: (h, w, y), {"bias": torch.zeros(1, 5)}, r"bias: expected shape \(5,\)"),
+    (lambda h, w, y: (h, w, y), {"temperature": -1.0}, "temperature: expected a number > 0"),
+    (lambda h, w, y: (h, w, y), {"softcap": 0.0}, "softcap: expected a number > 0"),
+    (lambda h, w, y: (h, w, y), {"logit_scale": 0.0}, "logit_scale: expected a number other"),
+    (lambda h, w, y: (h, w, y), {"memory_budget": -1}, "memory_budget: expected bytes >= 0"),
+    (lambda h, w, y: (h, w, y), {"outputs": ("top1",)}, "outputs: unknown 'top1'"),
+    (lambda h, w, y: (h, w[:0], y), {}, r"labels: expected values in \[0, 0\)"),
+]
+
+
+@pytest.mark.parametrize("change,options,message", BAD_CALLS)
+def test_bad_input(backend, change, options, message):
+    arguments = change(torch.randn(2, 4), torch.randn(5, 4), torch.tensor([0, 1]))
     with pytest.raises(ValueError, match=message):
-        call(torch.randn(2, 4), torch.randn(5, 4), torch.tensor([0, 1]))
+        dr.linear_token_logprobs(*arguments, **options)
 
 
-def test_compiles():
+def arguments_of(op, dtype=torch.float32, tokens=6, width=16, vocabulary=70, keep=2):
+    """What the ops take, by name: the forward's, or the backward's after a forward."""
+    hidden, weight, bias, labels, upstream = problem(tokens, width, vocabulary, dtype)
+    head = {"hidden": hidden, "weight": weight, "bias": bias, "labels": labels}
+    options = {"ignore_index": -100, "temperature": 0.7, "softcap": None, "logit_scale": 1.0}
+    plan = {"keep": keep, "workspace": MIB}
+    if op == "linear_token_logprobs":
+        return head | options | {"outputs": 15} | plan
+    found = torch.ops.drrlhf.linear_token_logprobs(
+        *head.values(), *options.values(), 15, *plan.values()
+    )
+    made = dict(zip(("logp", "lse", "lse_tail", "entropy"), found))
+    return (
+        head | {"grad": upstream, "grad_entropy": None} | made | {"kept": found[7]} | options | plan
+        | {"need_hidden": True, "need_weight": True, "need_bias": True}
+    )  # fmt: skip
+
+
+BAD_HEADS = [
+    ({"labels": torch.tensor([0, 70, 1, 1, 1, 1])}, "labels: expected values"),
+    ({"labels": torch.tensor([0, -1, 1, 1, 1, 1])}, "labels: expected values"),
+    ({"labels": torch.tensor([0, 2**40, 1, 1, 1, 1])}, "labels: expected values"),
+    ({"labels": torch.zeros(5, dtype=torch.long)}, "labels: expected a CPU tensor of shape"),
+    ({"labels": torch.zeros(7, dtype=torch.long)}, "labels: expected a CPU tensor of shape"),
+    ({"weight": torch.zeros(70, 15)}, "weight: expected shape"),
+    ({"weight": torch.zeros(70)}, "weight: expected shape"),
+    ({"weight": torch.zeros(0, 16)}, "weight: expected V >= 1"),
+    ({"weight": torch.zeros(70, 16, dtype=torch.float64)}, "weight: expected Float"),
+    ({"weight": torch.zeros(70, 16, dtype=torch.bfloat16)}, "weight: expected Float"),
+    ({"bias": torch.zeros(69)}, "bias: expected a CPU tensor of shape"),
+    ({"bias": torch.zeros(70, 1)}, "bias: expected a CPU tensor of shape"),
+    ({"hidden": torch.tensor(1.0)}, "weight: expected shape"),
+]
+BAD_BACKWARDS = [
+    *(({name: torch.zeros(size)}, f"{name}: expected a CPU tensor of 6 numbers")
+      for name in ("grad", "logp", "lse", "lse_tail") for size in (0, 5, 7)),
+    ({"grad_entropy": torch.zeros(5)}, "grad_entropy: expected a CPU tensor of 6 numbers"),
+    ({"grad_entropy": torch.zeros(6), "entropy": torch.zeros(0)}, "entropy: expected a CPU tensor"),
+]  # fmt: skip
+
+
+@needs_cpp
+@pytest.mark.parametrize("change,message", BAD_HEADS)
+@pytest.mark.parametrize("op", ["linear_token_logprobs", "linear_token_logprobs_backward"])
+def test_the_kernels_check_the_head_and_the_labels(op, change, message):
+    """Called past the Python checks they must not read outside of a tensor."""
+    arguments = arguments_of(op) | change
+    with pytest.raises(ValueError, match=message):
+        getattr(torch.ops.drrlhf_cpp, op)(*arguments.values())
+
+
+@needs_cpp
+@pytest.mark.parametrize("change,message", BAD_BACKWARDS)
+@pytest.mark.parametrize("keep", KEEPS)
+def test_the_backward_checks_what_comes_by_token(change, message, keep):
+    arguments = arguments_of("linear_token_logprobs_backward", keep=KEEPS[keep]) | change
+    with pytest.raises(ValueError, match=message):
+        torch.ops.drrlhf_cpp.linear_token_logprobs_backward(*arguments.values())
+
+
+@needs_cpp
+@pytest.mark.parametrize("keep", ["hidden", "slab"])
+@pytest.mark.parametrize(
+    "kept",
+    [
+        torch.zeros(0, dtype=torch.bfloat16),
+        torch.zeros(3, 16, dtype=torch.bfloat16),
+        torch.zeros(70, 2, dtype=torch.bfloat16),
+        torch.zeros(70, 16),
+    ],
+    ids=["none", "three tokens", "two tokens", "another dtype"],
+)
+def test_the_backward_checks_what_was_kept(keep, kept):
+    """Too little of it, or of another dtype: an error, and nothing read or written beyond."""
+    name = "linear_token_logprobs_backward"
+    arguments = arguments_of(name, torch.bfloat16, keep=KEEPS[keep]) | {"kept": kept}
+    with pytest.raises((ValueError, RuntimeError), match="kept|narrow|length|expected"):
+        torch.ops.drrlhf_cpp.linear_token_logprobs_backward(*arguments.values())
+
+
+@needs_cpp
+@pytest.mark.parametrize("keep", [-1, 3, 100])
+def test_the_kernels_check_what_to_keep(keep):
+    for op in ("linear_token_logprobs", "linear_token_logprobs_backward"):
+        arguments = arguments_of(op) | {"keep": keep}
+        with pytest.raises((ValueError, RuntimeError)):
+            getattr(torch.ops.drrlhf_cpp, op)(*arguments.values())
+
+
+# --------------------------------------------------------------------------- graphs
+
+
+@pytest.mark.parametrize("budget", [0, None])
+def test_compiles_without_a_break(backend, budget):
     torch._dynamo.reset()
-    hidden, weight = torch.randn(3, 4, requires_grad=True), torch.randn(7, 4)
-    labels = torch.tensor([0, -100, 6])
-    step = lambda h: dr.linear_token_logprobs(h, weight, labels).sum()  # noqa: E731
+    *inputs, labels, upstream = problem(6, 16, 70)
+    inputs = [x.requires_grad_() for x in inputs]
+
+    def step(h, w, b):
+        found = dr.linear_token_logprobs(
+            h, w, labels, bias=b, softcap=5.0, memory_budget=budget, outputs=("entropy",)
+        )
+        return (found.logps + 0.1 * found.entropy) @ upstream
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")(*inputs)
+    torch.testing.assert_close(compiled, step(*inputs))
+    for a, b in zip(*(torch.autograd.grad(x, inputs) for x in (compiled, step(*inputs)))):
+        torch.testing.assert_close(a, b)
+
+
+def test_compiles_under_autocast(backend):
+    torch._dynamo.reset()
+    hidden, weight, _, labels, _ = problem(6, 16, 70)
+    hidden.requires_grad_()
+
+    def step(h):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return dr.linear_token_logprobs(h, weight, labels).sum()
+
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")(hidden)
     torch.testing.assert_close(compiled, step(hidden))
+    for a, b in zip(*(torch.autograd.grad(x, hidden) for x in (compiled, step(hidden)))):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("keep", KEEPS.values())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_opcheck(backend, keep, dtype):
+    # Beyond the counted tokens a slab has no contents to compare: four, of which all count.
+    of = {"dtype": dtype, "keep": keep, "tokens": 4 if keep == reference.KEEP_SLAB else 6}
+    for outputs in (0, 15):
+        arguments = arguments_of("linear_token_logprobs", **of) | {"outputs": outputs}
+        arguments["labels"] = arguments["labels"].int()
+        for name in NAMES:
+            arguments[name].requires_grad_()
+        torch.library.opcheck(OP, tuple(arguments.values()))
+    arguments = arguments_of("linear_token_logprobs_backward", **of)
+    for needs in ((True, True, True), (False, True, False)):
+        torch.library.opcheck(
+            torch.ops.drrlhf.linear_token_logprobs_backward.default,
+            (*arguments.values(),)[:-3] + needs,
+        )

@@ -301,8 +301,10 @@ class ColumnStatistics {
 struct Columns {
   std::vector<float> a, b, logp, lse, lse_tail, entropy;
 
+  // Columns beyond the last token have probability 0 everywhere: with a logit of their own, a large
+  // bias for one, the exponential could overflow, and 0 times that is not 0.
   explicit Columns(std::int64_t columns)
-      : logp(columns, 0.0f), lse(columns, 0.0f), lse_tail(columns, 0.0f) {}
+      : logp(columns, 0.0f), lse(columns, FLT_MAX), lse_tail(columns, 0.0f) {}
 
   ColumnCoefficients coefficients() const {
     const auto pointer = [](const std::vector<float>& x) { return x.empty() ? nullptr : x.data(); };
@@ -524,6 +526,11 @@ void check_head(const Tensor& hidden, const Head& head, const Tensor& labels) {
       "bias: expected a CPU tensor of shape (", weight.size(0), ")");
 }
 
+void check_keep(Keep keep) {
+  TORCH_CHECK_VALUE(keep == Keep::kNothing || keep == Keep::kHidden || keep == Keep::kSlab,
+                    "keep: expected 0, 1 or 2, got ", static_cast<std::int64_t>(keep));
+}
+
 // Copies the columns `place` of a packed slab (V, counted), or all of them if null, to rows of
 // `out_stride` entries: those of [begin, end) of the vocabulary.
 void gather_columns(const Tensor& slab, std::int64_t begin, std::int64_t end,
@@ -570,6 +577,7 @@ EightTensors linear_token_logprobs_cpu(const Tensor& hidden, const Head& head, c
     if (y.const_data_ptr<std::int64_t>()[i] != head.ignore_index) counted.push_back(i);
   }
   const auto n = static_cast<std::int64_t>(counted.size());
+  check_keep(keep);
   TokenOutputs result(shape, outputs);
   Tensor kept = at::empty({0}, dtype);
   if (keep == Keep::kHidden) {
@@ -577,6 +585,7 @@ EightTensors linear_token_logprobs_cpu(const Tensor& hidden, const Head& head, c
                           : at::zeros(hidden.sizes(), dtype);
   } else if (keep == Keep::kSlab) {
     kept = empty_on_huge_pages({vocabulary, y.numel()}, dtype);
+    kept.view(-1).narrow(0, vocabulary * n, vocabulary * (y.numel() - n)).zero_();
   }
   const bool scored = keep == Keep::kNothing;
   const std::int64_t pass =
@@ -661,6 +670,14 @@ std::tuple<Tensor, Tensor, Tensor> linear_token_logprobs_backward_cpu(
   const auto shape = hidden.sizes().slice(0, hidden.dim() - 1);
   const Tensor y = checked_labels(labels, shape, vocabulary, head.ignore_index);
   const std::int64_t total = y.numel();
+  check_keep(keep);
+  const std::int64_t expected = keep == Keep::kHidden ? total * width
+                                : keep == Keep::kSlab ? total * vocabulary
+                                                      : 0;
+  TORCH_CHECK_VALUE(
+      keep == Keep::kNothing || (kept.scalar_type() == dtype && kept.is_contiguous() &&
+                                 kept.device().is_cpu() && kept.numel() == expected),
+      "kept: expected what the forward kept, got ", kept.sizes(), " of ", kept.scalar_type());
   const auto optional = [&](const char* name, const OptionalTensor& g) {
     return g.has_value() ? per_token(name, *g, total) : Tensor();
   };

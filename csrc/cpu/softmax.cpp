@@ -119,7 +119,8 @@ TokenStatistics finish(const Others& o, float label_z, std::int64_t label, std::
     s.lse_tail = (o.reference - s.lse) + log_sum;
   }
   // What has no answer must stay seen: the label's own logit infinite, or every logit -infinity.
-  if (label_z - label_z != 0 && (!(label_z < 0) || o.sum == 0)) s.logp = s.lse = std::nanf("");
+  if (label_z - label_z != 0 && (!(label_z < 0) || o.sum == 0))
+    s.logp = s.lse = s.entropy = s.log_sum_squares = std::nanf("");
   s.mean = o.total / static_cast<float>(n);
   s.is_top1 = label_z > o.top || (label_z == o.top && label < o.index);
   return s;

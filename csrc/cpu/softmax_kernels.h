@@ -205,13 +205,17 @@ DRRLHF_INLINE bool any(Ints condition) {
 }
 
 // The reference of logits that are all -infinity; finite, so that differences are not NaN.
-constexpr float kLeastReference = -1e30f;
+constexpr float kLeastReference = -FLT_MAX;
 
 // How far above its reference a logit may lie: exponents far from 0 have a coarser rounding.
 constexpr float kHeadroom = 1.0f;
 
-// tanh from expm1, which keeps the digits of small arguments.
-DRRLHF_INLINE Floats hyperbolic_tangent(Floats u) {
+// tanh u and 1 - tanh^2 u, each to its own last digits, from e = exp(-2 |u|).
+struct Tangent {
+  Floats value, slope;
+};
+
+DRRLHF_INLINE Tangent hyperbolic_tangent(Floats u) {
   const Floats sign = bits<Floats>(bits<Words>(u) & 0x80000000u);
   Floats x = bits<Floats>(bits<Words>(u) & 0x7fffffffu) * -2.0f;
   x = at_least(x, all(-40.0f));
@@ -226,8 +230,13 @@ DRRLHF_INLINE Floats hyperbolic_tangent(Floats u) {
   s = s * r + 0.5f;
   const Floats tail = r + r * r * s;
   const Floats scale = bits<Floats>((bits<Ints>(shifted) - (0x4b400000 - 127)) << 23);
-  const Floats minus_expm1 = (1.0f - scale) - scale * tail;
-  return bits<Floats>(bits<Words>(minus_expm1 / (2.0f - minus_expm1)) | bits<Words>(sign));
+  // (1 - e) / (1 + e) where that is small, 1 - 2 e / (1 + e) where it is not.
+  const Floats e = scale + scale * tail, minus_expm1 = (1.0f - scale) - scale * tail;
+  const Ints small = x > -1.0f;
+  const Floats quotient = (small ? minus_expm1 : 2.0f * e) / (1.0f + e);
+  const Floats value = small ? quotient : 1.0f - quotient;
+  const Floats slope = small ? (1.0f - value) * (1.0f + value) : quotient * (2.0f - quotient);
+  return {bits<Floats>(bits<Words>(value) | bits<Words>(sign)), slope};
 }
 
 // How much of the transform there is to do.
@@ -237,7 +246,7 @@ template <Form F>
 DRRLHF_INLINE Floats transformed(Floats x, const Transform& t) {
   if constexpr (F == Form::kIdentity) return x;
   if constexpr (F == Form::kScaled) return x * (t.scale * t.inverse_temperature);
-  return hyperbolic_tangent(x * (t.scale / t.softcap)) * (t.softcap * t.inverse_temperature);
+  return hyperbolic_tangent(x * (t.scale / t.softcap)).value * (t.softcap * t.inverse_temperature);
 }
 
 // dz/dx from z.
@@ -246,7 +255,7 @@ DRRLHF_INLINE Floats slope(Floats z, const Transform& t) {
   if constexpr (F == Form::kIdentity) return all(1.0f);
   const float scaled = t.scale * t.inverse_temperature;
   if constexpr (F == Form::kScaled) return all(scaled);
-  const Floats h = z * (1.0f / (t.softcap * t.inverse_temperature));
+  const Floats h = z / (t.softcap * t.inverse_temperature);
   return (1.0f - h) * (1.0f + h) * scaled;
 }
 
@@ -258,9 +267,9 @@ struct Sloped {
 template <Form F>
 DRRLHF_INLINE Sloped sloped(Floats x, const Transform& t) {
   if constexpr (F != Form::kCapped) return {transformed<F>(x, t), slope<F>(x, t)};
-  const Floats h = hyperbolic_tangent(x * (t.scale / t.softcap));
-  return {h * (t.softcap * t.inverse_temperature),
-          (1.0f - h) * (1.0f + h) * (t.scale * t.inverse_temperature)};
+  const Tangent h = hyperbolic_tangent(x * (t.scale / t.softcap));
+  return {h.value * (t.softcap * t.inverse_temperature),
+          h.slope * (t.scale * t.inverse_temperature)};
 }
 
 DRRLHF_INLINE float sum_of(Floats x) {
@@ -351,7 +360,8 @@ DRRLHF_INLINE Others part_of_row(const typename Element<S>::Type* from, std::int
   part.reference = reference;
   part.sum = factor * sum_of((sum[0] + sum[1]) + (sum[2] + sum[3]));
   if constexpr (Extras) {
-    part.shifted = factor / kLog2e * sum_of((shifted[0] + shifted[1]) + (shifted[2] + shifted[3]));
+    part.shifted = factor / kLog2e * sum_of((shifted[0] + shifted[1]) + (shifted[2] + shifted[3])) -
+                   part.sum * relative.lost()[0];
     part.squares = factor * factor * sum_of((squares[0] + squares[1]) + (squares[2] + squares[3]));
     part.total = sum_of(total[0] + total[2]);
   }
@@ -413,7 +423,7 @@ struct Gradient {
 
   DRRLHF_INLINE Gradient(Floats a_, Floats b_, Floats lse_, Floats tail, Floats h)
       : relative(lse_),
-        a(a_ * exponential_of_tiny(-(relative.lost() + tail))),
+        a(a_ * (Large ? exponential(-tail) : exponential_of_tiny(-(relative.lost() + tail)))),
         b(b_),
         lse(lse_),
         lse_tail(tail),
@@ -495,7 +505,8 @@ DRRLHF_INLINE Floats fold_columns(const float* block, std::int64_t stride, std::
   top = larger(best[0], best[1]);
   const Floats factor = relative.factor();
   if constexpr (Extras) {
-    shifted = (shift[0] + shift[1]) * factor * (1 / kLog2e);
+    shifted = (shift[0] + shift[1]) * factor * (1 / kLog2e) -
+              (sum[0] + sum[1]) * factor * relative.lost();
     squares = (square[0] + square[1]) * factor * factor;
   }
   return (sum[0] + sum[1]) * factor;
@@ -522,9 +533,10 @@ void fold_tile_as(float* tile, std::int64_t stride, std::int64_t rows, std::int6
   constexpr auto kF = Storage::kFloat;
   if constexpr (Extras) {
     for (std::int64_t j = 0; j < columns; j += kLanes) {
-      Floats total = load<kF>(o.total + j);
-      for (std::int64_t v = 0; v < rows; ++v) total += load<kF>(tile + v * stride + j);
-      store<kF>(o.total + j, total);
+      Floats total[4] = {};
+      for (std::int64_t v = 0; v < rows; ++v) total[v % 4] += load<kF>(tile + v * stride + j);
+      store<kF>(o.total + j,
+                load<kF>(o.total + j) + ((total[0] + total[1]) + (total[2] + total[3])));
     }
   }
   // The labels' own logits step aside, for the statistics are those of the others.

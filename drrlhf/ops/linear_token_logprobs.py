@@ -11,7 +11,7 @@ from torch import Tensor
 
 from drrlhf.ops.library import autograd, define, first_order_only
 from drrlhf.ops.token_logprobs import fake_statistics
-from drrlhf.reference import KEEP_HIDDEN, KEEP_SLAB
+from drrlhf.reference import ENTROPY, KEEP_HIDDEN, KEEP_SLAB
 
 
 def _fake(hidden, weight, bias, labels, ignore_index, temperature, softcap, logit_scale, outputs,
@@ -39,7 +39,9 @@ def _setup(ctx: Any, inputs: Any, output: Any) -> None:
     *ctx.options, _, keep, workspace = options
     ctx.keep = (keep, workspace)
     ctx.save_for_backward(hidden, weight, bias, labels, *output[:4], output[7])
-    ctx.mark_non_differentiable(*output[1:3], *output[4:])
+    # The entropy takes a gradient only where it was asked for.
+    outputs = options[-3]
+    ctx.mark_non_differentiable(*output[1 : 3 if outputs & ENTROPY else 4], *output[4:])
     ctx.set_materialize_grads(False)
 
 

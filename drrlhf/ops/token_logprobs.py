@@ -38,10 +38,11 @@ def _fake_backward(logits, *rest):
 
 
 def _setup(ctx: Any, inputs: Any, output: Any) -> None:
-    logits, labels, ignore_index, temperature, softcap, _ = inputs
+    logits, labels, ignore_index, temperature, softcap, outputs = inputs
     ctx.options = (ignore_index, temperature, softcap)
     ctx.save_for_backward(logits, labels, *output[:4])
-    ctx.mark_non_differentiable(*output[1:3], *output[4:])
+    # The entropy takes a gradient only where it was asked for.
+    ctx.mark_non_differentiable(*output[1 : 3 if outputs & ENTROPY else 4], *output[4:])
     ctx.set_materialize_grads(False)
 
 
@@ -94,4 +95,5 @@ class InPlace(torch.autograd.Function):
         first_order_only("token_logprobs")
         logits, labels, *statistics = ctx.saved_tensors
         token_logprobs_backward_(logits, labels, grad, grad_entropy, *statistics, *ctx.options)
+        torch.autograd.graph.increment_version(logits)  # which the C++ kernel does not do
         return (logits.detach(),) + (None,) * 5

@@ -1,0 +1,90 @@
+"""Token log-probs as one would write them in PyTorch, and the tolerance that goes with them."""
+
+from __future__ import annotations
+
+import torch
+
+from drrlhf import backends
+
+BACKENDS = ["reference", "cpp"] if backends.build_info()["built"] else ["reference"]
+OUTPUTS = ("entropy", "logsumexp", "mean_logit", "is_top1", "log_sum_sq_probs")
+# Ways for a matrix to lie in memory.
+LAYOUTS = {
+    "transposed": lambda x: x.T.contiguous().T,
+    "every other column": lambda x: torch.stack([x, -x], -1)[..., 0],
+    "one element into its storage": lambda x: torch.cat([x.new_zeros(1), x.flatten()])[1:].view(
+        x.shape
+    ),
+    "one row for all": lambda x: x[:1].expand(x.shape),
+    "part of wider rows": lambda x: torch.cat([x, -x], -1)[:, : x.shape[1]],
+}
+
+
+def transformed(logits, temperature=1.0, softcap=None):
+    z = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    return z if temperature == 1.0 else z / temperature
+
+
+def plain(logits, labels, ignore_index=-100, **options):
+    counted = labels != ignore_index
+    index = torch.where(counted, labels, 0).long().unsqueeze(-1)
+    logp = transformed(logits, **options).log_softmax(-1).gather(-1, index).squeeze(-1)
+    return torch.where(counted, logp, 0)
+
+
+def plain_outputs(logits, labels, ignore_index=-100, **options):
+    z = transformed(logits, **options)
+    logp = z.log_softmax(-1)
+    found = {
+        "entropy": -torch.where(logp > -torch.inf, logp.exp() * logp, 0).sum(-1),
+        "logsumexp": z.logsumexp(-1),
+        "mean_logit": z.mean(-1),
+        "is_top1": z.argmax(-1) == labels,
+        "log_sum_sq_probs": (2 * logp).logsumexp(-1),
+    }
+    return {
+        k: torch.where(labels != ignore_index, x, torch.zeros_like(x)) for k, x in found.items()
+    }
+
+
+def plain_logits(hidden, weight, bias=None, logit_scale=1.0):
+    logits = hidden @ weight.T
+    logits = logits if bias is None else logits + bias
+    return logits if logit_scale == 1.0 else logits * logit_scale
+
+
+def rounding(truth, dtype):
+    """Half the distance from each number to its neighbours of `dtype`."""
+    bits = torch.finfo(dtype)
+    _, exponent = torch.frexp(truth)
+    return torch.ldexp(torch.full_like(truth, bits.eps / 4), exponent).clamp(
+        min=bits.tiny * bits.eps
+    )
+
+
+def assert_no_worse(ours, theirs, truth, what=""):
+    """The error of `ours` against float64 is at most twice that of `theirs`, plain PyTorch of the
+    same dtype, by root mean square, and four times by the worst element.
+
+    Where plain PyTorch is exact by luck, as for a probability of 1, it counts as rounded to
+    nearest. Lists are pooled: a ratio of few numbers says more about luck than about code.
+    """
+    ours, theirs, truth = (x if isinstance(x, list) else [x] for x in (ours, theirs, truth))
+    least = [rounding(t.detach(), o.dtype) for o, t in zip(ours, truth)]
+    ours, theirs, truth, least = (
+        torch.cat([x.detach().double().reshape(-1) for x in xs])
+        for xs in (ours, theirs, truth, least)
+    )
+    assert ours.shape == theirs.shape == truth.shape
+    if not ours.numel():
+        return
+    error, allowed = (ours - truth).abs(), (theirs - truth).abs()
+    rms = lambda x: x.square().mean().sqrt().item()  # noqa: E731
+    for name, factor, a, b in (
+        ("RMS", 2, rms(error), max(rms(allowed), rms(least) / 3**0.5)),
+        ("worst", 4, error.max().item(), max(allowed.max().item(), least.max().item())),
+    ):
+        assert a <= factor * b, (
+            f"{what}: {name} error {a:.3g}, plain PyTorch's {b:.3g}, ratio {a / b:.2f}, at most "
+            f"{factor} allowed"
+        )
