@@ -84,7 +84,9 @@ def assert_equal(problem, ours, theirs, sequences, inputs=None, **close):
     torch.testing.assert_close(ours.logps, sequences.detach(), **close)
     assert not any(x.requires_grad for x in ours[1:])
     inputs = inputs or [problem.hidden, problem.weight]
-    found = (torch.autograd.grad(x.loss, inputs, torch.tensor(-2.5).to(x.loss)) for x in (ours, theirs))  # fmt: skip
+    found = (
+        torch.autograd.grad(x.loss, inputs, torch.tensor(-2.5).to(x.loss)) for x in (ours, theirs)
+    )
     for a, b in zip(*found):
         torch.testing.assert_close(a, b, **close)
         assert a.abs().sum() > 0
@@ -133,7 +135,10 @@ def test_pair_options_are_passed_on(backend, f_divergence):
     options = {"f_divergence": f_divergence, "f_alpha_divergence_coef": 0.7, "beta": 0.2}
     ours = problem.ours(**options)
     assert_equal(problem, ours, *problem.composed(problem.ref_logps, **options), **CLOSE)
-    for options in ({"loss_type": "simpo", "simpo_gamma": 1.5}, {"loss_type": "discopop", "discopop_tau": 0.5}):  # fmt: skip
+    for options in (
+        {"loss_type": "simpo", "simpo_gamma": 1.5},
+        {"loss_type": "discopop", "discopop_tau": 0.5},
+    ):
         refs = None if options["loss_type"] == "simpo" else problem.ref_logps
         ours = problem.ours(ref_logps=refs, **options)
         assert_equal(problem, ours, *problem.composed(refs, **options), **CLOSE)
@@ -400,7 +405,10 @@ BAD = [
     ({"nominal": torch.ones(3)}, r"nominal: expected shape \(6,\)"),
     ({"nominal": -torch.ones(PAIRS)}, "nominal: expected finite weights"),
     ({"ambiguity": "group:2"}, "needs the group id"),
-    ({"ambiguity": "group:2", "groups": torch.full((PAIRS,), 2)}, r"groups: expected ids in \[0, 2\)"),
+    (
+        {"ambiguity": "group:2", "groups": torch.full((PAIRS,), 2)},
+        r"groups: expected ids in \[0, 2\)",
+    ),
     ({"memory_budget": -1}, "memory_budget"),
     ({"temperature": 0.0}, "temperature"),
 ]  # fmt: skip
@@ -443,7 +451,10 @@ def op_arguments(problem, **change):
         ({"ref_logps": torch.zeros(3)}, "ref_logps: expected shape"),
         ({"nominal": torch.zeros(3)}, "nominal: expected shape"),
         ({"kind": "group", "groups": torch.zeros(3), "group_weights": torch.ones(2)}, "groups"),
-        ({"kind": "group", "groups": torch.full((6,), 9), "group_weights": torch.ones(2)}, "groups"),
+        (
+            {"kind": "group", "groups": torch.full((6,), 9), "group_weights": torch.ones(2)},
+            "groups",
+        ),
         ({"kind": "nonsense"}, "kind: unknown"),
         ({"loss_type": "nonsense"}, "loss_type: unknown"),
     ],

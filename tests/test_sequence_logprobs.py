@@ -160,9 +160,15 @@ BAD = [
       for cu, message in BAD_BOUNDARIES),
     (lambda: dr.sequence_logprobs(X, Y, cu_seqlens=torch.tensor([0.0, 6])), "integer dtype"),
     (lambda: dr.sequence_logprobs(X, Y), "packed .T,. needs cu_seqlens"),
-    (lambda: dr.sequence_logprobs(X.view(2, 3), Y.view(2, 3), cu_seqlens=torch.tensor([0, 6])), "packed"),
+    (
+        lambda: dr.sequence_logprobs(X.view(2, 3), Y.view(2, 3), cu_seqlens=torch.tensor([0, 6])),
+        "packed",
+    ),
     (lambda: dr.sequence_logprobs(X, Y[:3], cu_seqlens=torch.tensor([0, 6])), "labels: expected"),
-    (lambda: dr.sequence_logprobs(X.long(), Y, cu_seqlens=torch.tensor([0, 6])), "logps: expected a fl"),
+    (
+        lambda: dr.sequence_logprobs(X.long(), Y, cu_seqlens=torch.tensor([0, 6])),
+        "logps: expected a fl",
+    ),
     (lambda: dr.sequence_logprobs(X.view(2, 3), Y.view(2, 3), reduction="avg"), "'sum' or 'mean'"),
 ]  # fmt: skip
 
