@@ -644,7 +644,15 @@ def _logit_gradient(
         # d entropy / dz_j = -p_j (log p_j + entropy)
         slope = torch.where(p > 0, p * (log_p + entropy.unsqueeze(-1)), 0)
         d = d - grad_entropy.to(z.dtype).unsqueeze(-1) * slope
-    return torch.where(valid.unsqueeze(-1), d, 0)
+    return torch.where(_asked_about(valid, grad, grad_entropy).unsqueeze(-1), d, 0)
+
+
+def _asked_about(valid: Tensor, grad: Tensor | None, grad_entropy: Tensor | None) -> Tensor:
+    """Counted tokens with an upstream gradient: nothing of the others matters, NaN or not."""
+    asked = torch.zeros_like(valid)
+    for g in (grad, grad_entropy):
+        asked = asked if g is None else asked | (g != 0)
+    return valid & asked
 
 
 def token_logprobs_backward(
@@ -757,8 +765,7 @@ def linear_token_logprobs_backward(
         logits, labels, grad, grad_entropy, *statistics, ignore_index, temperature, softcap
     )
     d = (d * logit_scale).reshape(-1, weight.shape[0])
-    # An ignored token's hidden state, even NaN, never matters.
-    counted = (labels != ignore_index).reshape(-1, 1)
+    counted = _asked_about(labels != ignore_index, grad, grad_entropy).reshape(-1, 1)
     rows = torch.where(counted, hidden.reshape(-1, hidden.shape[-1]).to(d.dtype), 0)
     like_bias = weight if bias is None else bias
     with torch.autocast(hidden.device.type, enabled=False):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 
 import pytest
@@ -68,86 +67,72 @@ def call(hidden, weight, bias, labels, keep, workspace, outputs=0, **options):
     )  # fmt: skip
 
 
-def plain_linear(hidden, weight, bias, labels, logit_scale=1.0, **options):
-    return plain(plain_logits(hidden, weight, bias, logit_scale), labels, **options)
-
-
 def gradients(outputs, upstream, inputs):
     upstream = [u.to(o.dtype) for u, o in zip(upstream, outputs)]
     return torch.autograd.grad(outputs, inputs, upstream)
 
 
-def three(data, function, entropy=False, needs=(True, True, True), **options):
-    """Values and gradients: `function`'s, plain PyTorch's, and the definition's in float64."""
+def outcome(data, function, entropy, options, dtype=None):
+    """What `function` makes of the problem: its one or two outputs, and all gradients."""
     *inputs, labels, upstream = data
-    found = []
-    for kind in range(3):
-        x = [t.double() if kind == 2 else t.clone() for t in inputs]
-        for t, need in zip(x, needs):
-            t.requires_grad_(need)
-        exact = backends.use("reference") if kind == 2 else contextlib.nullcontext()
-        with exact:
-            if kind == 0:
-                both = function(*x, labels, **options)
-            elif kind == 1:
-                scale = options.get("logit_scale", 1.0)
-                rest = {k: v for k, v in options.items() if k != "logit_scale"}
-                logits = plain_logits(*x, scale)
-                both = [plain(logits, labels, **rest)]
-                if entropy:
-                    both.append(plain_outputs(logits, labels, **rest)["entropy"])
-            else:
-                made = dr.linear_token_logprobs(
-                    x[0], x[1], labels, bias=x[2], outputs=("entropy",), **options
-                )
-                both = made[:2]
-            both = list(both)[: 2 if entropy else 1]
-            wanted = [t for t, need in zip(x, needs) if need]
-            found.append((both, gradients(both, [upstream, upstream.flip(0)], wanted)))
-    return found
+    x = [t.to(dtype or t.dtype).clone().requires_grad_() for t in inputs]
+    outputs = list(function(*x, labels, **options))[: 1 + entropy]
+    return [t.detach() for t in outputs], gradients(outputs, [upstream, upstream.flip(0)], x)
+
+
+def plain_head(hidden, weight, bias, labels, logit_scale=1.0, **options):
+    logits = plain_logits(hidden, weight, bias, logit_scale)
+    return plain(logits, labels, **options), plain_outputs(logits, labels, **options)["entropy"]
+
+
+def definition(hidden, weight, bias, labels, **options):
+    options = {"bias": bias, "outputs": ("entropy",)} | options
+    return dr.linear_token_logprobs(hidden, weight, labels, **options)[:2]
+
+
+def kernel(keep, workspace=48 * MIB, entropy=False):
+    def run(*arguments, **options):
+        found = call(*arguments, KEEPS[keep], workspace, int(entropy), **options)
+        return found[0], found[3]
+
+    return run
 
 
 NAMES = ("hidden", "weight", "bias")
 
 
-def hold(cases, function, entropy=False, **options):
-    """The three-way tolerance over some problems, pooled."""
-    found = [three(data, function, entropy, **options) for data in cases]
-    for i, name in enumerate(("log-probs", "entropy")[: 1 + entropy]):
-        assert_no_worse(*([f[k][0][i] for f in found] for k in range(3)), name)
-    for i, name in enumerate(NAMES):
-        assert_no_worse(*([f[k][1][i] for f in found] for k in range(3)), f"gradient of {name}")
-
-
-def enough(shape, dtype):
-    """Several problems of one shape, for ratios that mean something."""
-    return [problem(*shape, dtype, seed=seed) for seed in range(max(2, min(24, 1200 // shape[0])))]
+def hold(cases, kernels, entropy=False, **options):
+    """The three-way tolerance of every kernel over some problems, pooled."""
+    theirs = [outcome(data, plain_head, entropy, options) for data in cases]
+    with backends.use("reference"):
+        truth = [outcome(data, definition, entropy, options, torch.float64) for data in cases]
+    for what, function in kernels.items():
+        ours = [outcome(data, function, entropy, options) for data in cases]
+        for part, names in enumerate((("log-probs", "entropy")[: 1 + entropy], NAMES)):
+            for i, name in enumerate(names):
+                pooled = ([f[part][i] for f in found] for found in (ours, theirs, truth))
+                assert_no_worse(*pooled, f"{'gradient of ' * part}{name}, keeping {what}")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("keep", KEEPS)
-def test_no_less_accurate_than_plain_pytorch(backend, dtype, shape, keep):
-    """Passes of 16 tokens and of as many as fit; all inputs trained."""
-    if backend == "reference" and keep != "nothing":
-        pytest.skip("the reference computes everything again")
-    cases = enough(shape, dtype)
-    for workspace in (0, 48 * MIB):
-        hold(cases, lambda *x: call(*x, KEEPS[keep], workspace)[:1])  # noqa: B023
+def test_no_less_accurate_than_plain_pytorch(backend, dtype, shape):
+    """Several problems of one shape, for a ratio that means something; passes of 16 tokens and of
+    as many as fit."""
+    if backend == "reference" and shape[0] % 2 == 0:
+        pytest.skip("the reference has no blocks whose edges need a look")
+    cases = [problem(*shape, dtype, seed=seed) for seed in range(min(20, 2 + 1000 // shape[0]))]
+    keeps = ["nothing"] if backend == "reference" else KEEPS
+    hold(cases, {f"{k}, {w}": kernel(k, w) for k in keeps for w in (0, 48 * MIB)})
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("options", OPTIONS)
-@pytest.mark.parametrize("keep", KEEPS)
-def test_options_and_entropy(backend, dtype, options, keep):
-    cases = [problem(n, d, 131, dtype, seed=n) for n, d in ((40, 16), (77, 32), (150, 16), (33, 7))]
+def test_options_and_entropy(backend, dtype, options):
+    shapes = ((40, 16), (77, 32), (150, 16), (33, 7))
+    cases = [problem(n, d, 131, dtype, seed=n) for n, d in shapes]
     for entropy in (False, True):
-        hold(
-            cases,
-            lambda *x, **o: [call(*x, KEEPS[keep], MIB, int(entropy), **o)[i] for i in (0, 3)],  # noqa: B023
-            entropy,
-            **options,
-        )
+        hold(cases, {k: kernel(k, MIB, entropy) for k in KEEPS}, entropy, **options)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -160,8 +145,7 @@ def test_flat_and_confident(backend, dtype, size):
         if seed % 2:
             labels = plain_logits(hidden.double(), weight.double(), bias.double()).argmax(-1)
         cases.append((hidden, weight, bias, labels, upstream))
-    for keep in KEEPS.values():
-        hold(cases, lambda *x: call(*x, keep, 48 * MIB)[:1])  # noqa: B023
+    hold(cases, {k: kernel(k) for k in KEEPS})
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -271,10 +255,11 @@ def test_columns_beyond_the_tokens_never_count(backend, dtype, keep, tokens):
     """A large bias, whose exponential overflows where there is no token to normalise it."""
     hidden, weight, bias, labels, upstream = problem(tokens, 16, 70, dtype)
     bias = bias + 200.0
-    found = three(
-        (hidden, weight, bias, labels, upstream), lambda *x: call(*x, KEEPS[keep], MIB)[:1]
-    )
-    for name, ours, truth in zip(NAMES, found[0][1], found[2][1]):
+    data = (hidden, weight, bias, labels, upstream)
+    _, ours_of = outcome(data, kernel(keep, MIB), False, {})
+    with backends.use("reference"):
+        _, truth_of = outcome(data, definition, False, {}, torch.float64)
+    for name, ours, truth in zip(NAMES, ours_of, truth_of):
         assert torch.isfinite(ours).all(), f"gradient of {name}"
         close = {"rtol": 1e-3, "atol": 1e-4}
         if dtype == torch.bfloat16:
@@ -456,10 +441,10 @@ def test_autocast_takes_its_dtype_and_keeps_float32_logits(backend, trained):
 def test_autocast_narrows_no_product_of_the_op(backend):
     """Told float32, it multiplies float32, whatever surrounds it."""
     data = problem(40, 16, 70)
-    for keep in KEEPS.values():
+    for keep in KEEPS:
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            inside = three(data, lambda *x: call(*x, keep, MIB)[:1])[0]  # noqa: B023
-        outside = three(data, lambda *x: call(*x, keep, MIB)[:1])[0]  # noqa: B023
+            inside = outcome(data, kernel(keep), False, {})
+        outside = outcome(data, kernel(keep), False, {})
         for a, b in zip((*inside[0], *inside[1]), (*outside[0], *outside[1])):
             assert torch.equal(a, b)
 

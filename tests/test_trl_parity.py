@@ -84,7 +84,7 @@ def test_twenty_steps_of_dpo(llama, tmp_path, lora, precompute):
         "peft_config": LORA if lora else None,
     }
     expected = train(trl, "DPO", llama, tmp_path, **options)
-    found = train(ours, "DPO", llama, tmp_path, ambiguity="erm", **options)
+    found = train(ours, "DPO", llama, tmp_path, ambiguity="erm", head="trl", **options)
     losses = logged_losses(expected)
     assert len(losses) == 20 and losses.min() < 0.9 * losses.max()  # it did train
     assert_same_run(found, expected)
