@@ -28,21 +28,16 @@ void merge(Others& into, const Others& from) {
     into.shifted = from.shifted;
     into.squares = from.squares;
   } else if (from.sum != 0) {
-    const float d = from.reference - into.reference;
-    const float keep = d > 0 ? std::exp(-d) : 1.0f, take = d > 0 ? 1.0f : std::exp(d);
-    const float up = d > 0 ? d : 0.0f, down = d > 0 ? 0.0f : d;
-    into.shifted = (keep == 0 ? 0.0f : (into.shifted - into.sum * up) * keep) +
-                   (take == 0 ? 0.0f : (from.shifted + from.sum * down) * take);
+    const double d = static_cast<double>(from.reference) - into.reference;
+    const double keep = d > 0 ? std::exp(-d) : 1, take = d > 0 ? 1 : std::exp(d);
+    const double up = d > 0 ? d : 0, down = d > 0 ? 0 : d;
+    into.shifted = (keep == 0 ? 0 : (into.shifted - into.sum * up) * keep) +
+                   (take == 0 ? 0 : (from.shifted + from.sum * down) * take);
     into.sum = into.sum * keep + from.sum * take;
     into.squares = into.squares * keep * keep + from.squares * take * take;
     into.reference = d > 0 ? from.reference : into.reference;
   }
 }
-
-// The products and sums of these loops are of approximations anyway: fused, they are faster and
-// no less accurate.
-#pragma GCC push_options
-#pragma GCC optimize("fp-contract=fast")
 
 namespace baseline {
 namespace {
@@ -78,8 +73,6 @@ namespace {
 
 #endif
 
-#pragma GCC pop_options
-
 const SoftmaxKernels& softmax_kernels() {
 #ifdef DRRLHF_MULTIVERSIONED
   static const SoftmaxKernels& best = __builtin_cpu_supports("x86-64-v4")   ? avx512::kKernels
@@ -93,35 +86,34 @@ const SoftmaxKernels& softmax_kernels() {
 
 TokenStatistics finish(const Others& o, float label_z, std::int64_t label, std::int64_t n) {
   TokenStatistics s;
-  const float d = label_z - o.reference;
-  const float others = o.sum == 0 ? 0.0f : o.sum * std::exp(-d);  // relative to the label's own
-  float log_sum, sum, shifted, squares;
+  const double d = static_cast<double>(label_z) - o.reference;
+  const double others = o.sum == 0 ? 0 : o.sum * std::exp(-d);  // relative to the label's own
+  double log_sum, logp, sum, shifted, squares;
   if (others < 1) {
     log_sum = std::log1p(others);
-    s.logp = -log_sum;
+    logp = -log_sum;
     sum = 1 + others;
-    shifted = others == 0 ? 0.0f : (o.shifted - o.sum * d) * std::exp(-d);
+    shifted = others == 0 ? 0 : (o.shifted - o.sum * d) * std::exp(-d);
     squares = 1 + o.squares * std::exp(-d) * std::exp(-d);
-    s.entropy = log_sum - shifted / sum;
-    s.log_sum_squares = std::log(squares) - 2 * log_sum;
-    s.lse = label_z + log_sum;
-    s.lse_tail = (label_z - s.lse) + log_sum;
   } else {
-    const float e = std::exp(d);
+    const double e = std::exp(d);
     sum = o.sum + e;
     log_sum = std::log(sum);
-    s.logp = d - log_sum;
-    shifted = o.shifted + (e == 0 ? 0.0f : e * d);
+    logp = d - log_sum;
+    shifted = o.shifted + (e == 0 ? 0 : e * d);
     squares = o.squares + e * e;
-    s.entropy = log_sum - shifted / sum;
-    s.log_sum_squares = std::log(squares) - 2 * log_sum;
-    s.lse = o.reference + log_sum;
-    s.lse_tail = (o.reference - s.lse) + log_sum;
   }
+  s.logp = static_cast<float>(logp);
+  // Log-sum-exp in two numbers. Of a huge logit even float64 would not hold the log of the sum.
+  const double from = others < 1 ? label_z : o.reference;
+  s.lse = static_cast<float>(from + log_sum);
+  s.lse_tail = static_cast<float>((from - s.lse) + log_sum);
+  s.entropy = static_cast<float>(log_sum - shifted / sum);
+  s.log_sum_squares = static_cast<float>(std::log(squares) - 2 * log_sum);
   // What has no answer must stay seen: the label's own logit infinite, or every logit -infinity.
   if (label_z - label_z != 0 && (!(label_z < 0) || o.sum == 0))
     s.logp = s.lse = s.entropy = s.log_sum_squares = std::nanf("");
-  s.mean = o.total / static_cast<float>(n);
+  s.mean = static_cast<float>(o.total / static_cast<double>(n));
   s.is_top1 = label_z > o.top || (label_z == o.top && label < o.index);
   return s;
 }

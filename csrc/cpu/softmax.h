@@ -21,7 +21,8 @@ enum class Storage { kFloat, kBFloat16, kHalf };
 // sum e (z - reference), sum e^2, the first maximum and its index. total = sum z of all logits, the
 // label's included. The reference is the largest of the first few, so that one pass will do.
 struct Others {
-  float reference = -FLT_MAX, sum = 0, shifted = 0, squares = 0, total = 0, top = -FLT_MAX;
+  float reference = -FLT_MAX, top = -FLT_MAX;
+  double sum = 0, shifted = 0, squares = 0, total = 0;
   std::int64_t index = -1;
 };
 
