@@ -33,7 +33,8 @@ struct PlainTensors {
 bool multiplies_bfloat16() {
 #ifdef DRRLHF_MULTIVERSIONED
   static const bool answer = [] {
-    if (!__builtin_cpu_supports("avx512bf16") || !at::globalContext().userEnabledMkldnn()) {
+    if (softmax_kernels().lanes != 16 || !__builtin_cpu_supports("avx512bf16") ||
+        !at::globalContext().userEnabledMkldnn()) {
       return false;
     }
     const at::BFloat16 a[2] = {1, 2}, b[32] = {};

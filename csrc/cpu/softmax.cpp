@@ -1,7 +1,10 @@
 #include "softmax.h"
 
+#include <ATen/Version.h>
+
 #include <cmath>
 #include <cstdint>
+#include <string>
 #include <type_traits>
 
 #include "../core/platform.h"
@@ -75,9 +78,13 @@ namespace {
 
 const SoftmaxKernels& softmax_kernels() {
 #ifdef DRRLHF_MULTIVERSIONED
-  static const SoftmaxKernels& best = __builtin_cpu_supports("x86-64-v4")   ? avx512::kKernels
-                                      : __builtin_cpu_supports("x86-64-v3") ? avx2::kKernels
-                                                                            : baseline::kKernels;
+  static const SoftmaxKernels& best = []() -> const SoftmaxKernels& {
+    const std::string allowed = at::get_cpu_capability();
+    const bool wide = allowed == "AVX512";
+    if (wide && __builtin_cpu_supports("x86-64-v4")) return avx512::kKernels;
+    const bool middle = wide || allowed == "AVX2";
+    return middle && __builtin_cpu_supports("x86-64-v3") ? avx2::kKernels : baseline::kKernels;
+  }();
   return best;
 #else
   return baseline::kKernels;

@@ -51,6 +51,7 @@ struct ColumnCoefficients {
 };
 
 struct SoftmaxKernels {
+  int lanes;  // floats in a vector
   // Statistics of the row x (n,) without entry `label`, whose transformed value goes to label_z.
   void (*fold_row)(const void* x, Storage storage, std::int64_t n, std::int64_t label,
                    const Transform& transform, bool extras, Others& others, float& label_z);
@@ -89,7 +90,8 @@ struct SoftmaxKernels {
 // Columns are worked on in blocks of this many, whatever the vector width.
 constexpr std::int64_t kColumnBlock = 16;
 
-// The kernels for the processor that this runs on.
+// The kernels for the processor that this runs on; never wider than ATen's own, so that
+// ATEN_CPU_CAPABILITY=default or avx2 in the environment holds for both.
 const SoftmaxKernels& softmax_kernels();
 
 // Adds `from` to `into`: statistics of disjoint parts of one row.

@@ -29,6 +29,7 @@ DRRLHF_INLINE Floats larger(Floats x, Floats best) { return x > best ? x : best;
 // a b + c with one rounding, where the processor can. The compiler fuses nothing by itself: which
 // product of an expression keeps its digits matters, and so does that a logit is the same number
 // wherever it is used.
+constexpr bool kFuses = DRRLHF_LANES >= 8;
 DRRLHF_INLINE Floats fused(Floats a, Floats b, Floats c) {
 #if DRRLHF_LANES == 16
   return _mm512_fmadd_ps(a, b, c);
@@ -203,27 +204,23 @@ DRRLHF_INLINE Floats exponential(Floats x) {
 // exp(x) of tiny x: what a float32 cannot hold of a number below 1e4 or so.
 DRRLHF_INLINE Floats exponential_of_tiny(Floats x) { return 1.0f + (x + 0.5f * x * x); }
 
-// exp(z - reference) = factor 2^exponent(z) for a reference that many z share. One operation makes
-// an exponent: the product reference * log2(e) is rounded, but what that does is known and the same
-// for every z, so the factor, close to 1, takes it back. For large references it would not be.
+// exp(z - reference) = factor 2^exponent(z) for a reference that many z share. One fused operation
+// makes an exponent: the product reference * log2(e) is rounded, but what that does is known and
+// the same for every z, so the factor, close to 1, takes it back. For large references it would not
+// be.
 constexpr float kLargeReference = 1e4f;
 
 template <bool Large>
 struct Relative {
+  static constexpr bool kByDifference = Large || !kFuses;
   Floats reference, product;
   DRRLHF_INLINE explicit Relative(Floats z) : reference(z), product(z * kLog2e) {}
   DRRLHF_INLINE Floats exponent(Floats z) const {
-    return Large ? (z - reference) * kLog2e : fused(z, all(kLog2e), -product);
+    return kByDifference ? (z - reference) * kLog2e : fused(z, all(kLog2e), -product);
   }
   // Minus the log of the factor.
   DRRLHF_INLINE Floats lost() const {
-    Floats found = {};
-    if (!Large) {
-      for (int i = 0; i < kLanes; ++i) {
-        found[i] = __builtin_fmaf(reference[i], kLog2e, -product[i]);
-      }
-    }
-    return found * kLn2;
+    return kByDifference ? Floats{} : fused(reference, all(kLog2e), -product) * kLn2;
   }
   DRRLHF_INLINE Floats factor() const { return exponential_of_tiny(-lost()); }
 };
@@ -858,6 +855,12 @@ void narrow_row(const float* x, void* out, Storage storage, std::int64_t n) {
   });
 }
 
-constexpr SoftmaxKernels kKernels = {fold_row,  row_gradient,  transform_tile,
-                                     fold_tile, tile_gradient, tile_gradient_transposed,
-                                     scale_row, narrow_row};
+constexpr SoftmaxKernels kKernels = {kLanes,
+                                     fold_row,
+                                     row_gradient,
+                                     transform_tile,
+                                     fold_tile,
+                                     tile_gradient,
+                                     tile_gradient_transposed,
+                                     scale_row,
+                                     narrow_row};
