@@ -138,7 +138,7 @@ def test_other_adapters(llama, tmp_path, kind):
 class Pair:
     """TRL's trainer and ours around the same policy, away from its reference, and one batch."""
 
-    def __init__(self, path, tmp_path, **options):
+    def __init__(self, path, tmp_path, head="auto", **options):
         policy = AutoModelForCausalLM.from_pretrained(path)
         with torch.no_grad():
             for parameter in policy.parameters():
@@ -147,11 +147,12 @@ class Pair:
         policy.save_pretrained(tmp_path / "policy")
         self.trainers = []
         for library in LIBRARIES:
+            own = {"head": head} if library is ours else {}
             self.trainers.append(
                 library.DPOTrainer(
                     model=AutoModelForCausalLM.from_pretrained(tmp_path / "policy"),
                     ref_model=AutoModelForCausalLM.from_pretrained(path),
-                    args=library.DPOConfig(str(tmp_path / "out"), **quiet(**options)),
+                    args=library.DPOConfig(str(tmp_path / "out"), **quiet(**own, **options)),
                     train_dataset=tiny_pairs(5),
                     processing_class=tiny_tokenizer(),
                 )
@@ -191,6 +192,12 @@ class Pair:
 
 @pytest.fixture(scope="module")
 def pair(llama, tmp_path_factory):
+    """With TRL's head in both: some losses multiply the rounding of a log-prob."""
+    return Pair(llama, tmp_path_factory.mktemp("pair"), head="trl")
+
+
+@pytest.fixture(scope="module")
+def pair_with_our_head(llama, tmp_path_factory):
     return Pair(llama, tmp_path_factory.mktemp("pair"))
 
 
@@ -201,8 +208,9 @@ OUTSIDE = ["aot", "aot_unpaired", "sft"]
 
 
 @pytest.mark.parametrize("loss_type", DIFFERENCES + OTHERS + OUTSIDE)
-def test_loss_types(pair, loss_type):
-    pair.assert_equal(loss_type, label_smoothing=SMOOTHING.get(loss_type, 0.0))
+def test_loss_types(pair, pair_with_our_head, loss_type):
+    for trainers in (pair, pair_with_our_head):
+        trainers.assert_equal(loss_type, label_smoothing=SMOOTHING.get(loss_type, 0.0))
 
 
 @pytest.mark.parametrize("loss_type", DIFFERENCES)
