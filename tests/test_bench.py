@@ -362,6 +362,20 @@ def test_the_commit_is_that_of_our_own_checkout(tmp_path, monkeypatch):
     monkeypatch.setattr(dr, "__file__", str(tmp_path / "drrlhf" / "__init__.py"))
     assert results.commit() is None, "a checkout that only happens to hold the installed package"
 
+    kept = tmp_path / "benchmarks" / "results" / "cpu.json"
+    kept.parent.mkdir(parents=True)
+    for path in (tmp_path / "drrlhf" / "version.py", kept):
+        path.write_text("1")
+    name = ["-c", "user.name=x", "-c", "user.email=x"]
+    for command in (["add", "."], [*name, "commit", "-q", "-m", "x"]):
+        subprocess.run(["git", *command], check=True, cwd=tmp_path)
+    clean = results.commit()
+    assert len(clean) == 40
+    kept.write_text("2")
+    assert results.commit() == clean, "a kept result changes nothing that is measured"
+    (tmp_path / "drrlhf" / "version.py").write_text("2")
+    assert results.commit() == f"{clean}-dirty"
+
 
 def _record(op, contender, ratio, **more):
     record = dict.fromkeys(RECORD) | {"axis": None, "op": op, "contender": contender}

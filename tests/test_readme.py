@@ -15,6 +15,8 @@ import pytest
 import torch
 from trl_fixtures import tiny_llama_dir, tiny_pairs
 
+from drrlhf.bench.heads import COMPILED, PLAIN, TRL
+from drrlhf.bench.results import newest
 from drrlhf.bench.table import readme_tables
 
 ROOT = Path(__file__).parent.parent
@@ -138,6 +140,41 @@ def test_the_tables_are_the_kept_measurements():
     assert "robust_risk" in tables
     for name, table in tables.items():
         assert table in README, f"drrlhf bench --readme prints the current {name} table"
+
+
+def test_the_sentences_about_the_head_are_the_kept_measurements():
+    folder, text = ROOT / "benchmarks" / "results", " ".join(README.split())
+
+    def kept(op, metric, contender, key="value"):
+        (found,) = (
+            record[key]
+            for record in newest(folder, op)["records"]
+            if record["op"] == op and record["metric"] == metric and record["axis"] is None
+            and record["dtype"] == "bfloat16" and record["contender"] == contender
+        )  # fmt: skip
+        return found
+
+    for metric, sentence in (
+        ("forward", "take {} ms where plain PyTorch takes {} and `torch.compile` {}"),
+        ("forward+backward", "gradient {} ms where these take {} and {}"),
+    ):
+        found = [
+            kept("token_logprobs", metric, name) for name in ("drrlhf", "log_softmax", COMPILED)
+        ]
+        assert sentence.format(*(f"{t:.3g}" for t in found)) in text
+    found = [
+        kept("linear_token_logprobs", "peak memory, forward+backward", name, "peak_mib")
+        for name in ("drrlhf", PLAIN)
+    ]
+    assert "takes {:.0f} MiB of memory beyond its inputs, {:.0f} with".format(*found) in text
+    speeds = [
+        kept("dpo_step", "tv:0.1, forward+backward", name, "tokens_per_s")
+        for name in ("drrlhf", PLAIN, TRL)
+    ]
+    sentence = (
+        "{:.0f} tokens/s with the total-variation adversary, {:.0f} with full logits, and {:.0f}"
+    )
+    assert sentence.format(*speeds) in text
 
 
 def test_the_demo_sentence_is_the_kept_result():

@@ -103,7 +103,7 @@ def _ratios(records: list[Record]) -> Any:
         axis.legend(
             frameon=False,
             fontsize="x-small",
-            ncols=5,
+            ncols=4,
             loc="lower left",
             bbox_to_anchor=(0, 1),
             borderaxespad=0.2,
