@@ -14,7 +14,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 from setuptools.command.build_py import build_py
 
 MODE = os.environ.get("DRRLHF_BUILD", "auto")
@@ -102,4 +102,9 @@ if reason:
 else:
     modules, commands["build_ext"] = extension()
 
-setup(ext_modules=modules, cmdclass=commands)
+setup(
+    ext_modules=modules,
+    cmdclass=commands,
+    packages=[*find_packages(include=["drrlhf", "drrlhf.*"]), "drrlhf.kernels"],
+    package_dir={"drrlhf.kernels": "kernels"},  # `kernels` alone is another package
+)

@@ -9,7 +9,9 @@ or raises `BackendError` with the reason; it never falls through.
 
 from __future__ import annotations
 
+import functools
 import importlib
+import importlib.metadata
 import json
 import logging
 import os
@@ -38,10 +40,10 @@ OPS = (
     "linear_token_logprobs",
     "linear_token_logprobs_backward",
 )
-DEVICES = {"cuda": ("cuda",), "triton": ("cuda",), "cpp": ("cpu",)}
+DEVICES = {"cuda": ("cuda",), "triton": ("cuda", "xpu"), "cpp": ("cpu",)}
 SERVED: dict[str, frozenset[str]] = {
     "cpp": frozenset(OPS),
-    "triton": frozenset(),
+    "triton": frozenset(OPS),
     "cuda": frozenset(),
     "reference": frozenset(OPS),
 }
@@ -91,12 +93,46 @@ def build_info() -> dict[str, Any]:
     return {"built": _EXTENSION is not None, "reason": _NO_EXTENSION, **found}
 
 
+OLDEST_TRITON = (3, 6)
+OLDEST_CAPABILITY = (8, 0)  # of an NVIDIA GPU
+
+
+@functools.cache
+def _no_triton() -> str:
+    """Why this process cannot run Triton kernels; empty when it can."""
+    try:
+        version = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return "triton is not installed; a GPU build of torch brings it, pip install triton does too"
+    if tuple(int(part) for part in version.split(".")[:2]) < OLDEST_TRITON:
+        oldest = ".".join(map(str, OLDEST_TRITON))
+        return f"triton {version} is too old; install triton>={oldest}"
+    if torch.cuda.is_available() and torch.version.hip is None:
+        capability = torch.cuda.get_device_capability()
+        if capability < OLDEST_CAPABILITY:
+            return (
+                f"needs compute capability {'.'.join(map(str, OLDEST_CAPABILITY))}, this GPU has "
+                f"{'.'.join(map(str, capability))}"
+            )
+    return ""
+
+
+def interprets() -> bool:
+    """Whether Triton kernels run in its interpreter (TRITON_INTERPRET=1), on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+
+
 def _obstacle(op: str, backend: str, device: str, float64: bool = False) -> str:
     """Why `backend` cannot serve `op` on `device`; empty when it can."""
     if op not in SERVED[backend]:
         return f"has no {op} kernel in this version"
-    if backend in DEVICES and device not in DEVICES[backend]:
-        return f"runs on {'/'.join(DEVICES[backend])} tensors, not on {device}"
+    # Interpreted kernels are for those who ask for them by name: they take seconds.
+    interpreted = backend == "triton" and device == "cpu" and _forced == "triton" and interprets()
+    if backend in DEVICES and device not in DEVICES[backend] and not interpreted:
+        hint = "; set TRITON_INTERPRET=1 to interpret it" if backend == "triton" else ""
+        return f"runs on {'/'.join(DEVICES[backend])} tensors, not on {device}{hint}"
+    if backend == "triton" and (reason := _no_triton()):
+        return reason
     if backend == "cpp" and _EXTENSION is None:
         return _NO_EXTENSION
     if float64 and op in NO_FLOAT64 and backend != "reference":
@@ -107,6 +143,9 @@ def _obstacle(op: str, backend: str, device: str, float64: bool = False) -> str:
 def _implementation(op: str, backend: str) -> Callable[..., Any]:
     if backend == "reference":
         return getattr(reference, op)
+    if backend == "triton":  # a file of its own for each op and its backward
+        module = importlib.import_module(f"drrlhf.kernels.{op.split('_backward')[0]}")
+        return getattr(module, op)
     return getattr(torch.ops.drrlhf_cpp, op).default
 
 
@@ -155,9 +194,10 @@ def _choose(op: str, device: str, float64: bool = False) -> tuple[str, dict[str,
         if not obstacle:
             return backend, obstacles
         obstacles[backend] = obstacle
+    serving = next(b for b in NAMES if not _obstacle(op, b, device, float64))
     raise BackendError(
         f"backend {_forced!r} was asked for by name but cannot serve {op} on {device}: "
-        f"{obstacles[str(_forced)]}; see `drrlhf doctor`, or use 'auto'"
+        f"{obstacles[str(_forced)]}; {serving} would: see `drrlhf doctor`, or use 'auto'"
     )
 
 
