@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 
 from drrlhf import backends
 
-BACKENDS = ["reference", "cpp"] if backends.build_info()["built"] else ["reference"]
+# TRITON_INTERPRET=1 gives a process of the tests to the interpreted kernels.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+BUILT = ["reference", "cpp"] if backends.build_info()["built"] else ["reference"]
+BACKENDS = ["triton"] if INTERPRETED else BUILT
 OUTPUTS = ("entropy", "logsumexp", "mean_logit", "is_top1", "log_sum_sq_probs")
 # Ways for a matrix to lie in memory.
 LAYOUTS = {
