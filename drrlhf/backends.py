@@ -201,6 +201,11 @@ def _choose(op: str, device: str, float64: bool = False) -> tuple[str, dict[str,
     )
 
 
+def serving(op: str, device: str) -> str:
+    """The name of the backend that serves `op` on `device`."""
+    return _choose(op, device)[0]
+
+
 def kernel(op: str, device: str, dtype: torch.dtype = torch.float32) -> Callable[..., Any]:
     """The function that serves `op` for tensors of `dtype` on `device` ("cpu", "cuda", ...)."""
     float64 = dtype == torch.float64

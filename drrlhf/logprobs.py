@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, overload
 import torch
 from torch import Tensor
 
-from drrlhf import ops, reference
+from drrlhf import backends, ops, reference
 from drrlhf.checks import check_choice, check_floating, check_integer, check_value
 
 
@@ -146,21 +146,39 @@ def token_logprobs(
     return _result(op(logits, labels, ignore_index, float(temperature), softcap, bits), outputs)
 
 
-# What the head may hold at a time unless the caller says otherwise, and how much of that is for
-# logits on their way: products gain nothing from more rows.
-MEMORY_BUDGET = 256 * 2**20
-WORKSPACE = 48 * 2**20
+class Room(NamedTuple):
+    """Bytes that the head may hold at a time, and how many of them for logits on their way."""
+
+    budget: int
+    workspace: int
+
+
+# Unless the caller says otherwise. Products gain nothing from more rows than these hold; a GPU needs
+# more of them to be busy.
+ROOM_ON_CPU = Room(256 * 2**20, 48 * 2**20)
+ROOM_ON_GPU = Room(576 * 2**20, 512 * 2**20)
+
+
+def _slab_kind(device: str) -> int:
+    """The form in which the backend that serves the head keeps the softmax of all tokens."""
+    serving = backends.serving("linear_token_logprobs", device)
+    return reference.KEEP_SLAB if serving in ("cpp", "reference") else reference.KEEP_RATIOS
+
+
+# A graph is traced for the backend that serves then, as torch.compiler.assume_constant_result says.
+_slab_kind._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _plan(
     tokens: int, head: Tensor, need_hidden: bool, need_head: bool, memory_budget: int | None
 ) -> tuple[int, int]:
     """What the forward keeps for the backward, and the bytes it may use for logits."""
-    budget = MEMORY_BUDGET if memory_budget is None else memory_budget
-    workspace = min(budget, WORKSPACE)
+    room = ROOM_ON_CPU if head.device.type == "cpu" else ROOM_ON_GPU
+    budget = room.budget if memory_budget is None else memory_budget
+    workspace = min(budget, room.workspace)
     slab = tokens * head.shape[0] * head.element_size()
-    if need_head and slab + workspace <= budget and head.device.type == "cpu":
-        return reference.KEEP_SLAB, workspace
+    if need_head and slab + workspace <= budget:
+        return _slab_kind(head.device.type), workspace
     return (reference.KEEP_HIDDEN if need_hidden else reference.KEEP_NOTHING), workspace
 
 
@@ -205,9 +223,10 @@ def linear_token_logprobs(
         labels: (...), any integer dtype; `ignore_index` gives exactly 0 and no gradient.
         outputs: names of `TokenLogprobs` wanted besides the log-probs, from the same pass.
         memory_budget: bytes to hold beside the inputs, the gradients, and copies of the counted
-            rows of `hidden`; default 256 MiB. Of it at most 48 MiB are logits on their way. The
-            softmax of a trained head, tokens V itemsize bytes, is kept if it fits in the rest, and
-            computed again otherwise. One row of logits is always held.
+            rows of `hidden`; default 256 MiB, on a GPU 576 MiB. Of it at most 48 MiB (512 MiB) are
+            logits on their way. The softmax of a trained head, tokens V itemsize bytes, is kept if
+            it fits in the rest, and computed again otherwise. One row of logits, on a GPU one row
+            of tiles, is always held.
 
     Returns:
         (...), float32, or float64 for float64 inputs; a `TokenLogprobs` of such if `outputs` names

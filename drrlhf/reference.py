@@ -694,9 +694,22 @@ def linear_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: fl
 
 
 # What the forward of linear_token_logprobs keeps for its backward: nothing (it computes the logits
-# again), d logp / d hidden (..., D), or d logp / d logits of the counted tokens as (V, counted),
-# packed at the front of (V, tokens).
-KEEP_NOTHING, KEEP_HIDDEN, KEEP_SLAB = 0, 1, 2
+# again), d logp / d hidden (..., D), d logp / d logits of the counted tokens as (V, counted), packed
+# at the front of (V, tokens), or that by rows: of each counted token, at the front of (tokens, V and
+# up to the next multiple of 16), divided by -p[label] and the factors logit_scale / temperature
+# where logp >= IMPROBABLE, which can be written before the sum of the exponentials is known.
+KEEP_NOTHING, KEEP_HIDDEN, KEEP_SLAB, KEEP_RATIOS = 0, 1, 2, 3
+IMPROBABLE = -31.0
+
+
+def divides_by_label(logp: Tensor, dtype: torch.dtype) -> Tensor:
+    """Which rows of KEEP_RATIOS are divided; float16 has no room for ratios of probabilities."""
+    return (logp >= IMPROBABLE) & (dtype != torch.float16)
+
+
+def ratios_width(vocabulary: int) -> int:
+    """Columns of KEEP_RATIOS: rows begin on whole groups of 16 entries."""
+    return (vocabulary + 15) // 16 * 16
 
 
 def linear_token_logprobs(
@@ -726,10 +739,16 @@ def linear_token_logprobs(
         if keep == KEEP_HIDDEN:
             with torch.autocast(hidden.device.type, enabled=False):
                 kept = (d @ weight.to(d.dtype)).to(hidden.dtype)
-        else:
+        elif keep == KEEP_SLAB:
             rows = d[labels != ignore_index].T.reshape(-1).to(hidden.dtype)
             kept = hidden.new_zeros(weight.shape[0], labels.numel())
             kept.view(-1)[: rows.numel()] = rows
+        else:
+            divide = divides_by_label(found[0], hidden.dtype)
+            by = torch.where(divide, -torch.exp(found[0]) * (logit_scale / temperature), 1)
+            rows = (d / by.unsqueeze(-1))[labels != ignore_index]
+            kept = hidden.new_zeros(labels.numel(), ratios_width(weight.shape[0]))
+            kept[: rows.shape[0], : rows.shape[1]] = rows
     return (*found, kept)
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from three_ways import (
     BACKENDS,
+    INTERPRETED,
     LAYOUTS,
     OUTPUTS,
     assert_no_worse,
@@ -21,10 +22,11 @@ from drrlhf import backends, logprobs, ops, reference
 
 OP = ops.linear_token_logprobs
 MIB = 2**20
+SLAB = reference.KEEP_RATIOS if INTERPRETED else reference.KEEP_SLAB
 KEEPS = {
     "nothing": reference.KEEP_NOTHING,
     "hidden": reference.KEEP_HIDDEN,
-    "slab": reference.KEEP_SLAB,
+    "slab": SLAB,
 }
 OPTIONS = [{}, {"temperature": 0.7, "logit_scale": 0.5}, {"logit_scale": -1.3}, {"softcap": 6.0}]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -190,7 +192,7 @@ def test_memory_budget_changes_no_number(backend, needs, budget, bias):
         torch.testing.assert_close(a, b)
 
 
-def test_what_is_kept_follows_from_needs_and_budget(monkeypatch):
+def test_what_is_kept_follows_from_needs_and_budget(backend, monkeypatch):
     hidden, weight, bias, labels, _ = problem(8, 4, 10)
     plans = []
     monkeypatch.setattr(
@@ -205,9 +207,9 @@ def test_what_is_kept_follows_from_needs_and_budget(monkeypatch):
         ((), None, reference.KEEP_NOTHING, room),
         (("hidden",), None, reference.KEEP_HIDDEN, room),
         (("hidden",), 5, reference.KEEP_HIDDEN, 5),
-        (("weight",), None, reference.KEEP_SLAB, room),
-        (("bias",), None, reference.KEEP_SLAB, room),
-        (NAMES, room + slab, reference.KEEP_SLAB, room),
+        (("weight",), None, SLAB, room),
+        (("bias",), None, SLAB, room),
+        (NAMES, room + slab, SLAB, room),
         (NAMES, room + slab - 1, reference.KEEP_HIDDEN, room),
         (("weight",), room + slab - 1, reference.KEEP_NOTHING, room),
     ]
@@ -670,7 +672,7 @@ def test_the_backward_checks_what_was_kept(keep, kept):
 
 
 @needs_cpp
-@pytest.mark.parametrize("keep", [-1, 3, 100])
+@pytest.mark.parametrize("keep", [-1, 4, 100])
 def test_the_kernels_check_what_to_keep(keep):
     for op in ("linear_token_logprobs", "linear_token_logprobs_backward"):
         arguments = arguments_of(op) | {"keep": keep}
