@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import struct
 from typing import Any
 
 import torch
@@ -21,3 +22,12 @@ def on(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
     if tensor.device.type == "cpu":
         return contextlib.nullcontext()
     return torch.get_device_module(tensor.device).device(tensor.device)
+
+
+def numbers(*values: float) -> tuple[tuple[float, float], ...]:
+    """Arguments of a kernel that `numerics.number` puts together again, to 48 bits and more."""
+    pairs = []
+    for value in values:
+        high = struct.unpack("f", struct.pack("f", value))[0]
+        pairs.append((high, value - high))
+    return tuple(pairs)

@@ -22,3 +22,22 @@ def expm1(x):
     plain = (d == 0) | (d == -1) | (d != d) | (u == float("inf"))
     log_u = tl.log(tl.where(plain, 2, u))
     return tl.where(d == 0, x, tl.where(plain, d, d * (x / log_u)))
+
+
+@triton.jit
+def softplus(x):
+    """log(1 + exp(x)) = -log sigmoid(-x)."""
+    return tl.where(x > 0, x, 0.0) + log1p(tl.exp(-tl.abs(x)))
+
+
+@triton.jit
+def sigmoid(x):
+    """1 / (1 + exp(-x)), of which neither tail cancels."""
+    e = tl.exp(-tl.abs(x))
+    return tl.where(x > 0, 1.0, e) / (1.0 + e)
+
+
+@triton.jit
+def number(parameters, i: tl.constexpr):
+    """The i-th of `launch.numbers`, in float64: an argument alone would arrive in float32."""
+    return tl.zeros([], tl.float64) + parameters[i][0] + parameters[i][1]

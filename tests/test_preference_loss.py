@@ -6,12 +6,12 @@ import math
 
 import pytest
 import torch
+from three_ways import BACKENDS
 import torch.nn.functional as F
 
 import drrlhf as dr
 from drrlhf import backends, reference
 
-BACKENDS = ["reference", "cpp"] if backends.build_info()["built"] else ["reference"]
 CASES = [
     *((t, f) for t in reference.DIFFERENCE_LOSSES for f in reference.F_DIVERGENCES),
     *((t, "reverse_kl") for t in reference.LOSS_TYPES if t not in reference.DIFFERENCE_LOSSES),

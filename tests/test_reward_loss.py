@@ -6,12 +6,11 @@ import math
 
 import pytest
 import torch
+from three_ways import BACKENDS
 import torch.nn.functional as F
 
 import drrlhf as dr
 from drrlhf import backends
-
-BACKENDS = ["reference", "cpp"] if backends.build_info()["built"] else ["reference"]
 
 
 @pytest.fixture(params=BACKENDS)

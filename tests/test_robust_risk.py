@@ -12,11 +12,11 @@ import torch
 from problems import Problem, random_problem, trimmed
 from scipy.optimize import minimize_scalar
 from scipy.special import logsumexp
+from three_ways import BACKENDS, INTERPRETED
 
 import drrlhf as dr
 from drrlhf import backends
 
-BACKENDS = ["reference", "cpp"] if backends.build_info()["built"] else ["reference"]
 SETS = [
     "erm", "tv:0.1", "tv:0.7", "kl:0.1", "kl:2", "kl:temperature=0.3", "kl:temperature=-0.5",
     "chi2:0.5", "chi2:20", "chi2:penalty=0.7", "cvar:0.3", "cvar:0.3,temperature=0.4",

@@ -1,0 +1,133 @@
+"""`robust_risk`: losses in; worst-case value, weights and dual out. One launch of one program."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from drrlhf.kernels.dual_search import solve
+from drrlhf.kernels.launch import DEBUG, numbers, on
+from drrlhf.kernels.numerics import number
+from drrlhf.reference import statistics_dtype
+
+SMALL, LARGE = (512, 4), (4096, 16)  # losses that a step looks at together, and warps
+
+
+@triton.jit(debug=DEBUG)
+def robust_risk_kernel(
+    losses_ptr, nominal_ptr, groups_ptr, before_ptr, after_ptr, scratch_ptr, masses_ptr,
+    value_ptr, weights_ptr, dual_ptr, n, size, parameters,
+    KIND: tl.constexpr, NOMINAL: tl.constexpr, TRIMS: tl.constexpr, WEIGHTED: tl.constexpr,
+    SIZE: tl.constexpr, BLOCK: tl.constexpr, DEBUG: tl.constexpr,
+):  # fmt: skip
+    for first in range(0, n, BLOCK):
+        o = first + tl.arange(0, BLOCK)
+        l = tl.load(losses_ptr + o, mask=o < n, other=0.0)
+        tl.store(scratch_ptr + o, l.to(tl.float64), mask=o < n)
+    tl.debug_barrier()
+    value, dual = solve(
+        scratch_ptr, nominal_ptr, groups_ptr, before_ptr, after_ptr, masses_ptr, n, size,
+        number(parameters, 0), number(parameters, 1), number(parameters, 2),
+        KIND, NOMINAL, TRIMS, WEIGHTED, SIZE, BLOCK, DEBUG,
+    )  # fmt: skip
+    tl.store(value_ptr, value.to(value_ptr.dtype.element_ty))
+    tl.store(dual_ptr, dual.to(dual_ptr.dtype.element_ty))
+    for first in range(0, n, BLOCK):
+        o = first + tl.arange(0, BLOCK)
+        q = tl.load(scratch_ptr + 3 * n + o, mask=o < n, other=0.0)
+        tl.store(weights_ptr + o, q.to(weights_ptr.dtype.element_ty), mask=o < n)
+
+
+class Adversary(NamedTuple):
+    """The arguments of `dual_search.solve` besides the losses.
+
+    tensors: nominal, groups, group weights before and after. parameters: a, b, trim.
+    """
+
+    nominal: Tensor | None
+    groups: Tensor | None
+    before: Tensor | None
+    after: Tensor
+    scratch: Tensor
+    masses: Tensor
+    parameters: tuple[float, float, float]
+    flags: dict[str, Any]
+    warps: int
+
+    def pointers(self) -> tuple[Tensor | None, ...]:
+        """In the order of the kernels."""
+        return self.nominal, self.groups, self.before, self.after, self.scratch, self.masses
+
+    @property
+    def groups_count(self) -> int:
+        return self.after.numel()
+
+
+def adversary(
+    like: Tensor, n: int, rows: int, nominal: Tensor | None, groups: Tensor | None,
+    group_weights: Tensor | None, kind: str, a: float, b: float, trim: float,
+) -> Adversary:  # fmt: skip
+    """Scratch with `rows` rows of n (the first four are the search's), and constants of a set."""
+    size = 0
+    if kind == "group":
+        assert groups is not None and group_weights is not None, "Group needs groups and state"
+        size, groups = group_weights.numel(), groups.contiguous()
+        group_weights = group_weights.contiguous()
+    block, warps = SMALL if n <= SMALL[0] else LARGE
+    nothing_to_choose = {
+        "kl_radius": a == 0, "chi2_radius": a == 0, "tv": a == 0, "cvar": a == 1,
+        "cvar_temperature": a == 1,
+    }  # fmt: skip
+    scratch = torch.empty(rows * n + 2 * size, dtype=torch.float64, device=like.device)
+    return Adversary(
+        None if nominal is None else nominal.contiguous(),
+        groups,
+        group_weights,
+        torch.empty(size, dtype=torch.float64, device=like.device),
+        scratch,
+        scratch[rows * n :],
+        (a, b, trim),
+        {
+            "KIND": kind, "NOMINAL": nothing_to_choose.get(kind, False), "TRIMS": trim > 0,
+            "WEIGHTED": nominal is not None, "SIZE": triton.next_power_of_2(max(size, 1)),
+            "BLOCK": block, "DEBUG": DEBUG,
+        },
+        warps,
+    )  # fmt: skip
+
+
+def robust_risk(
+    losses: Tensor,
+    nominal: Tensor | None,
+    groups: Tensor | None,
+    group_weights: Tensor | None,
+    kind: str,
+    a: float,
+    b: float,
+    trim: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As `drrlhf.reference.robust_risk`; what it refuses by value gives NaN."""
+    n = losses.numel()
+    dtype = statistics_dtype(losses)
+    value, dual = losses.new_zeros((), dtype=dtype), losses.new_zeros((), dtype=dtype)
+    weights = losses.new_empty(n, dtype=dtype)
+    if not n:
+        return value, weights, dual, unchanged(losses, group_weights)
+    foe = adversary(losses, n, 4, nominal, groups, group_weights, kind, a, b, trim)
+    with on(losses):
+        robust_risk_kernel[(1,)](
+            losses.contiguous(), *foe.pointers(), value, weights, dual, n, foe.groups_count,
+            numbers(*foe.parameters), **foe.flags, num_warps=foe.warps,
+        )  # fmt: skip
+    return value, weights, dual, foe.after
+
+
+def unchanged(like: Tensor, group_weights: Tensor | None) -> Tensor:
+    """The group weights after a batch of none."""
+    if group_weights is None:
+        return like.new_empty(0, dtype=torch.float64)
+    return group_weights.clone()
