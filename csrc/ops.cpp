@@ -219,8 +219,6 @@ NineTensors sequence_preference_loss(
                       loss_type, beta, label_smoothing, simpo_gamma, discopop_tau, f_divergence,
                       f_alpha, kind, a, b, trim);
   const auto dtype = statistics_dtype(logps);
-  const Tensor d_logps =
-      spread_to_tokens(at::cat({d_chosen, d_rejected}), labels, cu_seqlens, ignore_index, false);
   return {value.to(dtype),
           q.to(dtype),
           losses.to(dtype),
@@ -229,7 +227,7 @@ NineTensors sequence_preference_loss(
           dual.to(dtype),
           state,
           sums.total.to(dtype),
-          d_logps.to(logps.scalar_type())};
+          at::cat({d_chosen, d_rejected}).to(dtype)};
 }
 
 Tensor sequence_logprobs(const Tensor& logps, const Tensor& labels,

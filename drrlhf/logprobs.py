@@ -153,8 +153,8 @@ class Room(NamedTuple):
     workspace: int
 
 
-# Unless the caller says otherwise. Products gain nothing from more rows than these hold; a GPU needs
-# more of them to be busy.
+# Unless the caller says otherwise. Products gain nothing from more rows than these hold; to be busy,
+# a GPU needs more of them.
 ROOM_ON_CPU = Room(256 * 2**20, 48 * 2**20)
 ROOM_ON_GPU = Room(576 * 2**20, 512 * 2**20)
 

@@ -694,10 +694,10 @@ def linear_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: fl
 
 
 # What the forward of linear_token_logprobs keeps for its backward: nothing (it computes the logits
-# again), d logp / d hidden (..., D), d logp / d logits of the counted tokens as (V, counted), packed
-# at the front of (V, tokens), or that by rows: of each counted token, at the front of (tokens, V and
-# up to the next multiple of 16), divided by -p[label] and the factors logit_scale / temperature
-# where logp >= IMPROBABLE, which can be written before the sum of the exponentials is known.
+# again); d logp / d hidden (..., D); d logp / d logits of the counted tokens as (V, counted), packed
+# at the front of (V, tokens); or that by rows, a row for each counted token at the front of
+# (tokens, V rounded up to 16), divided by -p[label] logit_scale / temperature where
+# logp >= IMPROBABLE, which can be written before the sum of the exponentials is known.
 KEEP_NOTHING, KEEP_HIDDEN, KEEP_SLAB, KEEP_RATIOS = 0, 1, 2, 3
 IMPROBABLE = -31.0
 
@@ -852,7 +852,7 @@ def sequence_preference_loss(
     """`preference_loss` of the sums of token log-probs, sequences stacked [chosen…, rejected…].
 
     Returns value (), weights, losses, chosen_rewards, rejected_rewards (n,), dual (), group weights
-    (G,), sequence log-probs (2n,), and d value / d logps, shaped as the token log-probs.
+    (G,), sequence log-probs (2n,), and d value / d sequence log-probs (2n,).
     """
     sums = sequence_logprobs(logps.double(), labels, cu_seqlens, ignore_index, False)
     lengths = _token_counts(labels, cu_seqlens, ignore_index).double()
@@ -864,9 +864,7 @@ def sequence_preference_loss(
         sums[:n], sums[n:], ref_chosen, ref_rejected, lengths[:n], lengths[n:],
         nominal, groups, group_weights, *options,
     )  # fmt: skip
-    d = sequence_logprobs_backward(
-        torch.cat([d_chosen, d_rejected]), labels, cu_seqlens, ignore_index, False
-    )
     dtype = statistics_dtype(logps)
     state = found.pop()
-    return (*(x.to(dtype) for x in found), state, sums.to(dtype), d.to(logps.dtype))
+    d = torch.cat([d_chosen, d_rejected])
+    return (*(x.to(dtype) for x in found), state, sums.to(dtype), d.to(dtype))

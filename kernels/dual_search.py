@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-
 from drrlhf.kernels.numerics import expm1, log1p
 
 INFINITY = tl.constexpr(float("inf"))
@@ -490,7 +489,7 @@ def worst_case(scratch_ptr, n, a, b, trim, KIND: tl.constexpr, NOMINAL: tl.const
         write_top(l_ptr, p_ptr, q_ptr, n, top, threshold, share, 1 / a, zero(), BLOCK)
         dual = threshold
     tl.debug_barrier()
-    if KIND != "kl_temperature" and KIND != "cvar_temperature" or NOMINAL:
+    if (KIND != "kl_temperature" and KIND != "cvar_temperature") or NOMINAL:
         if top <= bottom:  # equal losses: no answer pays more than q = p
             write_nominal(p_ptr, q_ptr, n, BLOCK)
             penalty = zero()
@@ -606,20 +605,16 @@ def solve(
                 BLOCK,
             )  # fmt: skip
         else:
-            value, dual = worst_case(
-                scratch_ptr, n, a, b, trim, KIND, NOMINAL, TRIMS, BLOCK
-            )
+            value, dual = worst_case(scratch_ptr, n, a, b, trim, KIND, NOMINAL, TRIMS, BLOCK)
     else:
         if KIND == "group":
             o_g = tl.arange(0, SIZE)
             w = tl.load(before_ptr + o_g, mask=o_g < size, other=0.0)
             tl.store(after_ptr + o_g, w, mask=o_g < size)
-        empty = mass == 0
-        value = tl.where(empty, 0.0, tl.where(mass > 0, value, float("nan")))
+        value = tl.where(mass == 0, 0.0, tl.where(mass > 0, value, float("nan")))
         for first in range(0, n, BLOCK):
             o = first + tl.arange(0, BLOCK)
             p = tl.load(p_ptr + o, mask=o < n, other=0.0)
-            masked = empty | (p == 0)
-            tl.store(q_ptr + o, tl.where(masked, 0.0, float("nan")), mask=o < n)
+            tl.store(q_ptr + o, tl.where(p == 0, 0.0, float("nan")), mask=o < n)
     tl.debug_barrier()
     return value, dual

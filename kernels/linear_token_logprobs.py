@@ -23,9 +23,6 @@ from typing import Any, NamedTuple
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
-from drrlhf import reference
 from drrlhf.kernels.launch import DEBUG, on
 from drrlhf.kernels.numerics import expm1
 from drrlhf.kernels.softmax import (
@@ -39,7 +36,10 @@ from drrlhf.kernels.softmax import (
     transform,
 )
 from drrlhf.kernels.tiles import Tile, launch, multiply, precision_of, splits_of, tile_for
-from drrlhf.kernels.token_logprobs import OPTIONAL, as_rows
+from drrlhf.kernels.token_logprobs import OPTIONAL
+from torch import Tensor
+
+from drrlhf import reference
 from drrlhf.reference import KEEP_HIDDEN, KEEP_NOTHING, KEEP_RATIOS, KEEP_SLAB
 
 IMPROBABLE = tl.constexpr(reference.IMPROBABLE)
@@ -705,8 +705,8 @@ def _gradient(
         return (triton.cdiv(most, rows) * triton.cdiv(columns, width),)
 
     launch(
-        gradient_kernel, grid, h, tile, h, w, head.bias, head.labels, *tokens, a, b, *statistics, out,
-        first_column, columns, h.shape[1], w.shape[0], h.stride(0), w.stride(0),
+        gradient_kernel, grid, h, tile, h, w, head.bias, head.labels, *tokens, a, b,
+        *statistics, out, first_column, columns, h.shape[1], w.shape[0], h.stride(0), w.stride(0),
         head.bias_stride(), out.stride(0), *head.transform(),
         **head.flags(), BY_LOGP=ones or a is not None, BY_ENTROPY=b is not None, ONES=ones,
         AT_SLOTS=at_slots, PRECISE=_precise(h), EVEN=head.depth_is_even(tile),
@@ -744,8 +744,8 @@ def _weight_gradient(
         return (triton.cdiv(columns, rows) * triton.cdiv(width, across),)
 
     launch(
-        weight_gradient_kernel, grid, hidden, tile, d, hidden, tokens.slots, tokens.count, out, columns,
-        width, d.stride(0), hidden.stride(0), out.stride(0),
+        weight_gradient_kernel, grid, hidden, tile, d, hidden, tokens.slots, tokens.count, out,
+        columns, width, d.stride(0), hidden.stride(0), out.stride(0),
         AT_SLOTS=at_slots, PRECISION=precision_of(hidden),
     )  # fmt: skip
 
@@ -807,9 +807,7 @@ def linear_token_logprobs(
     workspace: bytes for the ratios on their way where they are not kept.
     """
     assert keep != KEEP_SLAB, "a slab of columns is the CPU's; expected KEEP_RATIOS"
-    head = _head(
-        hidden, weight, bias, labels, ignore_index, temperature, softcap, logit_scale
-    )
+    head = _head(hidden, weight, bias, labels, ignore_index, temperature, softcap, logit_scale)
     h, vocabulary = head.hidden, weight.shape[0]
     n = h.shape[0]
     results = [h.new_zeros(labels.shape, dtype=torch.float32) for _ in range(3)]
@@ -895,9 +893,7 @@ def linear_token_logprobs_backward(
     need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `drrlhf.reference.linear_token_logprobs_backward`, from what was kept where it serves."""
-    head = _head(
-        hidden, weight, bias, labels, ignore_index, temperature, softcap, logit_scale
-    )
+    head = _head(hidden, weight, bias, labels, ignore_index, temperature, softcap, logit_scale)
     h = head.hidden
     n, vocabulary = h.shape[0], weight.shape[0]
     a = None if grad is None else grad.reshape(-1).contiguous()
@@ -947,9 +943,7 @@ def linear_token_logprobs_backward(
         _gradient(head, tokens, a, b, statistics, d, first, columns, n)
         part = slice(first, first + columns)
         if need_hidden:
-            _hidden_gradient(
-                d, head.weight[part], tokens, None, total, 0, n, add=several
-            )
+            _hidden_gradient(d, head.weight[part], tokens, None, total, 0, n, add=several)
         if need_weight:
             _weight_gradient(d, listed, tokens, d_weight[part], at_slots=False)
         if need_bias:

@@ -41,3 +41,11 @@ def sigmoid(x):
 def number(parameters, i: tl.constexpr):
     """The i-th of `launch.numbers`, in float64: an argument alone would arrive in float32."""
     return tl.zeros([], tl.float64) + parameters[i][0] + parameters[i][1]
+
+
+@triton.jit
+def put(ptr, x, mask=None):
+    """Stores float64 x in the dtype of ptr, by way of float32 where that is narrower."""
+    if ptr.dtype.element_ty != tl.float64:
+        x = x.to(tl.float32)
+    tl.store(ptr, x.to(ptr.dtype.element_ty), mask=mask)

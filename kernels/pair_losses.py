@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-
 from drrlhf.kernels.numerics import expm1, log1p, sigmoid, softplus
 
 LN2 = tl.constexpr(0.6931471805599453)

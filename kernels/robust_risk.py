@@ -7,14 +7,14 @@ from typing import Any, NamedTuple
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from drrlhf.kernels.dual_search import solve
 from drrlhf.kernels.launch import DEBUG, numbers, on
-from drrlhf.kernels.numerics import number
+from drrlhf.kernels.numerics import number, put
+from torch import Tensor
+
 from drrlhf.reference import statistics_dtype
 
-SMALL, LARGE = (512, 4), (4096, 16)  # losses that a step looks at together, and warps
+SMALL, LARGE = (512, 4), (1024, 8)  # losses that a step looks at together, and warps
 
 
 @triton.jit(debug=DEBUG)
@@ -34,12 +34,12 @@ def robust_risk_kernel(
         number(parameters, 0), number(parameters, 1), number(parameters, 2),
         KIND, NOMINAL, TRIMS, WEIGHTED, SIZE, BLOCK, DEBUG,
     )  # fmt: skip
-    tl.store(value_ptr, value.to(value_ptr.dtype.element_ty))
-    tl.store(dual_ptr, dual.to(dual_ptr.dtype.element_ty))
+    put(value_ptr, value)
+    put(dual_ptr, dual)
     for first in range(0, n, BLOCK):
         o = first + tl.arange(0, BLOCK)
         q = tl.load(scratch_ptr + 3 * n + o, mask=o < n, other=0.0)
-        tl.store(weights_ptr + o, q.to(weights_ptr.dtype.element_ty), mask=o < n)
+        put(weights_ptr + o, q, o < n)
 
 
 class Adversary(NamedTuple):
@@ -113,7 +113,8 @@ def robust_risk(
     """As `drrlhf.reference.robust_risk`; what it refuses by value gives NaN."""
     n = losses.numel()
     dtype = statistics_dtype(losses)
-    value, dual = losses.new_zeros((), dtype=dtype), losses.new_zeros((), dtype=dtype)
+    make = losses.new_empty if n else losses.new_zeros
+    value, dual = make((), dtype=dtype), make((), dtype=dtype)
     weights = losses.new_empty(n, dtype=dtype)
     if not n:
         return value, weights, dual, unchanged(losses, group_weights)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-
 from drrlhf.kernels.numerics import expm1, log1p
 
 LARGEST = tl.constexpr(3.4028234663852886e38)
@@ -163,4 +162,3 @@ def gradient(
         slope = tl.where(p > 0, p * (log_p + entropy[:, None]), 0.0)
         d -= b[:, None] * slope
     return d
-

@@ -14,9 +14,8 @@ from typing import Any, NamedTuple
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from drrlhf.kernels.launch import INTERPRETED, on
+from torch import Tensor
 
 AUTOTUNE = os.environ.get("DRRLHF_AUTOTUNE", "0") not in ("", "0")
 
@@ -131,7 +130,6 @@ def launch(
             _tuned(kernel)[lambda meta: grid(meta["BM"], meta["BN"])](*arguments, **options)
         else:
             kernel[grid(tile.rows, tile.columns)](*arguments, **options, **tile.options())
-
 
 
 # The interpreter multiplies the bits of bfloat16 as if they were integers.

@@ -11,12 +11,9 @@ from typing import Any, NamedTuple
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from drrlhf.kernels.launch import DEBUG, on
 from drrlhf.kernels.softmax import (
     entropy_of,
-    exp,
     finish,
     first_reference,
     fold,
@@ -24,6 +21,8 @@ from drrlhf.kernels.softmax import (
     log_sum_squares_of,
     transform,
 )
+from torch import Tensor
+
 from drrlhf.reference import ENTROPY, IS_TOP1, LOG_SUM_SQ_PROBS, MEAN_LOGIT
 
 # What `outputs` of the op asks for, in the order of its results.
@@ -149,14 +148,10 @@ def token_logprobs_backward_kernel(
         logp = tl.load(logp_ptr + rows, mask=live, other=0.0)
         lse = tl.load(lse_ptr + rows, mask=live, other=0.0)
         tail = tl.load(tail_ptr + rows, mask=live, other=0.0)
-        x, columns = load_tile(
-            x_ptr, starts, shift, first, asked, vocabulary, ROWS, BLOCK, ALIGNED
-        )
+        x, columns = load_tile(x_ptr, starts, shift, first, asked, vocabulary, ROWS, BLOCK, ALIGNED)
         z, slope = transform(x, 1.0, softcap, inverse_temperature, CAPPED)
         is_label = columns[None, :] == labels[:, None]
-        d = gradient(
-            z, is_label, a, b, logp, lse, tail, entropy, BY_LOGP, BY_ENTROPY, PRECISE
-        )
+        d = gradient(z, is_label, a, b, logp, lse, tail, entropy, BY_LOGP, BY_ENTROPY, PRECISE)
         d = tl.where(asked[:, None], d * slope * inverse_temperature, 0.0)
     d = d.to(out_ptr.dtype.element_ty)
     columns = first + tl.arange(0, BLOCK)
@@ -225,8 +220,8 @@ def token_logprobs(
             token_logprobs_kernel[(triton.cdiv(n, rows),)](
                 x, y, *always, *asked, n, vocabulary, x.stride(0), ignore_index, softcap or 0.0,
                 1.0 / temperature, *(outputs & bit != 0 for bit in OPTIONAL),
-                CAPPED=softcap is not None, PRECISE=x.dtype == torch.float32, ALIGNED=_aligned(x), ROWS=rows, BLOCK=block,
-                DEBUG=DEBUG, num_warps=warps,
+                CAPPED=softcap is not None, PRECISE=x.dtype == torch.float32,
+                ALIGNED=_aligned(x), ROWS=rows, BLOCK=block, DEBUG=DEBUG, num_warps=warps,
             )  # fmt: skip
     return (*always, *asked)
 

@@ -6,8 +6,8 @@ import math
 
 import pytest
 import torch
-from three_ways import BACKENDS
 import torch.nn.functional as F
+from three_ways import BACKENDS
 
 import drrlhf as dr
 from drrlhf import backends

@@ -12,7 +12,7 @@ import torch
 from problems import Problem, random_problem, trimmed
 from scipy.optimize import minimize_scalar
 from scipy.special import logsumexp
-from three_ways import BACKENDS, INTERPRETED
+from three_ways import BACKENDS
 
 import drrlhf as dr
 from drrlhf import backends

@@ -7,7 +7,15 @@ import math
 
 import pytest
 import torch
-from three_ways import BACKENDS, INTERPRETED, LAYOUTS, OUTPUTS, assert_no_worse, plain, plain_outputs
+from three_ways import (
+    BACKENDS,
+    INTERPRETED,
+    LAYOUTS,
+    OUTPUTS,
+    assert_no_worse,
+    plain,
+    plain_outputs,
+)
 
 import drrlhf as dr
 from drrlhf import backends

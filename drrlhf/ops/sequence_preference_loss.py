@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from drrlhf.ops.library import autograd, define, first_order_only
-from drrlhf.ops.sequence_logprobs import sequences
+from drrlhf.ops.sequence_logprobs import sequence_logprobs_backward, sequences
 from drrlhf.reference import statistics_dtype
 
 
@@ -18,22 +18,25 @@ def _fake(logps, labels, cu_seqlens, ref_logps, nominal, groups, group_weights, 
     state = logps.new_empty(0, dtype=torch.float64) if group_weights is None else group_weights
     return (
         logps.new_empty((), dtype=dtype), *pairs, logps.new_empty((), dtype=dtype),
-        torch.empty_like(state), logps.new_empty(count, dtype=dtype), torch.empty_like(logps),
+        torch.empty_like(state), *(logps.new_empty(count, dtype=dtype) for _ in range(2)),
     )  # fmt: skip
 
 
 def _setup(ctx: Any, inputs: Any, output: Any) -> None:
-    ctx.save_for_backward(output[8])
+    logps, labels, cu_seqlens, *_ = inputs
+    ctx.dtype, ctx.ignore_index = logps.dtype, inputs[7]
+    ctx.save_for_backward(output[8], labels, cu_seqlens)
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, grad: Tensor | None, *unused: Any) -> tuple:
-    (d_logps,) = ctx.saved_tensors
+    d_sums, labels, cu_seqlens = ctx.saved_tensors
     if grad is None:
         return (None,) * 19
     first_order_only("linear_preference_loss")
-    return ((grad * d_logps).to(d_logps.dtype),) + (None,) * 18
+    d = sequence_logprobs_backward(grad * d_sums, labels, cu_seqlens, ctx.ignore_index, False)
+    return (d.to(ctx.dtype),) + (None,) * 18
 
 
 sequence_preference_loss = define(
