@@ -103,9 +103,7 @@ def _no_triton() -> str:
     try:
         version = importlib.metadata.version("triton")
     except importlib.metadata.PackageNotFoundError:
-        return (
-            "triton is not installed; a GPU build of torch brings it, as pip install triton does"
-        )
+        return "triton is not installed; a GPU build of torch brings it, as pip install triton does"
     if tuple(int(part) for part in version.split(".")[:2]) < OLDEST_TRITON:
         oldest = ".".join(map(str, OLDEST_TRITON))
         return f"triton {version} is too old; install triton>={oldest}"

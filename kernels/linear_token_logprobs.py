@@ -24,7 +24,7 @@ import torch
 import triton
 import triton.language as tl
 from drrlhf.kernels.launch import DEBUG, on
-from drrlhf.kernels.numerics import expm1
+from drrlhf.kernels.numerics import expm1, narrow
 from drrlhf.kernels.softmax import (
     entropy_of,
     exp,
@@ -108,11 +108,11 @@ def improbable_kernel(
 
 
 class Tokens(NamedTuple):
-    """A list on the device: rows (n,) of hidden, their slots (n,), and how many count ()."""
+    """A list on the device: rows (n,) of hidden, their slots (n,), and how many these are ()."""
 
     rows: Tensor
     slots: Tensor
-    count: Tensor
+    number: Tensor
 
 
 def _empty_list(labels: Tensor, n: int) -> Tokens:
@@ -227,7 +227,7 @@ def fold_half(
             e = exp(tl.minimum(z - t[:, None], 80.0), PRECISE)
         p_e = ratios_ptr + (here.to(tl.int64) * ratios_stride)[:, None] + columns[None, :]
         mask = live[:, None] & (columns < vocabulary)[None, :]
-        tl.store(p_e, (e * slope).to(ratios_ptr.dtype.element_ty), mask=mask)
+        tl.store(p_e, narrow(e * slope, ratios_ptr), mask=mask)
     return reference, total, shifted, squares, plain, before, after
 
 
@@ -356,7 +356,7 @@ def finish_kernel(
         own = -expm1(-logp.to(tl.float64)) * tl.load(slope_ptr + slots, mask=live, other=0.0)
         p_own = ratios_ptr + here.to(tl.int64) * ratios_stride + labels
         inside = live & (labels >= 0) & (labels < vocabulary)
-        tl.store(p_own, own.to(tl.float32).to(ratios_ptr.dtype.element_ty), mask=inside)
+        tl.store(p_own, narrow(own.to(tl.float32), ratios_ptr), mask=inside)
         divided = -tl.exp(logp.to(tl.float64)).to(tl.float32) * unit
         # NaN is not improbable: it stays seen.
         tl.store(factor_ptr + slots, tl.where(logp < IMPROBABLE, 1.0, divided), mask=live)
@@ -381,7 +381,7 @@ def gradient_half(
     d = gradient(z, is_label, a, b, logp, lse, tail, entropy, BY_LOGP, BY_ENTROPY, PRECISE)
     d = d * slope * (scale * inverse_temperature)
     mask = live[:, None] & (columns < end)[None, :]
-    tl.store(p_row[:, None] + columns[None, :], d.to(p_row.dtype.element_ty), mask=mask)
+    tl.store(p_row[:, None] + columns[None, :], narrow(d, p_row), mask=mask)
 
 
 @triton.jit
@@ -482,7 +482,7 @@ def hidden_gradient_kernel(
         mask = live[:, None] & (columns < width)[None, :]
         if ADD:
             x += tl.load(p_out, mask=mask, other=0.0)
-        tl.store(p_out, x.to(out_ptr.dtype.element_ty), mask=mask)
+        tl.store(p_out, narrow(x, out_ptr), mask=mask)
 
 
 @triton.jit
@@ -513,7 +513,7 @@ def weight_gradient_kernel(
         x = multiply(d.T, h, x, PRECISION)
     p_out = out_ptr + (rows.to(tl.int64) * out_stride)[:, None] + columns[None, :]
     mask = (rows < columns_here)[:, None] & (columns < width)[None, :]
-    tl.store(p_out, x.to(out_ptr.dtype.element_ty), mask=mask)
+    tl.store(p_out, narrow(x, out_ptr), mask=mask)
 
 
 @triton.jit
@@ -538,7 +538,7 @@ def bias_gradient_kernel(
             d *= tl.load(factor_ptr + here, mask=live, other=0.0)[:, None]
         sums += d
     total = tl.sum(sums, 0)
-    tl.store(out_ptr + columns, total.to(out_ptr.dtype.element_ty), mask=columns < columns_here)
+    tl.store(out_ptr + columns, narrow(total, out_ptr), mask=columns < columns_here)
 
 
 @triton.jit
@@ -572,7 +572,7 @@ def listed_rows_kernel(
     if FACTOR:
         x = x.to(tl.float32) * tl.load(factor_ptr + here, mask=live, other=0.0)[:, None]
     p_out = out_ptr + (here.to(tl.int64) * width)[:, None] + columns[None, :]
-    tl.store(p_out, x.to(out_ptr.dtype.element_ty), mask=mask)
+    tl.store(p_out, narrow(x, out_ptr), mask=mask)
 
 
 @triton.jit
@@ -591,7 +591,7 @@ def scaled_rows_kernel(
     x = tl.load(x_ptr + places, mask=asked[:, None] & inside, other=0.0).to(tl.float32)
     x = tl.where(asked[:, None], x * a[:, None], 0.0)
     mask = (rows < n)[:, None] & inside
-    tl.store(out_ptr + places, x.to(out_ptr.dtype.element_ty), mask=mask)
+    tl.store(out_ptr + places, narrow(x, out_ptr), mask=mask)
 
 
 ROWS, BLOCK = 16, 256  # of the kernels that only pass over rows
@@ -653,7 +653,7 @@ def _label_logits(head: Head, tokens: Tokens) -> Tensor:
     h, w = head.hidden, head.weight
     with on(h):
         label_logits_kernel[(triton.cdiv(found.shape[1], ROWS),)](
-            h, w, head.bias, head.labels, tokens.rows, tokens.count, found[0], found[1],
+            h, w, head.bias, head.labels, tokens.rows, tokens.number, found[0], found[1],
             h.shape[1], w.shape[0], h.stride(0), w.stride(0), head.bias_stride(),
             *head.transform(), **head.flags(), ROWS=ROWS, BLOCK=BLOCK, DEBUG=DEBUG, num_warps=4,
         )  # fmt: skip
@@ -676,7 +676,7 @@ def _fold(
         return (triton.cdiv(slots, rows) * splits,)
 
     launch(
-        fold_kernel, grid, h, tile, h, w, head.bias, head.labels, tokens.rows, tokens.count,
+        fold_kernel, grid, h, tile, h, w, head.bias, head.labels, tokens.rows, tokens.number,
         of_labels[0], parts, room, first, slots, h.shape[1], w.shape[0], h.stride(0), w.stride(0),
         head.bias_stride(), room.stride(0), slots, splits,
         *head.transform(), **head.flags(), STORE=store, EXTRAS=extras,
@@ -685,7 +685,7 @@ def _fold(
     )  # fmt: skip
     with on(h):
         finish_kernel[(triton.cdiv(slots, ROWS),)](
-            parts, tokens.rows, tokens.count, of_labels[0], of_labels[1], head.labels, room,
+            parts, tokens.rows, tokens.number, of_labels[0], of_labels[1], head.labels, room,
             parts if factor is None else factor, *results, first, slots, w.shape[0],
             room.stride(0), slots, splits, head.unit,
             *(outputs & bit != 0 for bit in OPTIONAL), STORE=store, ROWS=ROWS, num_warps=1,
@@ -744,7 +744,7 @@ def _weight_gradient(
         return (triton.cdiv(columns, rows) * triton.cdiv(width, across),)
 
     launch(
-        weight_gradient_kernel, grid, hidden, tile, d, hidden, tokens.slots, tokens.count, out,
+        weight_gradient_kernel, grid, hidden, tile, d, hidden, tokens.slots, tokens.number, out,
         columns, width, d.stride(0), hidden.stride(0), out.stride(0),
         AT_SLOTS=at_slots, PRECISION=precision_of(hidden),
     )  # fmt: skip
@@ -756,7 +756,7 @@ def _bias_gradient(
     """out (columns,) = sum of (factor) d over the listed tokens."""
     with on(d):
         bias_gradient_kernel[(triton.cdiv(out.numel(), 64),)](
-            d, tokens.slots, tokens.count, factor, out, out.numel(), d.stride(0),
+            d, tokens.slots, tokens.number, factor, out, out.numel(), d.stride(0),
             FACTOR=factor is not None, AT_SLOTS=at_slots, ROWS=64, BLOCK=64, num_warps=4,
         )  # fmt: skip
 
@@ -767,7 +767,7 @@ def _listed_rows(x: Tensor, tokens: Tokens, factor: Tensor | None) -> Tensor:
     blocks = triton.cdiv(x.shape[1], BLOCK)
     with on(x):
         listed_rows_kernel[(triton.cdiv(x.shape[0], ROWS) * blocks,)](
-            x, tokens.rows, tokens.count, factor, out, x.shape[1], x.stride(0), blocks,
+            x, tokens.rows, tokens.number, factor, out, x.shape[1], x.stride(0), blocks,
             FACTOR=factor is not None, ROWS=ROWS, BLOCK=BLOCK, num_warps=4,
         )  # fmt: skip
     return out
@@ -843,7 +843,7 @@ def linear_token_logprobs(
         far = _empty_list(head.labels, slots)
         with on(h):
             improbable_kernel[(1,)](
-                results[0], tokens.rows, tokens.count, *far, first, slots, EVERY=half,
+                results[0], tokens.rows, tokens.number, *far, first, slots, EVERY=half,
                 LISTED=LISTED, num_warps=8,
             )  # fmt: skip
         _gradient(
@@ -921,7 +921,7 @@ def linear_token_logprobs_backward(
         factor = torch.empty_like(statistics[0])
         with on(h):
             factors_kernel[(triton.cdiv(n, 256),)](
-                logp, a, tokens.rows, tokens.count, factor, head.unit,
+                logp, a, tokens.rows, tokens.number, factor, head.unit,
                 HALF=h.dtype == torch.float16, ROWS=256, num_warps=4,
             )  # fmt: skip
         if need_hidden:

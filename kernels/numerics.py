@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from drrlhf.kernels.launch import INTERPRETED
+
+ROUNDS = tl.constexpr(INTERPRETED)
 
 
 @triton.jit
@@ -44,8 +47,18 @@ def number(parameters, i: tl.constexpr):
 
 
 @triton.jit
+def narrow(x, ptr):
+    """x in the dtype of ptr, float32 rounded to nearest: the interpreter truncates by itself."""
+    if ROUNDS and ptr.dtype.element_ty == tl.bfloat16 and x.dtype == tl.float32:
+        bits = x.to(tl.uint32, bitcast=True)
+        rounded = (bits + (((bits >> 16) & 1) + 0x7FFF)) & 0xFFFF0000
+        x = tl.where(x == x, rounded.to(tl.float32, bitcast=True), x)
+    return x.to(ptr.dtype.element_ty)
+
+
+@triton.jit
 def put(ptr, x, mask=None):
     """Stores float64 x in the dtype of ptr, by way of float32 where that is narrower."""
     if ptr.dtype.element_ty != tl.float64:
         x = x.to(tl.float32)
-    tl.store(ptr, x.to(ptr.dtype.element_ty), mask=mask)
+    tl.store(ptr, narrow(x, ptr), mask=mask)

@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 from drrlhf.kernels.launch import DEBUG, on
+from drrlhf.kernels.numerics import narrow
 from drrlhf.kernels.softmax import (
     entropy_of,
     finish,
@@ -153,7 +154,7 @@ def token_logprobs_backward_kernel(
         is_label = columns[None, :] == labels[:, None]
         d = gradient(z, is_label, a, b, logp, lse, tail, entropy, BY_LOGP, BY_ENTROPY, PRECISE)
         d = tl.where(asked[:, None], d * slope * inverse_temperature, 0.0)
-    d = d.to(out_ptr.dtype.element_ty)
+    d = narrow(d, out_ptr)
     columns = first + tl.arange(0, BLOCK)
     if ALIGNED or ROWS > 1:
         mask = live[:, None] & (columns < vocabulary)[None, :]
