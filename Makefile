@@ -11,6 +11,9 @@ QUICK ?=
 BENCH ?=
 PEERS ?= liger-kernel==0.8.5 sqwash==0.1.0 dro==0.4.3
 BIN := $(VENV)/bin
+# Every Triton kernel, interpreted on the CPU: the tests of the ops once more.
+TESTS_OF_OPS := $(patsubst %,tests/test_%.py,robust_risk preference_loss reward_loss token_logprobs \
+  linear_token_logprobs sequence_logprobs linear_preference_loss kernels)
 CXX_FILES := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h)
 
 .PHONY: demo test lint format bench clean
@@ -35,6 +38,7 @@ demo: $(VENV)/.trl
 
 test: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 $(TESTS_OF_OPS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

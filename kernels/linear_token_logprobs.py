@@ -46,7 +46,7 @@ IMPROBABLE = tl.constexpr(reference.IMPROBABLE)
 # Of the statistics' reference over the label's logit, in nats: an entry further above it makes the
 # label improbable. With extras the reference follows the largest logit, as their digits want.
 FAR, NEAR = 32.0, 1.0
-FIELDS = 7  # of a part of the vocabulary: reference, total, shifted, squares, plain, before, after
+FIELDS = 8  # of a part of the vocabulary, in the order of `fold`
 LISTED = tl.constexpr(2048)  # tokens that `compact` looks at together
 
 
@@ -209,7 +209,7 @@ def transform_half(
 def fold_half(
     x, columns, live, here, labels, t, bias_ptr, ratios_ptr, vocabulary, bias_stride,
     ratios_stride, scale, softcap, inverse_temperature,
-    reference, total, shifted, squares, plain, before, after,
+    reference, total, shifted, squares, plain, own, before, after,
     STORE: tl.constexpr, EXTRAS: tl.constexpr, HEADROOM: tl.constexpr, BIAS: tl.constexpr,
     CAPPED: tl.constexpr, PRECISE: tl.constexpr,
 ):  # fmt: skip
@@ -218,17 +218,18 @@ def fold_half(
         x, bias_ptr, columns, vocabulary, bias_stride, scale, softcap, inverse_temperature, BIAS,
         CAPPED,
     )  # fmt: skip
-    reference, total, shifted, squares, plain, before, after, e = fold(
-        z, columns, labels, vocabulary, reference, total, shifted, squares, plain, before, after,
+    reference, total, shifted, squares, plain, own, before, after, e = fold(
+        z, columns, labels, vocabulary, reference, total, shifted, squares, plain, own, before, after,
         HEADROOM, EXTRAS, PRECISE,
     )  # fmt: skip
     if STORE:
         if EXTRAS:  # whose reference has left the label
             e = exp(tl.minimum(z - t[:, None], 80.0), PRECISE)
+            e = tl.where((columns < vocabulary)[None, :], e, 0.0)
         p_e = ratios_ptr + (here.to(tl.int64) * ratios_stride)[:, None] + columns[None, :]
-        mask = live[:, None] & (columns < vocabulary)[None, :]
+        mask = live[:, None] & (columns < ratios_stride)[None, :]
         tl.store(p_e, narrow(e * slope, ratios_ptr), mask=mask)
-    return reference, total, shifted, squares, plain, before, after
+    return reference, total, shifted, squares, plain, own, before, after
 
 
 @triton.jit
@@ -259,7 +260,7 @@ def fold_kernel(
         p_h = h_ptr + (rows * h_stride)[:, None] + o_k[None, :]
         reference = first_reference(t)
         total = tl.zeros([BM], tl.float32)
-        shifted, squares, plain = total, total, total
+        shifted, squares, plain, own = total, total, total, total
         before = total - float("inf")
         after = before
         tiles = tl.cdiv(vocabulary, BN)
@@ -270,16 +271,16 @@ def fold_kernel(
             p_w = w_ptr + (w_rows * w_stride)[:, None] + o_k[None, :]
             x_left, x_right = logits_tile(p_h, p_w, width, EVEN, PRECISION, BM, BN, BK)
             columns = i_tile * BN + tl.arange(0, BN // 2)
-            reference, total, shifted, squares, plain, before, after = fold_half(
+            reference, total, shifted, squares, plain, own, before, after = fold_half(
                 x_left, columns, live, here, labels, t, bias_ptr, ratios_ptr, vocabulary,
                 bias_stride, ratios_stride, scale, softcap, inverse_temperature,
-                reference, total, shifted, squares, plain, before, after,
+                reference, total, shifted, squares, plain, own, before, after,
                 STORE, EXTRAS, HEADROOM, BIAS, CAPPED, PRECISE,
             )  # fmt: skip
-            reference, total, shifted, squares, plain, before, after = fold_half(
+            reference, total, shifted, squares, plain, own, before, after = fold_half(
                 x_right, columns + BN // 2, live, here, labels, t, bias_ptr, ratios_ptr,
                 vocabulary, bias_stride, ratios_stride, scale, softcap, inverse_temperature,
-                reference, total, shifted, squares, plain, before, after,
+                reference, total, shifted, squares, plain, own, before, after,
                 STORE, EXTRAS, HEADROOM, BIAS, CAPPED, PRECISE,
             )  # fmt: skip
         p_part = parts_ptr + i_part * parts_stride + here
@@ -290,8 +291,9 @@ def fold_kernel(
             tl.store(p_part + 2 * field, shifted, mask=live)
             tl.store(p_part + 3 * field, squares, mask=live)
             tl.store(p_part + 4 * field, plain, mask=live)
-            tl.store(p_part + 5 * field, before, mask=live)
-            tl.store(p_part + 6 * field, after, mask=live)
+            tl.store(p_part + 5 * field, own, mask=live)
+            tl.store(p_part + 6 * field, before, mask=live)
+            tl.store(p_part + 7 * field, after, mask=live)
 
 
 @triton.jit
@@ -322,7 +324,8 @@ def finish_kernel(
     r = reference.to(tl.float64)
     total = tl.zeros([ROWS], tl.float64)
     shifted, squares, plain = total, total, total
-    before = tl.zeros([ROWS], tl.float32) - float("inf")
+    own = tl.zeros([ROWS], tl.float32)
+    before = own - float("inf")
     after = before
     for i_part in range(0, splits):
         p_part = parts_ptr + i_part * parts_stride + here
@@ -335,8 +338,9 @@ def finish_kernel(
             shifted += e * (of_part + tl.where(part > 0, rise * part, 0.0))
             squares += e * e * tl.load(p_part + 3 * field, mask=live, other=0.0).to(tl.float64)
             plain += tl.load(p_part + 4 * field, mask=live, other=0.0).to(tl.float64)
-            before = tl.maximum(before, tl.load(p_part + 5 * field, mask=live, other=0.0))
-            after = tl.maximum(after, tl.load(p_part + 6 * field, mask=live, other=0.0))
+            own += tl.load(p_part + 5 * field, mask=live, other=0.0)
+            before = tl.maximum(before, tl.load(p_part + 6 * field, mask=live, other=0.0))
+            after = tl.maximum(after, tl.load(p_part + 7 * field, mask=live, other=0.0))
     logp, lse, tail, u, log_sum, whole = finish(t, reference, total)
     tl.store(logp_ptr + rows, logp, mask=live)
     tl.store(lse_ptr + rows, lse, mask=live)
@@ -347,16 +351,16 @@ def finish_kernel(
     if MEAN:
         tl.store(mean_ptr + rows, (plain / vocabulary).to(tl.float32), mask=live)
     if TOP1:
-        tl.store(top1_ptr + rows, (t > before) & (t >= after), mask=live)
+        tl.store(top1_ptr + rows, (own > before) & (own >= after), mask=live)
     if SQUARES:
         log_squares = log_sum_squares_of(u, log_sum, squares)
         tl.store(squares_ptr + rows, log_squares.to(tl.float32), mask=live)
     if STORE:
         labels = tl.load(labels_ptr + rows, mask=live, other=-1).to(tl.int64)
-        own = -expm1(-logp.to(tl.float64)) * tl.load(slope_ptr + slots, mask=live, other=0.0)
+        rest = -expm1(-logp.to(tl.float64)) * tl.load(slope_ptr + slots, mask=live, other=0.0)
         p_own = ratios_ptr + here.to(tl.int64) * ratios_stride + labels
         inside = live & (labels >= 0) & (labels < vocabulary)
-        tl.store(p_own, narrow(own.to(tl.float32), ratios_ptr), mask=inside)
+        tl.store(p_own, narrow(rest.to(tl.float32), ratios_ptr), mask=inside)
         divided = -tl.exp(logp.to(tl.float64)).to(tl.float32) * unit
         # NaN is not improbable: it stays seen.
         tl.store(factor_ptr + slots, tl.where(logp < IMPROBABLE, 1.0, divided), mask=live)
@@ -816,7 +820,7 @@ def linear_token_logprobs(
         results.append(h.new_zeros(labels.shape if outputs & bit else (0,), dtype=dtype))
     kept = h.new_empty(0)
     if keep == KEEP_HIDDEN:
-        kept = torch.empty(hidden.shape, dtype=h.dtype, device=h.device)
+        kept = torch.zeros(hidden.shape, dtype=h.dtype, device=h.device)
     elif keep == KEEP_RATIOS:
         kept = h.new_empty(n, reference.ratios_width(vocabulary))
     if not n:

@@ -202,7 +202,7 @@ def preference_loss(
             preference_loss_kernel[(1,)](
                 *pairs, *foe.pointers(), value, weights, losses, chosen_rewards, rejected_rewards,
                 dual, d_chosen, d_rejected, n, foe.groups_count, parameters, **flags,
-                WITH_LOSSES=n <= ONE_PROGRAM, **foe.flags, num_warps=foe.warps,
+                WITH_LOSSES=n <= ONE_PROGRAM, **foe.flags, **foe.options,
             )  # fmt: skip
     assert after is not None
     return (

@@ -111,7 +111,7 @@ def reward_loss(
             reward_loss_kernel[(1,)](
                 *pairs, *foe.pointers(), value, weights, losses, dual, d_chosen, d_rejected, n,
                 foe.groups_count, parameters, MARGIN=margin is not None,
-                WITH_LOSSES=n <= ONE_PROGRAM, **foe.flags, num_warps=foe.warps,
+                WITH_LOSSES=n <= ONE_PROGRAM, **foe.flags, **foe.options,
             )  # fmt: skip
     assert after is not None
     return value, weights, losses, dual, after, d_chosen, d_rejected

@@ -15,6 +15,8 @@ from torch import Tensor
 from drrlhf.reference import statistics_dtype
 
 SMALL, LARGE = (512, 4), (1024, 8)  # losses that a step looks at together, and warps
+# Left alone, ptxas settles for fewer registers than the search needs, and spills around divisions.
+REGISTERS = 168
 
 
 @triton.jit(debug=DEBUG)
@@ -56,7 +58,7 @@ class Adversary(NamedTuple):
     masses: Tensor
     parameters: tuple[float, float, float]
     flags: dict[str, Any]
-    warps: int
+    options: dict[str, int]
 
     def pointers(self) -> tuple[Tensor | None, ...]:
         """In the order of the kernels."""
@@ -78,6 +80,9 @@ def adversary(
         size, groups = group_weights.numel(), groups.contiguous()
         group_weights = group_weights.contiguous()
     block, warps = SMALL if n <= SMALL[0] else LARGE
+    options = {"num_warps": warps}
+    if like.is_cuda and torch.version.hip is None:
+        options["maxnreg"] = REGISTERS
     nothing_to_choose = {
         "kl_radius": a == 0, "chi2_radius": a == 0, "tv": a == 0, "cvar": a == 1,
         "cvar_temperature": a == 1,
@@ -96,7 +101,7 @@ def adversary(
             "WEIGHTED": nominal is not None, "SIZE": triton.next_power_of_2(max(size, 1)),
             "BLOCK": block, "DEBUG": DEBUG,
         },
-        warps,
+        options,
     )  # fmt: skip
 
 
@@ -122,7 +127,7 @@ def robust_risk(
     with on(losses):
         robust_risk_kernel[(1,)](
             losses.contiguous(), *foe.pointers(), value, weights, dual, n, foe.groups_count,
-            numbers(*foe.parameters), **foe.flags, num_warps=foe.warps,
+            numbers(*foe.parameters), **foe.flags, **foe.options,
         )  # fmt: skip
     return value, weights, dual, foe.after
 

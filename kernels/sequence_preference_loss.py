@@ -148,10 +148,10 @@ def sequence_preference_loss(
     kernel = sequence_preference_loss_kernel
     with on(logps):
         if n <= ONE_LAUNCH:
-            kernel[(n,)](*arguments, SUMS=True, SOLVES=True, **flags, num_warps=foe.warps)
+            kernel[(n,)](*arguments, SUMS=True, SOLVES=True, **flags, **foe.options)
         else:
             kernel[(n,)](*arguments, SUMS=True, SOLVES=False, **flags, num_warps=WARPS)
-            kernel[(1,)](*arguments, SUMS=False, SOLVES=True, **flags, num_warps=foe.warps)
+            kernel[(1,)](*arguments, SUMS=False, SOLVES=True, **flags, **foe.options)
     return (
         value, weights, losses, chosen_rewards, rejected_rewards, dual, foe.after, sums, d_sums
     )  # fmt: skip

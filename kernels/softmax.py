@@ -78,14 +78,15 @@ def first_reference(t):
 @triton.jit
 def fold(
     z, columns, labels, vocabulary,
-    reference, total, shifted, squares, plain, before, after,
+    reference, total, shifted, squares, plain, own, before, after,
     HEADROOM: tl.constexpr, EXTRAS: tl.constexpr, PRECISE: tl.constexpr,
 ):  # fmt: skip
     """Counts a tile of z (rows, columns) in; returns the new state (rows,) and the tile's terms.
 
     Of the entries other than the label, relative to `reference`: total = sum e,
     e = exp(z - reference). Where EXTRAS are wanted also shifted = sum e (z - reference),
-    squares = sum e^2, and the largest z before and after the label; plain = sum z of all entries.
+    squares = sum e^2, and the largest z before and after the label; plain = sum z of all entries, own =
+    z of the label as this product made it: equal logits must stay equal.
     The reference moves where an entry lies more than HEADROOM above it.
     """
     inside = (columns < vocabulary)[None, :] & (columns >= 0)[None, :]
@@ -102,11 +103,12 @@ def fold(
         shifted = factor * (shifted - rise * total) + tl.sum(terms, 1)
         squares = factor * factor * squares + tl.sum(e * e, 1)
         plain += tl.sum(tl.where(inside, z, 0.0), 1)
+        own += tl.sum(tl.where(columns[None, :] == labels[:, None], z, 0.0), 1)
         earlier = columns[None, :] < labels[:, None]
         before = tl.maximum(before, tl.max(tl.where(earlier, w, float("-inf")), 1))
         after = tl.maximum(after, tl.max(tl.where(earlier, float("-inf"), w), 1))
     total = factor * total + tl.sum(e, 1)
-    return moved, total, shifted, squares, plain, before, after, e
+    return moved, total, shifted, squares, plain, own, before, after, e
 
 
 @triton.jit

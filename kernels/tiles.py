@@ -49,7 +49,7 @@ FLOAT32 = Tile(64, 64, 32, 4, 2)
 MANY_REGISTERS = Tile(64, 128, 64, 8, 3)  # where much follows the product
 SMALL_MEMORY = Tile(128, 128, 64, 8, 3)  # sm_80 and sm_86 to sm_120, with 100 to 164 KiB
 LARGE_MEMORY = Tile(128, 256, 64, 8, 3)  # sm_90 and sm_100, with 227 KiB
-TINY = Tile(32, 64, 32, 4, 1)  # interpreted: small problems have edges too
+TINY = Tile(64, 128, 32, 4, 1)  # interpreted: small problems have edges too
 
 
 def default_tile(

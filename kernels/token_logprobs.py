@@ -81,7 +81,7 @@ def token_logprobs_kernel(
 
     reference = first_reference(t)
     total = tl.zeros([ROWS], tl.float32)
-    shifted, squares, plain = total, total, total
+    shifted, squares, plain, own = total, total, total, total
     before = total - float("inf")
     after = before
     shift = 0
@@ -93,9 +93,9 @@ def token_logprobs_kernel(
                 x_ptr, starts, shift, first, counted, vocabulary, ROWS, BLOCK, ALIGNED
             )
             z, slope = transform(x, 1.0, softcap, inverse_temperature, CAPPED)
-            reference, total, shifted, squares, plain, before, after, e = fold(
-                z, columns, labels, vocabulary, reference, total, shifted, squares, plain, before,
-                after, HEADROOM, EXTRAS, PRECISE,
+            reference, total, shifted, squares, plain, own, before, after, e = fold(
+                z, columns, labels, vocabulary, reference, total, shifted, squares, plain, own,
+                before, after, HEADROOM, EXTRAS, PRECISE,
             )  # fmt: skip
 
     logp, lse, tail, u, log_sum, whole = finish(t, reference, total)

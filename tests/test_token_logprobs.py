@@ -99,7 +99,7 @@ def test_no_less_accurate_than_plain_pytorch(backend, dtype, vocabulary):
 def test_softcap_of_small_and_large_arguments(backend, softcap, size, vocabulary):
     """Capped logits hardly move: 1 - tanh^2 is a difference of neighbours there."""
     for temperature in (1.0, 0.3):
-        data = problem(301, vocabulary, size=size)
+        data = problem(rows_for(vocabulary), vocabulary, size=size)
         hold(*data, f"temperature {temperature}", softcap=softcap, temperature=temperature)
 
 

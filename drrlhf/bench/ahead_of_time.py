@@ -1,0 +1,265 @@
+"""What the Triton kernels compile to, for chips that are not here: registers, spills, shared memory.
+
+``python -m drrlhf.bench.ahead_of_time FOLDER`` writes the table; tests hold the default
+configurations to it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ARCHITECTURES = (80, 90, 100)
+FILE = "kernels_ahead_of_time.json"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A kernel with the constants of one way to launch it.
+
+    types: of its arguments by name. divisible: integers that are multiples of 16. product: has a
+    matrix product. streams: is bound by memory bandwidth. tile: one of `drrlhf.kernels.tiles`, made
+    for an architecture, in place of constants. heavy: see `tiles.default_tile`.
+    """
+
+    name: str
+    kernel: Any
+    types: dict[str, Any]
+    constants: dict[str, Any]
+    warps: int = 4
+    most_registers: int | None = None
+    divisible: frozenset[str] = frozenset()
+    product: bool = False
+    heavy: bool = False
+    streams: bool = False
+
+
+@dataclass(frozen=True)
+class Build:
+    """What a variant became."""
+
+    variant: Variant
+    arch: int
+    registers: int
+    spills: int
+    shared: int
+    ptx: str
+
+    def record(self) -> dict[str, Any]:
+        """One row of the table."""
+        return {
+            "kernel": self.variant.name, "arch": f"sm_{self.arch}", "registers": self.registers,
+            "spills": self.spills, "shared": self.shared,
+        }  # fmt: skip
+
+
+_SIZES = frozenset(
+    "width vocabulary stride out_stride h_stride w_stride d_stride ratios_stride parts_stride "
+    "columns_here slots_here first_slot first_column length tokens".split()
+)
+_NUMBERS = {"scale", "softcap", "inverse_temperature", "unit"}
+_INTEGERS = {"rows_ptr", "slots_ptr", "count_ptr", "listed_ptr", "listed_count_ptr", "arrived_ptr"}
+_LABELS = {"labels_ptr", "groups_ptr", "cu_ptr"}
+_DOUBLES = {"scratch_ptr", "masses_ptr", "before_ptr", "after_ptr"}
+
+
+def _types(kernel: Any, **given: Any) -> dict[str, Any]:
+    """The usual type of each argument by its name, unless given."""
+    found: dict[str, Any] = {}
+    for name in kernel.arg_names:
+        if name in _INTEGERS:
+            found[name] = "*i32"
+        elif name in _LABELS:
+            found[name] = "*i64"
+        elif name in _DOUBLES:
+            found[name] = "*fp64"
+        elif name == "top1_ptr":
+            found[name] = "*i1"
+        elif name.endswith("_ptr"):
+            found[name] = "*fp32"
+        else:
+            found[name] = "fp32" if name in _NUMBERS else "i32"
+    return found | given
+
+
+def _token_logprobs() -> Iterator[Variant]:
+    from drrlhf.kernels import token_logprobs as op
+
+    rows, block, warps = op.configuration(151936)
+    for dtype in ("bf16", "fp32"):
+        common = {"CAPPED": False, "PRECISE": dtype == "fp32", "ROWS": rows, "BLOCK": block}
+        for aligned in (True, False):
+            options: dict[str, Any] = {
+                "warps": warps, "streams": True,
+                "divisible": _SIZES if aligned else frozenset(),
+            }  # fmt: skip
+            how = f"{dtype}, {'aligned' if aligned else 'any'} rows"
+            kernel: Any = op.token_logprobs_kernel
+            for extras in (False, True):
+                yield Variant(
+                    f"token_logprobs{' with all outputs' if extras else ''} ({how})",
+                    kernel,
+                    _types(kernel, x_ptr="*" + dtype),
+                    common | dict.fromkeys(("ENTROPY", "MEAN", "TOP1", "SQUARES"), extras)
+                    | {"ALIGNED": aligned, "DEBUG": False},
+                    **options,
+                )  # fmt: skip
+            kernel = op.token_logprobs_backward_kernel
+            yield Variant(
+                f"token_logprobs_backward ({how})",
+                kernel,
+                _types(kernel, x_ptr="*" + dtype, out_ptr="*" + dtype),
+                common | {"ALIGNED": aligned, "BY_LOGP": True, "BY_ENTROPY": False},
+                **options,
+            )
+
+
+def _linear_token_logprobs() -> Iterator[Variant]:
+    from drrlhf.kernels import linear_token_logprobs as op
+
+    def variant(what: str, kernel: Any, heavy: bool = False, **constants: Any) -> Variant:
+        narrow = {"h_ptr", "w_ptr", "bias_ptr", "ratios_ptr", "d_ptr"} & set(kernel.arg_names)
+        if kernel in (op.hidden_gradient_kernel, op.weight_gradient_kernel):
+            narrow |= {"out_ptr"}
+        types = _types(kernel, **dict.fromkeys(narrow, "*bf16"))
+        return Variant(
+            f"linear_token_logprobs, {what} (bf16)", kernel, types,
+            constants | {"PRECISION": "ieee"}, divisible=_SIZES, product=True, heavy=heavy,
+        )  # fmt: skip
+
+    logits = {"BIAS": False, "CAPPED": False, "PRECISE": False, "EVEN": True}
+    fold, gradient = op.fold_kernel, op.gradient_kernel
+    few = logits | {"EXTRAS": False, "HEADROOM": op.FAR}
+    yield variant("fold", fold, STORE=False, **few)
+    yield variant("fold storing ratios", fold, STORE=True, **few)
+    many = logits | {"EXTRAS": True, "HEADROOM": op.NEAR}
+    yield variant("fold with all outputs", fold, heavy=True, STORE=True, **many)
+    capped = few | {"BIAS": True, "CAPPED": True}
+    yield variant("fold with bias and softcap", fold, heavy=True, STORE=True, **capped)
+    of_logp = {"BY_LOGP": True, "ONES": False, "AT_SLOTS": False}
+    yield variant("gradient", gradient, BY_ENTROPY=False, **of_logp, **logits)
+    yield variant(
+        "gradient with entropy, bias and softcap", gradient, heavy=True, BY_ENTROPY=True,
+        **of_logp, **(logits | {"BIAS": True, "CAPPED": True}),
+    )  # fmt: skip
+    yield variant(
+        "gradient of hidden", op.hidden_gradient_kernel, FACTOR=True, AT_SLOTS=False, ADD=False,
+        EVEN=True,
+    )  # fmt: skip
+    yield variant("gradient of weight", op.weight_gradient_kernel, AT_SLOTS=False)
+
+
+def _pairs() -> Iterator[Variant]:
+    from drrlhf.kernels import preference_loss, reward_loss, robust_risk, sequence_preference_loss
+    from drrlhf.kernels.sequence_logprobs import TOKENS
+
+    pair = ("fp32", "fp32")
+    search = {
+        "NOMINAL": False, "TRIMS": False, "WEIGHTED": False, "SIZE": 8, "DEBUG": False,
+    }  # fmt: skip
+    kinds = (
+        "erm", "tv", "kl_radius", "kl_temperature", "chi2_radius", "chi2_penalty", "cvar",
+        "cvar_temperature", "group",
+    )  # fmt: skip
+    loss = {"LOSS": "sigmoid", "DIVERGENCE": "reverse_kl", "REFERENCE": True}
+    for block, warps in (robust_risk.SMALL, robust_risk.LARGE):
+        for kind in kinds:
+            constants = search | {"KIND": kind, "BLOCK": block}
+            for name, kernel, count, more in (
+                ("robust_risk", robust_risk.robust_risk_kernel, 3, {}),
+                ("preference_loss", preference_loss.preference_loss_kernel, 9,
+                 loss | {"LENGTHS": False, "WITH_LOSSES": True}),
+                ("reward_loss", reward_loss.reward_loss_kernel, 4,
+                 {"MARGIN": True, "WITH_LOSSES": True}),
+                ("sequence_preference_loss",
+                 sequence_preference_loss.sequence_preference_loss_kernel, 9,
+                 loss | {"SUMS": True, "SOLVES": True, "PACKED": True, "TOKENS": TOKENS}),
+            ):  # fmt: skip
+                if name != "robust_risk" and kind not in ("tv", "kl_radius"):
+                    continue
+                types = _types(kernel, parameters=(pair,) * count)
+                yield Variant(
+                    f"{name}, {kind}, blocks of {block}", kernel, types, constants | more, warps,
+                    robust_risk.REGISTERS,
+                )  # fmt: skip
+
+
+def variants() -> Iterator[Variant]:
+    """Every kernel that a default call may compile, in the ways that matter."""
+    yield from _token_logprobs()
+    yield from _linear_token_logprobs()
+    yield from _pairs()
+
+
+def build(variant: Variant, arch: int) -> Build:
+    """Compiles a variant for an NVIDIA architecture; needs no GPU."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from drrlhf.kernels import tiles
+
+    constants, warps, stages = variant.constants, variant.warps, 3
+    if variant.product:
+        tile = tiles.default_tile(torch.bfloat16, (arch // 10, 0), variant.heavy)
+        constants = constants | {"BM": tile.rows, "BN": tile.columns, "BK": tile.depth}
+        warps, stages = tile.warps, tile.stages
+    names = variant.kernel.arg_names
+    signature = {n: "constexpr" if n in constants else variant.types[n] for n in names}
+    whole = {
+        n for n, kind in signature.items()
+        if n in variant.divisible or (isinstance(kind, str) and kind.startswith("*"))
+    }  # fmt: skip
+    source = ASTSource(
+        fn=variant.kernel,
+        signature=signature,
+        constexprs={(names.index(n),): value for n, value in constants.items()},
+        attrs={(names.index(n),): [["tt.divisibility", 16]] for n in whole},
+    )
+    options: dict[str, Any] = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
+    if variant.most_registers is not None:
+        options["maxnreg"] = variant.most_registers
+    found = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    registers, spills = _resources(found.asm["cubin"])
+    return Build(variant, arch, registers, spills, found.metadata.shared, found.asm["ptx"])
+
+
+def _resources(cubin: bytes) -> tuple[int, int]:
+    """Registers of a thread, and bytes of its stack, which only spills use here."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        done = subprocess.run(
+            [tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+        )
+    match = re.search(r"REG:(\d+) STACK:(\d+)", done.stdout)
+    assert match is not None, done.stdout
+    return int(match[1]), int(match[2])
+
+
+def main(folder: str) -> None:
+    """Writes the table of every variant and architecture."""
+    import triton
+
+    records = [build(v, arch).record() for arch in ARCHITECTURES for v in variants()]
+    result = {"suite": "ahead of time", "versions": {"triton": triton.__version__}}
+    path = Path(folder) / FILE
+    path.write_text(json.dumps(result | {"records": records}, indent=1) + "\n", encoding="utf-8")
+    for r in records:
+        print(*(r[key] for key in ("arch", "registers", "spills", "shared", "kernel")))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,33 @@
+"""What a process of the tests for interpreted kernels does otherwise (TRITON_INTERPRET=1)."""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+
+MOST = (
+    10  # parameter sets of one test: the interpreter takes a second for what a kernel does in none
+)
+
+
+def pytest_configure(config):
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        # numpy says of infinities and NaN what kernels keep quiet about.
+        config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning")
+        config.addinivalue_line("filterwarnings", "ignore::UserWarning:triton")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Of a test with many parameter sets, runs as many as MOST, evenly spread, when interpreted."""
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        return
+    by_test = defaultdict(list)
+    for item in items:
+        by_test[item.nodeid.split("[")[0]].append(item)
+    kept = []
+    for same in by_test.values():
+        step = max(1.0, len(same) / MOST)
+        kept += [same[int(i * step)] for i in range(min(len(same), MOST))]
+    dropped = set(items) - set(kept)
+    config.hook.pytest_deselected(items=list(dropped))
+    items[:] = [item for item in items if item not in dropped]

@@ -1,0 +1,211 @@
+"""What Triton kernels promise without a GPU: what they compile to, and what they refuse."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from three_ways import INTERPRETED
+
+import drrlhf as dr
+from drrlhf import backends
+
+triton = pytest.importorskip("triton")
+KEPT = Path(__file__).parent.parent / "benchmarks" / "results" / "kernels_ahead_of_time.json"
+compiled_only = pytest.mark.skipif(INTERPRETED, reason="an interpreted kernel does not compile")
+interpreted_only = pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1")
+
+
+@pytest.fixture(scope="module", params=[80, 90, 100])
+def compiled(request):
+    """Every variant of `drrlhf.bench.ahead_of_time` for one architecture."""
+    if INTERPRETED:
+        pytest.skip("an interpreted kernel does not compile")
+    from drrlhf.bench import ahead_of_time
+
+    return request.param, [ahead_of_time.build(v, request.param) for v in ahead_of_time.variants()]
+
+
+def test_no_default_configuration_spills(compiled):
+    _, builds = compiled
+    assert {b.variant.name: b.spills for b in builds if b.spills} == {}
+
+
+def test_shared_memory_fits_the_chip(compiled):
+    arch, builds = compiled
+    room = {80: 163, 90: 227, 100: 227}[arch] * 1024
+    assert {b.variant.name: b.shared for b in builds if b.shared > room} == {}
+
+
+def test_products_use_matrix_instructions(compiled):
+    arch, builds = compiled
+    wanted = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}[arch]
+    products = [b for b in builds if b.variant.product]
+    assert len(products) >= 5
+    assert [b.variant.name for b in products if wanted not in b.ptx] == []
+    # And their operands come by asynchronous copies of 16 bytes, several steps ahead.
+    assert [b.variant.name for b in products if "cp.async.cg.shared" not in b.ptx] == []
+
+
+def test_bandwidth_bound_kernels_load_16_bytes(compiled):
+    _, builds = compiled
+    streams = [b for b in builds if b.variant.streams]
+    assert len(streams) >= 4
+    for b in streams:
+        assert ".v4.b32" in b.ptx, b.variant.name
+        if "backward" in b.variant.name:
+            assert any("st.global" in x and "v4.b32" in x for x in b.ptx.splitlines())
+
+
+def test_nothing_of_one_vendor_alone():
+    """No inline assembly and no libdevice: ROCm and XPU compile the same text."""
+    for path in (Path(__file__).parent.parent / "kernels").glob("*.py"):
+        text = path.read_text()
+        assert "inline_asm" not in text and "libdevice" not in text, path.name
+
+
+@compiled_only
+def test_kept_table_is_current():
+    """Registers, shared memory and spills by kernel and chip, made by `make kernels-table`."""
+    from drrlhf.bench import ahead_of_time
+
+    kept = json.loads(KEPT.read_text())
+    wanted = {(v.name, f"sm_{arch}") for v in ahead_of_time.variants() for arch in (80, 90, 100)}
+    assert {(r["kernel"], r["arch"]) for r in kept["records"]} == wanted
+    assert all(r["spills"] == 0 for r in kept["records"])
+
+
+# --------------------------------------------------------------------------- bad input
+
+
+def logits_and_labels():
+    return torch.randn(4, 7), torch.tensor([0, 6, -100, 3])
+
+
+@interpreted_only
+@pytest.mark.parametrize("label", [-1, 7, 2**40])
+def test_a_label_outside_the_vocabulary_gives_nan_and_reads_nothing(label):
+    logits, labels = logits_and_labels()
+    labels[1] = label
+    with backends.use("triton"):
+        from drrlhf import ops
+
+        logps = ops.token_logprobs(logits, labels, -100, 1.0, None, 0)[0]
+        assert logps[1].isnan() and torch.isfinite(logps[[0, 2, 3]]).all()
+        hidden, weight = torch.randn(4, 5), torch.randn(7, 5)
+        head = (hidden, weight, None, labels, -100, 1.0, None, 1.0, 0)
+        for keep in (0, 1, 3):
+            logps, *_, kept = ops.linear_token_logprobs(*head, keep, 0)
+            assert logps[1].isnan() and torch.isfinite(logps[[0, 2, 3]]).all()
+
+
+@interpreted_only
+@pytest.mark.parametrize("boundaries", [[1, 4, 9], [0, 5, 4], [0, 4, 10], [0, -3, 9], [0, 4, 8]])
+def test_boundaries_that_are_none_give_nan_and_read_nothing(boundaries):
+    from drrlhf import ops
+
+    with backends.use("triton"):
+        logps, labels = torch.randn(9), torch.zeros(9, dtype=torch.long)
+        sums = ops.sequence_logprobs(logps, labels, torch.tensor(boundaries), -100, False)
+        assert sums.isnan().any()
+
+
+@interpreted_only
+@pytest.mark.parametrize("bad", [-1.0, float("nan"), float("inf")])
+def test_a_nominal_weight_that_is_none_gives_nan(bad):
+    from drrlhf import ops
+
+    nominal = torch.tensor([1.0, bad, 1.0])
+    with backends.use("triton"):
+        for kind, a in (("tv", 0.1), ("kl_radius", 0.1), ("erm", 0.0)):
+            value, weights, *_ = ops.robust_risk(
+                torch.randn(3), nominal, None, None, kind, a, 0.0, 0.0
+            )
+            assert value.isnan() and weights.isnan().any()
+
+
+@interpreted_only
+def test_a_group_that_there_is_not_gives_nan_and_leaves_the_weights():
+    from drrlhf import ops
+
+    state = torch.tensor([0.25, 0.75], dtype=torch.float64)
+    with backends.use("triton"):
+        for group in (-1, 2, 2**40):
+            value, weights, _, after = ops.robust_risk(
+                torch.randn(3), None, torch.tensor([0, 1, group]), state, "group", 0.1, 1.0, 0.0
+            )
+            assert value.isnan() and weights.isnan().all()
+            assert torch.equal(after, state)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter serves the CPU")
+def test_the_cpu_is_served_by_name_only_when_interpreted():
+    with backends.use("triton"), pytest.raises(backends.BackendError, match="TRITON_INTERPRET=1"):
+        dr.token_logprobs(*logits_and_labels())
+
+
+@interpreted_only
+def test_the_interpreter_is_for_those_who_ask():
+    assert backends.serving("token_logprobs", "cpu") != "triton"
+    with backends.use("triton"):
+        assert backends.serving("token_logprobs", "cpu") == "triton"
+
+
+@interpreted_only
+def test_float64_logits_are_the_references():
+    logits, labels = logits_and_labels()
+    with backends.use("triton"), pytest.raises(backends.BackendError, match="float64"):
+        dr.token_logprobs(logits.double(), labels)
+
+
+# --------------------------------------------------------------------------- poisoned memory
+
+
+@interpreted_only
+def test_every_output_is_written(monkeypatch):
+    """With NaN in all memory that is handed out, no answer changes."""
+    g = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(70, 33, generator=g), torch.randn(131, 33, generator=g)
+    labels = torch.randint(0, 131, (70,), generator=g)
+    labels[::3] = -100
+    chosen, rejected = torch.randn(2, 700, generator=g)
+
+    def results():
+        found = []
+        for budget in (0, 1 << 30):
+            for needs in ((True, False), (True, True)):
+                h, w = (x.clone().requires_grad_(n) for x, n in zip((hidden, weight), needs))
+                logps = dr.linear_token_logprobs(h, w, labels, memory_budget=budget)
+                seq = dr.sequence_logprobs(logps, labels, cu_seqlens=torch.tensor([0, 9, 9, 70]))
+                seq.sum().backward()
+                found += [logps, seq, h.grad, w.grad]
+        x = (hidden @ weight.T).requires_grad_()
+        logps = dr.token_logprobs(x, labels, outputs=("entropy", "is_top1")).logps
+        logps.sum().backward()
+        found += [logps, x.grad]
+        c, r = chosen.clone().requires_grad_(), rejected.clone().requires_grad_()
+        out = dr.preference_loss(c, r, chosen * 0, rejected * 0, ambiguity="kl:0.1,trim=0.1")
+        out.loss.backward()
+        two = dr.linear_preference_loss(
+            hidden.view(10, 7, 33), weight, labels.view(10, 7), torch.zeros(10), ambiguity="tv:0.2"
+        )
+        return [x.detach().clone() for x in (*found, *out, c.grad, r.grad, *two) if x is not None]
+
+    def poisoned(make):
+        def empty(*arguments, **options):
+            x = make(*arguments, **options)
+            if x.is_floating_point():
+                return x.fill_(float("nan"))
+            return x.fill_(torch.iinfo(x.dtype).max // 2) if x.dtype != torch.bool else x
+
+        return empty
+
+    with backends.use("triton"):
+        expected = results()
+        monkeypatch.setattr(torch, "empty", poisoned(torch.empty))
+        monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))
+        monkeypatch.setattr(torch.Tensor, "new_empty", poisoned(torch.Tensor.new_empty))
+        for a, b in zip(expected, results()):
+            torch.testing.assert_close(a, b, rtol=0, atol=0)
