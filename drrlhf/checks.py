@@ -3,22 +3,42 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+# DRRLHF_DEBUG=1: devices assert what they otherwise answer with NaN.
+DEBUG = os.environ.get("DRRLHF_DEBUG", "0") not in ("", "0")
 
-def check_value(holds: Tensor, message: Callable[[], str], on: Tensor) -> None:
-    """ValueError with `message` where the 0-d bool tensor `holds` is false.
 
-    On the CPU it raises at once. On other devices reading it would synchronise, so the device
-    asserts instead; a compiled graph asserts in the graph.
+def check_value(
+    holds: Callable[[], Tensor], message: Callable[[], str], on: Tensor, wanted: bool = DEBUG
+) -> None:
+    """ValueError with `message` where `holds`, a 0-d bool tensor when called, is false.
+
+    On the CPU it raises at once; a graph compiled for it asserts in the graph. On other devices
+    reading the answer would synchronise, and asking costs launches: what a kernel cannot answer it
+    answers with NaN, and only where the check is `wanted` does the device assert.
     """
-    if torch.compiler.is_compiling() or on.device.type != "cpu":
-        torch._assert_async(holds, "drrlhf: an argument check failed; run on the CPU for details")
-    elif not bool(holds):
+    cpu = on.device.type == "cpu"
+    if torch.compiler.is_compiling() or not cpu:
+        if cpu or wanted:
+            torch._assert_async(
+                holds(), "drrlhf: an argument check failed; run on the CPU for more"
+            )
+    elif not bool(holds()):
         raise ValueError(message())
+
+
+def check_device(name: str, value: Tensor | None, like: str, on: Tensor) -> None:
+    """ValueError unless `value`, if there is one, lies on the device of the tensor `like`."""
+    if value is not None and value.device != on.device:
+        raise ValueError(
+            f"{name}: expected it on {on.device} as {like}, got {value.device}; move it with "
+            f".to({like}.device)"
+        )
 
 
 def check_vector(name: str, value: Tensor, n: int | None = None, like: str = "losses") -> None:

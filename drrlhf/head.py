@@ -9,7 +9,7 @@ from torch import Tensor
 
 from drrlhf import ops
 from drrlhf.ambiguity import ERM, AmbiguitySet
-from drrlhf.checks import check_vector
+from drrlhf.checks import check_device, check_vector
 from drrlhf.logprobs import check_boundaries, linear_token_logprobs, sequence_logprobs
 from drrlhf.losses import check_pair_options
 from drrlhf.robust import GroupState, adversary, require_finite, store
@@ -109,6 +109,7 @@ def linear_preference_loss(
         raise ValueError("ref_weight, ref_bias: they read ref_hidden, which is None")
     if ref_logps is not None:
         check_vector("ref_logps", ref_logps, sequences, "the stacked sequences")
+        check_device("ref_logps", ref_logps, "hidden", hidden)
     check_pair_options(
         loss_type, label_smoothing, f_divergence, beta, discopop_tau, f_alpha_divergence_coef,
         references=(ref_logps, ref_logps),
@@ -143,6 +144,7 @@ def _check_sequences(hidden: Tensor, labels: Tensor, cu_seqlens: Tensor | None) 
             raise ValueError(
                 f"labels: expected packed (T,) with cu_seqlens, got {tuple(labels.shape)}"
             )
+        check_device("cu_seqlens", cu_seqlens, "labels", labels)
         check_boundaries(cu_seqlens, labels.shape[0])
         count = cu_seqlens.shape[0] - 1
     if count % 2:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from drrlhf import backends, ops, reference
-from drrlhf.checks import check_choice, check_floating, check_integer, check_value
+from drrlhf.checks import check_choice, check_device, check_floating, check_integer, check_value
 
 
 def _check_labels(
@@ -20,12 +20,15 @@ def _check_labels(
         raise ValueError(
             f"labels: expected shape {lead}, one label for each row, got {tuple(labels.shape)}"
         )
-    outside = (labels != ignore_index) & ((labels < 0) | (labels >= vocabulary))
+
+    def outside() -> Tensor:
+        return (labels != ignore_index) & ((labels < 0) | (labels >= vocabulary))
+
     check_value(
-        ~outside.any(),
+        lambda: ~outside().any(),
         lambda: (
             f"labels: expected values in [0, {vocabulary}) or ignore_index={ignore_index}, got "
-            f"{int(labels[outside][0])} at position {tuple(outside.nonzero()[0].tolist())}"
+            f"{int(labels[outside()][0])} at position {tuple(outside().nonzero()[0].tolist())}"
         ),
         labels,
     )
@@ -134,6 +137,7 @@ def token_logprobs(
         raise ValueError(f"logits: expected shape (..., V) with V >= 1, got {tuple(logits.shape)}")
     _check_options(temperature, softcap)
     bits = _check_outputs(outputs)
+    check_device("labels", labels, "logits", logits)
     _check_labels(labels, tuple(logits.shape[:-1]), logits.shape[-1], ignore_index)
     op: Any = ops.token_logprobs
     if inplace_backward and not torch.compiler.is_compiling():
@@ -153,8 +157,8 @@ class Room(NamedTuple):
     workspace: int
 
 
-# Unless the caller says otherwise. Products gain nothing from more rows than these hold; to be busy,
-# a GPU needs more of them.
+# Unless the caller says otherwise. Products gain nothing from more rows than these hold; a GPU
+# needs more of them to be busy.
 ROOM_ON_CPU = Room(256 * 2**20, 48 * 2**20)
 ROOM_ON_GPU = Room(576 * 2**20, 512 * 2**20)
 
@@ -251,6 +255,8 @@ def linear_token_logprobs(
         raise ValueError(f"memory_budget: expected bytes >= 0, got {memory_budget!r}")
     _check_options(temperature, softcap)
     bits = _check_outputs(outputs)
+    for name, tensor in (("weight", weight), ("bias", bias), ("labels", labels)):
+        check_device(name, tensor, "hidden", hidden)
     _check_labels(labels, tuple(hidden.shape[:-1]), weight.shape[0], ignore_index)
     if torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
@@ -299,6 +305,8 @@ def sequence_logprobs(
         raise ValueError(
             f"labels: expected shape {tuple(logps.shape)} as logps, got {tuple(labels.shape)}"
         )
+    check_device("labels", labels, "logps", logps)
+    check_device("cu_seqlens", cu_seqlens, "logps", logps)
     if reduction not in ("sum", "mean"):
         raise ValueError(f"reduction: expected 'sum' or 'mean', got {reduction!r}")
     if cu_seqlens is None:
@@ -319,9 +327,12 @@ def check_boundaries(cu_seqlens: Tensor, tokens: int) -> None:
     check_integer("cu_seqlens", cu_seqlens)
     if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1:
         raise ValueError(f"cu_seqlens: expected shape (S+1,), got {tuple(cu_seqlens.shape)}")
-    ends = (cu_seqlens[0] == 0) & (cu_seqlens[-1] == tokens)
     check_value(
-        ends & (cu_seqlens[1:] >= cu_seqlens[:-1]).all(),
+        lambda: (
+            (cu_seqlens[0] == 0)
+            & (cu_seqlens[-1] == tokens)
+            & (cu_seqlens[1:] >= cu_seqlens[:-1]).all()
+        ),
         lambda: (
             f"cu_seqlens: expected boundaries from 0 to {tokens}, not decreasing, got "
             f"{cu_seqlens.tolist()[:8]}{'...' if cu_seqlens.numel() > 8 else ''}"

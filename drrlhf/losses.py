@@ -8,7 +8,7 @@ from torch import Tensor
 
 from drrlhf import ops, reference
 from drrlhf.ambiguity import ERM, AmbiguitySet
-from drrlhf.checks import check_choice, check_floating, check_vector
+from drrlhf.checks import check_choice, check_device, check_floating, check_vector
 from drrlhf.reference import (
     DIFFERENCE_LOSSES,
     F_DIVERGENCES,
@@ -57,6 +57,7 @@ def _check_pair_arguments(
         if value is None:
             continue
         check_vector(name, value, chosen.numel(), "chosen_logps")
+        check_device(name, value, "chosen_logps", chosen)
         if not name.endswith("lengths"):
             check_floating(name, value)
     references = (pairs["ref_chosen_logps"], pairs["ref_rejected_logps"])
@@ -253,6 +254,8 @@ def reward_loss(
     check_floating("chosen_rewards", chosen_rewards)
     check_vector("rejected_rewards", rejected_rewards, chosen_rewards.numel(), "chosen_rewards")
     check_floating("rejected_rewards", rejected_rewards)
+    check_device("rejected_rewards", rejected_rewards, "chosen_rewards", chosen_rewards)
+    check_device("margin", margin, "chosen_rewards", chosen_rewards)
     if margin is not None:
         check_vector("margin", margin, chosen_rewards.numel(), "chosen_rewards")
         margin = margin.detach()

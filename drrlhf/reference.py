@@ -203,13 +203,14 @@ def normalised(nominal: Tensor | None, n: int, like: Tensor) -> Tensor:
         return torch.full((n,), 1.0 / max(n, 1), dtype=torch.float64, device=like.device)
     p = nominal.double()
     check_value(
-        torch.isfinite(p).all() & (p >= 0).all(),
+        lambda: torch.isfinite(p).all() & (p >= 0).all(),
         lambda: (
             "nominal: expected finite weights >= 0 (0 masks a pair), got "
             f"{p[~(torch.isfinite(p) & (p >= 0))][0].item()} at index "
             f"{int((~(torch.isfinite(p) & (p >= 0))).nonzero()[0])}; drop or clamp it"
         ),
         p,
+        wanted=True,
     )
     total = p.sum()
     return torch.where(total > 0, p / torch.where(total > 0, total, 1), 0)
@@ -221,13 +222,14 @@ def check_groups(groups: Tensor | None, group_weights: Tensor | None) -> None:
     size = group_weights.numel()
     outside = (groups < 0) | (groups >= size)
     check_value(
-        ~outside.any(),
+        lambda: ~outside.any(),
         lambda: (
             f"groups: expected ids in [0, {size}) for Group(num_groups={size}), got "
             f"{int(groups[outside][0])} at index {int(outside.nonzero()[0])}; "
             f"raise num_groups or fix the column"
         ),
         groups,
+        wanted=True,
     )
 
 
@@ -694,8 +696,8 @@ def linear_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: fl
 
 
 # What the forward of linear_token_logprobs keeps for its backward: nothing (it computes the logits
-# again); d logp / d hidden (..., D); d logp / d logits of the counted tokens as (V, counted), packed
-# at the front of (V, tokens); or that by rows, a row for each counted token at the front of
+# again); d logp / d hidden (..., D); d logp / d logits of the counted tokens as (V, counted),
+# packed at the front of (V, tokens); or that by rows, a row for each counted token at the front of
 # (tokens, V rounded up to 16), divided by -p[label] logit_scale / temperature where
 # logp >= IMPROBABLE, which can be written before the sum of the exponentials is known.
 KEEP_NOTHING, KEEP_HIDDEN, KEEP_SLAB, KEEP_RATIOS = 0, 1, 2, 3

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from drrlhf import ops
 from drrlhf.ambiguity import ERM, AmbiguitySet, Group, parse_ambiguity
-from drrlhf.checks import check_floating, check_integer, check_value, check_vector
+from drrlhf.checks import check_device, check_floating, check_integer, check_value, check_vector
 
 
 class RobustRisk(NamedTuple):
@@ -77,6 +77,7 @@ def adversary(
     n = first.numel()
     if nominal is not None:
         check_vector("nominal", nominal, n, like)
+        check_device("nominal", nominal, like, first)
     if not num_groups:
         return Adversary(nominal, None, None, encoded)
     if groups is None:
@@ -85,6 +86,7 @@ def adversary(
             f"of shape ({n},), got None"
         )
     check_vector("groups", groups, n, like)
+    check_device("groups", groups, like, first)
     check_integer("groups", groups)
     if group_state is None:
         weights = first.new_full((num_groups,), 1 / num_groups, dtype=torch.float64)
@@ -117,13 +119,14 @@ def require_finite(name: str, values: Tensor, nominal: Tensor | None) -> None:
     if nominal is not None:
         bad = bad & (nominal != 0)
     check_value(
-        ~bad.any(),
+        lambda: ~bad.any(),
         lambda: (
             f"{name}: expected finite numbers (check_finite=True), got "
             f"{values[bad][0].item()} at index {int(bad.nonzero()[0])}; mask the pair with "
             "nominal=0 or find where it overflowed"
         ),
         values,
+        wanted=True,
     )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import struct
 from typing import Any
 
@@ -11,10 +10,12 @@ import torch
 import triton
 from torch import Tensor
 
+from drrlhf.checks import DEBUG
+
+__all__ = ["DEBUG", "INTERPRETED", "numbers", "on"]
+
 # TRITON_INTERPRET=1: kernels run in Python, on CPU tensors.
 INTERPRETED = bool(triton.knobs.runtime.interpret)
-# DRRLHF_DEBUG=1: kernels assert what they otherwise answer with NaN.
-DEBUG = os.environ.get("DRRLHF_DEBUG", "0") not in ("", "0")
 
 
 def on(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:

@@ -219,8 +219,8 @@ def fold_half(
         CAPPED,
     )  # fmt: skip
     reference, total, shifted, squares, plain, own, before, after, e = fold(
-        z, columns, labels, vocabulary, reference, total, shifted, squares, plain, own, before, after,
-        HEADROOM, EXTRAS, PRECISE,
+        z, columns, labels, vocabulary, reference, total, shifted, squares, plain, own, before,
+        after, HEADROOM, EXTRAS, PRECISE,
     )  # fmt: skip
     if STORE:
         if EXTRAS:  # whose reference has left the label

@@ -5,9 +5,8 @@ from __future__ import annotations
 import os
 from collections import defaultdict
 
-MOST = (
-    10  # parameter sets of one test: the interpreter takes a second for what a kernel does in none
-)
+# Parameter sets of one test: the interpreter takes a second for what a kernel does in none.
+MOST = 6
 
 
 def pytest_configure(config):

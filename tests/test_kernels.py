@@ -68,7 +68,7 @@ def test_nothing_of_one_vendor_alone():
 
 @compiled_only
 def test_kept_table_is_current():
-    """Registers, shared memory and spills by kernel and chip, made by `make kernels-table`."""
+    """What python -m drrlhf.bench.ahead_of_time wrote is about the kernels that there are."""
     from drrlhf.bench import ahead_of_time
 
     kept = json.loads(KEPT.read_text())
@@ -97,7 +97,7 @@ def test_a_label_outside_the_vocabulary_gives_nan_and_reads_nothing(label):
         hidden, weight = torch.randn(4, 5), torch.randn(7, 5)
         head = (hidden, weight, None, labels, -100, 1.0, None, 1.0, 0)
         for keep in (0, 1, 3):
-            logps, *_, kept = ops.linear_token_logprobs(*head, keep, 0)
+            logps, *_ = ops.linear_token_logprobs(*head, keep, 0)
             assert logps[1].isnan() and torch.isfinite(logps[[0, 2, 3]]).all()
 
 
@@ -158,6 +158,47 @@ def test_float64_logits_are_the_references():
     logits, labels = logits_and_labels()
     with backends.use("triton"), pytest.raises(backends.BackendError, match="float64"):
         dr.token_logprobs(logits.double(), labels)
+
+
+def elsewhere(x):
+    return x.to("meta")
+
+
+ON_TWO_DEVICES = {
+    "labels": lambda x, y: dr.token_logprobs(x, elsewhere(y)),
+    "weight": lambda x, y: dr.linear_token_logprobs(x, elsewhere(x), y),
+    "cu_seqlens": lambda x, y: dr.sequence_logprobs(x[0], y[:1].expand(7), cu_seqlens=elsewhere(y)),
+    "nominal": lambda x, y: dr.robust_risk(x[0], nominal=elsewhere(x[0])),
+    "groups": lambda x, y: dr.robust_risk(x[:, 0], "group:7", groups=elsewhere(y)),
+    "ref_chosen_logps": lambda x, y: dr.preference_loss(x[0], x[1], elsewhere(x[2]), x[3]),
+    "margin": lambda x, y: dr.reward_loss(x[0], x[1], margin=elsewhere(x[2])),
+    "ref_logps": lambda x, y: dr.linear_preference_loss(
+        x[:, None], x, y[:, None], elsewhere(x[:, 0])
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ON_TWO_DEVICES)
+def test_tensors_on_different_devices_are_refused(name):
+    x, y = logits_and_labels()
+    with pytest.raises(ValueError, match=f"{name}: expected it on cpu .*got meta"):
+        ON_TWO_DEVICES[name](x, y)
+
+
+def test_an_old_gpu_is_told_which_backend_would_serve(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    backends._no_triton.cache_clear()
+    try:
+        with (
+            backends.use("triton"),
+            pytest.raises(backends.BackendError, match="this GPU has .*; reference would"),
+        ):
+            backends.kernel("robust_risk", "cuda")
+        with backends.use("auto"):
+            assert backends.serving("robust_risk", "cuda") == "reference"
+    finally:
+        backends._no_triton.cache_clear()
 
 
 # --------------------------------------------------------------------------- poisoned memory

@@ -416,6 +416,8 @@ BAD = [
 
 @pytest.mark.parametrize("change,message", BAD)
 def test_bad_input(backend, change, message):
+    if backend == "triton" and message.startswith("groups: expected ids"):
+        pytest.skip("a kernel cannot raise: the answer is NaN, see test_kernels")
     arguments = {
         "hidden": P.hidden,
         "weight": P.weight,

@@ -123,7 +123,7 @@ def test_no_less_accurate_than_plain_pytorch(backend, dtype, shape):
     as many as fit."""
     if backend == "reference" and shape[0] % 2 == 0:
         pytest.skip("the reference has no blocks whose edges need a look")
-    seeds = min(3 if INTERPRETED else 20, 2 + 1000 // shape[0])
+    seeds = min(3 if INTERPRETED and shape[0] > 1 else 20, 2 + 1000 // shape[0])
     cases = [problem(*shape, dtype, seed=seed) for seed in range(seeds)]
     keeps = ["nothing"] if backend == "reference" else KEEPS
     workspaces = (0,) if INTERPRETED else (0, 48 * MIB)

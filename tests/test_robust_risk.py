@@ -126,7 +126,8 @@ def scalar_value(problem: Problem, ambiguity) -> float:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_value_equals_a_convex_solver(family):
-    """1000 random problems a set, 50 if interpreted: 1e-6 relative in float64, 1e-5 in float32, on every backend."""
+    """1000 random problems a set, 50 if interpreted: 1e-6 relative in float64, 1e-5 in float32, on
+    every backend."""
     rng = np.random.default_rng(FAMILIES.index(family))
     for _ in range(1 if INTERPRETED else 20):
         problems = [random_problem(rng) for _ in range(50)]

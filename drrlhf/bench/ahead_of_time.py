@@ -1,4 +1,4 @@
-"""What the Triton kernels compile to, for chips that are not here: registers, spills, shared memory.
+"""What the Triton kernels compile to for chips that are not here: registers, spills, shared memory.
 
 ``python -m drrlhf.bench.ahead_of_time FOLDER`` writes the table; tests hold the default
 configurations to it.
@@ -63,8 +63,23 @@ class Build:
 
 
 _SIZES = frozenset(
-    "width vocabulary stride out_stride h_stride w_stride d_stride ratios_stride parts_stride "
-    "columns_here slots_here first_slot first_column length tokens".split()
+    (
+        "width",
+        "vocabulary",
+        "stride",
+        "out_stride",
+        "h_stride",
+        "w_stride",
+        "d_stride",
+        "ratios_stride",
+        "parts_stride",
+        "columns_here",
+        "slots_here",
+        "first_slot",
+        "first_column",
+        "length",
+        "tokens",
+    )
 )
 _NUMBERS = {"scale", "softcap", "inverse_temperature", "unit"}
 _INTEGERS = {"rows_ptr", "slots_ptr", "count_ptr", "listed_ptr", "listed_count_ptr", "arrived_ptr"}
