@@ -86,7 +86,8 @@ def fold(
     Of the entries other than the label, relative to `reference`: total = sum e,
     e = exp(z - reference). Where EXTRAS are wanted also shifted = sum e (z - reference),
     squares = sum e^2, and the largest z before and after the label; plain = sum z of all entries;
-    own = z of the label as this product made it, for equal logits must stay equal. The reference moves where an entry lies more than HEADROOM above it.
+    own = z of the label as this product made it, for equal logits must stay equal. The reference
+    moves where an entry lies more than HEADROOM above it.
     """
     inside = (columns < vocabulary)[None, :] & (columns >= 0)[None, :]
     others = inside & (columns[None, :] != labels[:, None])

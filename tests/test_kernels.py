@@ -192,7 +192,7 @@ def test_an_old_gpu_is_told_which_backend_would_serve(monkeypatch):
     try:
         with (
             backends.use("triton"),
-            pytest.raises(backends.BackendError, match="this GPU has .*; reference would"),
+            pytest.raises(backends.BackendError, match=r"this GPU has .*; reference would"),
         ):
             backends.kernel("robust_risk", "cuda")
         with backends.use("auto"):

@@ -11,8 +11,8 @@ from drrlhf.bench.heads import GEMM, PLAIN, TRL, Problem
 from drrlhf.bench.registry import OURS, SUITES, Case, Contest, Unavailable, Work
 
 # Tokens, vocabulary, depth.
-SHAPES = {"cpu": (1024, 32000, 1024), "gpu": (8192, 151936, 4096), "quick": (40, 211, 32)}
-MEMORY_SHAPES = {"cpu": (4096, 128256, 1024), "gpu": (8192, 151936, 4096), "quick": (64, 509, 32)}
+SHAPES = {"cpu": (1024, 32000, 1024), "gpu": (8192, 128256, 4096), "quick": (40, 211, 32)}
+MEMORY_SHAPES = {"cpu": (4096, 128256, 1024), "gpu": (8192, 128256, 4096), "quick": (64, 509, 32)}
 TOKENS = {"cpu": (128, 256, 512, 2048), "gpu": (1024, 4096, 16384), "quick": (20,)}
 VOCABULARIES = {"cpu": (8192, 65536, 128256), "gpu": (32000, 65536, 262144), "quick": (101,)}
 PAIRS = 10

@@ -25,6 +25,7 @@ SUITES = {"cpu": "cpu", "gpu": "cuda", "quick": "cpu"}  # and the device of each
 OPS = {
     "ceilings": "ceilings",
     "robust_risk": "reducers",
+    "preference_loss": "margins",
     "token_logprobs": "token_logprobs",
     "linear_token_logprobs": "linear_token_logprobs",
     "linear_preference_loss": "preference",

@@ -11,13 +11,14 @@ from torch import Tensor
 
 from drrlhf.bench import peers
 from drrlhf.bench.gate import Gate
-from drrlhf.bench.registry import OURS, SUITES, Case, Contest, Work, our
+from drrlhf.bench.registry import OURS, SUITES, Case, Contest, Unavailable, Work, our
 
 SHAPES = {"cpu": (1024, 128256), "gpu": (8192, 151936), "quick": (16, 211)}
 TOKENS = {"cpu": (128, 512, 2048), "gpu": (1024, 4096, 16384), "quick": (8, 24)}
 VOCABULARIES = {"cpu": (8192, 32000, 131072), "gpu": (32000, 65536, 262144), "quick": (53, 101)}
 FIXED = {"cpu": (256, 32000), "gpu": (4096, 32000), "quick": (8, 101)}
 CHECKED_ROWS = 64
+TRL = "trl"
 
 IN_PLACE = f"{OURS} (in place)"
 PLAIN = "log_softmax"  # rounds its result to the dtype of the logits
@@ -76,6 +77,14 @@ class _Producer(torch.autograd.Function):
         return None, None
 
 
+def _trl() -> Callable[[Tensor, Tensor], Tensor]:
+    """TRL's fused log-probs and entropies, whose entropies are dropped; or `Unavailable`."""
+    kernels = peers.load("trl.kernels", "trl")
+    if not hasattr(kernels, "selective_log_softmax_and_entropy"):
+        raise Unavailable("this trl offers no selective_log_softmax_and_entropy here")
+    return lambda logits, labels: kernels.selective_log_softmax_and_entropy(logits, labels)[0]
+
+
 def _contest(suite: str, n: int, v: int, dtype: torch.dtype, backward: bool, full: bool) -> Contest:
     device = SUITES[suite]
     torch.manual_seed(0)
@@ -129,6 +138,8 @@ def _contest(suite: str, n: int, v: int, dtype: torch.dtype, backward: bool, ful
     if dtype != torch.float32:
         contenders[PLAIN_FLOAT] = lambda: work(plain_float)
         baseline = (PLAIN, PLAIN_FLOAT)
+    if full and device == "cuda":
+        contenders[TRL] = lambda: work(_trl())
     if full:
         contenders["torch.compile"] = lambda: work(peers.compiled(plain_float, suite))
     gate = Gate(lambda: on_rows(torch.float64), lambda: on_rows(dtype))
