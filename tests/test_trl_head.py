@@ -638,7 +638,9 @@ def test_configuration(llama, tmp_path, calls):
 
 
 def test_a_device_without_a_kernel_gets_trls(llama, tmp_path, calls):
-    assert head.resolve("auto", "cpu") == "drrlhf" and head.resolve("auto", "cuda") == "trl"
+    assert head.resolve("auto", "cpu") == "drrlhf" and head.resolve("auto", "mps") == "trl"
+    served = backends.serving("linear_token_logprobs", "cuda") != "reference"
+    assert head.resolve("auto", "cuda") == ("drrlhf" if served else "trl")
     assert head.resolve("drrlhf", "cuda") == "drrlhf" and head.resolve("trl", "cpu") == "trl"
     with backends.use("reference"):
         train_dpo(llama, tmp_path, ours, max_steps=1)
