@@ -416,7 +416,9 @@ BAD = [
 
 @pytest.mark.parametrize("change,message", BAD)
 def test_bad_input(backend, change, message):
-    if backend == "triton" and message.startswith("groups: expected ids"):
+    if backend == "triton" and message.startswith(
+        ("groups: expected ids", "nominal: expected finite")
+    ):
         pytest.skip("a kernel cannot raise: the answer is NaN, see test_kernels")
     arguments = {
         "hidden": P.hidden,
