@@ -1,15 +1,18 @@
 """Builds the C++ extension where it can, and says what it built.
 
-DRRLHF_BUILD=auto (default)  build the CPU extension if torch and a compiler are there, otherwise
-                             install pure Python and record the reason (`drrlhf doctor` shows it)
-             cpu             build it or fail
+DRRLHF_BUILD=auto (default)  build the CPU extension if torch and a compiler are there, with CUDA
+                             kernels if torch is a CUDA build and nvcc is there; otherwise install
+                             without, and record the reason (`drrlhf doctor` shows it)
+             cpu             build the CPU extension or fail
+             cuda            build it with CUDA kernels or fail; no GPU is needed for that
              none            pure Python
-             cuda            refused: this version has no CUDA kernels
+TORCH_CUDA_ARCH_LIST         what CUDA kernels are compiled for; default "8.0;9.0;10.0+PTX"
 torch must be importable during the build: pip install --no-build-isolation .
 """
 
 import json
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -18,19 +21,20 @@ from setuptools import find_packages, setup
 from setuptools.command.build_py import build_py
 
 MODE = os.environ.get("DRRLHF_BUILD", "auto")
-SOURCES = ["csrc/ops.cpp", *(str(p) for p in sorted(Path("csrc/cpu").glob("*.cpp")))]
+CPU_SOURCES = ["csrc/ops.cpp", *(str(p) for p in sorted(Path("csrc/cpu").glob("*.cpp")))]
+CUDA_SOURCES = ["csrc/ops_cuda.cpp", *(str(p) for p in sorted(Path("csrc/cuda").glob("*.cu")))]
 HEADERS = [str(p) for p in sorted(Path("csrc").rglob("*.h"))]
 FLAGS = [
     "-O3", "-g0", "-std=c++20", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off",
     "-fvisibility=hidden", "-fopenmp", "-Wall", "-Wextra", "-Wno-unused-parameter",
 ]  # fmt: skip
 
+NVCC_FLAGS = ["-O3", "-std=c++20", "-Xcompiler=-fvisibility=hidden,-Wall,-Wextra"]
+ARCHITECTURES = "8.0;9.0;10.0+PTX"
+
 if MODE not in ("auto", "cpu", "cuda", "none"):
     sys.exit(f"DRRLHF_BUILD: expected auto, cpu, cuda or none, got {MODE!r}")
-if MODE == "cuda":
-    sys.exit("DRRLHF_BUILD=cuda: this version has no CUDA kernels yet; use auto, cpu or none")
-
-record = {"mode": "none", "reason": ""}
+record = {"mode": "none", "reason": "", "cuda_reason": ""}
 
 
 def obstacle() -> str:
@@ -50,29 +54,60 @@ def obstacle() -> str:
     return ""
 
 
-def extension():
+def cuda_obstacle() -> str:
+    """Why CUDA kernels cannot be built here; empty when they can."""
+    if MODE == "cpu":
+        return "DRRLHF_BUILD=cpu was set"
+    import torch
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is not a CUDA build"
+    if CUDA_HOME is None or not Path(CUDA_HOME, "bin", "nvcc").exists():
+        return "nvcc was not found; install the CUDA toolkit or set CUDA_HOME"
+    return ""
+
+
+def architectures() -> list[str]:
+    """TORCH_CUDA_ARCH_LIST as torch reads it, without the names that only it knows."""
+    listed = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", ARCHITECTURES)
+    found = [x for x in re.split(r"[;\s]+", listed) if x]
+    bad = [x for x in found if not re.fullmatch(r"\d+\.\d[a-z]?(\+PTX)?", x)]
+    if bad or not found:
+        sys.exit(
+            f"TORCH_CUDA_ARCH_LIST: expected numbers such as {ARCHITECTURES!r}, got {listed!r}"
+        )
+    return found
+
+
+def extension(cuda: bool):
     """The extension and a build_ext that, in auto mode, turns a failed build into a reason."""
-    from torch.utils.cpp_extension import BuildExtension, CppExtension
+    from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 
     class Build(BuildExtension):
         def run(self) -> None:
             try:
                 super().run()
-                record["mode"] = "cpu"
+                record["mode"] = "cuda" if cuda else "cpu"
             except Exception as error:
-                if MODE == "cpu":
+                if MODE in ("cpu", "cuda"):
                     raise
                 record["reason"] = f"the C++ build failed: {error}"
                 print(f"drrlhf: {record['reason']}; installing pure Python", file=sys.stderr)
                 self.extensions.clear()
             write_record(Path("drrlhf") if self.inplace else Path(self.build_lib, "drrlhf"))
 
+    kind, flags, macros = CppExtension, {"cxx": FLAGS}, []
+    if cuda:
+        kind, flags["nvcc"] = CUDAExtension, NVCC_FLAGS
+        macros = [("DRRLHF_CUDA", f'"{" ".join(architectures())}"')]
     return [
-        CppExtension(
+        kind(
             "drrlhf._C",
-            SOURCES,
+            CPU_SOURCES + (CUDA_SOURCES if cuda else []),
             depends=HEADERS,
-            extra_compile_args={"cxx": FLAGS},
+            define_macros=macros,
+            extra_compile_args=flags,
             # Without it at::parallel_for, a template in a header, would run on one thread.
             extra_link_args=["-fopenmp"],
         )
@@ -96,11 +131,14 @@ reason = obstacle()
 commands: dict = {"build_py": BuildPython}
 modules = []
 if reason:
-    if MODE == "cpu":
-        sys.exit(f"DRRLHF_BUILD=cpu: {reason}")
+    if MODE in ("cpu", "cuda"):
+        sys.exit(f"DRRLHF_BUILD={MODE}: {reason}")
     record["reason"] = reason
 else:
-    modules, commands["build_ext"] = extension()
+    record["cuda_reason"] = cuda_obstacle()
+    if MODE == "cuda" and record["cuda_reason"]:
+        sys.exit(f"DRRLHF_BUILD=cuda: {record['cuda_reason']}")
+    modules, commands["build_ext"] = extension(cuda=not record["cuda_reason"])
 
 setup(
     ext_modules=modules,

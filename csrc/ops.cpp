@@ -1,36 +1,22 @@
 // The one file that knows torch: schemas, argument checks, launches, and a report of the build.
 #include <ATen/ATen.h>
 #include <pybind11/pybind11.h>
-#include <torch/library.h>
 #include <torch/version.h>
 
-#include <array>
 #include <string_view>
+
+#ifdef DRRLHF_CUDA
+#include <cuda.h>  // CUDA_VERSION alone
+#endif
 
 #include "cpu/logprobs.h"
 #include "cpu/losses.h"
 #include "cpu/memory.h"
+#include "names.h"
+#include "schemas.h"
 
 namespace drrlhf {
 namespace {
-
-template <class Enum, std::size_t N>
-Enum by_name(const char* argument, std::string_view name,
-             const std::array<std::string_view, N>& names) {
-  for (std::size_t i = 0; i < N; ++i) {
-    if (names[i] == name) return static_cast<Enum>(i);
-  }
-  TORCH_CHECK_VALUE(false, argument, ": unknown '", name, "'");
-}
-
-constexpr std::array<std::string_view, 9> kKinds = {"erm",  "kl_radius",        "kl_temperature",
-                                                    "tv",   "chi2_radius",      "chi2_penalty",
-                                                    "cvar", "cvar_temperature", "group"};
-constexpr std::array<std::string_view, 13> kLossTypes = {
-    "sigmoid",  "hinge",    "ipo",       "exo_pair", "robust",   "discopop", "sigmoid_norm",
-    "nca_pair", "bco_pair", "sppo_hard", "apo_zero", "apo_down", "simpo"};
-constexpr std::array<std::string_view, 4> kDivergences = {"reverse_kl", "forward_kl",
-                                                          "js_divergence", "alpha_divergence"};
 
 // (n,) as contiguous float64, checked against n.
 Tensor load(const char* name, const Tensor& x, std::int64_t n) {
@@ -285,68 +271,25 @@ std::tuple<Tensor, Tensor, Tensor> linear_token_logprobs_backward(
 
 pybind11::dict build_info() {
   pybind11::dict info;
-  info["mode"] = "cpu";
   info["torch_version"] = TORCH_VERSION;
   info["compiler"] = __VERSION__;
   info["isa"] = DRRLHF_ISA;
+#ifdef DRRLHF_CUDA
+  info["mode"] = "cuda";
+  info["cuda"] = true;
+  info["cuda_architectures"] = pybind11::str(DRRLHF_CUDA).attr("split")();
+  info["cuda_version"] = CUDA_VERSION;
+#else
+  info["mode"] = "cpu";
   info["cuda"] = false;
+#endif
   return info;
 }
 
 }  // namespace
 }  // namespace drrlhf
 
-TORCH_LIBRARY(drrlhf_cpp, m) {
-  m.def(
-      "robust_risk(Tensor losses, Tensor? nominal, Tensor? groups, Tensor? group_weights, "
-      "str kind, float a, float b, float trim) -> (Tensor, Tensor, Tensor, Tensor)");
-  m.def(
-      "preference_loss(Tensor chosen_logps, Tensor rejected_logps, Tensor? ref_chosen_logps, "
-      "Tensor? ref_rejected_logps, Tensor? chosen_lengths, Tensor? rejected_lengths, "
-      "Tensor? nominal, Tensor? groups, Tensor? group_weights, str loss_type, float beta, "
-      "float label_smoothing, float simpo_gamma, float discopop_tau, str f_divergence, "
-      "float f_alpha, str kind, float a, float b, float trim) -> "
-      "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
-  m.def(
-      "reward_loss(Tensor chosen_rewards, Tensor rejected_rewards, Tensor? margin, "
-      "Tensor? nominal, Tensor? groups, Tensor? group_weights, float center_coefficient, "
-      "str kind, float a, float b, float trim) -> "
-      "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
-  m.def(
-      "sequence_preference_loss(Tensor logps, Tensor labels, Tensor? cu_seqlens, "
-      "Tensor? ref_logps, Tensor? nominal, Tensor? groups, Tensor? group_weights, "
-      "int ignore_index, str loss_type, float beta, float label_smoothing, float simpo_gamma, "
-      "float discopop_tau, str f_divergence, float f_alpha, str kind, float a, float b, "
-      "float trim) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
-  m.def(
-      "sequence_logprobs(Tensor logps, Tensor labels, Tensor? cu_seqlens, int ignore_index, "
-      "bool mean) -> Tensor");
-  m.def(
-      "sequence_logprobs_backward(Tensor grad, Tensor labels, Tensor? cu_seqlens, "
-      "int ignore_index, bool mean) -> Tensor");
-  m.def(
-      "token_logprobs(Tensor logits, Tensor labels, int ignore_index, float temperature, "
-      "float? softcap, int outputs) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
-  m.def(
-      "token_logprobs_backward(Tensor logits, Tensor labels, Tensor? grad, Tensor? grad_entropy, "
-      "Tensor logp, Tensor lse, Tensor lse_tail, Tensor entropy, int ignore_index, "
-      "float temperature, float? softcap) -> Tensor");
-  m.def(
-      "token_logprobs_backward_(Tensor(a!) logits, Tensor labels, Tensor? grad, "
-      "Tensor? grad_entropy, Tensor logp, Tensor lse, Tensor lse_tail, Tensor entropy, "
-      "int ignore_index, float temperature, float? softcap) -> ()");
-  m.def(
-      "linear_token_logprobs(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, "
-      "int ignore_index, float temperature, float? softcap, float logit_scale, int outputs, "
-      "int keep, int workspace) -> "
-      "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
-  m.def(
-      "linear_token_logprobs_backward(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, "
-      "Tensor? grad, Tensor? grad_entropy, Tensor logp, Tensor lse, Tensor lse_tail, "
-      "Tensor entropy, Tensor kept, int ignore_index, float temperature, float? softcap, "
-      "float logit_scale, int keep, int workspace, bool need_hidden, bool need_weight, "
-      "bool need_bias) -> (Tensor, Tensor, Tensor)");
-}
+TORCH_LIBRARY(drrlhf_cpp, m) { drrlhf::define_ops(m); }
 
 TORCH_LIBRARY_IMPL(drrlhf_cpp, CPU, m) {
   m.impl("robust_risk", &drrlhf::robust_risk);

@@ -1,10 +1,11 @@
 """Which implementation serves which op on which device, and why.
 
 Backends, best first where several can serve: ``cuda`` (CUDA C++), ``triton``, ``cpp`` (C++ on the
-CPU), ``reference`` (plain PyTorch). The choice is automatic and visible: `explain` tells it,
-``drrlhf doctor`` prints it, and each op that falls through to a slower backend logs the reason
-once. A backend asked for by name, with `use` or the environment variable DRRLHF_BACKEND, serves
-or raises `BackendError` with the reason; it never falls through.
+CPU), ``reference`` (plain PyTorch); for the ops of the output head ``triton`` comes first. The
+choice is automatic and visible: `explain` tells it, ``drrlhf doctor`` prints it, and each op that
+falls through to a slower backend logs the reason once. A backend asked for by name, with `use` or
+the environment variable DRRLHF_BACKEND, serves or raises `BackendError` with the reason; it never
+falls through.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import importlib.metadata
 import json
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -44,9 +45,13 @@ DEVICES = {"cuda": ("cuda",), "triton": ("cuda", "xpu"), "cpp": ("cpu",)}
 SERVED: dict[str, frozenset[str]] = {
     "cpp": frozenset(OPS),
     "triton": frozenset(OPS),
-    "cuda": frozenset(),
+    "cuda": frozenset(OPS),
     "reference": frozenset(OPS),
 }
+# What is one product after another Triton does best: there the softmax is part of the product.
+TRITON_FIRST = frozenset(op for op in OPS if op.startswith("linear_"))
+# The torch.library that holds a backend's ops.
+LIBRARIES = {"cpp": "drrlhf_cpp", "cuda": "drrlhf_cpp"}
 # Ops over the vocabulary: fast in the dtypes of models, and float64 is for checking them.
 NO_FLOAT64 = frozenset(op for op in OPS if "token_logprobs" in op)
 
@@ -117,6 +122,40 @@ def _no_triton() -> str:
     return ""
 
 
+def _runs_on(capability: tuple[int, int], architectures: Sequence[str]) -> bool:
+    """Whether code built for architectures such as "8.0", "10.0+PTX" runs on a GPU."""
+    for architecture in architectures:
+        number, _, ptx = architecture.partition("+")
+        major, minor = (int(part) for part in number.split("."))
+        same = capability[0] == major and capability[1] >= minor
+        if same or (ptx and capability >= (major, minor)):
+            return True
+    return False
+
+
+@functools.cache
+def _no_cuda() -> str:
+    """Why this process cannot run CUDA C++ kernels; empty when it can."""
+    if _EXTENSION is None:
+        return _NO_EXTENSION
+    info = _EXTENSION.build_info()
+    if not info["cuda"]:
+        reason = build_record().get("cuda_reason") or "no reason is on record"
+        return (
+            f"the extension was built without CUDA kernels ({reason}); DRRLHF_BUILD=cuda pip "
+            "install --no-build-isolation builds them"
+        )
+    if torch.cuda.is_available():
+        capability, built = torch.cuda.get_device_capability(), info["cuda_architectures"]
+        if not _runs_on(capability, built):
+            return (
+                f"has kernels for compute capability {', '.join(built)}, this GPU has "
+                f"{'.'.join(map(str, capability))}; rebuild with TORCH_CUDA_ARCH_LIST="
+                f"{'.'.join(map(str, capability))}"
+            )
+    return ""
+
+
 def interprets() -> bool:
     """Whether Triton kernels run in its interpreter (TRITON_INTERPRET=1), on CPU tensors."""
     return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
@@ -133,6 +172,8 @@ def _obstacle(op: str, backend: str, device: str, float64: bool = False) -> str:
         return f"runs on {'/'.join(DEVICES[backend])} tensors, not on {device}{hint}"
     if backend == "triton" and (reason := _no_triton()):
         return reason
+    if backend == "cuda" and (reason := _no_cuda()):
+        return reason
     if backend == "cpp" and _EXTENSION is None:
         return _NO_EXTENSION
     if float64 and op in NO_FLOAT64 and backend != "reference":
@@ -146,7 +187,7 @@ def _implementation(op: str, backend: str) -> Callable[..., Any]:
     if backend == "triton":  # a file of its own for each op and its backward
         module = importlib.import_module(f"drrlhf.kernels.{op.split('_backward')[0]}")
         return getattr(module, op)
-    return getattr(torch.ops.drrlhf_cpp, op).default
+    return getattr(getattr(torch.ops, LIBRARIES[backend]), op).default
 
 
 def _checked(name: str | None) -> str | None:
@@ -186,15 +227,22 @@ class use:
         _force(self._previous)
 
 
+def _order(op: str) -> tuple[str, ...]:
+    """Backends, best first."""
+    if op in TRITON_FIRST:
+        return tuple(sorted(NAMES, key=lambda name: name != "triton"))
+    return NAMES
+
+
 def _choose(op: str, device: str, float64: bool = False) -> tuple[str, dict[str, str]]:
     """The serving backend and the obstacles of those that would come first."""
     obstacles: dict[str, str] = {}
-    for backend in NAMES if _forced is None else (_forced,):
+    for backend in _order(op) if _forced is None else (_forced,):
         obstacle = _obstacle(op, backend, device, float64)
         if not obstacle:
             return backend, obstacles
         obstacles[backend] = obstacle
-    serving = next(b for b in NAMES if not _obstacle(op, b, device, float64))
+    serving = next(b for b in _order(op) if not _obstacle(op, b, device, float64))
     raise BackendError(
         f"backend {_forced!r} was asked for by name but cannot serve {op} on {device}: "
         f"{obstacles[str(_forced)]}; {serving} would: see `drrlhf doctor`, or use 'auto'"

@@ -165,8 +165,8 @@ ROOM_ON_GPU = Room(576 * 2**20, 512 * 2**20)
 
 def _slab_kind(device: str) -> int:
     """The form in which the backend that serves the head keeps the softmax of all tokens."""
-    serving = backends.serving("linear_token_logprobs", device)
-    return reference.KEEP_SLAB if serving in ("cpp", "reference") else reference.KEEP_RATIOS
+    forms = {"triton": reference.KEEP_RATIOS, "cuda": reference.KEEP_ROWS}
+    return forms.get(backends.serving("linear_token_logprobs", device), reference.KEEP_SLAB)
 
 
 # A graph is traced for the backend that serves then, as torch.compiler.assume_constant_result says.
@@ -212,8 +212,8 @@ def linear_token_logprobs(
     memory_budget: int | None = None,
 ) -> Tensor | TokenLogprobs:
     """Token log-probs from hidden states and the output head: `token_logprobs` of
-    (hidden weight^T + bias) logit_scale, which are never rounded to a narrow dtype and never held
-    all at once.
+    (hidden weight^T + bias) logit_scale, which are never held all at once and never rounded to a
+    narrow dtype (but by the backend `cuda`, which works on what the library's product gives).
 
     In units of one product hidden weight^T: scoring without gradients costs 1; with a head that
     needs no gradient (LoRA) forward and backward cost 2, for the forward keeps

@@ -699,8 +699,9 @@ def linear_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: fl
 # again); d logp / d hidden (..., D); d logp / d logits of the counted tokens as (V, counted),
 # packed at the front of (V, tokens); or that by rows, a row for each counted token at the front of
 # (tokens, V rounded up to 16), divided by -p[label] logit_scale / temperature where
-# logp >= IMPROBABLE, which can be written before the sum of the exponentials is known.
-KEEP_NOTHING, KEEP_HIDDEN, KEEP_SLAB, KEEP_RATIOS = 0, 1, 2, 3
+# logp >= IMPROBABLE, which can be written before the sum of the exponentials is known; or just that
+# by rows, each in its token's place.
+KEEP_NOTHING, KEEP_HIDDEN, KEEP_SLAB, KEEP_RATIOS, KEEP_ROWS = 0, 1, 2, 3, 4
 IMPROBABLE = -31.0
 
 
@@ -710,7 +711,7 @@ def divides_by_label(logp: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def ratios_width(vocabulary: int) -> int:
-    """Columns of KEEP_RATIOS: rows begin on whole groups of 16 entries."""
+    """Columns of KEEP_RATIOS and KEEP_ROWS: rows begin on whole groups of 16 entries."""
     return (vocabulary + 15) // 16 * 16
 
 
@@ -745,6 +746,10 @@ def linear_token_logprobs(
             rows = d[labels != ignore_index].T.reshape(-1).to(hidden.dtype)
             kept = hidden.new_zeros(weight.shape[0], labels.numel())
             kept.view(-1)[: rows.numel()] = rows
+        elif keep == KEEP_ROWS:
+            rows = torch.where((labels != ignore_index).unsqueeze(-1), d, 0).flatten(0, -2)
+            kept = hidden.new_zeros(labels.numel(), ratios_width(weight.shape[0]))
+            kept[:, : rows.shape[1]] = rows
         else:
             divide = divides_by_label(found[0], hidden.dtype)
             by = torch.where(divide, -torch.exp(found[0]) * (logit_scale / temperature), 1)

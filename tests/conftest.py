@@ -1,9 +1,14 @@
-"""What a process of the tests for interpreted kernels does otherwise (TRITON_INTERPRET=1)."""
+"""What a process of the tests does otherwise for interpreted Triton kernels (TRITON_INTERPRET=1)
+and for CUDA kernels built for the host (DRRLHF_EMULATED=FILE.so)."""
 
 from __future__ import annotations
 
 import os
 from collections import defaultdict
+
+import torch
+
+from drrlhf import backends
 
 # Parameter sets of one test: the interpreter takes a second for what a kernel does in none.
 MOST = 6
@@ -14,6 +19,11 @@ def pytest_configure(config):
         # numpy says of infinities and NaN what kernels keep quiet about.
         config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning")
         config.addinivalue_line("filterwarnings", "ignore::UserWarning:triton")
+    if library := os.environ.get("DRRLHF_EMULATED"):
+        torch.ops.load_library(library)
+        backends.LIBRARIES["cuda"] = "drrlhf_emulated"
+        backends.DEVICES["cuda"] = ("cuda", "cpu")
+        backends._no_cuda = lambda: ""
 
 
 def pytest_collection_modifyitems(config, items):

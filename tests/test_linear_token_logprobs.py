@@ -8,9 +8,11 @@ import pytest
 import torch
 from three_ways import (
     BACKENDS,
+    EMULATED,
     INTERPRETED,
     LAYOUTS,
     OUTPUTS,
+    SLOW,
     assert_no_worse,
     plain,
     plain_logits,
@@ -22,7 +24,9 @@ from drrlhf import backends, logprobs, ops, reference
 
 OP = ops.linear_token_logprobs
 MIB = 2**20
-SLAB = reference.KEEP_RATIOS if INTERPRETED else reference.KEEP_SLAB
+SLAB = {"triton": reference.KEEP_RATIOS, "cuda": reference.KEEP_ROWS}.get(
+    BACKENDS[0], reference.KEEP_SLAB
+)
 KEEPS = {
     "nothing": reference.KEEP_NOTHING,
     "hidden": reference.KEEP_HIDDEN,
@@ -123,10 +127,12 @@ def test_no_less_accurate_than_plain_pytorch(backend, dtype, shape):
     as many as fit."""
     if backend == "reference" and shape[0] % 2 == 0:
         pytest.skip("the reference has no blocks whose edges need a look")
-    seeds = min(3 if INTERPRETED and shape[0] > 1 else 20, 2 + 1000 // shape[0])
+    seeds = min(3 if SLOW and shape[0] > 1 else 20, 2 + 1000 // shape[0])
     cases = [problem(*shape, dtype, seed=seed) for seed in range(seeds)]
     keeps = ["nothing"] if backend == "reference" else KEEPS
-    workspaces = (0,) if INTERPRETED else (0, 48 * MIB)
+    # The library multiplies a single row by another routine, of another error.
+    least = 16 * 4 * (shape[2] + 15) if EMULATED else 0
+    workspaces = (0,) if INTERPRETED else (least, 48 * MIB)
     hold(cases, {f"{k}, {w}": kernel(k, w) for k in keeps for w in workspaces})
 
 

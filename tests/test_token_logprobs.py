@@ -9,9 +9,9 @@ import pytest
 import torch
 from three_ways import (
     BACKENDS,
-    INTERPRETED,
     LAYOUTS,
     OUTPUTS,
+    SLOW,
     assert_no_worse,
     plain,
     plain_outputs,
@@ -44,7 +44,7 @@ def some_for_the_reference(sizes):
 
 def rows_for(vocabulary):
     """Enough for the ratios of errors to settle; the interpreter takes a program for each row."""
-    if INTERPRETED and vocabulary > 1000:
+    if SLOW and vocabulary > 1000:
         return 31
     return 301 if vocabulary < 1000 else 131
 
@@ -386,7 +386,11 @@ def test_layouts_of_logits(backend, layout, dtype):
         logits = logits.detach().requires_grad_()
         values.append(dr.token_logprobs(logits, labels))
         gradients.append(torch.autograd.grad(values[-1], logits, upstream)[0])
-    assert torch.equal(*values) and torch.equal(*gradients)
+    if backend == "cuda":  # whose threads begin on whole loads, wherever the row does
+        torch.testing.assert_close(*values, rtol=2e-6, atol=0)
+        torch.testing.assert_close(*gradients, rtol=2 * torch.finfo(dtype).eps + 2e-6, atol=1e-7)
+    else:
+        assert torch.equal(*values) and torch.equal(*gradients)
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.int8, torch.uint8])

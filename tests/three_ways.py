@@ -10,8 +10,14 @@ from drrlhf import backends
 
 # TRITON_INTERPRET=1 gives a process of the tests to the interpreted kernels.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+# DRRLHF_EMULATED=FILE.so gives it to the CUDA kernels, which tests/emulated built for the host.
+EMULATED = bool(os.environ.get("DRRLHF_EMULATED"))
 BUILT = ["reference", "cpp"] if backends.build_info()["built"] else ["reference"]
-BACKENDS = ["triton"] if INTERPRETED else BUILT
+BACKENDS = ["triton"] if INTERPRETED else ["cuda"] if EMULATED else BUILT
+# Backends that do not look at values before they launch: what is wrong with one gives NaN.
+ASYNCHRONOUS = ("triton", "cuda")
+# Slow ways to run a kernel: the tests take fewer and smaller problems.
+SLOW = INTERPRETED or EMULATED
 OUTPUTS = ("entropy", "logsumexp", "mean_logit", "is_top1", "log_sum_sq_probs")
 # Ways for a matrix to lie in memory.
 LAYOUTS = {

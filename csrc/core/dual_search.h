@@ -431,41 +431,41 @@ DRRLHF_HD Solution worst_case(const Team& team, const Problem& problem, Ambiguit
   return {expected_loss(team, problem, top, span) - penalty, dual};
 }
 
-// One step of multiplicative group weights w (G,), in place when `update`; see Group. mass, loss:
-// scratch (G,). One host thread only: members of a larger team would race on w.
-template <class Team>
-DRRLHF_HD Solution group_step(const Team& team, const Problem& problem, const std::int64_t* group,
-                              double* w, int size, double step_size, bool update, double* mass,
-                              double* loss) {
+// One step of multiplicative group weights w (size,), in place when `update`; see Group. group:
+// i -> id. mass, loss: scratch (size,).
+template <class Team, class Group>
+DRRLHF_HD Solution group_step(const Team& team, const Problem& problem, Group group, double* w,
+                              int size, double step_size, bool update, double* mass, double* loss) {
   const double *l = problem.l, *p = problem.p;
   double* q = problem.q;
   team.scatter(mass, size, group, [=](std::int64_t i) { return p[i]; });
   team.scatter(loss, size, group, [=](std::int64_t i) { return p[i] > 0 ? p[i] * l[i] : 0.0; });
-  double held = 0.0, best = -kInfinity;
-  for (int g = 0; g < size; ++g) {
-    if (mass[g] > 0) {
-      held += w[g];
-      loss[g] = step_size * (loss[g] / mass[g]);  // from here on the gain of the group
-      best = loss[g] > best ? loss[g] : best;
-    }
-  }
   if (update) {
-    double stepped = 0.0;
-    for (int g = 0; g < size; ++g) {
-      if (mass[g] > 0) stepped += w[g] * exp(loss[g] - best);
-    }
-    for (int g = 0; g < size; ++g) {
-      if (mass[g] > 0) {
-        w[g] *= exp(loss[g] - best) * (held / stepped);
-        // A weight that underflowed to 0 could never come back.
-        w[g] = w[g] < 2.2250738585072014e-308 ? 2.2250738585072014e-308 : w[g];
+    team.one([=] {
+      double held = 0.0, best = -kInfinity, stepped = 0.0;
+      for (int g = 0; g < size; ++g) {
+        if (mass[g] > 0) {
+          held += w[g];
+          loss[g] = step_size * (loss[g] / mass[g]);  // from here on the gain of the group
+          best = loss[g] > best ? loss[g] : best;
+        }
       }
-    }
+      for (int g = 0; g < size; ++g) {
+        if (mass[g] > 0) stepped += w[g] * exp(loss[g] - best);
+      }
+      for (int g = 0; g < size; ++g) {
+        if (mass[g] > 0) {
+          w[g] *= exp(loss[g] - best) * (held / stepped);
+          // A weight that underflowed to 0 could never come back.
+          w[g] = w[g] < 2.2250738585072014e-308 ? 2.2250738585072014e-308 : w[g];
+        }
+      }
+    });
   }
   double total = 0.0;
   for (int g = 0; g < size; ++g) total += mass[g] > 0 ? w[g] : 0.0;
   team.each(
-      [=](std::int64_t i) { q[i] = p[i] > 0 ? w[group[i]] / total / mass[group[i]] * p[i] : 0.0; });
+      [=](std::int64_t i) { q[i] = p[i] > 0 ? w[group(i)] / total / mass[group(i)] * p[i] : 0.0; });
   const double value =
       team.template sum<1>([=](std::int64_t i) { return Sums<1>{{p[i] > 0 ? q[i] * l[i] : 0.0}}; })
           .v[0];

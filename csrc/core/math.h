@@ -6,7 +6,7 @@
 
 namespace drrlhf {
 
-constexpr double kInfinity = __builtin_huge_val();
+constexpr double kInfinity = __builtin_huge_val(), kNan = __builtin_nan("");
 
 DRRLHF_HD double bits_to_double(std::uint64_t bits) {
   double value;

@@ -7,9 +7,15 @@
 #include <cstring>
 
 #if defined(__CUDACC__)
-#define DRRLHF_HD __host__ __device__ __forceinline__
+#define DRRLHF_HD __device__ __forceinline__
 #else
 #define DRRLHF_HD inline __attribute__((always_inline))
+#endif
+
+#if defined(__GNUC__) && !defined(__clang__) && !defined(__CUDACC__)
+#define DRRLHF_NO_UNROLL _Pragma("GCC unroll 1")
+#else
+#define DRRLHF_NO_UNROLL
 #endif
 
 // A hot loop's entry point is compiled once for each of these and chosen at load time by the

@@ -5,13 +5,15 @@
 //   template <int K, class F> Sums<K> sum(F f)    per k: sum over i of f(i)[k]
 //   template <int K, class F> Sums<K> max(F f)    per k: max over i of f(i)[k]
 //   template <class F> void each(F f)             f(i) for every i, once
-//   template <class F> void scatter(double* out, int size, const std::int64_t* slot, F f)
-//                                                 out[slot[i]] += f(i), out zeroed first
+//   template <class S, class F> void scatter(double* out, int size, S slot, F f)
+//                                                 out[g] = sum of f(i) over slot(i) == g
+//   template <class F> void one(F f)              f() by one member; the others see what it wrote
 //
-// f(i) returns Sums<K> and has no side effects (each excepted). Every member of the team gets the
-// result, and calls are collective: all members make the same calls in the same order. Sums are
-// taken in an order that depends on n alone, so results are equal run to run and, on the host,
-// machine to machine.
+// f(i) returns Sums<K> and has no side effects (each and one excepted). A member that reads at i
+// what `each` wrote reads what it wrote itself: every call hands i to the same member. Every member
+// of the team gets the result, and calls are collective: all members make the same calls in the
+// same order. Sums are taken in an order that depends on n alone, so results are equal run to run
+// and, on the host, machine to machine.
 #pragma once
 
 #include "math.h"
@@ -42,7 +44,7 @@ struct SerialTeam {
         for (int j = 0; j < kLanes; ++j) add(j);
       } else {
         // Unrolled early, GCC leaves several sums at once scalar; one alone it does not.
-#pragma GCC unroll 1
+        DRRLHF_NO_UNROLL
         for (int j = 0; j < kLanes; ++j) add(j);
       }
     }
@@ -66,7 +68,7 @@ struct SerialTeam {
     std::int64_t i = 0;
     for (; i + kLanes <= n; i += kLanes) {
       // Unrolled early, GCC leaves these comparisons scalar.
-#pragma GCC unroll 1
+      DRRLHF_NO_UNROLL
       for (int j = 0; j < kLanes; ++j) {
         const Sums<K> term = f(i + j);
         for (int k = 0; k < K; ++k) lanes[k][j] = lanes[k][j] < term.v[k] ? term.v[k] : lanes[k][j];
@@ -89,10 +91,15 @@ struct SerialTeam {
     for (std::int64_t i = 0; i < n; ++i) f(i);
   }
 
-  template <class F>
-  DRRLHF_HD void scatter(double* out, int size, const std::int64_t* slot, F f) const {
+  template <class S, class F>
+  DRRLHF_HD void scatter(double* out, int size, S slot, F f) const {
     for (int g = 0; g < size; ++g) out[g] = 0;
-    for (std::int64_t i = 0; i < n; ++i) out[slot[i]] += f(i);
+    for (std::int64_t i = 0; i < n; ++i) out[slot(i)] += f(i);
+  }
+
+  template <class F>
+  DRRLHF_HD void one(F f) const {
+    f();
   }
 };
 

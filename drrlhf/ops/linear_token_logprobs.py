@@ -11,7 +11,7 @@ from torch import Tensor
 
 from drrlhf.ops.library import autograd, define, first_order_only
 from drrlhf.ops.token_logprobs import fake_statistics
-from drrlhf.reference import ENTROPY, KEEP_HIDDEN, KEEP_RATIOS, KEEP_SLAB, ratios_width
+from drrlhf.reference import ENTROPY, KEEP_HIDDEN, KEEP_RATIOS, KEEP_ROWS, KEEP_SLAB, ratios_width
 
 
 def _fake(hidden, weight, bias, labels, ignore_index, temperature, softcap, logit_scale, outputs,
@@ -21,7 +21,7 @@ def _fake(hidden, weight, bias, labels, ignore_index, temperature, softcap, logi
         shape = hidden.shape
     elif keep == KEEP_SLAB:
         shape = (weight.shape[0], labels.numel())
-    elif keep == KEEP_RATIOS:
+    elif keep in (KEEP_RATIOS, KEEP_ROWS):
         shape = (labels.numel(), ratios_width(weight.shape[0]))
     return (*fake_statistics(hidden, labels.shape, outputs), hidden.new_empty(shape))
 

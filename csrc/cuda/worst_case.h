@@ -1,0 +1,107 @@
+// What every robust kernel ends with: the search by one block or by a grid, and its answer written.
+#pragma once
+
+#include "../core/robust_risk.h"
+#include "device_team.h"
+
+namespace drrlhf {
+
+// Bytes at the front of the scratch by which blocks count each other; 0 before a launch.
+constexpr std::int64_t kCounters = 16;
+
+// Views of the workspace; loss, d_chosen, d_rejected (n,) are what the pairs' kernels leave there.
+struct Scratch {
+  GridBarrier* barrier;
+  unsigned* arrived;
+  double *grid_partials, *loss, *d_chosen, *d_rejected, *l, *p, *d, *q, *masses, *group_losses;
+
+  Scratch(const Workspace& workspace, std::int64_t n, int num_groups) {
+    barrier = static_cast<GridBarrier*>(workspace.scratch);
+    arrived = reinterpret_cast<unsigned*>(barrier + 1);
+    double* next = reinterpret_cast<double*>(static_cast<char*>(workspace.scratch) + kCounters);
+    const auto take = [&](std::int64_t count) { return (next += count) - count; };
+    grid_partials = take(2 * std::int64_t(workspace.blocks) * kMostSums);
+    for (double** array : {&loss, &d_chosen, &d_rejected, &l, &p, &d, &q}) *array = take(n);
+    masses = take(num_groups);
+    group_losses = take(num_groups);
+  }
+};
+
+struct NominalOf {
+  Numbers weights;
+  __device__ double operator()(std::int64_t i) const { return number_at(weights, i); }
+};
+
+struct GroupOf {
+  Integers ids;
+  __device__ std::int64_t operator()(std::int64_t i) const { return integer_at(ids, i); }
+};
+
+template <bool kGrid>
+__device__ inline DeviceTeam<kGrid> team_of(std::int64_t n, Partials& partials, const Scratch& s) {
+  return {n, {&partials, 0}, s.barrier, s.grid_partials, 0, 0};
+}
+
+// `loss`: i -> loss. Writes the answer but for what is by pair, which q in the scratch tells.
+template <class Team, class Loss>
+__device__ void solve(const Team& team, Loss loss, const CudaAdversary& adversary,
+                      const SolutionOut& out, const Scratch& s) {
+  if (adversary.set.kind == Kind::kGroup) {
+    team.one([&] {
+      for (int g = 0; g < adversary.num_groups; ++g) adversary.after[g] = adversary.before[g];
+    });
+  }
+  const AdversaryOf<NominalOf, GroupOf> foe = {
+      adversary.set,       adversary.nominal.dtype == Dtype::kNone,
+      {adversary.nominal}, {adversary.groups},
+      adversary.after,     s.masses,
+      s.group_losses,      adversary.num_groups};
+  const Solution found = robust_risk(team, loss, foe, s.l, s.p, s.d, s.q);
+  if (team.rank() == 0) {
+    put(out.value, 0, found.value);
+    put(out.dual, 0, found.dual);
+  }
+  team.each([&](std::int64_t i) { put(out.weights, i, s.q[i]); });
+}
+
+// The losses and derivatives that lie in the scratch: worst case, and derivatives by its weights.
+template <class Team>
+__device__ void solve_pairs(const Team& team, const CudaAdversary& adversary,
+                            const SolutionOut& out, const PairOut& pairs, const Scratch& s) {
+  // Other blocks may have written them: not by way of this processor's cache.
+  solve(team, [&](std::int64_t i) { return from_others(s.loss + i); }, adversary, out, s);
+  team.each([&](std::int64_t i) {
+    const double q = s.q[i];
+    // Exactly 0 where the weight is, whatever the derivative.
+    put(pairs.d_chosen, i, q == 0 ? 0.0 : q * from_others(s.d_chosen + i));
+    put(pairs.d_rejected, i, q == 0 ? 0.0 : q * from_others(s.d_rejected + i));
+  });
+}
+
+// Whether this block is the last of the grid to get here; it then sees what all have written.
+__device__ inline bool arrives_last(const Scratch& s) {
+  DRRLHF_SHARED(bool, last);
+  __threadfence();
+  __syncthreads();
+  if (gridDim.x == 1) return true;
+  if (threadIdx.x == 0) {
+    last = atomicAdd(s.arrived, 1u) + 1 == gridDim.x;
+    __threadfence();
+  }
+  __syncthreads();
+  return last;
+}
+
+// Of pairs whose losses lie in the scratch, when there are too many for one block.
+Failure solve_many_pairs(std::int64_t n, const CudaAdversary& adversary, const SolutionOut& out,
+                         const PairOut& pairs, const Workspace& workspace, Stream stream);
+
+__device__ inline void keep_pair(std::int64_t i, const PairLoss& pair, const PairOut& out,
+                                 const Scratch& s) {
+  put(out.losses, i, pair.loss);
+  s.loss[i] = pair.loss;
+  s.d_chosen[i] = pair.d_chosen;
+  s.d_rejected[i] = pair.d_rejected;
+}
+
+}  // namespace drrlhf
