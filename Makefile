@@ -1,5 +1,7 @@
 # make demo    robust and plain reward models on real preferences, one table and one plot
 # make test    the whole test suite
+# make test-gpu  the tests of the ops on a GPU, and a few under compute-sanitizer
+# make test-cuda-build  the whole extension built and linked against a CUDA torch; no GPU needed
 # make lint    every checker;  make format  what they can mend themselves
 # make bench   every op beside its peers, result and plots in benchmarks/results; BENCH="--op NAME"
 # Each sets up .venv first. TORCH and PYTHON choose what it is made from.
@@ -11,12 +13,14 @@ QUICK ?=
 BENCH ?=
 PEERS ?= liger-kernel==0.8.5 sqwash==0.1.0 dro==0.4.3
 BIN := $(VENV)/bin
-# Every Triton kernel, interpreted on the CPU: the tests of the ops once more.
+# Every Triton kernel, interpreted on the CPU, and every CUDA kernel, built for the host: the tests of
+# the ops twice more.
 TESTS_OF_OPS := $(patsubst %,tests/test_%.py,robust_risk preference_loss reward_loss token_logprobs \
-  linear_token_logprobs sequence_logprobs linear_preference_loss kernels)
-CXX_FILES := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h)
+  linear_token_logprobs sequence_logprobs linear_preference_loss kernels many_pairs)
+CXX_FILES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu tests/emulated/*.h)
+EMULATED := build/emulated/ops_cuda.so
 
-.PHONY: demo test lint format bench clean
+.PHONY: demo test test-cuda-build test-gpu lint format bench clean
 .DELETE_ON_ERROR:
 
 # torch comes first and alone, so that nothing else decides which build of it is installed.
@@ -39,6 +43,18 @@ demo: $(VENV)/.trl
 test: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 $(TESTS_OF_OPS)
+	$(BIN)/python tests/emulated/build.py $(EMULATED)
+	OMP_NUM_THREADS=1 DRRLHF_EMULATED=$(abspath $(EMULATED)) $(BIN)/python -m pytest -n 2 $(TESTS_OF_OPS)
+
+test-cuda-build: $(VENV)/.test
+	$(BIN)/python -m pytest -m cuda_build tests/test_cuda.py
+
+# In an environment that has a CUDA torch: nothing is installed here.
+test-gpu:
+	DRRLHF_TEST_DEVICE=cuda $(PYTHON) -m pytest $(TESTS_OF_OPS)
+	for tool in memcheck racecheck; do DRRLHF_TEST_DEVICE=cuda PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
+	  compute-sanitizer --tool $$tool --error-exitcode 1 --target-processes all \
+	  $(PYTHON) -m pytest -x -k "saturat or ties or opcheck" $(TESTS_OF_OPS) || exit 1; done
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -27,16 +27,19 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Of a test with many parameter sets, runs as many as MOST, evenly spread, when interpreted."""
-    if os.environ.get("TRITON_INTERPRET") != "1":
-        return
-    by_test = defaultdict(list)
-    for item in items:
-        by_test[item.nodeid.split("[")[0]].append(item)
-    kept = []
-    for same in by_test.values():
-        step = max(1.0, len(same) / MOST)
-        kept += [same[int(i * step)] for i in range(min(len(same), MOST))]
-    dropped = set(items) - set(kept)
+    """Leaves out what takes minutes unless it is asked for by its mark; of a test with many
+    parameter sets, runs as many as MOST, evenly spread, when interpreted."""
+    dropped = set()
+    if "cuda_build" not in config.getoption("-m"):
+        dropped = {item for item in items if item.get_closest_marker("cuda_build")}
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        by_test = defaultdict(list)
+        for item in items:
+            by_test[item.nodeid.split("[")[0]].append(item)
+        kept = set()
+        for same in by_test.values():
+            step = max(1.0, len(same) / MOST)
+            kept |= {same[int(i * step)] for i in range(min(len(same), MOST))}
+        dropped |= set(items) - kept
     config.hook.pytest_deselected(items=list(dropped))
     items[:] = [item for item in items if item not in dropped]

@@ -1,4 +1,4 @@
-"""What Triton kernels promise without a GPU: what they compile to, and what they refuse."""
+"""What Triton kernels compile to without a GPU; what they and CUDA's refuse, and how."""
 
 from __future__ import annotations
 
@@ -7,22 +7,24 @@ from pathlib import Path
 
 import pytest
 import torch
-from three_ways import INTERPRETED
+from three_ways import BACKENDS, EMULATED, INTERPRETED, SLOW
 
 import drrlhf as dr
 from drrlhf import backends
 
 triton = pytest.importorskip("triton")
 KEPT = Path(__file__).parent.parent / "benchmarks" / "results" / "kernels_ahead_of_time.json"
-compiled_only = pytest.mark.skipif(INTERPRETED, reason="an interpreted kernel does not compile")
+compiled_only = pytest.mark.skipif(SLOW, reason="of the ordinary process alone")
+# Where kernels of a GPU serve CPU tensors.
+kernels_only = pytest.mark.skipif(not SLOW, reason="needs TRITON_INTERPRET=1 or DRRLHF_EMULATED")
 interpreted_only = pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1")
 
 
 @pytest.fixture(scope="module", params=[80, 90, 100])
 def compiled(request):
     """Every variant of `drrlhf.bench.ahead_of_time` for one architecture."""
-    if INTERPRETED:
-        pytest.skip("an interpreted kernel does not compile")
+    if SLOW:
+        pytest.skip("of the ordinary process alone")
     from drrlhf.bench import ahead_of_time
 
     return request.param, [ahead_of_time.build(v, request.param) for v in ahead_of_time.variants()]
@@ -84,41 +86,41 @@ def logits_and_labels():
     return torch.randn(4, 7), torch.tensor([0, 6, -100, 3])
 
 
-@interpreted_only
+@kernels_only
 @pytest.mark.parametrize("label", [-1, 7, 2**40])
 def test_a_label_outside_the_vocabulary_gives_nan_and_reads_nothing(label):
     logits, labels = logits_and_labels()
     labels[1] = label
-    with backends.use("triton"):
+    with backends.use(BACKENDS[0]):
         from drrlhf import ops
 
         logps = ops.token_logprobs(logits, labels, -100, 1.0, None, 0)[0]
         assert logps[1].isnan() and torch.isfinite(logps[[0, 2, 3]]).all()
         hidden, weight = torch.randn(4, 5), torch.randn(7, 5)
         head = (hidden, weight, None, labels, -100, 1.0, None, 1.0, 0)
-        for keep in (0, 1, 3):
+        for keep in (0, 1, 4 if EMULATED else 3):
             logps, *_ = ops.linear_token_logprobs(*head, keep, 0)
             assert logps[1].isnan() and torch.isfinite(logps[[0, 2, 3]]).all()
 
 
-@interpreted_only
+@kernels_only
 @pytest.mark.parametrize("boundaries", [[1, 4, 9], [0, 5, 4], [0, 4, 10], [0, -3, 9], [0, 4, 8]])
 def test_boundaries_that_are_none_give_nan_and_read_nothing(boundaries):
     from drrlhf import ops
 
-    with backends.use("triton"):
+    with backends.use(BACKENDS[0]):
         logps, labels = torch.randn(9), torch.zeros(9, dtype=torch.long)
         sums = ops.sequence_logprobs(logps, labels, torch.tensor(boundaries), -100, False)
         assert sums.isnan().any()
 
 
-@interpreted_only
+@kernels_only
 @pytest.mark.parametrize("bad", [-1.0, float("nan"), float("inf")])
 def test_a_nominal_weight_that_is_none_gives_nan(bad):
     from drrlhf import ops
 
     nominal = torch.tensor([1.0, bad, 1.0])
-    with backends.use("triton"):
+    with backends.use(BACKENDS[0]):
         for kind, a in (("tv", 0.1), ("kl_radius", 0.1), ("erm", 0.0)):
             value, weights, *_ = ops.robust_risk(
                 torch.randn(3), nominal, None, None, kind, a, 0.0, 0.0
@@ -126,12 +128,12 @@ def test_a_nominal_weight_that_is_none_gives_nan(bad):
             assert value.isnan() and weights.isnan().any()
 
 
-@interpreted_only
+@kernels_only
 def test_a_group_that_there_is_not_gives_nan_and_leaves_the_weights():
     from drrlhf import ops
 
     state = torch.tensor([0.25, 0.75], dtype=torch.float64)
-    with backends.use("triton"):
+    with backends.use(BACKENDS[0]):
         for group in (-1, 2, 2**40):
             value, weights, _, after = ops.robust_risk(
                 torch.randn(3), None, torch.tensor([0, 1, group]), state, "group", 0.1, 1.0, 0.0
@@ -140,7 +142,7 @@ def test_a_group_that_there_is_not_gives_nan_and_leaves_the_weights():
             assert torch.equal(after, state)
 
 
-@pytest.mark.skipif(INTERPRETED, reason="the interpreter serves the CPU")
+@pytest.mark.skipif(SLOW, reason="there kernels serve the CPU")
 def test_the_cpu_is_served_by_name_only_when_interpreted():
     with backends.use("triton"), pytest.raises(backends.BackendError, match="TRITON_INTERPRET=1"):
         dr.token_logprobs(*logits_and_labels())
@@ -185,6 +187,7 @@ def test_tensors_on_different_devices_are_refused(name):
         ON_TWO_DEVICES[name](x, y)
 
 
+@pytest.mark.skipif(EMULATED, reason="there the CUDA kernels would serve")
 def test_an_old_gpu_is_told_which_backend_would_serve(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))

@@ -9,7 +9,7 @@ namespace {
 constexpr int kPairsOfBlock = kThreads / 4;
 
 template <class Pair>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     pairs_kernel(Pair pair, std::int64_t n, bool solves, CudaAdversary adversary, SolutionOut out,
                  PairOut pairs, Scratch s) {
   DRRLHF_SHARED(Partials, partials);

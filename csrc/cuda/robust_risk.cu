@@ -6,7 +6,7 @@ namespace drrlhf {
 namespace {
 
 template <bool kGrid>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     robust_risk_kernel(Numbers losses, std::int64_t n, CudaAdversary adversary, SolutionOut out,
                        Scratch s) {
   DRRLHF_SHARED(Partials, partials);
@@ -14,7 +14,7 @@ __global__ void __launch_bounds__(kThreads)
   solve(team, [&](std::int64_t i) { return number_at(losses, i); }, adversary, out, s);
 }
 
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     solve_pairs_kernel(std::int64_t n, CudaAdversary adversary, SolutionOut out, PairOut pairs,
                        Scratch s) {
   DRRLHF_SHARED(Partials, partials);

@@ -7,7 +7,7 @@
 namespace drrlhf {
 namespace {
 
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     sequence_preference_loss_kernel(Numbers logps, Sequences q, Numbers ref_logps, std::int64_t n,
                                     int warps, PairOptions options, bool solves,
                                     CudaAdversary adversary, SolutionOut out, PairOut pairs,

@@ -1,4 +1,6 @@
-"""`preference_loss`: from margins to gradients, against the same mathematics in plain PyTorch."""
+"""`preference_loss`: from margins to gradients by every backend that can, with and without launch
+costs, against the same mathematics in plain PyTorch.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +12,16 @@ from torch import Tensor
 from drrlhf import backends, ops
 from drrlhf.ambiguity import parse_ambiguity
 from drrlhf.bench.gate import Gate
-from drrlhf.bench.registry import OURS, SUITES, Case, Contest, Unavailable, Work
+from drrlhf.bench.registry import GPU_BACKENDS, OURS, SUITES, Case, Contest, Unavailable, Work
 
 PAIRS = {"cpu": 4096, "gpu": 4096, "quick": 64}
 SETS = ("erm", "tv:0.1", "kl:0.1", "chi2:0.5", "cvar:0.3")
 REFERENCE = "reference"
 GRAPH = f"{OURS} (CUDA graph)"  # without what Python costs a launch
+# loss_type, beta, label_smoothing, simpo_gamma, discopop_tau, f_divergence, f_alpha
+LOSS = ("sigmoid", 0.1, 0.0, 0.5, 0.05, "reverse_kl", 0.5)
+
+Call = Callable[[torch.dtype], tuple[Tensor, ...]]
 
 
 def cases(suite: str) -> Iterator[Case]:
@@ -28,51 +34,61 @@ def cases(suite: str) -> Iterator[Case]:
             shape=(PAIRS[suite],),
             unit="us",
             threads=1,
-            build=lambda text=text: _contest(suite, text),  # type: ignore[misc]
+            build=lambda text=text: contest(suite, _margins(suite, text), 7),  # type: ignore[misc]
         )
 
 
-def _contest(suite: str, text: str) -> Contest:
-    device = SUITES[suite]
-    generator = torch.Generator().manual_seed(0)
+def _margins(suite: str, text: str) -> Call:
+    device, generator = SUITES[suite], torch.Generator().manual_seed(0)
     logps = [torch.randn(PAIRS[suite], generator=generator).mul(20).to(device) for _ in range(4)]
     encoded = parse_ambiguity(text).encode()
+    return lambda dtype: ops.preference_loss(
+        *(x.to(dtype) for x in logps), None, None, None, None, None, *LOSS, *encoded
+    )
 
-    def call(dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
-        return ops.preference_loss(
-            *(x.to(dtype) for x in logps), None, None, None, None, None, "sigmoid", 0.1, 0.0, 0.5,
-            0.05, "reverse_kl", 0.5, *encoded,
-        )  # fmt: skip
+
+def contest(suite: str, call: Call, gradient: int) -> Contest:
+    """`call` of an op that returns loss, weights, ..., and a gradient at index `gradient`."""
+    device = SUITES[suite]
 
     def named(found: tuple[Tensor, ...]) -> Mapping[str, Tensor]:
-        return {"loss": found[0], "weights": found[1], "d chosen": found[7]}
+        return {"loss": found[0], "weights": found[1], "gradient": found[gradient]}
 
-    def by_reference(dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
-        with backends.use("reference"):
+    def by(backend: str | None, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
+        if backend is None:
+            return call(dtype)
+        with backends.use(backend):
             return call(dtype)
 
-    def work(function: Callable[[], tuple[Tensor, ...]]) -> Work:
+    def work(backend: str | None) -> Work:
         found: list[tuple[Tensor, ...]] = []
 
         def run() -> None:
-            found[:] = [function()]
+            found[:] = [by(backend)]
 
         return Work(run, outputs=lambda: named(found[0]))
 
-    def graph() -> Work:
+    def graph(backend: str | None) -> Work:
         if device != "cuda":
             raise Unavailable("CUDA graphs are a GPU's")
-        call()  # compiles, which a capture must not
+        try:
+            by(backend)  # compiles, which a capture must not
+        except backends.BackendError as error:
+            raise Unavailable(str(error)) from error
         torch.cuda.synchronize()
         captured = torch.cuda.CUDAGraph()
         with torch.cuda.graph(captured):
-            found = call()
+            found = by(backend)
         return Work(captured.replay, outputs=lambda: named(found))
 
-    gate = Gate(lambda: named(by_reference(torch.float64)), lambda: named(by_reference()))
+    ours: dict[str, Callable[[], Work]] = {OURS: lambda: work(None), GRAPH: lambda: graph(None)}
+    if device == "cuda":
+        for backend in GPU_BACKENDS:
+            ours[f"{OURS}, {backend} (CUDA graph)"] = lambda backend=backend: graph(backend)  # type: ignore[misc]
+    gate = Gate(lambda: named(by(REFERENCE, torch.float64)), lambda: named(by(REFERENCE)))
     return Contest(
-        {OURS: lambda: work(call), GRAPH: graph, REFERENCE: lambda: work(by_reference)},
-        ours=(OURS, GRAPH),
+        {**ours, REFERENCE: lambda: work(REFERENCE)},
+        ours=tuple(ours),
         baseline=(REFERENCE,),
-        gates={OURS: gate, GRAPH: gate},
+        gates=dict.fromkeys(ours, gate),
     )

@@ -26,11 +26,16 @@ OPS = {
     "ceilings": "ceilings",
     "robust_risk": "reducers",
     "preference_loss": "margins",
+    "sequence_preference_loss": "sequence_preference_loss",
     "token_logprobs": "token_logprobs",
     "linear_token_logprobs": "linear_token_logprobs",
     "linear_preference_loss": "preference",
     "dpo_step": "dpo_step",
 }
+
+
+# Ours that serve a GPU, each measured by name beside the automatic choice.
+GPU_BACKENDS = ("cuda", "triton")
 
 
 class Unavailable(Exception):

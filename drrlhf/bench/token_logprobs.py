@@ -9,9 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from drrlhf import backends
 from drrlhf.bench import peers
 from drrlhf.bench.gate import Gate
-from drrlhf.bench.registry import OURS, SUITES, Case, Contest, Unavailable, Work, our
+from drrlhf.bench.registry import (
+    GPU_BACKENDS,
+    OURS,
+    SUITES,
+    Case,
+    Contest,
+    Unavailable,
+    Work,
+    our,
+)
 
 SHAPES = {"cpu": (1024, 128256), "gpu": (8192, 151936), "quick": (16, 211)}
 TOKENS = {"cpu": (128, 512, 2048), "gpu": (1024, 4096, 16384), "quick": (8, 24)}
@@ -119,6 +129,19 @@ def _contest(suite: str, n: int, v: int, dtype: torch.dtype, backward: bool, ful
         function = our("token_logprobs", "inplace_backward")
         return work(partial(function, inplace_backward=True), spends=True)
 
+    def named(backend: str) -> Callable[[Tensor, Tensor], Tensor]:
+        function = our("token_logprobs")
+
+        def call(logits: Tensor, labels: Tensor) -> Tensor:
+            with backends.use(backend):
+                return function(logits, labels)
+
+        try:
+            call(logits[:1].detach(), labels[:1])
+        except backends.BackendError as error:
+            raise Unavailable(str(error)) from error
+        return call
+
     def on_rows(dtype: torch.dtype) -> Mapping[str, Tensor]:
         leaf = logits.detach()[rows].to(dtype).requires_grad_()
         function = plain if dtype == torch.float64 else plain_float
@@ -131,6 +154,11 @@ def _contest(suite: str, n: int, v: int, dtype: torch.dtype, backward: bool, ful
         return result
 
     contenders: dict[str, Callable[[], Work]] = {OURS: lambda: work(our("token_logprobs"))}
+    ours: tuple[str, ...] = (OURS, IN_PLACE)
+    if full and device == "cuda":
+        for backend in GPU_BACKENDS:
+            ours += (f"{OURS}, {backend}",)
+            contenders[ours[-1]] = lambda backend=backend: work(named(backend))  # type: ignore[misc]
     if backward and full:
         contenders[IN_PLACE] = in_place
     contenders[PLAIN] = lambda: work(plain)
@@ -145,7 +173,7 @@ def _contest(suite: str, n: int, v: int, dtype: torch.dtype, backward: bool, ful
     gate = Gate(lambda: on_rows(torch.float64), lambda: on_rows(dtype))
     return Contest(
         contenders,
-        ours=(OURS, IN_PLACE),
+        ours=ours,
         baseline=baseline,
         gates=dict.fromkeys(contenders, gate),
     )

@@ -1,0 +1,90 @@
+"""What the CUDA kernels compile to: registers, spills and shared memory, without a GPU.
+
+``python -m drrlhf.bench.cuda_ahead_of_time FOLDER`` writes the table, from a source tree and with
+nvcc. Warnings are errors.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+SOURCES = Path(__file__).parents[2] / "csrc" / "cuda"
+ARCHITECTURES = (80, 90, 100)
+FILE = "cuda_kernels_ahead_of_time.json"
+FLAGS = [
+    "-O3", "-std=c++20", "-c", "-o", "/dev/null", "-Xptxas=-v", "-Werror=all-warnings",
+    "-Xcompiler=-Wall,-Wextra,-Werror",
+]  # fmt: skip
+_ENTRY = re.compile(
+    r"Compiling entry function '(?P<kernel>\w+)' for 'sm_(?P<arch>\d+)'.*?"
+    r"(?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads.*?"
+    r"Used (?P<registers>\d+) registers(?P<rest>[^\n]*)",
+    re.S,
+)
+
+
+def compile_source(source: Path, architectures: tuple[int, ...] = ARCHITECTURES) -> str:
+    """What ptxas says of one file; RuntimeError where it does not compile."""
+    targets = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in architectures]
+    done = subprocess.run(["nvcc", *FLAGS, *targets, str(source)], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"nvcc {source.name}: {done.stderr[-4000:]}")
+    return done.stderr
+
+
+def name_of(mangled: str) -> str:
+    """A kernel's name and template arguments, without namespaces and parameters."""
+    whole = subprocess.run(["c++filt", mangled], capture_output=True, text=True, check=True).stdout
+    name = re.sub(r"\(anonymous namespace\)|drrlhf::|::", "", whole)
+    return re.sub(r"\([^()<>]*(?:\([^()]*\)[^()]*)*\)\s*$", "", name).removeprefix("void ").strip()
+
+
+def records(said: str) -> list[dict[str, object]]:
+    """Rows of the table from what ptxas said."""
+    rows: list[dict[str, object]] = []
+    for entry in _ENTRY.finditer(said):
+        shared = re.search(r"(\d+) bytes smem", entry["rest"])
+        rows.append(
+            {
+                "kernel": name_of(entry["kernel"]), "arch": f"sm_{entry['arch']}",
+                "registers": int(entry["registers"]),
+                "spills": int(entry["stores"]) + int(entry["loads"]),
+                "shared": int(shared[1]) if shared else 0,
+            }
+        )  # fmt: skip
+    return rows
+
+
+def table() -> list[dict[str, object]]:
+    """Every kernel for every architecture, compiled now."""
+    with ThreadPoolExecutor(2) as pool:
+        found = pool.map(compile_source, sorted(SOURCES.glob("*.cu")))
+        return sorted(
+            (row for said in found for row in records(said)),
+            key=lambda row: (str(row["kernel"]), str(row["arch"])),
+        )
+
+
+def main(folder: str) -> None:
+    """Writes the table of every kernel and architecture."""
+    said = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout
+    release = re.search(r"release ([\d.]+)", said)
+    assert release is not None, said
+    rows = table()
+    result = {"suite": "ahead of time", "versions": {"nvcc": release[1]}, "records": rows}
+    path = Path(folder) / FILE
+    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    for r in rows:
+        print(*(r[key] for key in ("arch", "registers", "spills", "shared", "kernel")))
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2 or not shutil.which("nvcc"):
+        sys.exit("usage: python -m drrlhf.bench.cuda_ahead_of_time FOLDER, with nvcc on PATH")
+    main(sys.argv[1])

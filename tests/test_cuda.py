@@ -1,0 +1,144 @@
+"""What the CUDA backend promises without a GPU: what kernels compile to, how it is chosen."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+import pytest
+
+from drrlhf import backends
+
+ROOT = Path(__file__).parent.parent
+KEPT = ROOT / "benchmarks" / "results" / "cuda_kernels_ahead_of_time.json"
+needs_nvcc = pytest.mark.skipif(not shutil.which("nvcc"), reason="nvcc is not installed")
+
+
+@needs_nvcc
+def test_kernels_compile_without_warnings_or_spills_as_the_kept_table_says():
+    from drrlhf.bench import cuda_ahead_of_time
+
+    found = cuda_ahead_of_time.table()
+    kept = json.loads(KEPT.read_text())["records"]
+    identity = lambda rows: {(r["kernel"], r["arch"]) for r in rows}  # noqa: E731
+    assert identity(found) == identity(kept)
+    assert {r["arch"] for r in found} == {"sm_80", "sm_90", "sm_100"} and len(found) >= 150
+    assert [r for r in found if r["spills"]] == []
+
+
+def test_kernels_know_no_torch():
+    for path in (ROOT / "csrc").rglob("*"):
+        if path.parent.name in ("cuda", "core"):
+            text = path.read_text()
+            assert "ATen" not in text and "torch/" not in text and "c10" not in text, path.name
+
+
+def test_architectures_that_run_a_gpu():
+    built = ("8.0", "9.0", "10.0+PTX")
+    runs = {(7, 5): False, (8, 0): True, (8, 6): True, (9, 0): True, (10, 0): True, (12, 0): True}
+    assert {c: backends._runs_on(c, built) for c in runs} == runs
+    assert not backends._runs_on((12, 0), ("8.0", "9.0"))
+
+
+class Built:
+    """A build with kernels for one architecture."""
+
+    @staticmethod
+    def build_info():
+        return {"cuda": True, "cuda_architectures": ["9.0"]}
+
+
+@pytest.fixture
+def on_an_old_gpu(monkeypatch):
+    monkeypatch.setattr(backends, "_EXTENSION", Built)
+    monkeypatch.setattr(backends.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(backends.torch.cuda, "get_device_capability", lambda: (8, 6))
+    backends._no_cuda.cache_clear()
+    backends._no_triton.cache_clear()
+    yield
+    backends._no_cuda.cache_clear()
+    backends._no_triton.cache_clear()
+
+
+@pytest.mark.skipif("DRRLHF_EMULATED" in os.environ, reason="there it serves the CPU")
+def test_a_build_for_another_gpu_says_what_it_has(on_an_old_gpu):
+    with (
+        backends.use("cuda"),
+        pytest.raises(
+            backends.BackendError,
+            match=r"kernels for compute capability 9\.0, this GPU has 8\.6; rebuild with .*=8\.6",
+        ),
+    ):
+        backends.kernel("robust_risk", "cuda")
+
+
+@pytest.mark.skipif("DRRLHF_EMULATED" in os.environ, reason="there it serves the CPU")
+def test_a_build_without_kernels_says_so():
+    if backends.build_info().get("cuda"):
+        pytest.skip("this build has them")
+    with backends.use("cuda"), pytest.raises(backends.BackendError, match=r"built|CUDA"):
+        backends.kernel("robust_risk", "cuda")
+
+
+def run_setup(*, folder=ROOT, **environment):
+    return subprocess.run(
+        [sys.executable, "setup.py", "--version"],
+        cwd=folder, env={**os.environ, **environment}, capture_output=True, text=True,
+    )  # fmt: skip
+
+
+def test_a_build_that_cannot_be_is_refused_with_the_reason():
+    import torch
+
+    if torch.version.cuda is not None:
+        pytest.skip("this torch has CUDA")
+    done = run_setup(DRRLHF_BUILD="cuda")
+    assert done.returncode and "is not a CUDA build" in done.stderr
+    done = run_setup(DRRLHF_BUILD="gpu")
+    assert done.returncode and "expected auto, cpu, cuda or none, got 'gpu'" in done.stderr
+
+
+@pytest.mark.cuda_build
+@needs_nvcc
+def test_the_whole_extension_links_against_a_cuda_torch(tmp_path):
+    """In an environment of its own; minutes, gigabytes, and no GPU."""
+    environment = tmp_path / "venv"
+    venv.create(environment, with_pip=True)
+    python = environment / "bin" / "python"
+    install = [python, "-m", "pip", "install", "-q"]
+    subprocess.run([*install, "torch==2.14.1", "setuptools>=77", "wheel", "ninja"], check=True)
+    where = "import nvidia, pathlib; print(pathlib.Path(list(nvidia.__path__)[0]) / 'cu13')"
+    found = subprocess.run([python, "-c", where], capture_output=True, text=True, check=True)
+    toolkit = Path(found.stdout.strip())
+    # The wheel has no unversioned name for the linker.
+    (tmp_path / "libcudart.so").symlink_to(toolkit / "lib" / "libcudart.so.13")
+    nvcc = Path(
+        subprocess.run(
+            ["nvcc", "--dryrun", "-c", "x.cu"], capture_output=True, text=True
+        ).stderr.split("_HERE_=")[1].split()[0]
+    )  # fmt: skip
+    settings = {
+        **os.environ, "DRRLHF_BUILD": "cuda", "CUDA_HOME": str(nvcc.parent), "MAX_JOBS": "2",
+        # nvcc's own headers first: those of the wheel have no crt/.
+        "CPATH": f"{nvcc.parent / 'include'}:{toolkit / 'include'}",
+        "LIBRARY_PATH": str(tmp_path),
+    }  # fmt: skip
+    subprocess.run(
+        [*install, "--no-build-isolation", "--no-deps", str(ROOT)], env=settings, check=True
+    )
+    code = """
+import torch, drrlhf as dr
+from drrlhf import backends
+info = backends.build_info()
+assert info["mode"] == "cuda" and info["cuda_architectures"] == ["8.0", "9.0", "10.0+PTX"], info
+for op in backends.OPS:
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"drrlhf_cpp::{op}", "CUDA"), op
+assert backends.serving("robust_risk", "cuda") == "cuda"
+assert abs(float(dr.robust_risk(torch.arange(4.0), "tv:0.25").value) - 2.25) < 1e-6
+"""
+    subprocess.run([python, "-c", code], cwd=tmp_path, check=True)
