@@ -1,5 +1,7 @@
-"""What a process of the tests does otherwise for interpreted Triton kernels (TRITON_INTERPRET=1)
-and for CUDA kernels built for the host (DRRLHF_EMULATED=FILE.so)."""
+"""What a process of the tests does otherwise for interpreted Triton kernels (TRITON_INTERPRET=1),
+for CUDA kernels built for the host (DRRLHF_EMULATED=FILE.so), and on a GPU
+(DRRLHF_TEST_DEVICE=cuda), where every tensor that a test makes is made.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +21,10 @@ def pytest_configure(config):
         # numpy says of infinities and NaN what kernels keep quiet about.
         config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning")
         config.addinivalue_line("filterwarnings", "ignore::UserWarning:triton")
+    if (device := os.environ.get("DRRLHF_TEST_DEVICE", "cpu")) != "cpu":
+        torch.set_default_device(device)
+        generator = torch.Generator
+        torch.Generator = lambda where=device: generator(where)
     if library := os.environ.get("DRRLHF_EMULATED"):
         torch.ops.load_library(library)
         backends.LIBRARIES["cuda"] = "drrlhf_emulated"

@@ -13,7 +13,16 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # DRRLHF_EMULATED=FILE.so gives it to the CUDA kernels, which tests/emulated built for the host.
 EMULATED = bool(os.environ.get("DRRLHF_EMULATED"))
 BUILT = ["reference", "cpp"] if backends.build_info()["built"] else ["reference"]
-BACKENDS = ["triton"] if INTERPRETED else ["cuda"] if EMULATED else BUILT
+ON_GPU = os.environ.get("DRRLHF_TEST_DEVICE", "cpu") == "cuda"
+if INTERPRETED:
+    BACKENDS = ["triton"]
+elif EMULATED:
+    BACKENDS = ["cuda"]
+elif ON_GPU:
+    able = {"cuda": not backends._no_cuda(), "triton": not backends._no_triton()}
+    BACKENDS = ["reference", *(name for name in able if able[name])]
+else:
+    BACKENDS = BUILT
 # Backends that do not look at values before they launch: what is wrong with one gives NaN.
 ASYNCHRONOUS = ("triton", "cuda")
 # Slow ways to run a kernel: the tests take fewer and smaller problems.
