@@ -31,6 +31,22 @@ def test_kernels_compile_without_warnings_or_spills_as_the_kept_table_says():
     assert [r for r in found if r["spills"]] == []
 
 
+@needs_nvcc
+def test_rows_are_read_and_written_16_bytes_at_a_time(tmp_path):
+    out = tmp_path / "token_logprobs.ptx"
+    source = ROOT / "csrc" / "cuda" / "token_logprobs.cu"
+    subprocess.run(
+        ["nvcc", "-std=c++20", "-O3", "-arch=sm_90", "-ptx", source, "-o", out], check=True
+    )
+    entries = out.read_text().split(".entry ")[1:]
+    assert len(entries) == 48
+    for entry in entries:
+        name, text = entry.split("(", 1)
+        assert "ld.global.v4" in text, name
+        if "backward" in name or "slab" in name:
+            assert "st.global.v4" in text, name
+
+
 def test_kernels_know_no_torch():
     for path in (ROOT / "csrc").rglob("*"):
         if path.parent.name in ("cuda", "core"):
