@@ -80,38 +80,54 @@ def architectures() -> list[str]:
     return found
 
 
-def extension(cuda: bool):
-    """The extension and a build_ext that, in auto mode, turns a failed build into a reason."""
-    from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
-
-    class Build(BuildExtension):
-        def run(self) -> None:
-            try:
-                super().run()
-                record["mode"] = "cuda" if cuda else "cpu"
-            except Exception as error:
-                if MODE in ("cpu", "cuda"):
-                    raise
-                record["reason"] = f"the C++ build failed: {error}"
-                print(f"drrlhf: {record['reason']}; installing pure Python", file=sys.stderr)
-                self.extensions.clear()
-            write_record(Path("drrlhf") if self.inplace else Path(self.build_lib, "drrlhf"))
+def module(cuda: bool):
+    """The extension, with or without CUDA kernels."""
+    from torch.utils.cpp_extension import CppExtension, CUDAExtension
 
     kind, flags, macros = CppExtension, {"cxx": FLAGS}, []
     if cuda:
         kind, flags["nvcc"] = CUDAExtension, NVCC_FLAGS
         macros = [("DRRLHF_CUDA", f'"{" ".join(architectures())}"')]
-    return [
-        kind(
-            "drrlhf._C",
-            CPU_SOURCES + (CUDA_SOURCES if cuda else []),
-            depends=HEADERS,
-            define_macros=macros,
-            extra_compile_args=flags,
-            # Without it at::parallel_for, a template in a header, would run on one thread.
-            extra_link_args=["-fopenmp"],
-        )
-    ], Build
+    return kind(
+        "drrlhf._C",
+        CPU_SOURCES + (CUDA_SOURCES if cuda else []),
+        depends=HEADERS,
+        define_macros=macros,
+        extra_compile_args=flags,
+        # Without it at::parallel_for, a template in a header, would run on one thread.
+        extra_link_args=["-fopenmp"],
+    )
+
+
+def build_command():
+    """A build_ext that, in auto mode, turns a failed build into a lesser one and a reason."""
+    from torch.utils.cpp_extension import BuildExtension
+
+    class Build(BuildExtension):
+        def run(self) -> None:
+            cuda = not record["cuda_reason"]
+            inplace, editable = self.inplace, self.editable_mode
+            try:
+                super().run()
+                record["mode"] = "cuda" if cuda else "cpu"
+            except Exception as error:
+                if MODE != "auto":
+                    raise
+                what, instead = ("CUDA", "no CUDA kernels") if cuda else ("C++", "pure Python")
+                reason = f"the {what} build failed: {error}"
+                print(f"drrlhf: {reason}; installing {instead}", file=sys.stderr)
+                record["cuda_reason" if cuda else "reason"] = reason
+                if cuda:
+                    self.distribution.ext_modules = [module(False)]
+                    self.reinitialize_command("build_ext")
+                    self.inplace, self.editable_mode = inplace, editable
+                    self.ensure_finalized()
+                    return self.run()
+                self.inplace = inplace  # which a build that fails leaves changed
+                self.extensions.clear()
+            write_record(Path("drrlhf") if self.inplace else Path(self.build_lib, "drrlhf"))
+
+    return Build
 
 
 def write_record(folder: Path) -> None:
@@ -138,7 +154,7 @@ else:
     record["cuda_reason"] = cuda_obstacle()
     if MODE == "cuda" and record["cuda_reason"]:
         sys.exit(f"DRRLHF_BUILD=cuda: {record['cuda_reason']}")
-    modules, commands["build_ext"] = extension(cuda=not record["cuda_reason"])
+    modules, commands["build_ext"] = [module(not record["cuda_reason"])], build_command()
 
 setup(
     ext_modules=modules,
