@@ -14,7 +14,7 @@ from drrlhf import backends
 
 # Parameter sets of one test: the interpreter takes a second for what a kernel does in none, the
 # host a millisecond. DRRLHF_MOST=1000 runs all.
-MOST = 6 if os.environ.get("TRITON_INTERPRET") == "1" else 24
+MOST = 5 if os.environ.get("TRITON_INTERPRET") == "1" else 24
 MOST = int(os.environ.get("DRRLHF_MOST", MOST))
 
 
