@@ -1,4 +1,5 @@
-// The one file that knows torch: schemas, argument checks, launches, and a report of the build.
+// The CPU side of the ops: argument checks, launches, and a report of the build. csrc/ops_cuda.cpp
+// is the same for a GPU, csrc/schemas.h has the schemas of both.
 #include <ATen/ATen.h>
 #include <pybind11/pybind11.h>
 #include <torch/version.h>
