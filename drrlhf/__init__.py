@@ -45,15 +45,15 @@ if TYPE_CHECKING:
         RewardLossModule,
         RobustRiskModule,
     )
-    from drrlhf.robust import GroupState, RobustRisk, robust_risk
+    from drrlhf.robust import GroupState, NormaliserState, RobustRisk, robust_risk
 
 __all__ = [
     "ERM", "KL", "TV", "AmbiguitySet", "CVaR", "ChiSquare", "Group", "GroupState",
-    "LinearPreferenceLoss", "LinearPreferenceLossModule", "PreferenceLoss", "PreferenceLossModule",
-    "RewardLoss", "RewardLossModule", "RobustRisk", "RobustRiskModule", "TokenLogprobs",
-    "__version__", "backends", "linear_preference_loss", "linear_token_logprobs", "pair_losses",
-    "parse_ambiguity", "preference_loss", "reward_loss", "robust_risk", "sequence_logprobs",
-    "token_logprobs",
+    "LinearPreferenceLoss", "LinearPreferenceLossModule", "NormaliserState", "PreferenceLoss",
+    "PreferenceLossModule", "RewardLoss", "RewardLossModule", "RobustRisk", "RobustRiskModule",
+    "TokenLogprobs", "__version__", "backends", "linear_preference_loss", "linear_token_logprobs",
+    "pair_losses", "parse_ambiguity", "preference_loss", "reward_loss", "robust_risk",
+    "sequence_logprobs", "token_logprobs",
 ]  # fmt: skip
 
 _HOME = {
@@ -62,7 +62,7 @@ _HOME = {
     "logprobs": "TokenLogprobs linear_token_logprobs sequence_logprobs token_logprobs",
     "losses": "PreferenceLoss RewardLoss pair_losses preference_loss reward_loss",
     "modules": "LinearPreferenceLossModule PreferenceLossModule RewardLossModule RobustRiskModule",
-    "robust": "GroupState RobustRisk robust_risk",
+    "robust": "GroupState NormaliserState RobustRisk robust_risk",
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names.split()}
 

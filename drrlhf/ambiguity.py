@@ -9,9 +9,9 @@ first (fractionally, never by truncating `e * n`) and what is left is renormalis
 outliers cannot attract the adversary (DORO, arXiv 2106.06142).
 
 Strings name sets in configs and shells: ``"erm"``, ``"tv:0.1"``, ``"kl:0.1"``,
-``"kl:temperature=-1"``, ``"chi2:0.5"``, ``"chi2:penalty=1"``, ``"cvar:0.3"``,
-``"cvar:0.3,trim=0.05"``, ``"group:4,step_size=0.05"``. `parse_ambiguity` reads them and
-``str(ambiguity)`` writes them.
+``"kl:temperature=-1"``, ``"kl:temperature=1,momentum=0.9"``, ``"chi2:0.5"``,
+``"chi2:penalty=1"``, ``"cvar:0.3"``, ``"cvar:0.3,trim=0.05"``,
+``"group:4,step_size=0.05"``. `parse_ambiguity` reads them and ``str(ambiguity)`` writes them.
 """
 
 from __future__ import annotations
@@ -100,12 +100,20 @@ class KL(AmbiguitySet):
     optimistic side, which gives high losses *less* weight (Dr. DPO, arXiv 2407.07880,
     beta' = -t); ``t -> 0-`` is the min. Dual variable: t.
 
-    Raises ValueError unless exactly one is given, radius in [0, inf), temperature finite and
-    not 0.
+    ``KL(temperature=t, momentum=m)``: the same in one pass over many small batches. The normaliser
+    Z = sum p exp(l/t) is a running one, Z <- m Z + (1 - m) sum p exp(l/t), kept as its logarithm
+    in `drrlhf.NormaliserState`; the value is t log Z and q = p exp(l/t) / Z, which sums to 1 only
+    on average. ``m = 0`` is the batch alone; the nearer m is to 1, the nearer the objective to
+    that of the whole population (SogCLR's estimator, arXiv 2202.12387), and the slower it follows
+    a model that changes: 1/(1 - m) batches.
+
+    Raises ValueError unless exactly one of radius and temperature is given, radius in [0, inf),
+    temperature finite and not 0, momentum (with a temperature alone) in [0, 1).
     """
 
     radius: float | None = None
     temperature: float | None = None
+    momentum: float | None = None
     name: ClassVar[str] = "kl"
     positional: ClassVar[str | None] = "radius"
 
@@ -116,6 +124,13 @@ class KL(AmbiguitySet):
             self._check("radius", "[0, inf)", lambda r: r >= 0)
         else:
             self._check("temperature", "(-inf, inf) without 0", lambda t: t != 0)
+        if self.momentum is not None:
+            if self.temperature is None:
+                raise ValueError(
+                    "KL: momentum needs temperature=, a radius has no running normaliser; drop it "
+                    "or write KL(temperature=..., momentum=...)"
+                )
+            self._check("momentum", "[0, 1)", lambda m: 0 <= m < 1)
 
     def encode(self) -> tuple[str, float, float, float]:
         if self.radius is not None:

@@ -7,12 +7,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from drrlhf import ops
+from drrlhf import distributed, ops
 from drrlhf.ambiguity import ERM, AmbiguitySet
 from drrlhf.checks import check_device, check_vector
 from drrlhf.logprobs import check_boundaries, linear_token_logprobs, sequence_logprobs
 from drrlhf.losses import check_pair_options
-from drrlhf.robust import GroupState, adversary, require_finite, store
+from drrlhf.robust import (
+    Adversary,
+    Evaluation,
+    GroupState,
+    NormaliserState,
+    Options,
+    evaluate_worst_case,
+)
 
 
 class LinearPreferenceLoss(NamedTuple):
@@ -58,7 +65,9 @@ def linear_preference_loss(
     nominal: Tensor | None = None,
     groups: Tensor | None = None,
     group_state: GroupState | None = None,
+    normaliser_state: NormaliserState | None = None,
     update: bool = True,
+    process_group: Any = None,
     check_finite: bool = False,
 ) -> LinearPreferenceLoss:
     """Worst case of a direct preference loss, from hidden states: `preference_loss` of the sums of
@@ -78,7 +87,8 @@ def linear_preference_loss(
         ignore_index, temperature, softcap, logit_scale, memory_budget: `linear_token_logprobs`.
         beta, loss_type, label_smoothing, f_divergence, f_alpha_divergence_coef, simpo_gamma,
             discopop_tau: `preference_loss`; the lengths that some loss types need are counted.
-        ambiguity, nominal, groups, group_state, update, check_finite: `robust_risk`.
+        ambiguity, nominal, groups, group_state, normaliser_state, update, process_group,
+            check_finite: `robust_risk`.
 
     Returns:
         `LinearPreferenceLoss`. Gradients flow to hidden, weight and bias, once.
@@ -90,44 +100,54 @@ def linear_preference_loss(
         "ignore_index": ignore_index, "temperature": temperature, "softcap": softcap,
         "logit_scale": logit_scale, "memory_budget": memory_budget,
     }  # fmt: skip
-    sequences = _check_sequences(hidden, labels, cu_seqlens)
-    if ref_hidden is not None:
+    options = Options(
+        ambiguity, nominal, groups, group_state, normaliser_state, update, process_group,
+        check_finite,
+    )  # fmt: skip
+    with distributed.agreement(process_group, hidden.device):
+        sequences = _check_sequences(hidden, labels, cu_seqlens)
+        if ref_hidden is not None:
+            if ref_logps is not None:
+                raise ValueError("ref_hidden: ref_logps is given too; pass one of them")
+            with torch.no_grad():
+                ref_tokens = linear_token_logprobs(
+                    ref_hidden,
+                    weight if ref_weight is None else ref_weight,
+                    labels,
+                    bias=bias if ref_weight is None else ref_bias,
+                    **token_options,
+                )
+                ref_logps = sequence_logprobs(
+                    ref_tokens, labels, cu_seqlens=cu_seqlens, ignore_index=ignore_index
+                )
+        elif ref_weight is not None or ref_bias is not None:
+            raise ValueError("ref_weight, ref_bias: they read ref_hidden, which is None")
         if ref_logps is not None:
-            raise ValueError("ref_hidden: ref_logps is given too; pass one of them")
-        with torch.no_grad():
-            ref_tokens = linear_token_logprobs(
-                ref_hidden,
-                weight if ref_weight is None else ref_weight,
-                labels,
-                bias=bias if ref_weight is None else ref_bias,
-                **token_options,
+            check_vector("ref_logps", ref_logps, sequences, "the stacked sequences")
+            check_device("ref_logps", ref_logps, "hidden", hidden)
+        check_pair_options(
+            loss_type, label_smoothing, f_divergence, beta, discopop_tau, f_alpha_divergence_coef,
+            references=(ref_logps, ref_logps),
+        )  # fmt: skip
+        logps = linear_token_logprobs(hidden, weight, labels, bias=bias, **token_options)
+
+    def evaluate(adversary: Adversary) -> Evaluation:
+        nominal, groups, state, encoded = adversary
+        value, weights, losses, chosen, rejected, dual, stepped, sums, _ = (
+            ops.sequence_preference_loss(
+                logps, labels, cu_seqlens, ref_logps, nominal, groups, state, ignore_index,
+                loss_type, beta, label_smoothing, simpo_gamma, discopop_tau, f_divergence,
+                f_alpha_divergence_coef, *encoded,
             )
-            ref_logps = sequence_logprobs(
-                ref_tokens, labels, cu_seqlens=cu_seqlens, ignore_index=ignore_index
-            )
-    elif ref_weight is not None or ref_bias is not None:
-        raise ValueError("ref_weight, ref_bias: they read ref_hidden, which is None")
-    if ref_logps is not None:
-        check_vector("ref_logps", ref_logps, sequences, "the stacked sequences")
-        check_device("ref_logps", ref_logps, "hidden", hidden)
-    check_pair_options(
-        loss_type, label_smoothing, f_divergence, beta, discopop_tau, f_alpha_divergence_coef,
-        references=(ref_logps, ref_logps),
-    )  # fmt: skip
-    logps = linear_token_logprobs(hidden, weight, labels, bias=bias, **token_options)
+        )  # fmt: skip
+        return Evaluation(value, weights, losses, dual, stepped, (chosen, rejected, sums))
+
     first = logps.new_empty(sequences // 2)
-    nominal, groups, state, encoded = adversary(
-        first, ambiguity, nominal, groups, group_state, update, "the pairs"
+    out = evaluate_worst_case(evaluate, first, "the pairs", options)
+    chosen, rejected, sums = out.others
+    return LinearPreferenceLoss(
+        out.value, out.weights, out.losses, chosen, rejected, out.dual, sums
     )
-    value, weights, losses, chosen, rejected, dual, stepped, sums, _ = ops.sequence_preference_loss(
-        logps, labels, cu_seqlens, ref_logps, nominal, groups, state, ignore_index, loss_type,
-        beta, label_smoothing, simpo_gamma, discopop_tau, f_divergence, f_alpha_divergence_coef,
-        *encoded,
-    )  # fmt: skip
-    if check_finite:
-        require_finite("losses", losses, nominal)
-    store(group_state, stepped)
-    return LinearPreferenceLoss(value, weights, losses, chosen, rejected, dual, sums)
 
 
 def _check_sequences(hidden: Tensor, labels: Tensor, cu_seqlens: Tensor | None) -> int:

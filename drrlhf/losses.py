@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -16,7 +16,14 @@ from drrlhf.reference import (
     LOSS_TYPES,
     SMOOTHED_LOSSES,
 )
-from drrlhf.robust import GroupState, adversary, require_finite, store
+from drrlhf.robust import (
+    Adversary,
+    Evaluation,
+    GroupState,
+    NormaliserState,
+    Options,
+    evaluate_worst_case,
+)
 
 
 class PreferenceLoss(NamedTuple):
@@ -168,7 +175,9 @@ def preference_loss(
     nominal: Tensor | None = None,
     groups: Tensor | None = None,
     group_state: GroupState | None = None,
+    normaliser_state: NormaliserState | None = None,
     update: bool = True,
+    process_group: Any = None,
     check_finite: bool = False,
 ) -> PreferenceLoss:
     """Worst case over `ambiguity` of a direct preference loss, in one op with its gradients.
@@ -188,7 +197,8 @@ def preference_loss(
         f_divergence: reverse_kl, forward_kl, js_divergence, alpha_divergence (arXiv 2309.16240).
         chosen_lengths, rejected_lengths: (n,) completion tokens, for ipo, sigmoid_norm, simpo.
         simpo_gamma: target margin of simpo: -log sigmoid(beta (mean difference) - gamma).
-        ambiguity, nominal, groups, group_state, update, check_finite: as in `robust_risk`.
+        ambiguity, nominal, groups, group_state, normaliser_state, update, process_group,
+            check_finite: as in `robust_risk`.
 
     Returns:
         `PreferenceLoss`. Gradients flow to the four log-prob tensors, once (no double backward).
@@ -197,29 +207,37 @@ def preference_loss(
     Raises:
         ValueError: shapes, dtypes, unknown names, options that the loss type does not take.
     """
-    _check_pair_arguments(
-        {
-            "chosen_logps": chosen_logps, "rejected_logps": rejected_logps,
-            "ref_chosen_logps": ref_chosen_logps, "ref_rejected_logps": ref_rejected_logps,
-            "chosen_lengths": chosen_lengths, "rejected_lengths": rejected_lengths,
-        },
-        loss_type, label_smoothing, f_divergence, beta, discopop_tau, f_alpha_divergence_coef,
+
+    def check() -> None:
+        _check_pair_arguments(
+            {
+                "chosen_logps": chosen_logps, "rejected_logps": rejected_logps,
+                "ref_chosen_logps": ref_chosen_logps, "ref_rejected_logps": ref_rejected_logps,
+                "chosen_lengths": chosen_lengths, "rejected_lengths": rejected_lengths,
+            },
+            loss_type, label_smoothing, f_divergence, beta, discopop_tau, f_alpha_divergence_coef,
+        )  # fmt: skip
+
+    def evaluate(adversary: Adversary) -> Evaluation:
+        nominal, groups, state, encoded = adversary
+        value, weights, losses, chosen_rewards, rejected_rewards, dual, stepped, _, _ = (
+            ops.preference_loss(
+                chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, chosen_lengths,
+                rejected_lengths, nominal, groups, state, loss_type, beta, label_smoothing,
+                simpo_gamma, discopop_tau, f_divergence, f_alpha_divergence_coef, *encoded,
+            )
+        )  # fmt: skip
+        rewards = (chosen_rewards.detach(), rejected_rewards.detach())
+        return Evaluation(value, weights, losses, dual, stepped, rewards)
+
+    options = Options(
+        ambiguity, nominal, groups, group_state, normaliser_state, update, process_group,
+        check_finite,
     )  # fmt: skip
-    nominal, groups, state, encoded = adversary(
-        chosen_logps, ambiguity, nominal, groups, group_state, update, "chosen_logps"
-    )
-    value, weights, losses, chosen_rewards, rejected_rewards, dual, stepped, _, _ = (
-        ops.preference_loss(
-            chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, chosen_lengths,
-            rejected_lengths, nominal, groups, state, loss_type, beta, label_smoothing,
-            simpo_gamma, discopop_tau, f_divergence, f_alpha_divergence_coef, *encoded,
-        )
-    )  # fmt: skip
-    if check_finite:
-        require_finite("losses", losses, nominal)
-    store(group_state, stepped)
+    out = evaluate_worst_case(evaluate, chosen_logps, "chosen_logps", options, check)
+    rewards_chosen, rewards_rejected = out.others
     return PreferenceLoss(
-        value, *(x.detach() for x in (weights, losses, chosen_rewards, rejected_rewards, dual))
+        out.value, out.weights, out.losses, rewards_chosen, rewards_rejected, out.dual
     )
 
 
@@ -233,7 +251,9 @@ def reward_loss(
     nominal: Tensor | None = None,
     groups: Tensor | None = None,
     group_state: GroupState | None = None,
+    normaliser_state: NormaliserState | None = None,
     update: bool = True,
+    process_group: Any = None,
     check_finite: bool = False,
 ) -> RewardLoss:
     """Worst case over `ambiguity` of the Bradley-Terry loss of a reward model.
@@ -245,30 +265,35 @@ def reward_loss(
         chosen_rewards, rejected_rewards: (n,) scalar rewards of the two completions.
         margin: (n,) how much the chosen should win by; a constant, no gradient flows to it.
         center_coefficient: pull of the rewards towards mean 0 (arXiv 2312.09244), >= 0.
-        ambiguity, nominal, groups, group_state, update, check_finite: as in `robust_risk`.
+        ambiguity, nominal, groups, group_state, normaliser_state, update, process_group,
+            check_finite: as in `robust_risk`.
 
     Raises:
         ValueError: shapes, dtypes, a negative center_coefficient.
     """
-    check_vector("chosen_rewards", chosen_rewards)
-    check_floating("chosen_rewards", chosen_rewards)
-    check_vector("rejected_rewards", rejected_rewards, chosen_rewards.numel(), "chosen_rewards")
-    check_floating("rejected_rewards", rejected_rewards)
-    check_device("rejected_rewards", rejected_rewards, "chosen_rewards", chosen_rewards)
-    check_device("margin", margin, "chosen_rewards", chosen_rewards)
-    if margin is not None:
-        check_vector("margin", margin, chosen_rewards.numel(), "chosen_rewards")
-        margin = margin.detach()
-    if not center_coefficient >= 0:
-        raise ValueError(f"center_coefficient: expected >= 0, got {center_coefficient!r}")
-    nominal, groups, state, encoded = adversary(
-        chosen_rewards, ambiguity, nominal, groups, group_state, update, "chosen_rewards"
-    )
-    value, weights, losses, dual, stepped, _, _ = ops.reward_loss(
-        chosen_rewards, rejected_rewards, margin, nominal, groups, state, center_coefficient,
-        *encoded,
+
+    def check() -> None:
+        check_vector("chosen_rewards", chosen_rewards)
+        check_floating("chosen_rewards", chosen_rewards)
+        for name, value in (("rejected_rewards", rejected_rewards), ("margin", margin)):
+            if value is not None:
+                check_vector(name, value, chosen_rewards.numel(), "chosen_rewards")
+                check_device(name, value, "chosen_rewards", chosen_rewards)
+        check_floating("rejected_rewards", rejected_rewards)
+        if not center_coefficient >= 0:
+            raise ValueError(f"center_coefficient: expected >= 0, got {center_coefficient!r}")
+
+    def evaluate(adversary: Adversary) -> Evaluation:
+        nominal, groups, state, encoded = adversary
+        value, weights, losses, dual, stepped, _, _ = ops.reward_loss(
+            chosen_rewards, rejected_rewards, None if margin is None else margin.detach(),
+            nominal, groups, state, center_coefficient, *encoded,
+        )  # fmt: skip
+        return Evaluation(value, weights, losses, dual, stepped)
+
+    options = Options(
+        ambiguity, nominal, groups, group_state, normaliser_state, update, process_group,
+        check_finite,
     )  # fmt: skip
-    if check_finite:
-        require_finite("losses", losses, nominal)
-    store(group_state, stepped)
-    return RewardLoss(value, weights.detach(), losses.detach(), dual.detach())
+    out = evaluate_worst_case(evaluate, chosen_rewards, "chosen_rewards", options, check)
+    return RewardLoss(out.value, out.weights, out.losses, out.dual)

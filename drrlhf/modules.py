@@ -1,6 +1,6 @@
-"""`nn.Module` twins of the losses: options fixed once, group state kept as a buffer.
+"""`nn.Module` twins of the losses: options fixed once, states kept as buffers.
 
-In eval mode a module weighs groups by its state and leaves the state alone.
+In eval mode a module leaves the weights of groups and the running normaliser as they are.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from drrlhf import head, losses, robust
 from drrlhf.ambiguity import ERM, AmbiguitySet, Group, parse_ambiguity
-from drrlhf.robust import GroupState
+from drrlhf.robust import GroupState, NormaliserState
 
 
 class _RobustModule(nn.Module):
@@ -21,12 +21,15 @@ class _RobustModule(nn.Module):
         self.options = options
         grouped = isinstance(self.ambiguity, Group)
         self.group_state = GroupState(self.ambiguity.num_groups) if grouped else None  # type: ignore[attr-defined]
+        streaming = getattr(self.ambiguity, "momentum", None) is not None
+        self.normaliser_state = NormaliserState() if streaming else None
 
     def _call(self, function: Any, *inputs: Tensor | None, **keywords: Any) -> Any:
         return function(
             *inputs,
             ambiguity=self.ambiguity,
             group_state=self.group_state,
+            normaliser_state=self.normaliser_state,
             update=self.training,
             **self.options,
             **keywords,

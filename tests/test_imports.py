@@ -14,6 +14,7 @@ LAYERS = {
     "reference": 1, "_C": 1, "kernels": 1,
     "backends": 2,
     "ops": 3,
+    "distributed": 3,
     "robust": 4, "logprobs": 4,
     "losses": 5,
     "head": 6,
