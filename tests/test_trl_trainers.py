@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import subprocess
 import sys
@@ -26,8 +27,8 @@ from transformers import AutoModelForCausalLM, HfArgumentParser
 
 import drrlhf as dr
 from drrlhf.trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, seam
-from drrlhf.trl.base import GROUP_STATE_FILE
 from drrlhf.trl.columns import PairColumns
+from drrlhf.trl.state import STATE_FILE
 
 
 @pytest.fixture(scope="module")
@@ -294,26 +295,26 @@ def test_group_metrics(llama, tmp_path):
 # -------------------------------------------------------------------------------- group state
 
 
-def test_state_steps_once_for_each_optimizer_step_and_not_in_eval(llama, tmp_path, monkeypatch):
-    updates = []
-    original = dr.preference_loss
-
-    def spy(*args, **kwargs):
-        updates.append(kwargs["update"])
-        return original(*args, **kwargs)
-
-    monkeypatch.setattr("drrlhf.trl.dpo.preference_loss", spy)
+@pytest.mark.parametrize("scope", ["step", "microbatch"])
+def test_state_steps_once_for_each_optimizer_step_and_not_in_eval(llama, tmp_path, scope):
     trainer = dpo(
-        llama, tmp_path, tiny_pairs(32, group=[0, 1] * 16), ambiguity="group:2,step_size=0.5",
-        gradient_accumulation_steps=4, max_steps=2,
+        away(llama), tmp_path, tiny_pairs(32, group=[0, 1] * 16), max_steps=2, robust_scope=scope,
+        ambiguity="group:2,step_size=0.5", gradient_accumulation_steps=4,
     )  # fmt: skip
+    states = [trainer.group_state.weights.clone()]
+    original = trainer.training_step
+
+    def step(*args):
+        result = original(*args)
+        states.append(trainer.group_state.weights.clone())
+        return result
+
+    trainer.training_step = step
     trainer.train()
-    assert updates == [False, False, False, True] * 2
-    state = trainer.group_state.weights.clone()
-    assert not torch.equal(state, torch.full((2,), 0.5, dtype=torch.float64))
+    changed = [not torch.equal(a, b) for a, b in itertools.pairwise(states)]
+    assert changed == [False, False, False, True] * 2
     trainer.evaluate(tiny_pairs(4, seed=1, group=[0, 0, 1, 1]))
-    assert not any(updates[8:]) and len(updates) > 8
-    assert torch.equal(trainer.group_state.weights, state)
+    assert torch.equal(trainer.group_state.weights, states[-1])
 
 
 @pytest.mark.parametrize("method", ["dpo", "reward"])
@@ -330,7 +331,7 @@ def test_resume_is_the_uninterrupted_run_bit_for_bit(llama, reward_model, tmp_pa
     whole = build(tmp_path / "whole")
     whole.train()
     checkpoint = tmp_path / "whole" / method / "checkpoint-3"
-    saved = load_file(checkpoint / GROUP_STATE_FILE)["weights"]
+    saved = load_file(checkpoint / STATE_FILE)["group_state.weights"]
     assert saved.dtype == torch.float64 and not torch.equal(saved, whole.group_state.weights)
 
     resumed = build(tmp_path / "resumed")
@@ -344,21 +345,34 @@ def test_resume_is_the_uninterrupted_run_bit_for_bit(llama, reward_model, tmp_pa
     assert losses[0] == losses[1] and len(losses[0]) == 6
 
 
-def test_resume_without_fitting_state_is_refused(llama, tmp_path):
+def test_resume_with_another_objective_is_refused(llama, tmp_path):
     options = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
     data = tiny_pairs(8, group=[0, 1] * 4)
-    dpo(llama, tmp_path, data, ambiguity="tv:0.1", **options).train()
+    dpo(llama, tmp_path, data, ambiguity="group:3,step_size=1", **options).train()
     checkpoint = tmp_path / "dpo" / "checkpoint-1"
-    assert not (checkpoint / GROUP_STATE_FILE).exists()
-    with pytest.raises(FileNotFoundError, match=rf"{GROUP_STATE_FILE} is missing.*start a new"):
-        dpo(llama, tmp_path, data, ambiguity="group:2", **options).train(
-            resume_from_checkpoint=str(checkpoint)
-        )
-    save_file(dr.GroupState(5).state_dict(), checkpoint / GROUP_STATE_FILE)
-    with pytest.raises(ValueError, match=r"weights of 5 groups, expected 2 for .*group:2"):
-        dpo(llama, tmp_path, data, ambiguity="group:2", **options).train(
-            resume_from_checkpoint=str(checkpoint)
-        )
+
+    def resume(ambiguity, **more):
+        trainer = dpo(llama, tmp_path, data, ambiguity=ambiguity, **options | more)
+        trainer.train(resume_from_checkpoint=str(checkpoint))
+        return trainer
+
+    with pytest.raises(ValueError, match=r"saved with ambiguity='group:3.*resumed with 'tv:0.1'.*"):
+        resume("tv:0.1")
+    fresh = resume("group:2,step_size=0", resume_with_changed_ambiguity=True)
+    assert torch.equal(fresh.group_state.weights, dr.GroupState(2).weights)
+    with pytest.raises(ValueError, match=r"saved with pairs per step: 4, resumed with 2"):
+        resume("group:3,step_size=1", per_device_train_batch_size=2)
+    with pytest.raises(ValueError, match=r"saved with robust_scope: step, resumed with micro"):
+        resume("group:3,step_size=1", robust_scope="microbatch")
+    facts = {"ambiguity": "group:3,step_size=1"}
+    tensors = {"group_state.weights": dr.GroupState(5).weights}
+    save_file(tensors, checkpoint / STATE_FILE, metadata=facts)
+    with pytest.raises(ValueError, match=r"expected group_state with .*\(3,\).*found .*\(5,\)"):
+        resume("group:3,step_size=1")
+    (checkpoint / STATE_FILE).unlink()  # as TRL leaves its checkpoints
+    with pytest.raises(ValueError, match=r"saved with ambiguity='erm', resumed with 'group:3"):
+        resume("group:3,step_size=1")
+    resume("erm")
 
 
 # ------------------------------------------------------------------------------------ bad input
@@ -419,10 +433,12 @@ def test_losses_without_pairs_are_refused(tmp_path):
         dpo("/no/such/model", tmp_path, loss_type="sigmiod")
 
 
-def test_group_set_on_several_processes_is_refused(tmp_path, monkeypatch):
+@pytest.mark.parametrize("ambiguity", ["group:2", "kl:temperature=1,momentum=0.5"])
+def test_states_of_several_processes_are_not_left_to_drift(tmp_path, monkeypatch, ambiguity):
     monkeypatch.setattr(DPOConfig, "world_size", 2)
-    with pytest.raises(ValueError, match="group:2' on 2 processes"):
-        dpo("/no/such/model", tmp_path, tiny_pairs(8, group=[0, 1] * 4), ambiguity="group:2")
+    options = {"ambiguity": ambiguity, "robust_scope": "microbatch"}
+    with pytest.raises(ValueError, match=r"'microbatch' on 2 processes: the .* would drift"):
+        dpo("/no/such/model", tmp_path, tiny_pairs(8, group=[0, 1] * 4), **options)
 
 
 # -------------------------------------------------------------------------------------- config
@@ -442,6 +458,8 @@ def test_config(tmp_path, config):
         config(str(tmp_path), **quiet(ambiguity="tvv:0.1"))
     with pytest.raises(ValueError, match="radius"):
         config(str(tmp_path), **quiet(ambiguity="tv:1.5"))
+    with pytest.raises(ValueError, match="robust_scope: unknown 'micro'; did you mean 'microb"):
+        config(str(tmp_path), **quiet(robust_scope="micro"))
 
 
 def test_trl_configuration_is_erm(llama, tmp_path):
@@ -458,14 +476,15 @@ def messages(caplog):
 
 def test_the_device_batch_is_named_where_it_is_not_the_steps(llama, tmp_path, caplog):
     caplog.set_level(logging.WARNING)
-    dpo(llama, tmp_path, ambiguity="tv:0.1", gradient_accumulation_steps=1)
-    dpo(llama, tmp_path, ambiguity="erm", gradient_accumulation_steps=2)
+    small = {"robust_scope": "microbatch", "gradient_accumulation_steps": 2}
+    dpo(llama, tmp_path, ambiguity="tv:0.1", gradient_accumulation_steps=2)
+    dpo(llama, tmp_path, ambiguity="tv:0.1", robust_scope="microbatch")
+    dpo(llama, tmp_path, ambiguity="erm", **small)
     assert messages(caplog) == []
-    trainer = dpo(llama, tmp_path, ambiguity="tv:0.1", gradient_accumulation_steps=2, max_steps=2)
-    trainer.train()
+    dpo(llama, tmp_path, ambiguity="tv:0.1", max_steps=2, **small).train()
     assert len(messages(caplog)) == 1
     assert "batch of each device (4 pairs)" in messages(caplog)[0]
-    dpo(llama, tmp_path, tiny_pairs(8, weight=[1.0] * 8), gradient_accumulation_steps=2)
+    dpo(llama, tmp_path, tiny_pairs(8, weight=[1.0] * 8), **small)
     assert "'weight' is used as the nominal weight" in messages(caplog)[1]
     assert "batch of each device" in messages(caplog)[2]
 

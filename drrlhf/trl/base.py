@@ -1,37 +1,42 @@
-"""What both trainers share: the columns, the group state, the worst-case metrics."""
+"""What both trainers share: the columns, the reduction, the states and metrics of the set."""
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.logging import get_logger
-from safetensors.torch import load_file, save_file
+from accelerate.utils import DistributedType
+from torch import Tensor
 
-from drrlhf import ERM, Group, GroupState, parse_ambiguity
-from drrlhf.trl import columns
+from drrlhf import Group, GroupState, NormaliserState, parse_ambiguity, robust_risk
+from drrlhf.trl import columns, pairs, state
+from drrlhf.trl.pairs import Pairs
+from drrlhf.trl.step import Pass, StepMixin
 
 logger = get_logger(__name__)
 
-GROUP_STATE_FILE = "drrlhf_group_state.safetensors"
-
-# Metrics of one group each are logged for the ids below this: a column of user ids would
-# otherwise fill the log.
-LOGGED_GROUPS = 32
+# A loss with everything but the worst case fixed: takes what `robust_risk` takes besides its
+# losses, gives value (), weights (n,), losses (n,).
+RobustLoss = Callable[..., tuple[Tensor, Tensor, Tensor]]
 
 
-class AmbiguityMixin:
+class AmbiguityMixin(StepMixin):
     """Put before a TRL trainer: reads ``args.ambiguity`` and keeps what the set needs.
 
     Metrics added to TRL's own, for every set but plain ``"erm"`` (there only with weights):
-    ``robust/value`` the worst-case risk of the batch, ``robust/mean_loss`` what plain training
-    would have seen there (the nominal mean); ``robust/effective_sample_size`` 1 / sum q²
-    as a share of the pairs that are not masked, in (0, 1]; ``robust/max_weight`` the largest
-    weight as a multiple of the uniform one. With a ``group`` column also ``group/<g>/loss`` and
-    ``/accuracy`` (plain means over the pairs of g that are not masked), ``/weight`` (its share of
-    q in the batch) and, for a Group set, ``/state`` (the weight kept from step to step).
+    ``robust/value`` the worst-case risk, ``robust/mean_loss`` what plain training would have seen
+    (the nominal mean); ``robust/effective_sample_size`` 1 / sum q² as a share of the pairs that are
+    not masked, in (0, 1]; ``robust/max_weight`` the largest weight as a multiple of the uniform
+    one; ``robust/kept`` the share of pairs with any weight. With a ``group`` column also
+    ``group/<g>/loss`` and ``/accuracy`` (plain means over the pairs of g that are not masked),
+    ``/weight`` (its share of q) and, for a Group set, ``/state`` (the weight kept from step to
+    step). In training they describe the batch of the adversary (see ``robust_scope``), in
+    evaluation the whole evaluation set, there also ``robust/worst_group_loss`` and
+    ``/worst_group_accuracy``; and ``eval_loss`` is then the worst case over that set.
     """
 
     args: Any
@@ -45,37 +50,78 @@ class AmbiguityMixin:
         given = inspect.signature(super().__init__).bind(*args, **kwargs).arguments
         config = given.get("args")
         self.ambiguity = parse_ambiguity(getattr(config, "ambiguity", "erm"))
+        self.robust_scope = getattr(config, "robust_scope", "step")
         num_groups = self.ambiguity.num_groups if isinstance(self.ambiguity, Group) else None
         present = columns.check_dataset(given.get("train_dataset"), "train_dataset", num_groups)
         columns.check_dataset(given.get("eval_dataset"), "eval_dataset", num_groups)
+        self._weighted = columns.WEIGHT in present
+        self._pass: Pass | None = None
+        self._evaluated: list[Tensor] | None = None
         if config is not None:
-            self._check_arguments(config, columns.WEIGHT in present)
+            self._check_arguments(config)
         super().__init__(*args, **kwargs)
         self.data_collator = columns.PairColumns(self.data_collator, num_groups)
         self.group_state: GroupState | None = None
+        self.normaliser_state: NormaliserState | None = None
         if num_groups is not None:
             self.group_state = GroupState(num_groups).to(self.accelerator.device)
-        self._warn(columns.WEIGHT in present)
+        if self._streaming:
+            self.normaliser_state = NormaliserState().to(self.accelerator.device)
+        self._check_setup()
+        self._warn()
 
-    def _check_arguments(self, config: Any, weighted: bool) -> None:
+    # -- checks --------------------------------------------------------------------------------
+
+    def _check_arguments(self, config: Any) -> None:
         """Refuse what cannot mean what it says, before the model is loaded."""
-        if isinstance(self.ambiguity, Group) and config.world_size > 1:
-            raise ValueError(
-                f"ambiguity={str(self.ambiguity)!r} on {config.world_size} processes: the group "
-                "weights would drift apart between them. Train with one process, or take another "
-                "ambiguity set."
-            )
+        if self.robust_scope != "microbatch":
+            return
+        for name, stateful in (
+            ("group weights", isinstance(self.ambiguity, Group)),
+            ("running normalisers", self._streaming),
+        ):
+            if stateful and config.world_size > 1:
+                raise ValueError(
+                    f"robust_scope='microbatch' on {config.world_size} processes: the {name} of "
+                    f"ambiguity={str(self.ambiguity)!r} would drift apart between them. Use "
+                    "robust_scope='step', train with one process, or take another set."
+                )
 
-    def _warn(self, weighted: bool) -> None:
-        if weighted:
+    def _check_setup(self) -> None:
+        """Refuse what is known only when accelerate is set up."""
+        if not self._reweighing or self.robust_scope != "step":
+            return
+        deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED
+        if deepspeed and self.args.gradient_accumulation_steps > 1 and not self._streaming:
+            raise ValueError(
+                "robust_scope='step' with gradient_accumulation_steps="
+                f"{self.args.gradient_accumulation_steps} under DeepSpeed: its engine counts "
+                "backward passes, and a step has fewer of them than batches. Use FSDP or DDP, "
+                "gradient_accumulation_steps=1, or robust_scope='microbatch'."
+            )
+        sizes = {
+            "tensor": self.get_tp_size(),  # type: ignore[attr-defined]
+            "context": self.get_cp_size(),  # type: ignore[attr-defined]
+            "sequence": self.get_sp_size(),  # type: ignore[attr-defined]
+        }
+        for kind, size in sizes.items():
+            if size > 1:
+                raise ValueError(
+                    f"robust_scope='step' with {kind} parallelism of {size}: several processes "
+                    "would bring the same pairs. Use data parallelism alone, or "
+                    "robust_scope='microbatch'."
+                )
+
+    def _warn(self) -> None:
+        if self._weighted:
             logger.warning("The column 'weight' is used as the nominal weight of every pair.")
         parts = self.args.gradient_accumulation_steps, self.args.world_size
-        if max(parts) > 1 and (weighted or self.ambiguity != ERM()):
+        if max(parts) > 1 and self._reweighing and self.robust_scope == "microbatch":
             logger.warning(
-                "The worst-case weights are computed over the batch of each device "
-                f"({self.args.per_device_train_batch_size} pairs), not over the optimizer step's "
-                f"({parts[0]} accumulation steps, {parts[1]} processes). The objective depends on "
-                "that number: prefer a larger per_device_train_batch_size."
+                "robust_scope='microbatch': the worst-case weights are computed over the batch of "
+                f"each device ({self.args.per_device_train_batch_size} pairs), not over the "
+                f"optimizer step's ({parts[0]} accumulation steps, {parts[1]} processes). The "
+                "objective depends on that number."
             )
 
     def _set_signature_columns_if_needed(self) -> None:
@@ -86,93 +132,165 @@ class AmbiguityMixin:
 
     # -- the reduction -------------------------------------------------------------------------
 
-    def _risk_arguments(
-        self, nominal: torch.Tensor | None, groups: torch.Tensor | None
-    ) -> dict[str, Any]:
+    def _risk_arguments(self, nominal: Tensor | None, groups: Tensor | None) -> dict[str, Any]:
         """The keyword arguments that ``robust_risk`` and the losses share."""
-        arguments: dict[str, Any] = {"ambiguity": self.ambiguity, "nominal": nominal}
+        self._check_groups(groups)
+        arguments: dict[str, Any] = {
+            "ambiguity": self.ambiguity,
+            "nominal": nominal,
+            "process_group": self._process_group,
+            # one step of the adversary for one step of the optimizer; a stream takes every batch
+            "update": self.model.training and (self._streaming or self.accelerator.sync_gradients),
+        }
         if self.group_state is not None:
-            if groups is None:
-                raise ValueError(
-                    f"ambiguity={str(self.ambiguity)!r} needs a column 'group', and the batch has "
-                    "none: add it to the dataset, and let a data_collator of your own keep it."
-                )
-            # one step of the adversary for one step of the optimizer
-            update = self.model.training and self.accelerator.sync_gradients
-            arguments |= {"groups": groups, "group_state": self.group_state, "update": update}
+            arguments |= {"groups": groups, "group_state": self.group_state}
+        if self.normaliser_state is not None:
+            arguments["normaliser_state"] = self.normaliser_state
         return arguments
+
+    def _check_groups(self, groups: Tensor | None) -> None:
+        if self.group_state is not None and groups is None:
+            raise ValueError(
+                f"ambiguity={str(self.ambiguity)!r} needs a column 'group', and the batch has "
+                "none: add it to the dataset, and let a data_collator of your own keep it."
+            )
+
+    def _reduced(
+        self,
+        loss: RobustLoss,
+        correct: Tensor,  # (n,)
+        nominal: Tensor | None,  # (n,)
+        groups: Tensor | None,  # (n,)
+    ) -> Tensor:
+        """The number () to backpropagate for a batch: in one pass, or in one of the step's two."""
+        if self._pass is not None:
+            value, losses = self._pass.reduce(loss)
+            self._pass.seen.append(Pairs(losses.detach(), correct, nominal, groups))
+            return value
+        if self._evaluated is not None and not self.model.training:
+            self._check_groups(groups)
+            value, _, losses = loss(ambiguity="erm", nominal=nominal)
+            table = Pairs(losses, correct, nominal, groups).table()
+            self._evaluated.append(self.accelerator.gather_for_metrics(table).cpu())
+            return value
+        value, weights, losses = loss(**self._risk_arguments(nominal, groups))
+        seen = Pairs(losses.detach(), correct, nominal, groups, weights)
+        self._log_pairs(seen, value.detach())
+        return value
 
     # -- metrics -------------------------------------------------------------------------------
 
-    def _log_pairs(
-        self,
-        value: torch.Tensor,  # ()
-        weights: torch.Tensor,  # (n,)
-        losses: torch.Tensor,  # (n,)
-        correct: torch.Tensor,  # (n,)
-        nominal: torch.Tensor | None,  # (n,)
-        groups: torch.Tensor | None,  # (n,)
-    ) -> None:
+    def _log_pairs(self, seen: Pairs, value: Tensor) -> None:
+        """Metrics of the pairs of this rank, whose worst case has the value (), over all ranks."""
+        if seen.groups is None and not (self._adversarial or seen.nominal is not None):
+            return
+        table = seen.table()
+        if self.accelerator.num_processes > 1:
+            if self._process_group is None:  # then every rank's weights sum to 1
+                table[:, -1] /= self.accelerator.num_processes
+            padded = self.accelerator.pad_across_processes(table, dim=0, pad_index=float("nan"))
+            table = self.accelerator.gather(padded)
+            table = table[~table[:, 2].isnan()]
+            value = self.accelerator.gather(value.reshape(1)).mean()
+        everyone = pairs.from_table(table.cpu())
+        found: dict[str, float] = {}
+        if self._adversarial or seen.nominal is not None:
+            found |= pairs.summary(everyone, value.item())
+        group_weights = None if self.group_state is None else self.group_state.weights
+        found |= pairs.by_group(everyone, group_weights)
         metrics = self._metrics["train" if self.model.training else "eval"]
-        kept = torch.ones_like(weights) if nominal is None else (nominal > 0).to(weights)
-        if nominal is not None or self.ambiguity != ERM():
-            count = kept.sum().clamp(min=1)
-            spread = weights.square().sum().clamp_min(torch.finfo(weights.dtype).tiny)
-            p = kept if nominal is None else nominal.to(weights)
-            plain = torch.where(p > 0, p * losses, 0).sum() / p.sum().clamp_min(1e-30)
-            row = [
-                value.detach(), plain.to(weights),
-                weights.sum().square() / (spread * count), weights.max() * count,
-            ]  # fmt: skip
-            mean = self.accelerator.gather(torch.stack(row).unsqueeze(0)).mean(0).tolist()
-            for name, number in zip(
-                ("value", "mean_loss", "effective_sample_size", "max_weight"), mean, strict=True
-            ):
-                metrics[f"robust/{name}"].append(number)
-        if groups is not None:
-            table = torch.stack([groups.to(weights), kept, losses, correct.to(weights), weights])
-            self._log_groups(metrics, self.accelerator.gather(table.T.contiguous()).cpu())
+        for name, number in found.items():
+            metrics[name].append(number)
 
-    def _log_groups(self, metrics: dict[str, Any], table: torch.Tensor) -> None:
-        ids, kept, losses, correct, weights = table.T
-        for g in ids.unique().int().tolist():
-            rows = (ids == g) & (kept > 0)
-            if 0 <= g < LOGGED_GROUPS and rows.any():
-                share = weights[rows].sum() / self.accelerator.num_processes
-                metrics[f"group/{g}/loss"].append(losses[rows].mean().item())
-                metrics[f"group/{g}/accuracy"].append(correct[rows].mean().item())
-                metrics[f"group/{g}/weight"].append(share.item())
-        if self.group_state is not None:
-            for g, weight in enumerate(self.group_state.weights[:LOGGED_GROUPS].tolist()):
-                metrics[f"group/{g}/state"].append(weight)
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> Any:
+        """TRL's loop; then the worst case over all of its pairs, which no batch sees alone."""
+        self._evaluated = []
+        try:
+            output = super().evaluation_loop(  # type: ignore[misc]
+                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+            )
+            tables = self._evaluated
+        finally:
+            self._evaluated = None
+        if not tables:
+            return output
+        seen = pairs.from_table(torch.cat(tables))
+        assert seen.nominal is not None
+        weighted = bool((seen.nominal != 1).any())
+        found = {}
+        if self._adversarial or weighted:
+            device = self.accelerator.device
+            risk = robust_risk(
+                seen.losses.to(device),
+                self.ambiguity,
+                nominal=seen.nominal.to(device),
+                groups=None if seen.groups is None else seen.groups.to(device),
+                group_state=self.group_state,
+                normaliser_state=self.normaliser_state,
+                update=False,
+            )
+            seen = seen._replace(weights=risk.weights.cpu())
+            found = pairs.summary(seen, risk.value.item())
+            if not self._loss_outside_the_set:
+                output.metrics[f"{metric_key_prefix}_loss"] = risk.value.item()
+        else:
+            seen = seen._replace(weights=None)
+        found |= pairs.worst_group(seen) | pairs.by_group(seen, None)
+        for name, number in found.items():
+            self._metrics["eval"][name] = [number]
+        return output
 
     # -- checkpoints ---------------------------------------------------------------------------
 
+    def _states(self) -> dict[str, torch.nn.Module]:
+        states = {"group_state": self.group_state, "normaliser_state": self.normaliser_state}
+        return {name: module for name, module in states.items() if module is not None}
+
+    def _facts(self) -> dict[str, str]:
+        per_rank = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
+        return {
+            "ambiguity": str(self.ambiguity),
+            "robust_scope": self.robust_scope,
+            "processes": str(self.args.world_size),
+            "pairs per step": str(per_rank * self.args.world_size * max(self.args.n_gpu, 1)),
+        }
+
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)  # type: ignore[misc]
-        if self.group_state is not None and self.args.should_save:
-            state = {name: t.contiguous() for name, t in self.group_state.state_dict().items()}
-            save_file(state, Path(output_dir) / GROUP_STATE_FILE)
+        if self.args.should_save:
+            state.save(Path(output_dir), self._states(), self._facts())
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
-        if self.group_state is not None and checkpoint is not None:
-            self._load_group_state(Path(checkpoint) / GROUP_STATE_FILE)
+        if checkpoint is not None and self._same_question(Path(checkpoint)):
+            state.load(Path(checkpoint), self._states())
 
-    def _load_group_state(self, path: Path) -> None:
-        if not path.is_file():
-            raise FileNotFoundError(
-                f"{path} is missing: the checkpoint has no weights for "
-                f"ambiguity={str(self.ambiguity)!r}, so resuming would start them anew. Resume "
-                "from a checkpoint of a run with this set (save_only_model=False), or start a new "
-                "run from the checkpoint's model."
-            )
-        assert self.group_state is not None
-        state = load_file(path)
-        found, expected = len(state["weights"]), len(self.group_state.weights)
-        if found != expected:
+    def _same_question(self, folder: Path) -> bool:
+        """Whether the checkpoint's run had this objective; ValueError where that is not allowed."""
+        now = self._facts()
+        # TRL's own checkpoints say nothing, and are of its own objective.
+        before = state.facts(folder) or {"ambiguity": "erm"}
+        if before["ambiguity"] != now["ambiguity"]:
+            if getattr(self.args, "resume_with_changed_ambiguity", False):
+                return False
             raise ValueError(
-                f"{path} holds the weights of {found} groups, expected {expected} for "
-                f"ambiguity={str(self.ambiguity)!r}: resume with the set of the saved run."
+                f"{folder}: saved with ambiguity={before['ambiguity']!r}, resumed with "
+                f"{now['ambiguity']!r}: another objective from here on. Resume with the saved "
+                "one, or say resume_with_changed_ambiguity=True to begin the new set's state anew."
             )
-        self.group_state.load_state_dict(state)
+        if self._reweighing:
+            for name in ("robust_scope", "processes", "pairs per step"):
+                if before.get(name, now[name]) != now[name]:
+                    raise ValueError(
+                        f"{folder}: saved with {name}: {before[name]}, resumed with {now[name]}. "
+                        "The adversary's batches would not be those of the saved run. Resume with "
+                        "the saved setting, or start a new run from the checkpoint's model."
+                    )
+        return True

@@ -11,10 +11,11 @@ from drrlhf import parse_ambiguity
 from drrlhf.checks import check_choice
 from drrlhf.trl.head import HEADS
 
+SCOPES = ("step", "microbatch")
 _HELP = (
-    "The ambiguity set around each batch: erm (TRL's own objective), kl:RADIUS, "
-    "kl:temperature=T, tv:RADIUS, chi2:RADIUS, chi2:penalty=C, cvar:ALPHA or "
-    "group:NUM_GROUPS, each optionally with ,trim=E."
+    "The ambiguity set around the pairs of a step: erm (TRL's own objective), kl:RADIUS, "
+    "kl:temperature=T (also with ,momentum=M), tv:RADIUS, chi2:RADIUS, chi2:penalty=C, "
+    "cvar:ALPHA or group:NUM_GROUPS, each optionally with ,trim=E."
 )
 
 
@@ -23,9 +24,21 @@ class _Ambiguous:
     """The field that both configurations get, and its check before theirs."""
 
     ambiguity: str = field(default="erm", metadata={"help": _HELP})
+    robust_scope: str = field(
+        default="step",
+        metadata={
+            "help": "What the adversary sees: step, all pairs of the optimizer step, over all "
+            "processes and accumulated batches; or microbatch, those of one device's batch."
+        },
+    )
+    resume_with_changed_ambiguity: bool = field(
+        default=False,
+        metadata={"help": "Resume from a checkpoint that was saved with another ambiguity set."},
+    )
 
     def __post_init__(self) -> None:
         self.ambiguity = str(parse_ambiguity(self.ambiguity))
+        check_choice("robust_scope", self.robust_scope, SCOPES)
         super().__post_init__()  # type: ignore[misc]
 
 
@@ -35,7 +48,11 @@ class DPOConfig(_Ambiguous, _TRLDPOConfig):
 
     ``ambiguity`` takes a string such as ``"tv:0.1"`` or an instance such as ``drrlhf.TV(0.1)``, and
     holds the canonical string afterwards, so that saving and parsing the configuration work as
-    before. ``label_smoothing`` also applies to ``loss_type="sigmoid"`` (cDPO): TRL ignores it.
+    before. ``robust_scope`` is what the adversary sees: ``"step"``, the pairs of the whole
+    optimizer step, over all processes and accumulated batches, as if they were one batch;
+    ``"microbatch"``, those of one device's batch. A run resumes with its own set unless
+    ``resume_with_changed_ambiguity``. ``label_smoothing`` also applies to ``loss_type="sigmoid"``
+    (cDPO): TRL ignores it.
     ``head`` computes the log-probs of the policy and the reference: ``"drrlhf"`` is
     `drrlhf.linear_token_logprobs`, in place for this trainer's losses alone; ``"trl"`` is TRL's
     own; ``"auto"`` is ours where a compiled kernel serves it on the training device, else TRL's,

@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 import trl
+from torch import Tensor
 
-from drrlhf import ERM, pair_losses, preference_loss, robust_risk
+from drrlhf import pair_losses, preference_loss, robust_risk
 from drrlhf.reference import LOSS_TYPES, SMOOTHED_LOSSES
 from drrlhf.trl import columns, head
 from drrlhf.trl.base import AmbiguityMixin, logger
@@ -36,16 +37,16 @@ class DPOTrainer(AmbiguityMixin, trl.DPOTrainer):
     Raises:
         ValueError: an unknown ``loss_type``; ``aot`` or ``aot_unpaired`` with weights; an
             ambiguity set with no pair loss to act on; a Group set without a ``group`` column, an
-            id outside [0, num_groups), a weight that is not finite and >= 0, or a Group set on
-            several processes.
+            id outside [0, num_groups), a weight that is not finite and >= 0, or what
+            `AmbiguityMixin` refuses.
         RuntimeError: with our head, something other than TRL or drrlhf stands in the
             place of TRL's head.
     """
 
     __signature__ = inspect.signature(trl.DPOTrainer)
 
-    def _check_arguments(self, config: Any, weighted: bool) -> None:
-        super()._check_arguments(config, weighted)
+    def _check_arguments(self, config: Any) -> None:
+        super()._check_arguments(config)
         head.check(head.resolve(_head_of(config), config.device.type))
         unknown = set(config.loss_type) - {*PAIR_LOSSES, *OUTSIDE_LOSSES}
         if unknown:
@@ -53,9 +54,9 @@ class DPOTrainer(AmbiguityMixin, trl.DPOTrainer):
                 f"loss_type: unknown {min(unknown)!r}; expected one of "
                 f"{', '.join((*PAIR_LOSSES, *OUTSIDE_LOSSES))}"
             )
-        if not weighted and self.ambiguity == ERM():
+        if not self._reweighing:
             return
-        cause = f"ambiguity={str(self.ambiguity)!r}" if not weighted else "a column 'weight'"
+        cause = f"ambiguity={str(self.ambiguity)!r}" if not self._weighted else "a column 'weight'"
         for name in SORTED_LOSSES:
             if name in config.loss_type:
                 raise ValueError(
@@ -69,8 +70,8 @@ class DPOTrainer(AmbiguityMixin, trl.DPOTrainer):
                 "one such as 'sigmoid', or take ambiguity='erm' without weights."
             )
 
-    def _warn(self, weighted: bool) -> None:
-        super()._warn(weighted)
+    def _warn(self) -> None:
+        super()._warn()
         if not self.args.label_smoothing:
             return
         smoothed = (*SMOOTHED_LOSSES, *SORTED_LOSSES)
@@ -85,6 +86,10 @@ class DPOTrainer(AmbiguityMixin, trl.DPOTrainer):
                 f"label_smoothing={self.args.label_smoothing} has no effect on loss_type="
                 f"{', '.join(ignored)}, as in TRL."
             )
+
+    @property
+    def _loss_outside_the_set(self) -> bool:
+        return self.aux_loss_enabled or bool(set(self.loss_types) & set(OUTSIDE_LOSSES))
 
     def _head(self) -> str:
         return head.resolve(_head_of(self.args), self.accelerator.device.type)
@@ -111,7 +116,9 @@ class DPOTrainer(AmbiguityMixin, trl.DPOTrainer):
             chosen, rejected = self.compute_ref_log_probs(reference, inputs)
             inputs.update(ref_chosen_logps=chosen, ref_rejected_logps=rejected)
 
-        recorder = Recorder(model, after=None if self.precompute_ref_logps else add_reference)
+        given = "ref_chosen_logps" in inputs  # precomputed, or kept from the step's first pass
+        needed = not given and not self.precompute_ref_logps
+        recorder = Recorder(model, after=add_reference if needed else None)
         with (
             head.using(self._head()),
             overridden(
@@ -123,6 +130,11 @@ class DPOTrainer(AmbiguityMixin, trl.DPOTrainer):
         ):
             result = super()._compute_loss(recorder, inputs, return_outputs)
         loss, outputs = result if return_outputs else (result, None)
+        if self._pass is not None:
+            loss = loss * self._pass.outside
+            if needed:
+                references = inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]
+                self._pass.references.append(references)
         if inside:
             loss = loss + self._pair_risk(inside, recorder, inputs, nominal, groups)
         return (loss, outputs) if return_outputs else loss
@@ -135,33 +147,41 @@ class DPOTrainer(AmbiguityMixin, trl.DPOTrainer):
         nominal: torch.Tensor | None,
         groups: torch.Tensor | None,
     ) -> torch.Tensor:
-        """The worst-case risk () of the pair losses, and its metrics."""
+        """The number () to backpropagate for the pair losses."""
         mask = inputs["completion_mask"]
         policy = self._sequence_logps(self._tokens(recorder, "log_probs", mask), mask[:, 1:])
         chosen, rejected = policy.chunk(2)
         ref_chosen, ref_rejected = inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]
-        chosen_lengths, rejected_lengths = mask.sum(1).clamp(min=1).chunk(2)
+        completions = mask.sum(1)
+        chosen_lengths, rejected_lengths = completions.clamp(min=1).chunk(2)
         common: dict[str, Any] = {
             "ref_chosen_logps": ref_chosen,
             "ref_rejected_logps": ref_rejected,
             "chosen_lengths": chosen_lengths,
             "rejected_lengths": rejected_lengths,
         }
-        arguments = self._risk_arguments(nominal, groups)
-        if len(terms) == 1 and terms[0][1] == 1 and not self.use_weighting:
-            options = common | self._loss_options(terms[0][0]) | arguments
-            value, weights, losses, *_ = preference_loss(chosen, rejected, **options)
-        else:
+        if self._adversarial:
+            # Two completions that truncation has emptied have equal log-probs whatever the model:
+            # a loss that nothing can lower must not attract the adversary.
+            counted = torch.stack(completions.chunk(2)).any(0)
+            nominal = counted.to(chosen) * (1 if nominal is None else nominal)
+
+        def loss(**risk: Any) -> tuple[Tensor, Tensor, Tensor]:
+            if len(terms) == 1 and terms[0][1] == 1 and not self.use_weighting:
+                options = common | self._loss_options(terms[0][0]) | risk
+                value, weights, losses, *_ = preference_loss(chosen, rejected, **options)
+                return value, weights, losses
             losses = torch.zeros_like(chosen)
             for name, weight in terms:
                 options = common | self._loss_options(name)
                 losses = losses + weight * pair_losses(chosen, rejected, **options)
             if self.use_weighting:
                 losses = losses * self._wpo_weights(recorder, mask)
-            value, weights, _ = robust_risk(losses, **arguments)
+            value, weights, _ = robust_risk(losses, **risk)
+            return value, weights, losses
+
         won = (chosen - ref_chosen > rejected - ref_rejected).detach()
-        self._log_pairs(value, weights, losses.detach(), won, nominal, groups)
-        return value
+        return self._reduced(loss, won, nominal, groups)
 
     def _loss_options(self, loss_type: str) -> dict[str, Any]:
         smoothing = self.label_smoothing if loss_type in SMOOTHED_LOSSES else 0.0

@@ -6,6 +6,7 @@ import inspect
 from typing import Any
 
 import trl
+from torch import Tensor
 
 from drrlhf import reward_loss
 from drrlhf.trl import columns
@@ -22,7 +23,7 @@ class RewardTrainer(AmbiguityMixin, trl.RewardTrainer):
 
     Raises:
         ValueError: a Group set without a ``group`` column, an id outside [0, num_groups), a
-            weight that is not finite and >= 0, or a Group set on several processes.
+            weight that is not finite and >= 0, or what `AmbiguityMixin` refuses.
     """
 
     __signature__ = inspect.signature(trl.RewardTrainer)
@@ -34,13 +35,17 @@ class RewardTrainer(AmbiguityMixin, trl.RewardTrainer):
         recorder = Recorder(model)
         result = super().compute_loss(recorder, inputs, return_outputs, num_items_in_batch)
         chosen, rejected = recorder.output("logits").squeeze(-1).chunk(2)
-        out = reward_loss(
-            chosen,
-            rejected,
-            margin=inputs.get("margin"),
-            center_coefficient=self.args.center_rewards_coefficient or 0.0,
-            **self._risk_arguments(nominal, groups),
-        )
+
+        def loss(**risk: Any) -> tuple[Tensor, Tensor, Tensor]:
+            out = reward_loss(
+                chosen,
+                rejected,
+                margin=inputs.get("margin"),
+                center_coefficient=self.args.center_rewards_coefficient or 0.0,
+                **risk,
+            )
+            return out.loss, out.weights, out.losses
+
         correct = chosen.detach() > rejected.detach()
-        self._log_pairs(out.loss, out.weights, out.losses, correct, nominal, groups)
-        return (out.loss, result[1]) if return_outputs else out.loss
+        value = self._reduced(loss, correct, nominal, groups)
+        return (value, result[1]) if return_outputs else value

@@ -1,0 +1,259 @@
+"""The adversary's batch is the optimizer step's: two passes over its microbatches.
+
+First the losses of every microbatch, without gradients, and one worst case over all of them and
+all ranks. Then forward and backward with those weights fixed, over the pairs that kept any, packed
+into as few microbatches as hold them. By Danskin's theorem that is the gradient of the one big
+batch; what is held in between are scalars of the pairs. Where the model draws random numbers
+(dropout), the second pass keeps the microbatches as they are and draws the same ones.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from drrlhf import ERM, robust_risk
+from drrlhf.trl import pairs, rows
+from drrlhf.trl.pairs import Pairs
+from drrlhf.trl.seam import overridden
+
+
+@dataclass
+class Pass:
+    """One of the two passes over the microbatches of a step.
+
+    ``weights`` (n,) are those of the microbatch at hand, None in the first pass; ``scale`` is the
+    number of ranks, over which gradients will be averaged. ``seen`` collects the pairs, and
+    ``references`` the reference's log-probs (chosen, rejected).
+    """
+
+    weights: Tensor | None = None
+    scale: int = 1
+    outside: float = 1.0
+    seen: list[Pairs] = field(default_factory=list)
+    references: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+
+    def reduce(self, loss: Callable[..., Any]) -> tuple[Tensor, Tensor]:
+        """The number () to backpropagate, and the losses (n,)."""
+        if self.weights is None:
+            _, _, losses = loss(ambiguity="erm")
+            return losses.new_zeros(()), losses
+        # An op weighs by nominal / sum nominal; NaN (a loss is not finite) comes with the factor.
+        mean, _, losses = loss(ambiguity="erm", nominal=self.weights.nan_to_num())
+        return mean * (self.weights.sum() * self.scale), losses
+
+
+class Microbatch(NamedTuple):
+    """A microbatch of the second pass, its fixed weights (n,), and the generators to start from."""
+
+    batch: dict[str, Any]
+    weights: Tensor
+    generators: Generators | None
+
+
+class Generators(NamedTuple):
+    """States of the random number generators that a model may draw from."""
+
+    cpu: Tensor
+    device: Tensor | None
+
+    @staticmethod
+    def now(device: torch.device) -> Generators:
+        module = None if device.type == "cpu" else getattr(torch, device.type)
+        return Generators(
+            torch.get_rng_state(), None if module is None else module.get_rng_state(device)
+        )
+
+    def restore(self, device: torch.device) -> None:
+        torch.set_rng_state(self.cpu)
+        if self.device is not None:
+            getattr(torch, device.type).set_rng_state(self.device, device)
+
+    def equal(self, other: Generators) -> bool:
+        if not torch.equal(self.cpu, other.cpu):
+            return False
+        return self.device is None or torch.equal(self.device, other.device)  # type: ignore[arg-type]
+
+
+class StepMixin:
+    """The part of our trainers that takes a whole optimizer step at a time.
+
+    It lets the trainer's loop fetch the microbatches of a step and call for each of them, does
+    nothing at all but the last of these calls, and everything then.
+    """
+
+    args: Any
+    accelerator: Any
+    model: Any
+    ambiguity: Any
+    robust_scope: str
+    _weighted: bool
+    _pass: Pass | None
+    _metrics: dict[str, Any]
+    _total_train_tokens: Any
+    _step_batches: list[Any] | None = None
+    _calls_left = 0
+
+    @property
+    def _adversarial(self) -> bool:
+        return self.ambiguity != ERM()
+
+    @property
+    def _streaming(self) -> bool:
+        return getattr(self.ambiguity, "momentum", None) is not None
+
+    @property
+    def _reweighing(self) -> bool:
+        """Whether pairs of a step weigh differently at all; without, everything is TRL's own."""
+        return self._adversarial or self._weighted
+
+    @property
+    def _process_group(self) -> Any:
+        """The processes whose pairs the adversary sees; None for this one alone."""
+        together = self._reweighing and (self.robust_scope == "step" or self._streaming)
+        several = self.accelerator.num_processes > 1
+        return torch.distributed.group.WORLD if together and several else None
+
+    @property
+    def _loss_outside_the_set(self) -> bool:
+        """Whether a batch's loss has terms that the adversary does not weigh."""
+        return False
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """The microbatches of one optimizer step, as the loop fetches them."""
+        batches, items = super().get_batch_samples(*args, **kwargs)  # type: ignore[misc]
+        whole = self._reweighing and not self._streaming and self.robust_scope == "step"
+        self._step_batches = batches if whole and len(batches) > 1 else None
+        self._calls_left = len(batches)
+        return batches, items
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        """A microbatch's loss () after its backward; with two passes, the step's at its end."""
+        if self._step_batches is None:
+            return super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]
+        self._calls_left -= 1
+        if self._calls_left:
+            return torch.zeros((), device=self.accelerator.device)
+        batches, self._step_batches = self._step_batches, None
+        return self._whole_step(model, batches)
+
+    def _whole_step(self, model: Any, batches: list[Any]) -> Tensor:
+        model.train()
+        batches = [self._prepare_inputs(batch) for batch in batches]  # type: ignore[attr-defined]
+        if self.ambiguity == ERM():  # the weights are in the columns: no first pass
+            return self._known_step(model, batches)
+        first = Pass()
+        outside, starts, end = self._first_pass(model, batches, first)
+        seen = pairs.together(first.seen)
+        value, weights = self._solve(seen)
+        self._log_pairs(seen._replace(weights=weights), value)  # type: ignore[attr-defined]
+        if first.references:
+            batches = [
+                dict(batch) | {"ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
+                for batch, (chosen, rejected) in zip(batches, first.references, strict=True)
+            ]
+        drawn = not starts[0].equal(end)
+        plan = self._plan(batches, weights, starts if drawn else None)
+        scratch = {mode: type(table)(list) for mode, table in self._metrics.items()}
+        tokens = self._total_train_tokens
+        with overridden(self, _metrics=scratch, _total_train_tokens=tokens):
+            self._second_pass(model, plan, outside_scale=1 / len(batches))
+        end.restore(self.accelerator.device)
+        return value + outside
+
+    def _first_pass(
+        self, model: Any, batches: list[Any], first: Pass
+    ) -> tuple[Tensor, list[Generators], Generators]:
+        """Losses of all microbatches, into `first`; what lies outside the set, as a mean; and the
+        generators before each microbatch and after the last."""
+        device, starts, outside = self.accelerator.device, [], []
+        with torch.no_grad(), overridden(self, _pass=first):
+            for batch in batches:
+                starts.append(Generators.now(device))
+                with self.compute_loss_context_manager():  # type: ignore[attr-defined]
+                    outside.append(self.compute_loss(model, batch))  # type: ignore[attr-defined]
+        return torch.stack(outside).mean(), starts, Generators.now(device)
+
+    def _solve(self, seen: Pairs) -> tuple[Tensor, Tensor]:
+        """The worst case of all ranks' pairs: value (), and the weights (n,) of this rank's."""
+        risk = robust_risk(
+            seen.losses,
+            **self._risk_arguments(seen.nominal, seen.groups),  # type: ignore[attr-defined]
+        )
+        return risk.value, risk.weights
+
+    def _plan(
+        self, batches: Sequence[Mapping[str, Any]], weights: Tensor, starts: list[Generators] | None
+    ) -> list[Microbatch]:
+        """What the second pass goes through; with `starts`, the same draws in the same batches."""
+        sizes = [rows.count(batch) for batch in batches]
+        parts = weights.split(sizes)
+        separable = all(rows.separable(batch) for batch in batches)
+        plan = []
+        if starts is None and separable and not self._loss_outside_the_set:
+            kept = [(b, i) for b, q in enumerate(parts) for i in q.nonzero().flatten().tolist()]
+            lengths = [rows.lengths(batch).tolist() for batch in batches]
+            for part in rows.arrange(kept, [lengths[b][i] for b, i in kept], max(sizes)):
+                chosen = [kept[i] for i in part]
+                q = torch.stack([parts[b][i] for b, i in chosen])
+                plan.append(Microbatch(rows.select(batches, chosen), q, None))
+        else:
+            for b, (batch, q) in enumerate(zip(batches, parts, strict=True)):
+                if self._loss_outside_the_set or q.any():
+                    plan.append(Microbatch(dict(batch), q, starts[b] if starts else None))
+        # Every rank runs as many: models and gradients that are shared meet in every pass.
+        most = max(len(plan), 1)
+        if self.accelerator.num_processes > 1:
+            count = torch.tensor([most], device=self.accelerator.device)
+            most = int(self.accelerator.gather(count).max())
+        empty = rows.select(batches, [(0, 0)]) if separable else dict(batches[0])
+        nothing = Microbatch(empty, weights.new_zeros(rows.count(empty)), None)
+        return [nothing] * (most - len(plan)) + plan
+
+    def _second_pass(self, model: Any, plan: list[Microbatch], outside_scale: float) -> None:
+        """Forward and backward of every microbatch; gradients are shared after the last one."""
+        for i, (batch, weights, generators) in enumerate(plan):
+            if generators is not None:
+                generators.restore(self.accelerator.device)
+            last = i == len(plan) - 1
+            known = Pass(weights, self._ranks, outside_scale)
+            with (
+                contextlib.nullcontext() if last else self.accelerator.no_sync(model=model),
+                overridden(self, _pass=known, current_gradient_accumulation_steps=1),
+            ):
+                super().training_step(model, batch)  # type: ignore[misc]
+
+    @property
+    def _ranks(self) -> int:
+        """Over how many processes gradients will be averaged."""
+        return self.accelerator.num_processes if self._process_group is not None else 1
+
+    def _known_step(self, model: Any, batches: list[Any]) -> Tensor:
+        """Nominal weights alone: those of a pair within the step are known before any loss is."""
+        device = self.accelerator.device
+        nominal = [batch.get("weight", torch.ones(rows.count(batch))) for batch in batches]
+        every = torch.cat(nominal).to(device)
+        weights = robust_risk(
+            torch.zeros_like(every), nominal=every, process_group=self._process_group
+        ).weights
+        seen, total = [], torch.zeros((), device=device)
+        for i, (batch, q) in enumerate(
+            zip(batches, weights.split([len(part) for part in nominal]), strict=True)
+        ):
+            known = Pass(q, self._ranks, 1 / len(batches))
+            last = i == len(batches) - 1
+            with (
+                contextlib.nullcontext() if last else self.accelerator.no_sync(model=model),
+                overridden(self, _pass=known, current_gradient_accumulation_steps=1),
+            ):
+                total += super().training_step(model, batch)  # type: ignore[misc]
+            seen += known.seen
+        found = pairs.together(seen)
+        value = (weights * torch.where(weights > 0, found.losses, 0)).sum() * self._ranks
+        self._log_pairs(found._replace(weights=weights), value)  # type: ignore[attr-defined]
+        return total

@@ -1,0 +1,287 @@
+"""The step's batch is the adversary's, however it is cut: into microbatches, onto ranks."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("trl")
+
+from trl_fixtures import tiny_llama_dir, tiny_pairs, tiny_reward_dir  # isort: skip
+
+import steps
+import torch
+from peft import LoraConfig
+
+from drrlhf.trl import rows
+
+SETS = ["tv:0.2", "cvar:0.3", "kl:0.3", "chi2:0.5", "cvar:0.4,trim=0.1", "group:3,step_size=0.5"]
+WHOLE = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}
+PARTS = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    return {
+        "dpo": str(tiny_llama_dir(tmp_path_factory.mktemp("llama"))),
+        "reward": str(tiny_reward_dir(tmp_path_factory.mktemp("reward"))),
+        "dropout": str(tiny_llama_dir(tmp_path_factory.mktemp("drop"), attention_dropout=0.3)),
+    }
+
+
+@pytest.fixture
+def run(models, tmp_path):
+    def run(method="dpo", model=None, **options):
+        return steps.run(method, models[model or method], str(tmp_path / "out"), **options)
+
+    return run
+
+
+def assert_same_step(found, expected, step=0):
+    """Gradient, loss and every metric of the worst case: equal to float32 rounding."""
+    ours, whole = (run["gradients"][step] for run in (found, expected))
+    scale = whole.abs().max().item()
+    assert scale > 1e-3
+    torch.testing.assert_close(ours, whole, rtol=0, atol=2e-6 * max(scale, 1.0))
+    ours, whole = (run["logs"][step] for run in (found, expected))
+    for name, number in whole.items():
+        if name in ("loss", "grad_norm") or name.startswith(("robust/", "group/", "rewards/ma")):
+            assert ours[name] == pytest.approx(number, rel=2e-5, abs=1e-6), name
+
+
+def columns(n, **more):
+    return {"group": [0, 1, 2, 1] * (n // 4), **more}
+
+
+@pytest.mark.parametrize("method", ["dpo", "reward"])
+@pytest.mark.parametrize("ambiguity", SETS)
+def test_accumulated_equals_one_big_batch(run, method, ambiguity):
+    options = {"data": tiny_pairs(16, **columns(16)), "ambiguity": ambiguity, "max_steps": 2}
+    found = run(method, **PARTS, **options)
+    for step in range(2):
+        assert_same_step(found, run(method, **WHOLE, **options), step)
+    small = run(method, **PARTS, **options, robust_scope="microbatch")["gradients"][0]
+    assert (small - found["gradients"][0]).abs().max() > 1e-3  # the objective that it replaces
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"trainer_peft_config": "lora"},
+        {"trainer_peft_config": "lora", "precompute_ref_log_probs": True},
+        {"gradient_checkpointing": True},
+        {"loss_type": ["sigmoid", "hinge"], "loss_weights": [0.5, 2.0]},
+        {"use_weighting": True},
+        {"ld_alpha": 0.5},
+        {"loss_type": "ipo", "label_smoothing": 0.0},
+        {"head": "trl"},
+        {"robust_scope": "step", "trainer_weights": True},
+        {"bf16": True},
+        {"dataloader_drop_last": True, "pairs": 9},
+    ],
+    ids=lambda options: ",".join(options),
+)
+def test_accumulated_equals_one_big_batch_with(run, options):
+    options = {"ambiguity": "cvar:0.4"} | options
+    if options.pop("trainer_weights", None):
+        options["data"] = tiny_pairs(8, weight=[1.0, 2.0, 0.0, 0.5] * 2)
+    if options.get("trainer_peft_config"):
+        options["trainer_peft_config"] = LoraConfig(
+            r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False
+        )
+    found, whole = (run(**options, **cut) for cut in (PARTS, WHOLE))
+    if options.get("bf16"):  # other shapes, other roundings: of the size of autocast's own
+        a, b = found["gradients"][0], whole["gradients"][0]
+        assert torch.nn.functional.cosine_similarity(a, b, dim=0) > 0.999
+    else:
+        assert_same_step(found, whole)
+
+
+def test_what_lies_outside_the_set_is_trained_on_every_pair(run):
+    """sft is a mean over a microbatch's tokens: compared with the sum of two separate runs."""
+    both = run(ambiguity="cvar:0.25", loss_type=["sigmoid", "sft"], **PARTS)
+    pairs = run(ambiguity="cvar:0.25", **PARTS)
+    sft = run(loss_type="sft", **PARTS)
+    torch.testing.assert_close(
+        both["gradients"][0], pairs["gradients"][0] + sft["gradients"][0], rtol=1e-4, atol=1e-5
+    )
+    assert both["logs"][0]["loss"] == pytest.approx(
+        pairs["logs"][0]["loss"] + sft["logs"][0]["loss"], rel=1e-5
+    )
+
+
+def test_nominal_weights_alone_are_those_of_the_step(run):
+    data = tiny_pairs(8, weight=[1.0, 5.0, 0.0, 0.5, 2.0, 2.0, 0.1, 1.0])
+    assert_same_step(run(data=data, **PARTS), run(data=data, **WHOLE))
+
+
+def test_plain_training_is_left_alone(run, models, tmp_path):
+    trainer = steps.trainer("dpo", models["dpo"], str(tmp_path), **PARTS)
+    trainer._whole_step = None  # would fail if it were called
+    trainer.train()
+
+
+# ------------------------------------------------------------------------------ the second pass
+
+
+def spied(trainer):
+    """(training, random state at the start, pairs, losses) of every pass over a microbatch."""
+    seen, original = [], trainer._pair_risk
+
+    def spy(terms, recorder, inputs, nominal, groups):
+        before = len(trainer._pass.seen)
+        value = original(terms, recorder, inputs, nominal, groups)
+        losses = trainer._pass.seen[before].losses
+        seen.append((trainer._pass.weights is not None, rows.count(inputs), losses, inputs))
+        return value
+
+    trainer._pair_risk = spy
+    trainer.train()
+    return seen
+
+
+def test_only_pairs_with_weight_are_trained_on_and_packed_together(models, tmp_path):
+    trainer = steps.trainer("dpo", models["dpo"], str(tmp_path), ambiguity="cvar:0.375", **PARTS)
+    seen = spied(trainer)
+    assert [second for second, *_ in seen] == [False] * 4 + [True] * 2
+    assert [n for _, n, *_ in seen] == [2, 2, 2, 2, 1, 2]  # 3 of 8 kept
+    losses = torch.cat([losses for second, _, losses, _ in seen if not second])
+    kept = torch.cat([losses for second, _, losses, _ in seen if second])
+    expected = losses.topk(3).values
+    torch.testing.assert_close(kept.sort(descending=True).values, expected, rtol=1e-5, atol=0)
+    for _, _, _, inputs in seen[4:]:
+        assert inputs["attention_mask"][:, -1].any()  # no column of padding alone
+
+
+def test_the_last_word_on_random_numbers(models, tmp_path):
+    """With dropout the second pass draws what the first drew, and the generator goes on from there
+    as if there had been one pass."""
+    options = {"ambiguity": "cvar:0.3", "disable_dropout": False, **PARTS}
+    trainer = steps.trainer("dpo", models["dropout"], str(tmp_path), **options)
+    seen = spied(trainer)
+    first = [losses for second, _, losses, _ in seen if not second]
+    again = [losses for second, _, losses, _ in seen if second]
+    assert 1 <= len(again) <= len(first) == 4
+    for losses in again:
+        assert any(torch.equal(losses, f) for f in first)  # bit for bit
+    after = torch.get_rng_state()
+    plain = steps.trainer("dpo", models["dropout"], str(tmp_path), **options | {"ambiguity": "erm"})
+    plain.train()
+    assert torch.equal(torch.get_rng_state(), after)
+
+
+def test_dropout_of_the_second_pass_is_that_of_the_gradient(models, tmp_path):
+    """cvar:1 is plain training: with the same draws the same gradient, in two passes or one."""
+    options = {"disable_dropout": False, **PARTS}
+    two = steps.run("dpo", models["dropout"], str(tmp_path), ambiguity="cvar:1", **options)
+    one = steps.run("dpo", models["dropout"], str(tmp_path), ambiguity="erm", **options)
+    torch.testing.assert_close(two["gradients"], one["gradients"], rtol=1e-5, atol=1e-6)
+    assert two["logs"][0]["loss"] == pytest.approx(one["logs"][0]["loss"], rel=1e-6)
+
+
+# ------------------------------------------------------------------------------ steps that are odd
+
+
+def test_a_dataset_smaller_than_the_step(run):
+    found = run(ambiguity="cvar:0.4", pairs=5, **PARTS)
+    whole = run(ambiguity="cvar:0.4", pairs=5, **WHOLE)
+    assert_same_step(found, whole)
+    assert found["logs"][0]["robust/kept"] == pytest.approx(2 / 5)
+
+
+def test_a_last_incomplete_step(run):
+    options = {"ambiguity": "tv:0.2", "pairs": 11, "num_train_epochs": 1, "max_steps": -1}
+    found, whole = (run(**options, **cut) for cut in (PARTS, WHOLE))
+    assert len(found["gradients"]) == len(whole["gradients"]) == 2
+    for step in range(2):
+        assert_same_step(found, whole, step)
+
+
+def test_completions_that_truncation_emptied_attract_no_weight(models, tmp_path, run):
+    """A collator that cuts completions away: such pairs lose their weight, whole batches too."""
+    trainer = steps.trainer("dpo", models["dpo"], str(tmp_path), ambiguity="cvar:0.3", **PARTS)
+    original, cut = trainer.data_collator, []
+
+    def collate(examples):
+        batch = original(examples)
+        if len(cut) in (0, 2):
+            batch["completion_mask"] = batch["completion_mask"] * 0
+        cut.append(len(examples))
+        return batch
+
+    trainer.data_collator = collate
+    trainer.train()
+    (log,) = (entry for entry in trainer.state.log_history if "loss" in entry)
+    assert log["robust/kept"] == pytest.approx(0.5) and log["robust/value"] > 0.1  # 2 of 4
+    assert log["robust/max_weight"] == pytest.approx(1 / 0.3)
+
+    cut.clear()
+    trainer = steps.trainer("dpo", models["dpo"], str(tmp_path), ambiguity="cvar:0.3", **PARTS)
+    original = trainer.data_collator
+    trainer.data_collator = lambda e: (
+        (b := original(e)) | {"completion_mask": b["completion_mask"] * 0}
+    )
+    trainer.train()
+    (log,) = (entry for entry in trainer.state.log_history if "loss" in entry)
+    assert log["loss"] == 0 and log["grad_norm"] == 0
+
+
+# --------------------------------------------------------------------------------------- launchers
+
+HERE = Path(__file__).parent
+LAUNCHERS = {
+    "torchrun": ["-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0"],
+    "accelerate": [
+        "-m", "accelerate.commands.launch", "--cpu", "--num_processes=2", "--num_machines=1",
+        "--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0",
+    ],
+}  # fmt: skip
+
+
+def launched(launcher, folder, **arguments):
+    """What `steps.run` gives on each of two ranks."""
+    torch.save(arguments, folder / "arguments")
+    command = [sys.executable, *LAUNCHERS[launcher], str(HERE / "steps.py")]
+    done = subprocess.run(
+        [*command, str(folder / "found"), str(folder / "arguments")],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return [torch.load(folder / f"found.{rank}", weights_only=False) for rank in range(2)]
+
+
+@pytest.mark.parametrize(
+    ("launcher", "method", "ambiguity", "accumulation"),
+    [
+        ("torchrun", "dpo", "cvar:0.3", 2),
+        ("torchrun", "reward", "group:3,step_size=0.5", 2),
+        ("accelerate", "dpo", "tv:0.2", 1),
+    ],
+)
+def test_two_ranks_equal_one_process(
+    models, tmp_path, launcher, method, ambiguity, accumulation
+):  # fmt: skip
+    arguments = {
+        "method": method, "model": models[method], "folder": str(tmp_path / "out"),
+        "data": tiny_pairs(16, **columns(16)), "ambiguity": ambiguity, "max_steps": 2,
+    }  # fmt: skip
+    size = 4 // accumulation
+    cut = {"per_device_train_batch_size": size, "gradient_accumulation_steps": accumulation}
+    found = launched(launcher, tmp_path, **arguments, **cut)
+    whole = steps.run(**arguments, **WHOLE)
+    for rank in range(2):
+        for step in range(2):
+            if rank == 0:
+                assert_same_step(found[rank], whole, step)
+            else:
+                torch.testing.assert_close(
+                    found[rank]["gradients"][step], whole["gradients"][step], rtol=0, atol=1e-5
+                )
