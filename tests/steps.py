@@ -41,7 +41,8 @@ def trainer(
     kind, config = {"dpo": (DPOTrainer, DPOConfig), "reward": (RewardTrainer, RewardConfig)}[method]
     own = {k.removeprefix("trainer_"): v for k, v in options.items() if k.startswith("trainer_")}
     rest = {k: v for k, v in options.items() if not k.startswith("trainer_")}
-    arguments = quiet(max_grad_norm=0.0, max_steps=1, disable_tqdm=True) | rest
+    # sgd: the second step then differs as little as the gradient of the first one did
+    arguments = quiet(max_grad_norm=0.0, max_steps=1, optim="sgd") | rest
     if method == "dpo" and "ref_model" not in own and "peft_config" not in own:
         own["ref_model"] = AutoModelForCausalLM.from_pretrained(model)
     return kind(

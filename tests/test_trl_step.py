@@ -49,7 +49,7 @@ def assert_same_step(found, expected, step=0):
     torch.testing.assert_close(ours, whole, rtol=0, atol=2e-6 * max(scale, 1.0))
     ours, whole = (run["logs"][step] for run in (found, expected))
     for name, number in whole.items():
-        if name in ("loss", "grad_norm") or name.startswith(("robust/", "group/", "rewards/ma")):
+        if name in ("loss", "grad_norm") or name.startswith(("robust/", "group/")):
             assert ours[name] == pytest.approx(number, rel=2e-5, abs=1e-6), name
 
 
@@ -234,28 +234,29 @@ def test_completions_that_truncation_emptied_attract_no_weight(models, tmp_path,
 
 HERE = Path(__file__).parent
 LAUNCHERS = {
-    "torchrun": ["-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0"],
+    "torchrun": ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"],
+    # its way of starting several processes on one machine, GPUs or not
     "accelerate": [
-        "-m", "accelerate.commands.launch", "--cpu", "--num_processes=2", "--num_machines=1",
-        "--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0",
+        "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2",
+        "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0",
     ],
 }  # fmt: skip
 
 
-def launched(launcher, folder, **arguments):
+def launched(launcher, place, **arguments):
     """What `steps.run` gives on each of two ranks."""
-    torch.save(arguments, folder / "arguments")
+    torch.save(arguments, place / "arguments")
     command = [sys.executable, *LAUNCHERS[launcher], str(HERE / "steps.py")]
     done = subprocess.run(
-        [*command, str(folder / "found"), str(folder / "arguments")],
+        [*command, str(place / "found"), str(place / "arguments")],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=150,
         env=os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
         check=False,
     )
     assert done.returncode == 0, done.stderr[-4000:]
-    return [torch.load(folder / f"found.{rank}", weights_only=False) for rank in range(2)]
+    return [torch.load(place / f"found.{rank}", weights_only=False) for rank in range(2)]
 
 
 @pytest.mark.parametrize(

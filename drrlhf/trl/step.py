@@ -10,7 +10,7 @@ batch; what is held in between are scalars of the pairs. Where the model draws r
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -78,6 +78,10 @@ class Generators(NamedTuple):
         if not torch.equal(self.cpu, other.cpu):
             return False
         return self.device is None or torch.equal(self.device, other.device)  # type: ignore[arg-type]
+
+
+def _itself(tensor: Any) -> Any:
+    return tensor
 
 
 class StepMixin:
@@ -159,9 +163,7 @@ class StepMixin:
             ]
         drawn = not starts[0].equal(end)
         plan = self._plan(batches, weights, starts if drawn else None)
-        scratch = {mode: type(table)(list) for mode, table in self._metrics.items()}
-        tokens = self._total_train_tokens
-        with overridden(self, _metrics=scratch, _total_train_tokens=tokens):
+        with self._unlogged():
             self._second_pass(model, plan, outside_scale=1 / len(batches))
         end.restore(self.accelerator.device)
         return value + outside
@@ -214,6 +216,18 @@ class StepMixin:
         empty = rows.select(batches, [(0, 0)]) if separable else dict(batches[0])
         nothing = Microbatch(empty, weights.new_zeros(rows.count(empty)), None)
         return [nothing] * (most - len(plan)) + plan
+
+    @contextlib.contextmanager
+    def _unlogged(self) -> Iterator[None]:
+        """Keep TRL's metrics to themselves: ranks hold unequal microbatches here, which TRL must
+        not gather, and the first pass has logged every pair already."""
+        scratch = {mode: type(table)(list) for mode, table in self._metrics.items()}
+        tokens = self._total_train_tokens
+        with (
+            overridden(self, _metrics=scratch, _total_train_tokens=tokens),
+            overridden(self.accelerator, gather=_itself, gather_for_metrics=_itself),
+        ):
+            yield
 
     def _second_pass(self, model: Any, plan: list[Microbatch], outside_scale: float) -> None:
         """Forward and backward of every microbatch; gradients are shared after the last one."""
