@@ -13,8 +13,9 @@ from accelerate.utils import DistributedType
 from torch import Tensor
 
 from drrlhf import Group, GroupState, NormaliserState, parse_ambiguity, robust_risk
-from drrlhf.trl import columns, pairs, state
+from drrlhf.trl import columns, packing, pairs, state
 from drrlhf.trl.pairs import Pairs
+from drrlhf.trl.seam import overridden
 from drrlhf.trl.step import Pass, StepMixin
 
 logger = get_logger(__name__)
@@ -59,7 +60,15 @@ class AmbiguityMixin(StepMixin):
         self._evaluated: list[Tensor] | None = None
         if config is not None:
             self._check_arguments(config)
-        super().__init__(*args, **kwargs)
+        # TRL's DPO trainer would warn that it ignores the flag, and clear it.
+        self._padding_free = bool(getattr(config, "padding_free", False))
+        hidden = {"padding_free": False} if self._padding_free else {}
+        with overridden(config, **hidden):
+            super().__init__(*args, **kwargs)
+        if self._padding_free:
+            for model in (self.model, getattr(self, "ref_model", None)):
+                if model is not None:
+                    packing.prepare(self.accelerator.unwrap_model(model), "padding_free")
         self.data_collator = columns.PairColumns(self.data_collator, num_groups)
         self.group_state: GroupState | None = None
         self.normaliser_state: NormaliserState | None = None
@@ -129,6 +138,10 @@ class AmbiguityMixin(StepMixin):
         super()._set_signature_columns_if_needed()  # type: ignore[misc]
         if fresh:
             self._signature_columns += columns.COLUMNS
+
+    def _runner(self, model: Any) -> Any:
+        """What to call for the outputs of a padded batch."""
+        return packing.PaddingFree(model) if self._padding_free else model
 
     # -- the reduction -------------------------------------------------------------------------
 

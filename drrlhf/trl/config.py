@@ -53,6 +53,7 @@ class DPOConfig(_Ambiguous, _TRLDPOConfig):
     ``"microbatch"``, those of one device's batch. A run resumes with its own set unless
     ``resume_with_changed_ambiguity``. ``label_smoothing`` also applies to ``loss_type="sigmoid"``
     (cDPO): TRL ignores it.
+    ``padding_free``, which TRL 1.16 takes and ignores, runs the model on one packed row of tokens.
     ``head`` computes the log-probs of the policy and the reference: ``"drrlhf"`` is
     `drrlhf.linear_token_logprobs`, in place for this trainer's losses alone; ``"trl"`` is TRL's
     own; ``"auto"`` is ours where a compiled kernel serves it on the training device, else TRL's,
@@ -78,6 +79,13 @@ class DPOConfig(_Ambiguous, _TRLDPOConfig):
 class RewardConfig(_Ambiguous, _TRLRewardConfig):
     """TRL's ``RewardConfig`` plus the ambiguity set, given and kept as in :class:`DPOConfig`.
 
+    ``padding_free`` runs the model on one packed row of all tokens (causal decoders).
+
     Raises:
         ValueError: the ambiguity set is unknown or an argument of it is out of range.
     """
+
+    padding_free: bool = field(
+        default=False,
+        metadata={"help": "Run the model on one packed row of tokens, without padding."},
+    )

@@ -97,7 +97,7 @@ class DPOTrainer(AmbiguityMixin, trl.DPOTrainer):
     # The columns must not reach the model here either: `evaluate` precomputes with our collator.
     def compute_ref_log_probs(self, model: Any, inputs: Any) -> Any:
         with head.using(self._head()):
-            return super().compute_ref_log_probs(model, columns.take(inputs)[0])
+            return super().compute_ref_log_probs(self._runner(model), columns.take(inputs)[0])
 
     def _compute_loss(self, model: Any, inputs: Any, return_outputs: bool) -> Any:
         """TRL's forward passes and metrics, our reduction.
@@ -118,7 +118,7 @@ class DPOTrainer(AmbiguityMixin, trl.DPOTrainer):
 
         given = "ref_chosen_logps" in inputs  # precomputed, or kept from the step's first pass
         needed = not given and not self.precompute_ref_logps
-        recorder = Recorder(model, after=add_reference if needed else None)
+        recorder = Recorder(self._runner(model), after=add_reference if needed else None)
         with (
             head.using(self._head()),
             overridden(

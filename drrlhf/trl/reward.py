@@ -32,7 +32,7 @@ class RewardTrainer(AmbiguityMixin, trl.RewardTrainer):
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         inputs, nominal, groups = columns.take(inputs)
-        recorder = Recorder(model)
+        recorder = Recorder(self._runner(model))
         result = super().compute_loss(recorder, inputs, return_outputs, num_items_in_batch)
         chosen, rejected = recorder.output("logits").squeeze(-1).chunk(2)
 
