@@ -42,7 +42,7 @@ def cases(suite: str) -> Iterator[Case]:
 
 def _contest(suite: str, sequences: int, length: int) -> Contest:
     device = SUITES[suite]
-    model = _model(suite, device)
+    model = _with_adapters(policy_model(suite, device))
     vocabulary = model.get_base_model().config.vocab_size
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(vocabulary, (sequences, length), generator=generator).to(device)
@@ -149,13 +149,13 @@ def _trl() -> Step:
     return step
 
 
-def _model(suite: str, device: str) -> Any:
-    """The policy in bfloat16 with LoRA on every linear layer; a tiny random one when quick.
+def policy_model(suite: str, device: str) -> Any:
+    """The policy in bfloat16, without adapters; a tiny random one when quick.
 
     Raises:
         Unavailable: packages are missing, or the model is neither cached nor to be fetched.
     """
-    transformers, peft = peers.load("transformers", "transformers"), peers.load("peft", "peft")
+    transformers = peers.load("transformers", "transformers")
     transformers.utils.logging.disable_progress_bar()
     torch.manual_seed(0)
     if suite == "quick":
@@ -177,7 +177,15 @@ def _model(suite: str, device: str) -> Any:
         except (ImportError, MaterialError) as error:
             raise Unavailable(f"no model: {peers.reason(error)}") from error
         model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
-    adapters = peft.LoraConfig(
+    return model.to(device)
+
+
+def lora() -> Any:
+    """Adapters on every linear layer."""
+    return peers.load("peft", "peft").LoraConfig(
         r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"
     )
-    return peft.get_peft_model(model.to(device), adapters).train()
+
+
+def _with_adapters(model: Any) -> Any:
+    return peers.load("peft", "peft").get_peft_model(model, lora()).train()

@@ -31,6 +31,7 @@ OPS = {
     "linear_token_logprobs": "linear_token_logprobs",
     "linear_preference_loss": "preference",
     "dpo_step": "dpo_step",
+    "trainer_step": "trainer_step",
 }
 
 
