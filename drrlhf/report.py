@@ -48,10 +48,10 @@ def plot_training(
     """Draw the curves of one run's ``metrics.jsonl`` as a PNG and return its path.
 
     Top: training loss, worst-case value and plain mean where they were logged, evaluation loss.
-    Below, as far as the run has them: how unevenly the adversary weighs the batch (effective sample
-    size as a share of the batch, largest weight as a multiple of the uniform one), and the weight
-    of each group (the kept state of a Group set, otherwise the group's share of the batch's
-    worst-case weight).
+    Below, as far as the run has them: how unevenly the adversary weighs the pairs of a step
+    (effective sample size and pairs with any weight as shares of them, largest weight as a multiple
+    of the uniform one), and the weight of each group (the kept state of a Group set, otherwise the
+    group's share of the worst-case weight).
 
     Raises:
         ValueError: the file has no training line, or a line that is not JSON.
@@ -175,11 +175,11 @@ def _labelled(axis: Any) -> list[Any]:
 def _draw_loss(axis: Any, train: list[Line], evaluations: list[Line], *_: Any) -> None:
     robust = [line.get("robust/value") for line in train]
     if robust == [line.get("loss") for line in train]:
-        _curve(axis, train, "loss", "training loss (worst case of each batch)", BLUE)
+        _curve(axis, train, "loss", "training loss (worst case of each step)", BLUE)
     else:
         _curve(axis, train, "loss", "training loss", BLUE)
-        _curve(axis, train, "robust/value", "worst case of each batch", ORANGE, linestyle="--")
-    _curve(axis, train, "robust/mean_loss", "plain mean of each batch", GREEN, linestyle=":")
+        _curve(axis, train, "robust/value", "worst case of each step", ORANGE, linestyle="--")
+    _curve(axis, train, "robust/mean_loss", "plain mean of each step", GREEN, linestyle=":")
     _curve(axis, evaluations, "eval_loss", "evaluation loss", VERMILION, marker="D")
     axis.set_ylabel("loss")
     _legend(axis, _labelled(axis))
@@ -187,7 +187,8 @@ def _draw_loss(axis: Any, train: list[Line], evaluations: list[Line], *_: Any) -
 
 def _draw_weights(axis: Any, train: list[Line], *_: Any) -> None:
     _curve(axis, train, "robust/effective_sample_size", "effective sample size", GREEN)
-    axis.set_ylabel("effective sample size\n(share of the batch)")
+    _curve(axis, train, "robust/kept", "pairs with weight", BLUE, linestyle=":")
+    axis.set_ylabel("share of the pairs\nof a step")
     axis.set_ylim(0, 1.05)
     other = axis.twinx()
     _curve(other, train, "robust/max_weight", "largest weight", VERMILION, linestyle="--")

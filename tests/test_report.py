@@ -53,7 +53,7 @@ def test_a_robust_run_with_groups_has_three_labelled_panels(tmp_path, drawn):
     loss, weights, group, largest = drawn[0].axes
     assert _curves(loss) == {
         "training loss": [line["loss"] for line in lines[:-1]],
-        "worst case of each batch": [0.25] * 20,
+        "worst case of each step": [0.25] * 20,
         "evaluation loss": [0.7],
     }
     assert _curves(weights) == {"effective sample size": [0.5] * 20}
@@ -82,13 +82,13 @@ def test_a_loss_that_is_not_finite_is_a_gap(tmp_path, drawn):
 def test_equal_loss_and_worst_case_are_one_curve(tmp_path, drawn):
     lines = [line | {"robust/value": line["loss"]} for line in _lines(5)]
     plot_training(_write(tmp_path / "m.jsonl", lines), tmp_path / "m.png")
-    assert list(_curves(drawn[0].axes[0])) == ["training loss (worst case of each batch)"]
+    assert list(_curves(drawn[0].axes[0])) == ["training loss (worst case of each step)"]
 
 
 def test_the_plain_mean_is_drawn_beside_the_worst_case(tmp_path, drawn):
     lines = [line | {"robust/mean_loss": 0.2} for line in _lines(5)]
     plot_training(_write(tmp_path / "m.jsonl", lines), tmp_path / "m.png")
-    assert set(_curves(drawn[0].axes[0])["plain mean of each batch"]) == {0.2}
+    assert set(_curves(drawn[0].axes[0])["plain mean of each step"]) == {0.2}
 
 
 def test_group_weights_fall_back_to_the_batch():

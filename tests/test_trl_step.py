@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
@@ -181,6 +182,32 @@ def test_dropout_of_the_second_pass_is_that_of_the_gradient(models, tmp_path):
     one = steps.run("dpo", models["dropout"], str(tmp_path), ambiguity="erm", **options)
     torch.testing.assert_close(two["gradients"], one["gradients"], rtol=1e-5, atol=1e-6)
     assert two["logs"][0]["loss"] == pytest.approx(one["logs"][0]["loss"], rel=1e-6)
+
+
+def held_bytes():
+    """Bytes of every tensor that Python can reach."""
+    gc.collect()
+    found = (o.untyped_storage() for o in gc.get_objects() if isinstance(o, torch.Tensor))
+    return sum({storage.data_ptr(): storage.nbytes() for storage in found}.values())
+
+
+def test_between_the_passes_only_scalars_of_the_pairs_are_held(models, tmp_path):
+    options = {"ambiguity": "cvar:0.3", "pairs": 64}
+    cut = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 8}
+    trainer = steps.trainer("dpo", models["dpo"], str(tmp_path), **options, **cut)
+    held, whole, second = {}, trainer._whole_step, trainer._second_pass
+
+    def at(name, function):
+        def call(*arguments):
+            held[name] = held_bytes()
+            return function(*arguments)
+
+        return call
+
+    trainer._whole_step, trainer._second_pass = at("before", whole), at("between", second)
+    trainer.train()
+    generator = torch.get_rng_state().nbytes
+    assert 0 <= held["between"] - held["before"] <= 64 * 8 * 8 + generator
 
 
 # ------------------------------------------------------------------------------ steps that are odd

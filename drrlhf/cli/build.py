@@ -94,6 +94,8 @@ def _arguments(
     accelerated = torch.cuda.is_available()
     return {
         "ambiguity": settings.ambiguity,
+        "robust_scope": settings.robust_scope,
+        "padding_free": settings.padding_free,
         "output_dir": settings.output_dir,
         "num_train_epochs": settings.epochs,
         "max_steps": settings.max_steps,

@@ -49,6 +49,8 @@ class Settings:
     max_steps: int
     batch_size: int
     gradient_accumulation: int
+    robust_scope: str
+    padding_free: bool
     learning_rate: float
     max_length: int
     seed: int
@@ -182,7 +184,10 @@ def _comparable(record: dict[str, Any]) -> dict[str, Any]:
 
 def promote(checkpoint: Path, output_dir: Path) -> None:
     """Copy model and tokenizer of a finished run's last checkpoint to `output_dir`."""
-    training_only = ("optimizer.pt", "scheduler.pt", "trainer_state.json", "training_args.bin")
+    training_only = (
+        "optimizer.pt", "scheduler.pt", "trainer_state.json", "training_args.bin",
+        "drrlhf_state.safetensors",
+    )  # fmt: skip
     for path in checkpoint.iterdir():
         if path.is_file() and path.name not in training_only and path.suffix != ".pth":
             shutil.copy2(path, output_dir / path.name)

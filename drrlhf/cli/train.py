@@ -11,7 +11,7 @@ import typer
 from drrlhf.cli import _console, run
 
 app = typer.Typer(
-    help="Train a reward model or a DPO policy with worst-case weights over each batch.",
+    help="Train a reward model or a DPO policy with worst-case weights over each step's pairs.",
     no_args_is_help=True,
 )
 
@@ -62,10 +62,24 @@ MaxSteps = Annotated[
         "--max-steps", "--steps", panel=_OPT, help="Optimizer steps, instead of --epochs; -1: off."
     ),
 ]
-BatchSize = Annotated[
-    int, _option(panel=_OPT, min=1, help="Pairs per device: the worst case is among these.")
-]
+BatchSize = Annotated[int, _option(panel=_OPT, min=1, help="Pairs per device and batch.")]
 Accumulation = Annotated[int, _option(panel=_OPT, min=1, help="Batches per optimizer step.")]
+RobustScope = Annotated[
+    Literal["step", "microbatch"],
+    _option(
+        panel=_OPT,
+        help="The worst case is among the pairs of the optimizer step (two passes over its batches "
+        "where there are several), or of each batch alone.",
+    ),
+]
+PaddingFree = Annotated[
+    bool,
+    _option(
+        "--padding-free",
+        panel=_OPT,
+        help="Run the model on one packed row of tokens, without padding (causal decoders).",
+    ),
+]
 LearningRate = Annotated[
     float | None, _option(panel=_OPT, help="Peak; decays linearly to 0.", show_default=_RATES_TOLD)
 ]
@@ -102,6 +116,8 @@ def reward(
     max_steps: MaxSteps = -1,
     batch_size: BatchSize = 8,
     gradient_accumulation: Accumulation = 1,
+    robust_scope: RobustScope = "step",
+    padding_free: PaddingFree = False,
     learning_rate: LearningRate = None,
     max_length: MaxLength = 1024,
     center_rewards_coefficient: Annotated[
@@ -162,6 +178,8 @@ def dpo(
     max_steps: MaxSteps = -1,
     batch_size: BatchSize = 8,
     gradient_accumulation: Accumulation = 1,
+    robust_scope: RobustScope = "step",
+    padding_free: PaddingFree = False,
     learning_rate: LearningRate = None,
     max_length: MaxLength = 1024,
     seed: Seed = 42,

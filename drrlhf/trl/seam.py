@@ -48,6 +48,37 @@ _METHODS: tuple[tuple[str, str, tuple[str, ...], frozenset[str]], ...] = (
     ),
     (
         "transformers.trainer:Trainer",
+        "get_batch_samples",
+        ("self", "epoch_iterator", "num_batches", "device"),
+        frozenset(),
+    ),
+    (
+        "transformers.trainer:Trainer",
+        "training_step",
+        ("self", "model", "inputs", "num_items_in_batch"),
+        frozenset({"compute_loss", "current_gradient_accumulation_steps", "backward"}),
+    ),
+    (
+        "transformers.trainer:Trainer",
+        "_run_epoch",
+        (
+            *("self", "model", "epoch", "train_dataloader", "steps_in_epoch"),
+            *("num_update_steps_per_epoch", "trial", "ignore_keys_for_eval", "start_time"),
+            *("resume_from_checkpoint", "epochs_trained", "steps_trained_in_current_epoch"),
+        ),
+        frozenset({"get_batch_samples", "training_step", "_set_sync_gradients", "no_sync"}),
+    ),
+    (
+        "transformers.trainer:Trainer",
+        "evaluation_loop",
+        (
+            *("self", "dataloader", "description", "prediction_loss_only", "ignore_keys"),
+            "metric_key_prefix",
+        ),
+        frozenset(),
+    ),
+    (
+        "transformers.trainer:Trainer",
         "_save_optimizer_and_scheduler",
         ("self", "output_dir"),
         frozenset(),
@@ -226,14 +257,19 @@ class Recorder:
 @contextlib.contextmanager
 def overridden(target: Any, **values: Any) -> Iterator[None]:
     """Set attributes of ``target`` for the length of a ``with`` block, whatever happens in it."""
-    before = {name: getattr(target, name) for name in values}
+    for name in values:
+        getattr(target, name)  # AttributeError: it would be a new one
+    own = {name: vars(target)[name] for name in values if name in vars(target)}
     try:
         for name, value in values.items():
             setattr(target, name, value)
         yield
     finally:
-        for name, value in before.items():
-            setattr(target, name, value)
+        for name in values:
+            if name in own:
+                setattr(target, name, own[name])
+            else:
+                delattr(target, name)  # the class's shows again
 
 
 check()

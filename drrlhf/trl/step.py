@@ -49,9 +49,10 @@ class Pass:
 
 
 class Microbatch(NamedTuple):
-    """A microbatch of the second pass, its fixed weights (n,), and the generators to start from."""
+    """A microbatch of the second pass: (batch, row) of its pairs, or the batch that it is; its
+    fixed weights (n,); and the generators to start from. It is put together when its turn comes."""
 
-    batch: dict[str, Any]
+    pairs: list[tuple[int, int]] | int
     weights: Tensor
     generators: Generators | None
 
@@ -161,25 +162,25 @@ class StepMixin:
                 dict(batch) | {"ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
                 for batch, (chosen, rejected) in zip(batches, first.references, strict=True)
             ]
-        drawn = not starts[0].equal(end)
-        plan = self._plan(batches, weights, starts if drawn else None)
+        plan = self._plan(batches, weights, starts)
         with self._unlogged():
-            self._second_pass(model, plan, outside_scale=1 / len(batches))
+            self._second_pass(model, batches, plan)
         end.restore(self.accelerator.device)
         return value + outside
 
     def _first_pass(
         self, model: Any, batches: list[Any], first: Pass
-    ) -> tuple[Tensor, list[Generators], Generators]:
+    ) -> tuple[Tensor, list[Generators] | None, Generators]:
         """Losses of all microbatches, into `first`; what lies outside the set, as a mean; and the
-        generators before each microbatch and after the last."""
+        generators before each microbatch, None if the model draws nothing, and after the last."""
         device, starts, outside = self.accelerator.device, [], []
         with torch.no_grad(), overridden(self, _pass=first):
             for batch in batches:
                 starts.append(Generators.now(device))
                 with self.compute_loss_context_manager():  # type: ignore[attr-defined]
                     outside.append(self.compute_loss(model, batch))  # type: ignore[attr-defined]
-        return torch.stack(outside).mean(), starts, Generators.now(device)
+        end = Generators.now(device)
+        return torch.stack(outside).mean(), None if starts[0].equal(end) else starts, end
 
     def _solve(self, seen: Pairs) -> tuple[Tensor, Tensor]:
         """The worst case of all ranks' pairs: value (), and the weights (n,) of this rank's."""
@@ -203,18 +204,19 @@ class StepMixin:
             for part in rows.arrange(kept, [lengths[b][i] for b, i in kept], max(sizes)):
                 chosen = [kept[i] for i in part]
                 q = torch.stack([parts[b][i] for b, i in chosen])
-                plan.append(Microbatch(rows.select(batches, chosen), q, None))
+                plan.append(Microbatch(chosen, q, None))
         else:
-            for b, (batch, q) in enumerate(zip(batches, parts, strict=True)):
+            for b, q in enumerate(parts):
                 if self._loss_outside_the_set or q.any():
-                    plan.append(Microbatch(dict(batch), q, starts[b] if starts else None))
+                    plan.append(Microbatch(b, q, starts[b] if starts else None))
         # Every rank runs as many: models and gradients that are shared meet in every pass.
         most = max(len(plan), 1)
         if self.accelerator.num_processes > 1:
             count = torch.tensor([most], device=self.accelerator.device)
             most = int(self.accelerator.gather(count).max())
-        empty = rows.select(batches, [(0, 0)]) if separable else dict(batches[0])
-        nothing = Microbatch(empty, weights.new_zeros(rows.count(empty)), None)
+        nothing = Microbatch(
+            [(0, 0)] if separable else 0, weights.new_zeros(1 if separable else sizes[0]), None
+        )
         return [nothing] * (most - len(plan)) + plan
 
     @contextlib.contextmanager
@@ -229,13 +231,17 @@ class StepMixin:
         ):
             yield
 
-    def _second_pass(self, model: Any, plan: list[Microbatch], outside_scale: float) -> None:
+    def _second_pass(self, model: Any, batches: list[Any], plan: list[Microbatch]) -> None:
         """Forward and backward of every microbatch; gradients are shared after the last one."""
-        for i, (batch, weights, generators) in enumerate(plan):
+        for i, (chosen, weights, generators) in enumerate(plan):
+            if isinstance(chosen, int):
+                batch = dict(batches[chosen])
+            else:
+                batch = rows.select(batches, chosen)
             if generators is not None:
                 generators.restore(self.accelerator.device)
             last = i == len(plan) - 1
-            known = Pass(weights, self._ranks, outside_scale)
+            known = Pass(weights, self._ranks, 1 / len(batches))
             with (
                 contextlib.nullcontext() if last else self.accelerator.no_sync(model=model),
                 overridden(self, _pass=known, current_gradient_accumulation_steps=1),
