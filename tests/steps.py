@@ -76,3 +76,6 @@ if __name__ == "__main__":  # torchrun steps.py OUT ARGUMENTS, also accelerate l
     found = run(**keywords)
     rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
     torch.save(found, f"{out}.{rank}")
+    if torch.distributed.is_initialized():  # gloo aborts where a peer leaves before it is done
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
