@@ -435,6 +435,14 @@ def test_readme_tables_come_from_the_newest_kept_results(tmp_path):
         "| bfloat16, head trained | 4.0 (recompute), 3.0 (slab kept) | – | – | – |",
         "| bfloat16, scoring (forward only) | 1.1 | – | – | – |",
     ]
+    step = {"metric": "step in accumulated batches", "shape": [8, 4, 128]}
+    steps = [
+        _record("trainer_step", name, ratio, **step)
+        for name, ratio in (("drrlhf (erm)", 1.0), ("drrlhf (cvar:0.3)", 0.75), ("trl", 3.0))
+    ]
+    _write(tmp_path, "cpu_x_2026-11-24.json", sets + head + steps)
+    row = "| 8 accumulated batches of 4 pairs, sequences of 128 | 1.00 | – | 0.75 | 3.00 |"
+    assert table.readme_tables(tmp_path)["trainer_step"].splitlines()[2:] == [row]
     printed = bench("--readme", "--output", tmp_path)
     assert printed.exit_code == 0 and all(line in printed.output for line in lines)
 

@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 import trl
 from safetensors.torch import load_file, save_file
+from steps import away
 from transformers import AutoModelForCausalLM, HfArgumentParser
 
 import drrlhf as dr
@@ -58,16 +59,6 @@ def reward(model, tmp_path, data=None, **options):
         train_dataset=data or tiny_pairs(8),
         processing_class=tiny_tokenizer(),
     )
-
-
-def away(path):
-    """The model at ``path``, moved away from it, so that policy and reference differ."""
-    model = AutoModelForCausalLM.from_pretrained(path)
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += 0.03 * torch.randn_like(parameter)
-    return model
 
 
 def first_batch(trainer):

@@ -11,7 +11,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from drrlhf.bench import heads, reducers, results
+from drrlhf.bench import heads, reducers, results, trainer_step
 from drrlhf.bench.registry import OURS
 from drrlhf.bench.runner import Outcome, Record
 
@@ -81,13 +81,14 @@ def _number(value: float | None) -> str:
 def readme_tables(folder: str | os.PathLike[str]) -> dict[str, str]:
     """The README's markdown tables, from the newest kept results in `folder`.
 
-    "robust_risk": the cost of every set; "head": the log-prob head in bare products. One that no
-    result has records for is left out.
+    "robust_risk": the cost of every set; "head": the log-prob head in bare products;
+    "trainer_step": a whole step under each set. One that no result has records for is left out.
     """
     tables = {}
     for name, op, make in (
         ("robust_risk", "robust_risk", _robust_risk_markdown),
         ("head", "linear_token_logprobs", _head_markdown),
+        ("trainer_step", "trainer_step", _trainer_step_markdown),
     ):
         result = results.newest(folder, op)
         if result is not None and (markdown := make(result)):
@@ -146,6 +147,28 @@ def _head_markdown(result: results.Result) -> str:
     n, v, d = next(iter(works.values()))
     unit = f"time of forward + backward, in products hidden·weightᵀ ({n}×{d} by {v}×{d})"
     return _markdown((unit, "ours", *(title for _, title in others)), rows)
+
+
+def _trainer_step_markdown(result: results.Result) -> str:
+    """Rows: how a step is cut. Cells: median time over that of our own plain step."""
+    contenders = [*trainer_step.SET_CONTENDERS, heads.TRL]
+    rows = []
+    for metric, title in (
+        ("step in accumulated batches", "{} accumulated batches of {} pairs, sequences of {}"),
+        ("step in one forward", "{} batch of {} pairs, sequences of {}"),
+    ):
+        same = {
+            r["contender"]: r
+            for r in result["records"]
+            if r["op"] == "trainer_step" and r["metric"] == metric
+        }
+        if same:
+            shape = next(iter(same.values()))["shape"]
+            cells = [f"{same[c]['ratio']:.2f}" if c in same else "–" for c in contenders]
+            rows.append((title.format(*shape), *cells))
+    trl = "TRL {}".format(_short(result["versions"].get("trl", "")))
+    sets = [f"`{text}`" for text in trainer_step.SETS]
+    return _markdown(("time of one step, relative to our own plain one", *sets, trl), rows)
 
 
 def _our_cell(record: Record) -> str:

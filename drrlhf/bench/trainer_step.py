@@ -27,15 +27,22 @@ SHORTEST = 32  # of the lengths, which are spread evenly up to the longest
 CHECKED = (2, 2, 32)  # the step that the gate runs, in float64 too
 SPREAD = 0.1  # of the adapters: losses then differ by more than bfloat16 rounds
 SETS = ("erm", "tv:0.1", "cvar:0.3")
+SET_CONTENDERS: dict[str, dict[str, Any]] = {
+    f"{OURS} ({text})": {"ambiguity": text} for text in SETS
+}
 PADDED, PACKED = f"{OURS} (padded)", f"{OURS} (packed)"
+LAYOUTS: dict[str, dict[str, Any]] = {
+    PADDED: {"padding_free": False},
+    PACKED: {"padding_free": True},
+}
 
 
 def cases(suite: str) -> Iterator[Case]:
     """The reference's pass is part of every step, as TRL has it by default."""
     for metric, shapes, contenders in (
-        ("step in accumulated batches", ACCUMULATED, _sets()),
-        ("step in one forward", WHOLE, _sets()),
-        ("step of mixed lengths", LENGTHS, _layouts()),
+        ("step in accumulated batches", ACCUMULATED, SET_CONTENDERS),
+        ("step in one forward", WHOLE, SET_CONTENDERS),
+        ("step of mixed lengths", LENGTHS, LAYOUTS),
     ):
         batches, pairs, length = shape = shapes[suite]
         mixed = shapes is LENGTHS
@@ -51,14 +58,6 @@ def cases(suite: str) -> Iterator[Case]:
             tokens=batches * sum(spread),
             build=lambda s=shape, c=contenders, m=mixed: _contest(suite, s, c, m),  # type: ignore[misc]
         )
-
-
-def _sets() -> dict[str, dict[str, Any]]:
-    return {f"{OURS} ({text})": {"ambiguity": text} for text in SETS}
-
-
-def _layouts() -> dict[str, dict[str, Any]]:
-    return {PADDED: {"padding_free": False}, PACKED: {"padding_free": True}}
 
 
 def _spread(pairs: int, longest: int) -> list[int]:

@@ -240,13 +240,16 @@ class StepMixin:
                 batch = rows.select(batches, chosen)
             if generators is not None:
                 generators.restore(self.accelerator.device)
-            last = i == len(plan) - 1
             known = Pass(weights, self._ranks, 1 / len(batches))
-            with (
-                contextlib.nullcontext() if last else self.accelerator.no_sync(model=model),
-                overridden(self, _pass=known, current_gradient_accumulation_steps=1),
-            ):
-                super().training_step(model, batch)  # type: ignore[misc]
+            self._known_weights(model, batch, known, last=i == len(plan) - 1)
+
+    def _known_weights(self, model: Any, batch: Any, known: Pass, last: bool) -> Tensor:
+        """Forward and backward of a microbatch with fixed weights; its loss ()."""
+        with (
+            contextlib.nullcontext() if last else self.accelerator.no_sync(model=model),
+            overridden(self, _pass=known, current_gradient_accumulation_steps=1),
+        ):
+            return super().training_step(model, batch)  # type: ignore[misc]
 
     @property
     def _ranks(self) -> int:
@@ -266,12 +269,7 @@ class StepMixin:
             zip(batches, weights.split([len(part) for part in nominal]), strict=True)
         ):
             known = Pass(q, self._ranks, 1 / len(batches))
-            last = i == len(batches) - 1
-            with (
-                contextlib.nullcontext() if last else self.accelerator.no_sync(model=model),
-                overridden(self, _pass=known, current_gradient_accumulation_steps=1),
-            ):
-                total += super().training_step(model, batch)  # type: ignore[misc]
+            total += self._known_weights(model, batch, known, last=i == len(batches) - 1)
             seen += known.seen
         found = pairs.together(seen)
         value = (weights * torch.where(weights > 0, found.losses, 0)).sum() * self._ranks
