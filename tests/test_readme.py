@@ -177,6 +177,16 @@ def test_the_sentences_about_the_head_are_the_kept_measurements():
     assert sentence.format(*speeds) in text
 
 
+def test_the_sentence_about_packing_is_the_kept_measurement():
+    speeds = {
+        record["contender"]: record["tokens_per_s"]
+        for record in newest(ROOT / "benchmarks" / "results", "trainer_step")["records"]
+        if record["op"] == "trainer_step" and record["metric"] == "step of mixed lengths"
+    }
+    ratio = speeds["drrlhf (packed)"] / speeds["drrlhf (padded)"]
+    assert f"at {ratio:.2f} times the tokens/s with `padding_free=True`" in " ".join(README.split())
+
+
 def test_the_demo_sentence_is_the_kept_result():
     (path,) = (ROOT / "benchmarks" / "results").glob("reward_demo_*.json")
     methods = json.loads(path.read_text())["methods"]
