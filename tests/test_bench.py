@@ -109,6 +109,8 @@ def test_only_the_ops_asked_for_run_and_the_file_keeps_the_others(tmp_path):
     assert len(results.read(path)["records"]) == before, "measured again, not added"
     results.write(kept | {"commit": "another", "records": []}, tmp_path)
     assert not results.read(path)["records"], "records of two commits in one file"
+    (aside,) = set(tmp_path.glob("*.json")) - {path}
+    assert len(results.read(aside)["records"]) == before, "what was measured is not lost"
 
 
 def test_a_wrong_result_shows_no_speed_and_fails_the_command(monkeypatch, tmp_path):

@@ -66,7 +66,8 @@ def _about(outcome: Outcome) -> dict[str, Any]:
 def write(result: Result, folder: str | os.PathLike[str]) -> Path:
     """Write `result` as ``<suite>_<device>_<date>.json`` in `folder` and return the path.
 
-    A file of the same day, commit and versions keeps its records of other ops.
+    A file of the same day, commit and versions keeps its records of other ops; one of another
+    commit or other versions is set aside as ``<suite>_<device>-<commit>_<date>.json``.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -82,6 +83,10 @@ def write(result: Result, folder: str | os.PathLike[str]) -> Path:
                 for key in lists
             }
             result = result | {key: kept[key] + result[key] for key in lists}
+        else:
+            mark = slug(str(before.get("commit"))[:7])
+            name = f"{before['suite']}_{slug(before['device'])}-{mark}_{before['date']}.json"
+            path.replace(folder / name)
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     temporary.replace(path)
