@@ -8,6 +8,7 @@
 
 #include "core/dual_search.h"
 #include "core/pair_losses.h"
+#include "core/policy_loss.h"
 
 namespace drrlhf {
 
@@ -28,5 +29,8 @@ inline constexpr std::array<std::string_view, 13> kLossTypes = {
     "nca_pair", "bco_pair", "sppo_hard", "apo_zero", "apo_down", "simpo"};
 inline constexpr std::array<std::string_view, 4> kDivergences = {
     "reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"};
+
+inline constexpr std::array<std::string_view, 4> kPolicyLossTypes = {"grpo", "bnpo", "dr_grpo",
+                                                                     "dapo"};
 
 }  // namespace drrlhf

@@ -13,6 +13,7 @@
 #include "cpu/logprobs.h"
 #include "cpu/losses.h"
 #include "cpu/memory.h"
+#include "cpu/policy_loss.h"
 #include "names.h"
 #include "schemas.h"
 
@@ -224,6 +225,87 @@ Tensor sequence_logprobs(const Tensor& logps, const Tensor& labels,
   return result.to(statistics_dtype(logps));
 }
 
+NineTensors policy_loss(const Tensor& logps, const OptionalTensor& old_logps,
+                        const OptionalTensor& ref_logps, const OptionalTensor& entropy,
+                        const OptionalTensor& mask, const OptionalTensor& cu_seqlens,
+                        const Tensor& advantages, const Tensor& rewards, const Tensor& prompt_ids,
+                        const OptionalTensor& sequence_weights, const OptionalTensor& nominal,
+                        const OptionalTensor& groups, const OptionalTensor& group_weights,
+                        std::int64_t m, std::string_view loss_type,
+                        std::string_view importance_level, double clip_low, double clip_high,
+                        double kl_beta, double max_completion_length, std::string_view kind,
+                        double a, double b, double trim) {
+  const std::int64_t n = advantages.numel();
+  const PolicyOptions options{by_name<PolicyLossType>("loss_type", loss_type, kPolicyLossTypes),
+                              importance_level == "sequence",
+                              clip_low,
+                              clip_high,
+                              kl_beta,
+                              max_completion_length};
+  const Tensor gain = load("rewards", rewards, n), shift = load("advantages", advantages, n);
+  const OptionalTensor factors = load("sequence_weights", sequence_weights, n);
+  TORCH_CHECK_VALUE(prompt_ids.dim() == 1 && prompt_ids.numel() == n,
+                    "prompt_ids: expected shape (", n, "), got ", prompt_ids.sizes());
+  const Tensor ids = prompt_ids.to(at::kLong).contiguous();
+  const auto* id = ids.const_data_ptr<std::int64_t>();
+  for (std::int64_t s = 0; s < n; ++s) {
+    TORCH_CHECK_VALUE(id[s] >= 0 && id[s] < m, "prompt_ids: expected ids in [0, ", m, "), got ",
+                      id[s], " at index ", s, "; number the prompts from 0 or raise num_prompts");
+  }
+  Adversary adversary = load_adversary(nominal, groups, group_weights, m, kind, a, b, trim);
+  const double* p = pointer(adversary.nominal);
+  Tensor prompts = at::zeros({3, m}, at::kDouble);
+  double* loss = prompts.mutable_data_ptr<double>();
+  double *q = loss + m, *completions = q + m;
+  for (std::int64_t s = 0; s < n; ++s) {
+    loss[id[s]] -= gain.const_data_ptr<double>()[s];
+    completions[id[s]] += 1;
+  }
+  std::int64_t present = 0;
+  for (std::int64_t i = 0; i < m; ++i) {
+    TORCH_CHECK_VALUE(completions[i] > 0, "prompt_ids: expected every prompt of 0 to ", m - 1,
+                      ", got none of prompt ", i, "; number the prompts without gaps");
+    loss[i] /= completions[i];
+    present += p == nullptr || p[i] != 0;
+  }
+  const Solution risk = robust_risk_cpu(loss, m, adversary.arguments, q);
+
+  const PolicySums sums =
+      policy_sums({logps, old_logps, ref_logps, entropy, mask, cu_seqlens}, shift, options);
+  const double* table = sums.table.const_data_ptr<double>();
+  const double *tokens = table + kTokens * n, *surrogate = table + kSurrogate * n,
+               *divergence = table + kK3Sum * n;
+  double sequences = 0, all_tokens = 0;
+  for (std::int64_t s = 0; s < n; ++s) {
+    const bool held = p == nullptr || p[id[s]] != 0;
+    sequences += held;
+    all_tokens += held ? tokens[s] : 0.0;
+  }
+  Tensor coefficients = at::empty({n}, at::kDouble);
+  double* coefficient = coefficients.mutable_data_ptr<double>();
+  double value = 0;
+  const auto at_least_one = [](double x) { return x > 1 ? x : 1.0; };
+  for (std::int64_t s = 0; s < n; ++s) {
+    double weight = q[id[s]] * double(present);
+    if (factors.has_value()) weight *= pointer(factors)[s];
+    double by = at_least_one(all_tokens);
+    if (options.loss_type == PolicyLossType::kGrpo) by = sequences * at_least_one(tokens[s]);
+    if (options.loss_type == PolicyLossType::kDrGrpo) by = sequences * max_completion_length;
+    coefficient[s] = weight == 0 ? 0.0 : weight / by;
+    if (coefficient[s] != 0) value += coefficient[s] * (surrogate[s] + kl_beta * divergence[s]);
+  }
+  const auto dtype = statistics_dtype(logps);
+  return {scalar(value, dtype),
+          prompts[1].to(dtype, false, true),
+          prompts[0].to(dtype, false, true),
+          scalar(risk.value, dtype),
+          scalar(risk.dual, dtype),
+          adversary.group_weights,
+          coefficients.to(dtype),
+          sums.slopes,
+          sums.table.to(dtype)};
+}
+
 Tensor token_logprobs_backward(const Tensor& logits, const Tensor& labels,
                                const OptionalTensor& grad, const OptionalTensor& grad_entropy,
                                const Tensor& logp, const Tensor& lse, const Tensor& lse_tail,
@@ -304,6 +386,8 @@ TORCH_LIBRARY_IMPL(drrlhf_cpp, CPU, m) {
   m.impl("token_logprobs_backward_", &drrlhf::token_logprobs_backward_);
   m.impl("linear_token_logprobs", &drrlhf::linear_token_logprobs);
   m.impl("linear_token_logprobs_backward", &drrlhf::linear_token_logprobs_backward);
+  m.impl("policy_loss", &drrlhf::policy_loss);
+  m.impl("policy_loss_backward", &drrlhf::policy_loss_backward);
 }
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {

@@ -56,6 +56,16 @@ inline void define_ops(torch::Library& m) {
       "Tensor entropy, Tensor kept, int ignore_index, float temperature, float? softcap, "
       "float logit_scale, int keep, int workspace, bool need_hidden, bool need_weight, "
       "bool need_bias) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "policy_loss(Tensor logps, Tensor? old_logps, Tensor? ref_logps, Tensor? entropy, "
+      "Tensor? mask, Tensor? cu_seqlens, Tensor advantages, Tensor rewards, Tensor prompt_ids, "
+      "Tensor? sequence_weights, Tensor? nominal, Tensor? groups, Tensor? group_weights, "
+      "int num_prompts, str loss_type, str importance_level, float clip_low, float clip_high, "
+      "float kl_beta, float max_completion_length, str kind, float a, float b, float trim) -> "
+      "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "policy_loss_backward(Tensor grad, Tensor slopes, Tensor coefficients, "
+      "Tensor? cu_seqlens) -> Tensor");
 }
 
 }  // namespace drrlhf

@@ -41,19 +41,22 @@ if TYPE_CHECKING:
     )
     from drrlhf.modules import (
         LinearPreferenceLossModule,
+        PolicyLossModule,
         PreferenceLossModule,
         RewardLossModule,
         RobustRiskModule,
     )
+    from drrlhf.policy import PolicyLoss, policy_loss
     from drrlhf.robust import GroupState, NormaliserState, RobustRisk, robust_risk
 
 __all__ = [
     "ERM", "KL", "TV", "AmbiguitySet", "CVaR", "ChiSquare", "Group", "GroupState",
-    "LinearPreferenceLoss", "LinearPreferenceLossModule", "NormaliserState", "PreferenceLoss",
-    "PreferenceLossModule", "RewardLoss", "RewardLossModule", "RobustRisk", "RobustRiskModule",
-    "TokenLogprobs", "__version__", "backends", "linear_preference_loss", "linear_token_logprobs",
-    "pair_losses", "parse_ambiguity", "preference_loss", "reward_loss", "robust_risk",
-    "sequence_logprobs", "token_logprobs",
+    "LinearPreferenceLoss", "LinearPreferenceLossModule", "NormaliserState", "PolicyLoss",
+    "PolicyLossModule", "PreferenceLoss", "PreferenceLossModule", "RewardLoss", "RewardLossModule",
+    "RobustRisk", "RobustRiskModule", "TokenLogprobs", "__version__", "backends",
+    "linear_preference_loss", "linear_token_logprobs", "pair_losses", "parse_ambiguity",
+    "policy_loss", "preference_loss", "reward_loss", "robust_risk", "sequence_logprobs",
+    "token_logprobs",
 ]  # fmt: skip
 
 _HOME = {
@@ -61,7 +64,11 @@ _HOME = {
     "head": "LinearPreferenceLoss linear_preference_loss",
     "logprobs": "TokenLogprobs linear_token_logprobs sequence_logprobs token_logprobs",
     "losses": "PreferenceLoss RewardLoss pair_losses preference_loss reward_loss",
-    "modules": "LinearPreferenceLossModule PreferenceLossModule RewardLossModule RobustRiskModule",
+    "modules": (
+        "LinearPreferenceLossModule PolicyLossModule PreferenceLossModule RewardLossModule "
+        "RobustRiskModule"
+    ),
+    "policy": "PolicyLoss policy_loss",
     "robust": "GroupState NormaliserState RobustRisk robust_risk",
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names.split()}

@@ -40,12 +40,14 @@ OPS = (
     "token_logprobs_backward_",
     "linear_token_logprobs",
     "linear_token_logprobs_backward",
+    "policy_loss",
+    "policy_loss_backward",
 )
 DEVICES = {"cuda": ("cuda",), "triton": ("cuda", "xpu"), "cpp": ("cpu",)}
 SERVED: dict[str, frozenset[str]] = {
     "cpp": frozenset(OPS),
     "triton": frozenset(OPS),
-    "cuda": frozenset(OPS),
+    "cuda": frozenset(op for op in OPS if not op.startswith("policy_")),
     "reference": frozenset(OPS),
 }
 # What is one product after another Triton does best: there the softmax is part of the product.

@@ -103,6 +103,11 @@ def gather(
     )
 
 
+def total(numbers: Tensor, process_group: Any) -> Tensor:
+    """The sum (k,) of numbers (k,) over all ranks, float64: one order of adding on every rank."""
+    return torch.stack(_all_gather(numbers.detach().double(), process_group)).sum(0)
+
+
 class _Header(NamedTuple):
     """What a rank tells the others before anything else."""
 

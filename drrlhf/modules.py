@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from drrlhf import head, losses, robust
+from drrlhf import head, losses, policy, robust
 from drrlhf.ambiguity import ERM, AmbiguitySet, Group, parse_ambiguity
 from drrlhf.robust import GroupState, NormaliserState
 
@@ -95,3 +95,22 @@ class RewardLossModule(_RobustModule):
         self, chosen_rewards: Tensor, rejected_rewards: Tensor, **keywords: Any
     ) -> losses.RewardLoss:
         return self._call(losses.reward_loss, chosen_rewards, rejected_rewards, **keywords)
+
+
+class PolicyLossModule(_RobustModule):
+    """`drrlhf.policy_loss` as a module; options are its keyword arguments."""
+
+    def __init__(self, ambiguity: str | AmbiguitySet = ERM(), **options: Any) -> None:  # noqa: B008
+        super().__init__(ambiguity, options)
+
+    def forward(
+        self,
+        logps: Tensor,
+        old_logps: Tensor | None,
+        advantages: Tensor,
+        rewards: Tensor,
+        prompt_ids: Tensor,
+        **keywords: Any,
+    ) -> policy.PolicyLoss:
+        inputs = (logps, old_logps, advantages, rewards, prompt_ids)
+        return self._call(policy.policy_loss, *inputs, **keywords)

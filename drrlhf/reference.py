@@ -875,3 +875,177 @@ def sequence_preference_loss(
     state = found.pop()
     d = torch.cat([d_chosen, d_rejected])
     return (*(x.to(dtype) for x in found), state, sums.to(dtype), d.to(dtype))
+
+
+# --------------------------------------------------------------------------- policy optimisation
+
+POLICY_LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo")
+IMPORTANCE_LEVELS = ("token", "sequence")
+# exp of more is not a ratio to learn from: in float32 its square would overflow the optimizer's
+# second moment. Larger exponents are clamped, without gradient, and counted.
+EXPONENT_LIMIT = 40.0
+# Rows of the per-sequence table that `policy_loss` returns: sums over the counted tokens.
+TOKENS, SURROGATE, K3, RATIO, LOW_CLIPPED, HIGH_CLIPPED, OVERFLOWED, ENTROPY_SUM = range(8)
+
+
+class PolicyOptions(NamedTuple):
+    """What the clipped surrogate is told besides its tensors; names as in `drrlhf.policy_loss`."""
+
+    loss_type: str
+    importance_level: str
+    clip_low: float
+    clip_high: float
+    kl_beta: float
+    max_completion_length: float
+
+
+def _bounded_exponent(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x, at most EXPONENT_LIMIT, and where it was more."""
+    return x.clamp(max=EXPONENT_LIMIT), x > EXPONENT_LIMIT
+
+
+def clipped_surrogate(
+    log_ratio: Tensor, advantages: Tensor, o: PolicyOptions
+) -> tuple[Tensor, ...]:
+    """-min(r A, clip(r) A), its derivative by log r, r, and where r was clipped low, clipped high,
+    and clamped; r = exp(log_ratio), all of one shape."""
+    low, high = 1 - o.clip_low, 1 + o.clip_high
+    exponent, overflowed = _bounded_exponent(log_ratio)
+    ratio = torch.exp(exponent)
+    loss = -torch.minimum(ratio * advantages, ratio.clamp(low, high) * advantages)
+    low_clipped = (ratio < low) & (advantages < 0)
+    high_clipped = (ratio > high) & (advantages > 0)
+    held = low_clipped | high_clipped | overflowed | (advantages == 0)
+    return (
+        torch.where(advantages == 0, 0, loss) + 0 * ratio,  # a ratio of NaN must be seen
+        torch.where(held, 0, -advantages * ratio), ratio, low_clipped, high_clipped, overflowed,
+    )  # fmt: skip
+
+
+def k3(logps: Tensor, ref_logps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """exp(d) - d - 1 with d = ref_logps - logps, its derivative by logps, and where d was clamped
+    (http://joschu.net/blog/kl-approx.html)."""
+    d, overflowed = _bounded_exponent(ref_logps - logps)
+    return torch.expm1(d) - d, torch.where(overflowed, 0, -torch.expm1(d)), overflowed
+
+
+def policy_loss(
+    logps: Tensor,
+    old_logps: Tensor | None,
+    ref_logps: Tensor | None,
+    entropy: Tensor | None,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    advantages: Tensor,
+    rewards: Tensor,
+    prompt_ids: Tensor,
+    sequence_weights: Tensor | None,
+    nominal: Tensor | None,
+    groups: Tensor | None,
+    group_weights: Tensor | None,
+    num_prompts: int,
+    loss_type: str,
+    importance_level: str,
+    clip_low: float,
+    clip_high: float,
+    kl_beta: float,
+    max_completion_length: float,
+    kind: str,
+    a: float,
+    b: float,
+    trim: float,
+) -> tuple[Tensor, ...]:
+    """Of S sequences of m prompts: loss (), weights q and losses -V (m,), risk (), dual (), group
+    weights (G,), coefficients (S,), slopes (as logps) and the table of sequences (8, S).
+
+    loss = sum_s coefficient_s L_s, where L_s sums -min(r A, clip(r) A) + kl_beta k3 over the
+    counted tokens, and coefficient_s = m q_(prompt of s) a_s with a_s = 1 / (S tokens_s) for grpo,
+    1 / all tokens for bnpo and dapo, 1 / (S max_completion_length) for dr_grpo; times
+    sequence_weights. d loss / d logp = coefficient_s slope. Masked prompts (nominal 0) do not count
+    in m, S and the tokens.
+    """
+    o = PolicyOptions(
+        loss_type, importance_level, clip_low, clip_high, kl_beta, max_completion_length
+    )
+    segment, count = _segments(logps, cu_seqlens)
+    check_prompt_ids(prompt_ids, num_prompts)
+    prompts, flat = prompt_ids.long(), segment.reshape(-1)
+    counted = torch.ones_like(segment, dtype=torch.bool) if mask is None else mask != 0
+
+    def sums(x: Tensor) -> Tensor:
+        kept = torch.where(counted, x, 0).double().reshape(-1)
+        return kept.new_zeros(count).index_add(0, flat, kept)
+
+    tokens = sums(counted)
+    x = logps.double()
+    log_ratio = torch.zeros_like(x) if old_logps is None else x - old_logps.double()
+    if importance_level == "sequence":
+        log_ratio = (sums(log_ratio) / tokens.clamp(min=1))[segment]
+    surrogate, slopes, ratio, low_clipped, high_clipped, overflowed = clipped_surrogate(
+        log_ratio, advantages.double()[segment], o
+    )
+    divergence = torch.zeros_like(x)
+    if ref_logps is not None:
+        divergence, slope, beyond = k3(x, ref_logps.double())
+        slopes, overflowed = slopes + kl_beta * slope, overflowed | beyond
+    rows = [surrogate, divergence, ratio, low_clipped, high_clipped, overflowed]
+    rows.append(torch.zeros_like(x) if entropy is None else entropy)
+    table = torch.stack([tokens, *(sums(row) for row in rows)])
+
+    per_prompt = tokens.new_zeros(num_prompts)
+    completions = per_prompt.index_add(0, prompts, torch.ones_like(tokens))
+    losses = -per_prompt.index_add(0, prompts, rewards.double()) / completions
+    risk, q, dual, state = _solve(losses, nominal, groups, group_weights, kind, a, b, trim)
+    present = torch.ones_like(q, dtype=torch.bool) if nominal is None else nominal != 0
+    held = present[prompts]
+    weight = (q * present.sum())[prompts]
+    if loss_type == "grpo":
+        share = 1 / (tokens.clamp(min=1) * held.sum())
+    elif loss_type == "dr_grpo":
+        share = 1 / (max_completion_length * held.sum().double()).expand(count)
+    else:
+        share = 1 / torch.where(held, tokens, 0).sum().clamp(min=1).expand(count)
+    if sequence_weights is not None:
+        weight = weight * sequence_weights.double()
+    coefficients = torch.where(weight == 0, 0, weight * share)
+    total = table[SURROGATE] + kl_beta * table[K3]
+    loss = torch.where(coefficients == 0, 0, coefficients * total).sum()
+    dtype = statistics_dtype(logps)
+    return (
+        *(y.to(dtype) for y in (loss, q, losses, risk, dual)), state, coefficients.to(dtype),
+        torch.where(counted, slopes, 0).to(dtype), table.to(dtype),
+    )  # fmt: skip
+
+
+def policy_loss_backward(
+    grad: Tensor, slopes: Tensor, coefficients: Tensor, cu_seqlens: Tensor | None
+) -> Tensor:
+    """grad coefficient slope (as slopes): exactly 0 where the sequence's coefficient is 0."""
+    factor = (grad * coefficients)[_segments(slopes, cu_seqlens)[0]]
+    return torch.where(factor == 0, 0, factor * slopes)
+
+
+def check_prompt_ids(prompt_ids: Tensor, num_prompts: int) -> None:
+    """ValueError unless every prompt of 0 ... num_prompts - 1 has a sequence, and no other has."""
+    outside = (prompt_ids < 0) | (prompt_ids >= num_prompts)
+    check_value(
+        lambda: ~outside.any(),
+        lambda: (
+            f"prompt_ids: expected ids in [0, {num_prompts}), got "
+            f"{int(prompt_ids[outside][0])} at index {int(outside.nonzero()[0])}; number the "
+            "prompts from 0 or raise num_prompts"
+        ),
+        prompt_ids,
+        wanted=True,
+    )
+    there = torch.zeros(num_prompts, dtype=torch.bool, device=prompt_ids.device)
+    there = there.scatter(0, prompt_ids.long().clamp(0, max(num_prompts - 1, 0)), True)
+    check_value(
+        lambda: there.all(),
+        lambda: (
+            f"prompt_ids: expected every prompt of 0 to {num_prompts - 1}, got none of prompt "
+            f"{int((~there).nonzero()[0])}; number the prompts without gaps"
+        ),
+        prompt_ids,
+        wanted=True,
+    )

@@ -72,7 +72,8 @@ class Adversary(NamedTuple):
 
 class Evaluation(NamedTuple):
     """What every loss op gives, in one order: value (), weights, losses (n,), dual (), the stepped
-    group weights (G,), and whatever else that op has."""
+    group weights (G,), and whatever else that op has. `value` is differentiated; `risk` () is the
+    worst case where that is another number."""
 
     value: Tensor
     weights: Tensor
@@ -80,6 +81,7 @@ class Evaluation(NamedTuple):
     dual: Tensor
     stepped: Tensor
     others: tuple[Tensor, ...] = ()
+    risk: Tensor | None = None
 
 
 class Options(NamedTuple):
@@ -96,7 +98,7 @@ class Options(NamedTuple):
 
 
 # No adversary: what an op is asked when the weights are already known, or not wanted.
-_ERM = ERM().encode()
+NO_ADVERSARY = ERM().encode()
 
 
 class Parsed(NamedTuple):
@@ -125,7 +127,7 @@ def parse(ambiguity: str | AmbiguitySet) -> Parsed:
     return _parsed(ambiguity) if isinstance(ambiguity, AmbiguitySet) else _parse_text(ambiguity)
 
 
-def _check(first: Tensor, parsed: Parsed, options: Options, like: str) -> Adversary:
+def check_adversary(first: Tensor, parsed: Parsed, options: Options, like: str) -> Adversary:
     """Check and encode what every robust loss takes besides its losses."""
     n, num_groups, encoded = first.numel(), parsed.num_groups, parsed.encoded
     nominal, groups, group_state = options.nominal, options.groups, options.group_state
@@ -191,17 +193,22 @@ def evaluate_worst_case(
         return _across_ranks(evaluate, first, like, options, check)
     check()
     parsed = parse(options.ambiguity)
-    adversary = _check(first, parsed, options, like)
+    adversary = check_adversary(first, parsed, options, like)
     out = evaluate(adversary)
     if options.check_finite:
         _require_finite(out.losses, adversary.nominal)
     _store(options, out.stepped)
-    value, weights = out.value, out.weights.detach()
+    value, risk, weights = out.value, out.risk, out.weights.detach()
     if parsed.momentum is not None:
-        reported, scale = _stream(value.detach(), weights, parsed, options)
-        value, weights = _Reported.apply(reported, value * scale), weights * scale
+        batch = (value if risk is None else risk).detach()
+        running, scale = _stream(batch, weights, parsed, options)
+        value, weights = value * scale, weights * scale
+        if risk is None:
+            value = Reported.apply(running, value)
+        else:
+            risk = running
     return out._replace(
-        value=value, weights=weights, losses=out.losses.detach(), dual=out.dual.detach()
+        value=value, weights=weights, losses=out.losses.detach(), dual=out.dual.detach(), risk=risk
     )
 
 
@@ -217,16 +224,16 @@ def _across_ranks(
     with distributed.agreement(options.process_group, first.device):
         check()
         parsed = parse(options.ambiguity)
-        adversary = _check(first, parsed, options, like)
+        adversary = check_adversary(first, parsed, options, like)
         with torch.no_grad():
-            out = evaluate(Adversary(None, None, None, _ERM))
+            out = evaluate(Adversary(None, None, None, NO_ADVERSARY))
     solved = solve_across_ranks(out.losses, parsed, adversary, options)
     weights = solved.mine
     # An op weighs by nominal / sum nominal; NaN (a loss is not finite) comes back with the factor.
     share = weights.sum() * len(solved.pairs.sizes)
-    local = evaluate(Adversary(torch.nan_to_num(weights), None, None, _ERM))
+    local = evaluate(Adversary(torch.nan_to_num(weights), None, None, NO_ADVERSARY))
     return local._replace(
-        value=_Reported.apply(solved.value, local.value * share),
+        value=Reported.apply(solved.value, local.value * share),
         weights=weights,
         losses=out.losses,
         dual=solved.dual,
@@ -275,7 +282,7 @@ def solve_across_ranks(
     return Solution(value, weights, dual, pairs)
 
 
-class _Reported(torch.autograd.Function):
+class Reported(torch.autograd.Function):
     """A number () to report, with the gradient of another one ()."""
 
     @staticmethod

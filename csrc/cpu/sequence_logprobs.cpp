@@ -1,49 +1,13 @@
 #include <ATen/ATen.h>
 
 #include "logprobs.h"
+#include "sequences.h"
 
 namespace drrlhf {
-namespace {
-
-// Where each sequence begins and ends among the tokens in memory order.
-struct Sequences {
-  std::int64_t count, length;
-  Tensor boundaries;
-
-  Sequences(const Tensor& labels, const OptionalTensor& cu_seqlens) {
-    if (!cu_seqlens.has_value()) {
-      TORCH_CHECK_VALUE(labels.dim() == 2, "labels: expected padded (B, L), got ", labels.sizes(),
-                        "; packed (T,) needs cu_seqlens");
-      count = labels.size(0);
-      length = labels.size(1);
-      return;
-    }
-    TORCH_CHECK_VALUE(cu_seqlens->device().is_cpu() && cu_seqlens->dim() == 1 &&
-                          cu_seqlens->numel() >= 1 && labels.dim() == 1,
-                      "cu_seqlens: expected shape (S+1,) and labels (T,), got ",
-                      cu_seqlens->sizes(), " and ", labels.sizes());
-    boundaries = cu_seqlens->to(at::kLong).contiguous();
-    count = boundaries.numel() - 1;
-    TORCH_CHECK_VALUE(begin(0) == 0 && begin(count) == labels.numel(),
-                      "cu_seqlens: expected boundaries from 0 to ", labels.numel(), ", got ",
-                      begin(0), " and ", begin(count));
-    for (std::int64_t s = 0; s < count; ++s) {
-      TORCH_CHECK_VALUE(begin(s) <= begin(s + 1),
-                        "cu_seqlens: expected boundaries that do not decrease, got ", begin(s),
-                        " and then ", begin(s + 1));
-    }
-  }
-
-  std::int64_t begin(std::int64_t s) const {
-    return boundaries.defined() ? boundaries.const_data_ptr<std::int64_t>()[s] : s * length;
-  }
-};
-
-}  // namespace
 
 SequenceSums sequence_sums(const Tensor& logps, const Tensor& labels,
                            const OptionalTensor& cu_seqlens, std::int64_t ignore_index) {
-  const Sequences sequences(labels, cu_seqlens);
+  const Sequences sequences("labels", labels, cu_seqlens);
   TORCH_CHECK_VALUE(logps.device().is_cpu() && logps.sizes() == labels.sizes(),
                     "labels: expected a CPU tensor of shape ", logps.sizes(), " as logps, got ",
                     labels.sizes());
@@ -67,7 +31,7 @@ SequenceSums sequence_sums(const Tensor& logps, const Tensor& labels,
 
 Tensor spread_to_tokens(const Tensor& per_sequence, const Tensor& labels,
                         const OptionalTensor& cu_seqlens, std::int64_t ignore_index, bool mean) {
-  const Sequences sequences(labels, cu_seqlens);
+  const Sequences sequences("labels", labels, cu_seqlens);
   TORCH_CHECK_VALUE(per_sequence.device().is_cpu() && per_sequence.dim() == 1 &&
                         per_sequence.numel() == sequences.count,
                     "grad: expected shape (", sequences.count, "), got ", per_sequence.sizes());
