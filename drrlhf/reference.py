@@ -915,11 +915,8 @@ def clipped_surrogate(
     loss = -torch.minimum(ratio * advantages, ratio.clamp(low, high) * advantages)
     low_clipped = (ratio < low) & (advantages < 0)
     high_clipped = (ratio > high) & (advantages > 0)
-    held = low_clipped | high_clipped | overflowed | (advantages == 0)
-    return (
-        torch.where(advantages == 0, 0, loss) + 0 * ratio,  # a ratio of NaN must be seen
-        torch.where(held, 0, -advantages * ratio), ratio, low_clipped, high_clipped, overflowed,
-    )  # fmt: skip
+    slope = torch.where(low_clipped | high_clipped | overflowed, 0, -advantages * ratio)
+    return loss, slope, ratio, low_clipped, high_clipped, overflowed
 
 
 def k3(logps: Tensor, ref_logps: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -26,6 +26,13 @@ Tokens<T> from(const Tokens<T>& t, std::int64_t i) {
   return {at(t.logps), at(t.old_logps), at(t.ref_logps), at(t.entropy), at(t.mask), at(t.slopes)};
 }
 
+// One past the last of n tokens that counts: padding is mostly at the end.
+std::int64_t counted_until(const bool* mask, std::int64_t n) {
+  if (mask == nullptr) return n;
+  while (n > 0 && !mask[n - 1]) --n;
+  return n;
+}
+
 // log r of n tokens, or 0 where they do not count, and how many count.
 template <class T>
 DRRLHF_HD void log_ratios(const Tokens<T>& t, std::int64_t n, double* log_ratio, double* counted) {
@@ -96,15 +103,21 @@ DRRLHF_MULTIVERSION void one_sequence(const Tokens<T>& t, std::int64_t n, double
     for (std::int64_t i = 0; i < size; ++i) {
       block.slopes[i] = counted[i] != 0 ? T(slope[i]) : T(0);
     }
-    const double* rows[kSequenceSums] = {counted, loss,   divergence, ratio,
-                                         lower,   higher, over,       entropy};
-    for (int k = 0; k < kSequenceSums; ++k) {
-      const double* row = rows[k];
-      sums[k] += SerialTeam{size}
-                     .template sum<1>(
-                         [&](std::int64_t i) { return Sums<1>{{counted[i] != 0 ? row[i] : 0.0}}; })
-                     .v[0];
+    for (std::int64_t i = 0; i < size; ++i) {
+      const bool in = counted[i] != 0;
+      loss[i] = in ? loss[i] : 0.0;
+      divergence[i] = in ? divergence[i] : 0.0;
+      ratio[i] = in ? ratio[i] : 0.0;
+      lower[i] = in ? lower[i] : 0.0;
+      higher[i] = in ? higher[i] : 0.0;
+      over[i] = in ? over[i] : 0.0;
+      entropy[i] = in ? entropy[i] : 0.0;
     }
+    const Sums<kSequenceSums> part = SerialTeam{size}.template sum<kSequenceSums>([&](auto i) {
+      return Sums<kSequenceSums>{
+          {counted[i], loss[i], divergence[i], ratio[i], lower[i], higher[i], over[i], entropy[i]}};
+    });
+    for (int k = 0; k < kSequenceSums; ++k) sums[k] += part.v[k];
   }
 }
 
@@ -144,7 +157,10 @@ PolicySums sums_of(const PolicyTokens& given, const Tensor& advantages,
         for (std::int64_t s = first; s < last; ++s) {
           double sums[kSequenceSums];
           const std::int64_t begin = sequences.begin(s), n = sequences.begin(s + 1) - begin;
-          one_sequence(from(tokens, begin), n, advantage[s], options, sums);
+          const Tokens<T> mine = from(tokens, begin);
+          const std::int64_t used = counted_until(mine.mask, n);
+          one_sequence(mine, used, advantage[s], options, sums);
+          std::fill(mine.slopes + used, mine.slopes + n, T(0));
           for (int k = 0; k < kSequenceSums; ++k) table[k * sequences.count + s] = sums[k];
         }
       });
