@@ -16,7 +16,7 @@ BIN := $(VENV)/bin
 # Every Triton kernel, interpreted on the CPU, and every CUDA kernel, built for the host: the tests of
 # the ops twice more.
 TESTS_OF_OPS := $(patsubst %,tests/test_%.py,robust_risk preference_loss reward_loss token_logprobs \
-  linear_token_logprobs sequence_logprobs linear_preference_loss kernels many_pairs)
+  linear_token_logprobs sequence_logprobs linear_preference_loss policy_loss kernels many_pairs)
 CXX_FILES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu tests/emulated/*.h)
 EMULATED := build/emulated/ops_cuda.so
 

@@ -191,9 +191,15 @@ def policy_loss(
         )  # fmt: skip
 
     def count() -> int:
-        if num_prompts is not None:
-            return num_prompts
-        return int(prompt_ids.max()) + 1 if prompt_ids.numel() else 0
+        n = prompt_ids.numel()
+        if num_prompts is None:
+            return int(prompt_ids.max()) + 1 if n else 0
+        if not 0 <= num_prompts <= n:
+            raise ValueError(
+                f"num_prompts: expected 0 to {n}, as many sequences as there are, got "
+                f"{num_prompts!r}; every prompt needs one"
+            )
+        return num_prompts
 
     def evaluate(adversary: Adversary, factor: Tensor | None = None) -> Evaluation:
         nominal, groups, state, encoded = adversary
@@ -347,16 +353,20 @@ def _check_rewards(
     rewards: Tensor, prompt_ids: Tensor, nominal: Tensor | None, prompts: int, wanted: bool
 ) -> None:
     """ValueError naming the first reward of a prompt that is not masked and that is not finite."""
-    reference.check_prompt_ids(prompt_ids, prompts)
-    bad = ~torch.isfinite(rewards.detach())
-    if nominal is not None and nominal.shape == (prompts,) and nominal.device == rewards.device:
-        bad = bad & (nominal[prompt_ids.long()] != 0)
+    reference.check_prompt_ids(prompt_ids, prompts, wanted)
+
+    def bad() -> Tensor:
+        found = ~torch.isfinite(rewards.detach())
+        if nominal is not None and nominal.shape == (prompts,) and nominal.device == rewards.device:
+            found = found & (nominal[prompt_ids.long()] != 0)
+        return found
+
     check_value(
-        lambda: ~bad.any(),
+        lambda: ~bad().any(),
         lambda: (
-            f"rewards: expected finite numbers, got {rewards[bad][0].item()} at index "
-            f"{int(bad.nonzero()[0])} (prompt {int(prompt_ids[bad][0])}); drop that completion, or "
-            "mask the prompt with nominal=0"
+            f"rewards: expected finite numbers, got {rewards[bad()][0].item()} at index "
+            f"{int(bad().nonzero()[0])} (prompt {int(prompt_ids[bad()][0])}); drop that "
+            "completion, or mask the prompt with nominal=0"
         ),
         rewards,
         wanted,
@@ -364,13 +374,15 @@ def _check_rewards(
 
 
 def _check_prompts_have_tokens(tokens: Tensor, prompt_ids: Tensor, prompts: int) -> None:
-    total = tokens.new_zeros(prompts).index_add(0, prompt_ids.long(), tokens)
+    def total() -> Tensor:
+        return tokens.new_zeros(prompts).index_add(0, prompt_ids.long(), tokens)
+
     check_value(
-        lambda: (total > 0).all(),
+        lambda: (total() > 0).all(),
         lambda: (
             f"mask: expected a counted token for every prompt, got none for prompt "
-            f"{int((total == 0).nonzero()[0])}; drop the prompt, or check how its completions were "
-            "masked"
+            f"{int((total() == 0).nonzero()[0])}; drop the prompt, or check how its completions "
+            "were masked"
         ),
         tokens,
     )

@@ -1022,27 +1022,32 @@ def policy_loss_backward(
     return torch.where(factor == 0, 0, factor * slopes)
 
 
-def check_prompt_ids(prompt_ids: Tensor, num_prompts: int) -> None:
+def check_prompt_ids(prompt_ids: Tensor, num_prompts: int, wanted: bool = True) -> None:
     """ValueError unless every prompt of 0 ... num_prompts - 1 has a sequence, and no other has."""
-    outside = (prompt_ids < 0) | (prompt_ids >= num_prompts)
+
+    def outside() -> Tensor:
+        return (prompt_ids < 0) | (prompt_ids >= num_prompts)
+
+    def missing() -> Tensor:
+        there = torch.zeros(num_prompts, dtype=torch.bool, device=prompt_ids.device)
+        return ~there.scatter(0, prompt_ids.long(), True)
+
     check_value(
-        lambda: ~outside.any(),
+        lambda: ~outside().any(),
         lambda: (
             f"prompt_ids: expected ids in [0, {num_prompts}), got "
-            f"{int(prompt_ids[outside][0])} at index {int(outside.nonzero()[0])}; number the "
+            f"{int(prompt_ids[outside()][0])} at index {int(outside().nonzero()[0])}; number the "
             "prompts from 0 or raise num_prompts"
         ),
         prompt_ids,
-        wanted=True,
+        wanted,
     )
-    there = torch.zeros(num_prompts, dtype=torch.bool, device=prompt_ids.device)
-    there = there.scatter(0, prompt_ids.long().clamp(0, max(num_prompts - 1, 0)), True)
     check_value(
-        lambda: there.all(),
+        lambda: ~missing().any(),
         lambda: (
             f"prompt_ids: expected every prompt of 0 to {num_prompts - 1}, got none of prompt "
-            f"{int((~there).nonzero()[0])}; number the prompts without gaps"
+            f"{int(missing().nonzero()[0])}; number the prompts without gaps"
         ),
         prompt_ids,
-        wanted=True,
+        wanted,
     )

@@ -1,0 +1,328 @@
+"""`policy_loss`: token log-probs and rewards to the prompt-weighted clipped surrogate. One launch.
+
+A program takes a sequence: its tokens' slopes and sums, and, where its number is also a prompt's,
+the mean reward of that prompt. The one that arrives last finds the worst case over the prompts and
+makes of it the coefficient of every sequence, which the backward multiplies the slopes by.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from drrlhf.kernels.dual_search import solve
+from drrlhf.kernels.launch import DEBUG, numbers, on
+from drrlhf.kernels.numerics import expm1, number, put
+from drrlhf.kernels.robust_risk import adversary, unchanged
+from drrlhf.kernels.sequence_logprobs import TOKENS, WARPS, contiguous, limits
+from torch import Tensor
+
+from drrlhf.reference import EXPONENT_LIMIT, statistics_dtype
+
+LIMIT = tl.constexpr(EXPONENT_LIMIT)
+SMALL = tl.constexpr(0.34)  # below it the series of k3 has more digits than expm1(d) - d
+ROWS = 8  # of the table of sequences
+
+
+@triton.jit
+def clipped_surrogate(log_ratio, advantage, low, high):
+    """As in `drrlhf.reference`: -min(r A, clip(r) A), its derivative by log r, r, clipped low,
+    clipped high, clamped."""
+    over = tl.where(log_ratio > LIMIT, 1.0, 0.0)
+    ratio = tl.exp(tl.where(log_ratio > LIMIT, LIMIT, log_ratio))
+    raised = tl.where(ratio < low, low, ratio)
+    free, held = ratio * advantage, tl.where(raised > high, high, raised) * advantage
+    low_clipped = tl.where(ratio < low, tl.where(advantage < 0, 1.0, 0.0), 0.0)
+    high_clipped = tl.where(ratio > high, tl.where(advantage > 0, 1.0, 0.0), 0.0)
+    slope = tl.where(low_clipped + high_clipped + over > 0, 0.0, -free)
+    return -tl.where(free < held, free, held), slope, ratio, low_clipped, high_clipped, over
+
+
+@triton.jit
+def k3(difference):
+    """exp(d) - d - 1, its derivative by log p = -d, and whether d was clamped."""
+    over = tl.where(difference > LIMIT, 1.0, 0.0)
+    d = tl.where(difference > LIMIT, LIMIT, difference)
+    grown = expm1(d)
+    s = 1.6059043836821613e-10 * d + 2.08767569878681e-09
+    s = s * d + 2.505210838544172e-08
+    s = s * d + 2.755731922398589e-07
+    s = s * d + 2.7557319223985893e-06
+    s = s * d + 2.48015873015873e-05
+    s = s * d + 1.984126984126984e-04
+    s = s * d + 1.388888888888889e-03
+    s = s * d + 8.333333333333333e-03
+    s = s * d + 4.1666666666666664e-02
+    s = s * d + 1.6666666666666666e-01
+    s = s * d + 0.5
+    value = tl.where(tl.abs(d) < SMALL, d * d * s, grown - d)
+    return value, tl.where(over > 0, 0.0, -grown), over
+
+
+@triton.jit
+def counted_at(mask_ptr, o, end, MASKED: tl.constexpr):
+    """Which of the tokens o count."""
+    counted = o < end
+    if MASKED:
+        counted = counted & (tl.load(mask_ptr + o, mask=counted, other=0) != 0)
+    return counted
+
+
+@triton.jit
+def load(ptr, o, mask, DOUBLE: tl.constexpr):
+    x = tl.load(ptr + o, mask=mask, other=0.0)
+    return x.to(tl.float64) if DOUBLE else x.to(tl.float32)
+
+
+@triton.jit
+def log_ratio_at(logps_ptr, old_ptr, o, counted, OLD: tl.constexpr, DOUBLE: tl.constexpr):
+    x = load(logps_ptr, o, counted, DOUBLE)
+    return x - load(old_ptr, o, counted, DOUBLE) if OLD else tl.zeros_like(x)
+
+
+@triton.jit
+def total(x, counted):
+    return tl.sum(tl.where(counted, x, 0.0).to(tl.float64), 0)
+
+
+@triton.jit
+def one_sequence(
+    logps_ptr, old_ptr, ref_ptr, entropy_ptr, mask_ptr, cu_ptr, advantages_ptr, sums_ptr,
+    slopes_ptr, table_ptr, s, n, tokens, length, parameters,
+    BY_SEQUENCE: tl.constexpr, OLD: tl.constexpr, REFERENCE: tl.constexpr, ENTROPY: tl.constexpr,
+    MASKED: tl.constexpr, PACKED: tl.constexpr, TOKENS: tl.constexpr, DOUBLE: tl.constexpr,
+    DEBUG: tl.constexpr,
+):  # fmt: skip
+    """Slopes and sums of sequence s; its tokens, and its loss, also into the scratch `sums`."""
+    dtype = tl.float64 if DOUBLE else tl.float32
+    begin, end, legal = limits(cu_ptr, s, n, tokens, length, PACKED, DEBUG)
+    advantage = tl.load(advantages_ptr + s).to(dtype)
+    low, high = number(parameters, 3).to(dtype), number(parameters, 4).to(dtype)
+    kl_beta = number(parameters, 5)
+    none = tl.where(legal, 0.0, float("nan")).to(tl.float64)
+    count, loss, divergence, ratios, entropies = none, none, none, none, none
+    lower, higher, overflowed = none, none, none
+    if BY_SEQUENCE:
+        whole, size = none, none
+        for first in range(begin, end, TOKENS):
+            o = first + tl.arange(0, TOKENS)
+            counted = counted_at(mask_ptr, o, end, MASKED)
+            whole += total(log_ratio_at(logps_ptr, old_ptr, o, counted, OLD, DOUBLE), counted)
+            size += total(counted, counted)
+        whole = whole / tl.where(size > 1, size, 1.0)
+    for first in range(begin, end, TOKENS):
+        o = first + tl.arange(0, TOKENS)
+        counted = counted_at(mask_ptr, o, end, MASKED)
+        log_ratio = log_ratio_at(logps_ptr, old_ptr, o, counted, OLD, DOUBLE)
+        if BY_SEQUENCE:
+            log_ratio = tl.zeros_like(log_ratio) + whole.to(dtype)
+        surrogate, slope, ratio, low_clipped, high_clipped, over = clipped_surrogate(
+            log_ratio, advantage, low, high
+        )
+        if REFERENCE:
+            reference = load(ref_ptr, o, counted, DOUBLE)
+            value, back, beyond = k3(reference - load(logps_ptr, o, counted, DOUBLE))
+            divergence += total(value, counted)
+            slope += kl_beta.to(dtype) * back
+            over = tl.where(beyond > 0, 1.0, over)
+        if ENTROPY:
+            entropies += total(load(entropy_ptr, o, counted, DOUBLE), counted)
+        put(slopes_ptr + o, tl.where(counted, slope, 0.0), o < end)
+        count += total(counted, counted)
+        loss += total(surrogate, counted)
+        ratios += total(ratio, counted)
+        lower += total(low_clipped, counted)
+        higher += total(high_clipped, counted)
+        overflowed += total(over, counted)
+    put(table_ptr + s, count)
+    put(table_ptr + n + s, loss)
+    put(table_ptr + 2 * n + s, divergence)
+    put(table_ptr + 3 * n + s, ratios)
+    put(table_ptr + 4 * n + s, lower)
+    put(table_ptr + 5 * n + s, higher)
+    put(table_ptr + 6 * n + s, overflowed)
+    put(table_ptr + 7 * n + s, entropies)
+    tl.store(sums_ptr + s, count)
+    tl.store(sums_ptr + n + s, loss + kl_beta * divergence)
+
+
+@triton.jit
+def prompt_loss(rewards_ptr, ids_ptr, i, n, BLOCK: tl.constexpr):
+    """Minus the mean reward of prompt i; NaN where it has no sequence."""
+    gained, count = tl.zeros([], tl.float64), tl.zeros([], tl.float64)
+    for first in range(0, n, BLOCK):
+        s = first + tl.arange(0, BLOCK)
+        mine = (s < n) & (tl.load(ids_ptr + s, mask=s < n, other=-1) == i)
+        gained += total(tl.load(rewards_ptr + s, mask=mine, other=0.0), mine)
+        count += total(mine, mine)
+    return -gained / count
+
+
+@triton.jit
+def prompt_of(ids_ptr, nominal_ptr, s, n, m, WEIGHTED: tl.constexpr):
+    """The prompts of sequences s, which of them there are, and which of these are not masked."""
+    i = tl.load(ids_ptr + s, mask=s < n, other=-1).to(tl.int64)
+    legal = (s < n) & (i >= 0) & (i < m)
+    held = legal
+    if WEIGHTED:
+        held = held & (tl.load(nominal_ptr + i, mask=legal, other=0.0) != 0)
+    return i, legal, held
+
+
+@triton.jit(debug=DEBUG)
+def policy_loss_kernel(
+    logps_ptr, old_ptr, ref_ptr, entropy_ptr, mask_ptr, cu_ptr, advantages_ptr, rewards_ptr,
+    ids_ptr, factors_ptr, nominal_ptr, groups_ptr, before_ptr, after_ptr, scratch_ptr, masses_ptr,
+    sums_ptr, arrived_ptr, loss_ptr, weights_ptr, losses_ptr, risk_ptr, dual_ptr,
+    coefficients_ptr, slopes_ptr, table_ptr, n, m, tokens, length, size, parameters,
+    LOSS: tl.constexpr, BY_SEQUENCE: tl.constexpr, OLD: tl.constexpr, REFERENCE: tl.constexpr,
+    ENTROPY: tl.constexpr, MASKED: tl.constexpr, FACTORS: tl.constexpr, PACKED: tl.constexpr,
+    TOKENS: tl.constexpr, DOUBLE: tl.constexpr, KIND: tl.constexpr, NOMINAL: tl.constexpr,
+    TRIMS: tl.constexpr, WEIGHTED: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr,
+    DEBUG: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    one_sequence(
+        logps_ptr, old_ptr, ref_ptr, entropy_ptr, mask_ptr, cu_ptr, advantages_ptr, sums_ptr,
+        slopes_ptr, table_ptr, program, n, tokens, length, parameters,
+        BY_SEQUENCE, OLD, REFERENCE, ENTROPY, MASKED, PACKED, TOKENS, DOUBLE, DEBUG,
+    )  # fmt: skip
+    if program < m:
+        l = prompt_loss(rewards_ptr, ids_ptr, program, n, BLOCK)
+        tl.store(scratch_ptr + program, l)
+        put(losses_ptr + program, l)
+    # Releases what this program wrote, and acquires what the others did.
+    tl.debug_barrier()
+    if tl.atomic_add(arrived_ptr, 1, sem="acq_rel") == n - 1:
+        risk, dual = solve(
+            scratch_ptr, nominal_ptr, groups_ptr, before_ptr, after_ptr, masses_ptr, m, size,
+            number(parameters, 0), number(parameters, 1), number(parameters, 2),
+            KIND, NOMINAL, TRIMS, WEIGHTED, SIZE, BLOCK, DEBUG,
+        )  # fmt: skip
+        put(risk_ptr, risk)
+        put(dual_ptr, dual)
+        tl.debug_barrier()  # a sequence reads the weight of its prompt, which others wrote
+        present = tl.zeros([], tl.float64)
+        for first in range(0, m, BLOCK):
+            i = first + tl.arange(0, BLOCK)
+            put(weights_ptr + i, tl.load(scratch_ptr + 3 * m + i, mask=i < m, other=0.0), i < m)
+            there = i < m
+            if WEIGHTED:
+                there = there & (tl.load(nominal_ptr + i, mask=there, other=0.0) != 0)
+            present += total(there, there)
+        sequences, everything = tl.zeros([], tl.float64), tl.zeros([], tl.float64)
+        for first in range(0, n, BLOCK):
+            s = first + tl.arange(0, BLOCK)
+            _, _, held = prompt_of(ids_ptr, nominal_ptr, s, n, m, WEIGHTED)
+            sequences += total(held, held)
+            everything += total(tl.load(sums_ptr + s, mask=held, other=0.0), held)
+        loss = tl.zeros([], tl.float64)
+        for first in range(0, n, BLOCK):
+            s = first + tl.arange(0, BLOCK)
+            i, legal, held = prompt_of(ids_ptr, nominal_ptr, s, n, m, WEIGHTED)
+            weight = present * tl.load(scratch_ptr + 3 * m + i, mask=legal, other=0.0)
+            if FACTORS:
+                weight *= tl.load(factors_ptr + s, mask=s < n, other=0.0).to(tl.float64)
+            if LOSS == "grpo":
+                count = tl.load(sums_ptr + s, mask=s < n, other=1.0)
+                by = sequences * tl.where(count < 1, 1.0, count)
+            elif LOSS == "dr_grpo":
+                by = tl.zeros([BLOCK], tl.float64) + sequences * number(parameters, 6)
+            else:
+                by = tl.zeros([BLOCK], tl.float64) + tl.where(everything < 1, 1.0, everything)
+            coefficient = tl.where(weight == 0, 0.0, weight / by)
+            # A prompt that there is not has no weight to give.
+            coefficient = tl.where(legal, coefficient, float("nan"))
+            put(coefficients_ptr + s, coefficient, s < n)
+            part = coefficient * tl.load(sums_ptr + n + s, mask=s < n, other=0.0)
+            loss += total(part, (s < n) & (coefficient != 0))
+        put(loss_ptr, loss)
+
+
+@triton.jit
+def policy_loss_backward_kernel(
+    grad_ptr, slopes_ptr, coefficients_ptr, cu_ptr, out_ptr, n, tokens, length,
+    PACKED: tl.constexpr, TOKENS: tl.constexpr,
+):  # fmt: skip
+    s = tl.program_id(0)
+    begin, end, _ = limits(cu_ptr, s, n, tokens, length, PACKED, False)
+    factor = tl.load(grad_ptr) * tl.load(coefficients_ptr + s)
+    for first in range(begin, end, TOKENS):
+        o = first + tl.arange(0, TOKENS)
+        slope = tl.load(slopes_ptr + o, mask=o < end, other=0.0)
+        tl.store(out_ptr + o, tl.where(factor == 0, 0.0, factor * slope), mask=o < end)
+
+
+def policy_loss(
+    logps: Tensor,
+    old_logps: Tensor | None,
+    ref_logps: Tensor | None,
+    entropy: Tensor | None,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    advantages: Tensor,
+    rewards: Tensor,
+    prompt_ids: Tensor,
+    sequence_weights: Tensor | None,
+    nominal: Tensor | None,
+    groups: Tensor | None,
+    group_weights: Tensor | None,
+    num_prompts: int,
+    loss_type: str,
+    importance_level: str,
+    clip_low: float,
+    clip_high: float,
+    kl_beta: float,
+    max_completion_length: float,
+    kind: str,
+    a: float,
+    b: float,
+    trim: float,
+) -> tuple[Tensor, ...]:
+    """As `drrlhf.reference.policy_loss`; what it refuses by value gives NaN."""
+    dtype, n, m = statistics_dtype(logps), advantages.numel(), num_prompts
+    assert m <= n, "there are more prompts than sequences"
+    make = logps.new_empty if n else logps.new_zeros
+    loss, risk, dual = (make((), dtype=dtype) for _ in range(3))
+    weights, losses = (logps.new_empty(m, dtype=dtype) for _ in range(2))
+    coefficients = logps.new_empty(n, dtype=dtype)
+    slopes = torch.empty(logps.shape, dtype=dtype, device=logps.device)
+    table = logps.new_empty((ROWS, n), dtype=dtype)
+    if not n:
+        after = unchanged(logps, group_weights)
+        return loss, weights, losses, risk, dual, after, coefficients, slopes, table
+    foe = adversary(logps, m, 4, nominal, groups, group_weights, kind, a, b, trim)
+    tokens = [contiguous(x) for x in (logps, old_logps, ref_logps, entropy, mask, cu_seqlens)]
+    parameters = numbers(
+        *foe.parameters, 1 - clip_low, 1 + clip_high, kl_beta, max_completion_length
+    )
+    with on(logps):
+        policy_loss_kernel[(n,)](
+            *tokens, advantages.contiguous(), rewards.contiguous(), prompt_ids.contiguous(),
+            contiguous(sequence_weights), *foe.pointers(),
+            torch.empty(2 * n, dtype=torch.float64, device=logps.device),
+            torch.zeros(1, dtype=torch.int32, device=logps.device), loss, weights, losses, risk,
+            dual, coefficients, slopes, table, n, m, logps.numel(), logps.shape[-1],
+            foe.groups_count, parameters, LOSS=loss_type,
+            BY_SEQUENCE=importance_level == "sequence", OLD=old_logps is not None,
+            REFERENCE=ref_logps is not None, ENTROPY=entropy is not None, MASKED=mask is not None,
+            FACTORS=sequence_weights is not None, PACKED=cu_seqlens is not None, TOKENS=TOKENS,
+            DOUBLE=dtype == torch.float64, **foe.flags, **foe.options,
+        )  # fmt: skip
+    return loss, weights, losses, risk, dual, foe.after, coefficients, slopes, table
+
+
+def policy_loss_backward(
+    grad: Tensor, slopes: Tensor, coefficients: Tensor, cu_seqlens: Tensor | None
+) -> Tensor:
+    """As `drrlhf.reference.policy_loss_backward`."""
+    out, n = torch.empty_like(slopes), coefficients.numel()
+    if not n:
+        return out
+    with on(slopes):
+        policy_loss_backward_kernel[(n,)](
+            grad.to(slopes.dtype), slopes, coefficients, contiguous(cu_seqlens), out, n,
+            slopes.numel(), slopes.shape[-1], PACKED=cu_seqlens is not None, TOKENS=TOKENS,
+            num_warps=WARPS,
+        )  # fmt: skip
+    return out
