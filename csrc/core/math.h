@@ -21,11 +21,13 @@ DRRLHF_HD std::uint64_t double_to_bits(double value) {
 }
 
 // exp(x) = 2^k (1 + tail) with |x - k log 2| <= log(2)/2; tail = expm1 of the remainder.
-struct ExpParts {
-  double scale, tail;
+template <class T>
+struct ExpPartsOf {
+  T scale, tail;
 };
+using ExpParts = ExpPartsOf<double>;
 
-// x in [-745, 0]. Error of 1 + tail: about one unit in the last place.
+// x in [-745, 700]. Error of 1 + tail: about one unit in the last place.
 DRRLHF_HD ExpParts exp_parts(double x) {
   // Adding 1.5 * 2^52 rounds to an integer and leaves it in the low bits.
   constexpr double kShift = 6755399441055744.0;
@@ -51,6 +53,29 @@ DRRLHF_HD ExpParts exp_parts(double x) {
   // 2^k, where the low bits of `shifted` hold k.
   const std::uint64_t exponent = (double_to_bits(shifted) + 1023) << 52;
   return {bits_to_double(exponent), tail};
+}
+
+// The same in float32, x in [-87, 87].
+DRRLHF_HD ExpPartsOf<float> exp_parts(float x) {
+  constexpr float kShift = 12582912.0f;  // 1.5 * 2^23
+  constexpr float kLn2High = 0.693145751953125f, kLn2Low = 1.42860682030941723212e-6f;
+  const float shifted = x * 1.44269504f + kShift;
+  const float k = shifted - kShift;
+  const float r = (x - k * kLn2High) - k * kLn2Low;
+  // Taylor to r^7 / 7!: the remainder is below 2^-27 for |r| <= log(2)/2.
+  float s = 1.98412698e-4f;
+  s = s * r + 1.38888889e-3f;
+  s = s * r + 8.33333333e-3f;
+  s = s * r + 4.16666667e-2f;
+  s = s * r + 1.66666667e-1f;
+  s = s * r + 0.5f;
+  const float tail = r + r * r * s;
+  std::uint32_t bits;
+  memcpy(&bits, &shifted, sizeof bits);
+  bits = (bits + 127u) << 23;
+  float scale;
+  memcpy(&scale, &bits, sizeof scale);
+  return {scale, tail};
 }
 
 // exp(x) for x <= 0; 0 from -708 on, where only subnormal numbers are left.

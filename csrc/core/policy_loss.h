@@ -31,61 +31,73 @@ enum SequenceSum {
 // Larger exponents are clamped, without gradient, and counted.
 constexpr double kExponentLimit = 40.0;
 
+// Below this, exp(x) is taken as 0.
+template <class T>
+constexpr T kExponentFloor = sizeof(T) == 4 ? T(-87) : T(-708);
+
+template <class T>
 struct Surrogate {
-  double loss, slope, ratio, low_clipped, high_clipped, overflowed;
+  T loss, slope, ratio, low_clipped, high_clipped, overflowed;
 };
 
-// exp(x), for a log-ratio that is at most kExponentLimit; NaN for NaN, 0 for -infinity.
-DRRLHF_HD double exp_bounded(double x) {
-  const ExpParts e = exp_parts(x < -708.0 ? -708.0 : x);
-  const double value = e.scale + e.scale * e.tail;
-  return x < -708.0 ? 0.0 : value;
-}
-
-// Without branches, so that a loop over tokens vectorises. A NaN stays one.
-DRRLHF_HD Surrogate clipped_surrogate(double log_ratio, double advantage, double low, double high) {
-  const double negative = advantage < 0 ? 1.0 : 0.0, positive = advantage > 0 ? 1.0 : 0.0;
-  const double over = log_ratio > kExponentLimit ? 1.0 : 0.0;
-  const double ratio = exp_bounded(log_ratio > kExponentLimit ? kExponentLimit : log_ratio);
-  const double raised = ratio < low ? low : ratio;
-  const double clipped = raised > high ? high : raised;
-  const double free = ratio * advantage, held = clipped * advantage;
-  const double low_clipped = ratio < low ? negative : 0.0;
-  const double high_clipped = ratio > high ? positive : 0.0;
+// Of r = exp(log_ratio): -min(r A, clip(r) A), its derivative by log r, r, and 1 where r was
+// clipped low, clipped high, clamped. Without branches, so that a loop over tokens vectorises. A
+// NaN stays one.
+template <class T>
+DRRLHF_HD Surrogate<T> clipped_surrogate(T log_ratio, T advantage, T low, T high) {
+  const T limit = T(kExponentLimit), floor = kExponentFloor<T>;
+  const T negative = advantage < 0 ? T(1) : T(0), positive = advantage > 0 ? T(1) : T(0);
+  const T over = log_ratio > limit ? T(1) : T(0);
+  const T exponent = log_ratio > limit ? limit : log_ratio;
+  const ExpPartsOf<T> e = exp_parts(exponent < floor ? floor : exponent);
+  const T power = e.scale + e.scale * e.tail;
+  const T ratio = exponent < floor ? T(0) : power;
+  const T raised = ratio < low ? low : ratio;
+  const T clipped = raised > high ? high : raised;
+  const T free = ratio * advantage, held = clipped * advantage;
+  const T low_clipped = ratio < low ? negative : T(0);
+  const T high_clipped = ratio > high ? positive : T(0);
   return {-(free < held ? free : held),
-          low_clipped + high_clipped + over > 0 ? 0.0 : -free,
+          low_clipped + high_clipped + over > 0 ? T(0) : -free,
           ratio,
           low_clipped,
           high_clipped,
           over};
 }
 
+template <class T>
 struct K3 {
-  double value, slope, overflowed;
+  T value, slope, overflowed;
 };
 
 // exp(d) - d - 1 of d = log p_ref - log p, and its derivative by log p.
-DRRLHF_HD K3 k3_divergence(double difference) {
-  const double d = difference > kExponentLimit ? kExponentLimit : difference;
-  const ExpParts e = exp_parts(d < -708.0 ? -708.0 : d);
-  const double parts = (e.scale - 1.0) + e.scale * e.tail;
-  const double grown = d < -708.0 ? -1.0 : parts;  // expm1(d)
-  // What expm1(d) - d cancels is the series' square and above, which exp_parts would not keep.
-  double s = 1.6059043836821613e-10;
-  s = s * d + 2.08767569878681e-09;
-  s = s * d + 2.505210838544172e-08;
-  s = s * d + 2.755731922398589e-07;
-  s = s * d + 2.7557319223985893e-06;
-  s = s * d + 2.48015873015873e-05;
-  s = s * d + 1.984126984126984e-04;
-  s = s * d + 1.388888888888889e-03;
-  s = s * d + 8.333333333333333e-03;
-  s = s * d + 4.1666666666666664e-02;
-  s = s * d + 1.6666666666666666e-01;
-  s = s * d + 0.5;
-  const double series = d * d * s, plain = grown - d;
-  return {fabs(d) < 0.34 ? series : plain, difference > kExponentLimit ? 0.0 : -grown,
-          difference > kExponentLimit ? 1.0 : 0.0};
+template <class T>
+DRRLHF_HD K3<T> k3_divergence(T difference) {
+  const T limit = T(kExponentLimit), floor = kExponentFloor<T>;
+  const T d = difference > limit ? limit : difference;
+  const ExpPartsOf<T> e = exp_parts(d < floor ? floor : d);
+  const T parts = (e.scale - T(1)) + e.scale * e.tail;
+  const T grown = d < floor ? T(-1) : parts;  // expm1(d)
+  // Where expm1(d) - d would cancel: the series from its square on, to the last digit of a double.
+  T s = T(1.6059043836821613e-10);
+  if (sizeof(T) == 8) {
+    s = s * d + T(2.08767569878681e-09);
+    s = s * d + T(2.505210838544172e-08);
+    s = s * d + T(2.755731922398589e-07);
+    s = s * d + T(2.7557319223985893e-06);
+    s = s * d + T(2.48015873015873e-05);
+  } else {
+    s = T(2.48015873015873e-05);
+  }
+  s = s * d + T(1.984126984126984e-04);
+  s = s * d + T(1.388888888888889e-03);
+  s = s * d + T(8.333333333333333e-03);
+  s = s * d + T(4.1666666666666664e-02);
+  s = s * d + T(1.6666666666666666e-01);
+  s = s * d + T(0.5);
+  const T series = d * d * s, plain = grown - d, size = d < 0 ? -d : d;
+  return {size < T(0.34) ? series : plain, difference > limit ? T(0) : -grown,
+          difference > limit ? T(1) : T(0)};
 }
 
 }  // namespace drrlhf

@@ -3,7 +3,6 @@
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 
-#include "../core/team.h"
 #include "sequences.h"
 
 namespace drrlhf {
@@ -21,7 +20,7 @@ struct Tokens {
 };
 
 template <class T>
-Tokens<T> from(const Tokens<T>& t, std::int64_t i) {
+DRRLHF_HD Tokens<T> from(const Tokens<T>& t, std::int64_t i) {
   const auto at = [i](auto* p) { return p == nullptr ? p : p + i; };
   return {at(t.logps), at(t.old_logps), at(t.ref_logps), at(t.entropy), at(t.mask), at(t.slopes)};
 }
@@ -33,92 +32,125 @@ std::int64_t counted_until(const bool* mask, std::int64_t n) {
   return n;
 }
 
-// log r of n tokens, or 0 where they do not count, and how many count.
 template <class T>
-DRRLHF_HD void log_ratios(const Tokens<T>& t, std::int64_t n, double* log_ratio, double* counted) {
-  for (std::int64_t i = 0; i < n; ++i) {
-    counted[i] = t.mask == nullptr || t.mask[i] ? 1.0 : 0.0;
-    const double x = t.old_logps == nullptr ? 0.0 : double(t.logps[i]) - double(t.old_logps[i]);
-    log_ratio[i] = counted[i] != 0 ? x : 0.0;
+DRRLHF_HD void count(const Tokens<T>& t, std::int64_t n, T* counted) {
+  if (t.mask == nullptr) {
+    for (std::int64_t i = 0; i < n; ++i) counted[i] = T(1);
+  } else {
+    for (std::int64_t i = 0; i < n; ++i) counted[i] = t.mask[i] ? T(1) : T(0);
   }
 }
 
+// log r of n tokens, counted or not.
+template <class T>
+DRRLHF_HD void log_ratios(const Tokens<T>& t, std::int64_t n, T* log_ratio) {
+  if (t.old_logps == nullptr) {
+    for (std::int64_t i = 0; i < n; ++i) log_ratio[i] = T(0);
+  } else {
+    for (std::int64_t i = 0; i < n; ++i) log_ratio[i] = t.logps[i] - t.old_logps[i];
+  }
+}
+
+constexpr int kWidth = 16;  // independent chains of a sum
+
+// Sum of the counted entries of x (kBlock,), whose entries from n on are not read.
+template <class T>
+DRRLHF_HD double sum(const T* x, const T* counted, std::int64_t n) {
+  T lanes[kWidth] = {};
+  std::int64_t i = 0;
+  for (; i + kWidth <= n; i += kWidth) {
+    for (int j = 0; j < kWidth; ++j) lanes[j] += counted[i + j] != 0 ? x[i + j] : T(0);
+  }
+  for (int j = 0; i < n; ++i, ++j) lanes[j] += counted[i] != 0 ? x[i] : T(0);
+  double total = 0;
+  for (int j = 0; j < kWidth; ++j) total += double(lanes[j]);
+  return total;
+}
+
+template <class T>
+struct Work {
+  T counted[kBlock], log_ratio[kBlock], loss[kBlock], slope[kBlock], ratio[kBlock], low[kBlock],
+      high[kBlock], over[kBlock], divergence[kBlock];
+};
+
 // The sums (kSequenceSums) of one sequence of n tokens, and its slopes.
 template <class T>
-DRRLHF_MULTIVERSION void one_sequence(const Tokens<T>& t, std::int64_t n, double advantage,
-                                      const PolicyOptions& options, double* sums) {
-  const double low = 1.0 - options.clip_low, high = 1.0 + options.clip_high;
-  double log_ratio[kBlock], counted[kBlock], loss[kBlock], slope[kBlock], ratio[kBlock];
-  double lower[kBlock], higher[kBlock], over[kBlock], divergence[kBlock], entropy[kBlock];
+DRRLHF_HD void sum_sequence(const Tokens<T>& t, std::int64_t n, T advantage,
+                            const PolicyOptions& options, double* sums) {
+  const T low = T(1.0 - options.clip_low), high = T(1.0 + options.clip_high);
+  const T kl_beta = T(options.kl_beta);
+  Work<T> w;
   for (int k = 0; k < kSequenceSums; ++k) sums[k] = 0;
-  Surrogate whole = {};
+  Surrogate<T> whole = {};
   if (options.by_sequence) {
-    double total = 0, count = 0;
+    double total = 0, tokens = 0;
     for (std::int64_t begin = 0; begin < n; begin += kBlock) {
       const std::int64_t size = n - begin < kBlock ? n - begin : kBlock;
-      log_ratios(from(t, begin), size, log_ratio, counted);
-      const Sums<2> part = SerialTeam{size}.template sum<2>(
-          [&](std::int64_t i) { return Sums<2>{{log_ratio[i], counted[i]}}; });
-      total += part.v[0];
-      count += part.v[1];
+      const Tokens<T> block = from(t, begin);
+      count(block, size, w.counted);
+      log_ratios(block, size, w.log_ratio);
+      total += sum(w.log_ratio, w.counted, size);
+      tokens += sum(w.counted, w.counted, size);
     }
-    whole = clipped_surrogate(total / (count > 1 ? count : 1.0), advantage, low, high);
+    whole = clipped_surrogate(T(total / (tokens > 1 ? tokens : 1.0)), advantage, low, high);
   }
   for (std::int64_t begin = 0; begin < n; begin += kBlock) {
     const std::int64_t size = n - begin < kBlock ? n - begin : kBlock;
     const Tokens<T> block = from(t, begin);
-    log_ratios(block, size, log_ratio, counted);
+    count(block, size, w.counted);
     if (options.by_sequence) {
       for (std::int64_t i = 0; i < size; ++i) {
-        loss[i] = whole.loss;
-        slope[i] = whole.slope;
-        ratio[i] = whole.ratio;
-        lower[i] = whole.low_clipped;
-        higher[i] = whole.high_clipped;
-        over[i] = whole.overflowed;
+        w.slope[i] = whole.slope;
+        w.over[i] = whole.overflowed;
       }
     } else {
+      log_ratios(block, size, w.log_ratio);
       for (std::int64_t i = 0; i < size; ++i) {
-        const Surrogate s = clipped_surrogate(log_ratio[i], advantage, low, high);
-        loss[i] = s.loss;
-        slope[i] = s.slope;
-        ratio[i] = s.ratio;
-        lower[i] = s.low_clipped;
-        higher[i] = s.high_clipped;
-        over[i] = s.overflowed;
+        const Surrogate<T> s = clipped_surrogate(w.log_ratio[i], advantage, low, high);
+        w.loss[i] = s.loss;
+        w.slope[i] = s.slope;
+        w.ratio[i] = s.ratio;
+        w.low[i] = s.low_clipped;
+        w.high[i] = s.high_clipped;
+        w.over[i] = s.overflowed;
       }
+      sums[kSurrogate] += sum(w.loss, w.counted, size);
+      sums[kRatio] += sum(w.ratio, w.counted, size);
+      sums[kLowClipped] += sum(w.low, w.counted, size);
+      sums[kHighClipped] += sum(w.high, w.counted, size);
     }
-    for (std::int64_t i = 0; i < size; ++i) divergence[i] = entropy[i] = 0;
     if (block.ref_logps != nullptr) {
       for (std::int64_t i = 0; i < size; ++i) {
-        const K3 d = k3_divergence(double(block.ref_logps[i]) - double(block.logps[i]));
-        divergence[i] = d.value;
-        slope[i] += options.kl_beta * d.slope;
-        over[i] = over[i] > d.overflowed ? over[i] : d.overflowed;
+        const K3<T> d = k3_divergence(block.ref_logps[i] - block.logps[i]);
+        w.divergence[i] = d.value;
+        w.slope[i] += kl_beta * d.slope;
+        w.over[i] = d.overflowed > 0 ? d.overflowed : w.over[i];
       }
+      sums[kK3Sum] += sum(w.divergence, w.counted, size);
     }
-    if (block.entropy != nullptr) {
-      for (std::int64_t i = 0; i < size; ++i) entropy[i] = double(block.entropy[i]);
-    }
+    if (block.entropy != nullptr) sums[kEntropySum] += sum(block.entropy, w.counted, size);
     for (std::int64_t i = 0; i < size; ++i) {
-      block.slopes[i] = counted[i] != 0 ? T(slope[i]) : T(0);
+      block.slopes[i] = w.counted[i] != 0 ? w.slope[i] : T(0);
     }
-    for (std::int64_t i = 0; i < size; ++i) {
-      const bool in = counted[i] != 0;
-      loss[i] = in ? loss[i] : 0.0;
-      divergence[i] = in ? divergence[i] : 0.0;
-      ratio[i] = in ? ratio[i] : 0.0;
-      lower[i] = in ? lower[i] : 0.0;
-      higher[i] = in ? higher[i] : 0.0;
-      over[i] = in ? over[i] : 0.0;
-      entropy[i] = in ? entropy[i] : 0.0;
-    }
-    const Sums<kSequenceSums> part = SerialTeam{size}.template sum<kSequenceSums>([&](auto i) {
-      return Sums<kSequenceSums>{
-          {counted[i], loss[i], divergence[i], ratio[i], lower[i], higher[i], over[i], entropy[i]}};
-    });
-    for (int k = 0; k < kSequenceSums; ++k) sums[k] += part.v[k];
+    sums[kOverflowed] += sum(w.over, w.counted, size);
+    sums[kTokens] += sum(w.counted, w.counted, size);
   }
+  if (options.by_sequence && sums[kTokens] > 0) {
+    sums[kSurrogate] = sums[kTokens] * double(whole.loss);
+    sums[kRatio] = sums[kTokens] * double(whole.ratio);
+    sums[kLowClipped] = sums[kTokens] * double(whole.low_clipped);
+    sums[kHighClipped] = sums[kTokens] * double(whole.high_clipped);
+  }
+}
+
+DRRLHF_MULTIVERSION void one_sequence(const Tokens<float>& t, std::int64_t n, double advantage,
+                                      const PolicyOptions& options, double* sums) {
+  sum_sequence(t, n, float(advantage), options, sums);
+}
+
+DRRLHF_MULTIVERSION void one_sequence(const Tokens<double>& t, std::int64_t n, double advantage,
+                                      const PolicyOptions& options, double* sums) {
+  sum_sequence(t, n, advantage, options, sums);
 }
 
 DRRLHF_MULTIVERSION void scale(const float* x, std::int64_t n, float factor, float* out) {

@@ -208,11 +208,42 @@ def _pairs() -> Iterator[Variant]:
                 )  # fmt: skip
 
 
+def _policy_loss() -> Iterator[Variant]:
+    from drrlhf.kernels import policy_loss, robust_risk
+    from drrlhf.kernels.sequence_logprobs import TOKENS, WARPS
+
+    constants: dict[str, Any] = {
+        "OLD": True, "ENTROPY": True, "FACTORS": False, "TOKENS": TOKENS, "DOUBLE": False,
+        "NOMINAL": False, "TRIMS": False, "WEIGHTED": False, "SIZE": 1, "DEBUG": False,
+        "KIND": "tv",
+    }  # fmt: skip
+    kernel = policy_loss.policy_loss_kernel
+    given = {"parameters": (("fp32", "fp32"),) * 7, "ids_ptr": "*i64", "sums_ptr": "*fp64"}
+    for block, warps in (robust_risk.SMALL, robust_risk.LARGE):
+        for loss_type, by_sequence, packed in (("dapo", False, False), ("grpo", True, True)):
+            more = {
+                "BLOCK": block, "LOSS": loss_type, "BY_SEQUENCE": by_sequence, "PACKED": packed,
+                "REFERENCE": not by_sequence, "MASKED": not packed,
+            }  # fmt: skip
+            level, layout = "sequence" if by_sequence else "token", "packed" if packed else "padded"
+            yield Variant(
+                f"policy_loss, {loss_type} by {level}, {layout}, blocks of {block}", kernel,
+                _types(kernel, mask_ptr="*i64", **given), constants | more, warps,
+                robust_risk.REGISTERS,
+            )  # fmt: skip
+    kernel = policy_loss.policy_loss_backward_kernel
+    yield Variant(
+        "policy_loss_backward, padded rows", kernel, _types(kernel),
+        {"PACKED": False, "TOKENS": TOKENS}, WARPS, divisible=_SIZES, streams=True,
+    )  # fmt: skip
+
+
 def variants() -> Iterator[Variant]:
     """Every kernel that a default call may compile, in the ways that matter."""
     yield from _token_logprobs()
     yield from _linear_token_logprobs()
     yield from _pairs()
+    yield from _policy_loss()
 
 
 def build(variant: Variant, arch: int) -> Build:

@@ -30,6 +30,7 @@ OPS = {
     "token_logprobs": "token_logprobs",
     "linear_token_logprobs": "linear_token_logprobs",
     "linear_preference_loss": "preference",
+    "policy_loss": "policy_loss",
     "dpo_step": "dpo_step",
     "trainer_step": "trainer_step",
 }
