@@ -233,14 +233,15 @@ NineTensors policy_loss(const Tensor& logps, const OptionalTensor& old_logps,
                         const OptionalTensor& groups, const OptionalTensor& group_weights,
                         std::int64_t m, std::string_view loss_type,
                         std::string_view importance_level, double clip_low, double clip_high,
-                        double kl_beta, double max_completion_length, std::string_view kind,
-                        double a, double b, double trim) {
+                        double kl_beta, bool correct_kl, double max_completion_length,
+                        std::string_view kind, double a, double b, double trim) {
   const std::int64_t n = advantages.numel();
   const PolicyOptions options{by_name<PolicyLossType>("loss_type", loss_type, kPolicyLossTypes),
                               importance_level == "sequence",
                               clip_low,
                               clip_high,
                               kl_beta,
+                              correct_kl,
                               max_completion_length};
   const Tensor gain = load("rewards", rewards, n), shift = load("advantages", advantages, n);
   const OptionalTensor factors = load("sequence_weights", sequence_weights, n);

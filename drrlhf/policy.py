@@ -36,10 +36,10 @@ from drrlhf.robust import (
 class SequenceStatistics(NamedTuple):
     """Sums over the counted tokens of each sequence (S,), detached.
 
-    tokens: how many count; surrogate: -min(r A, clip(r) A); kl: the k3 estimate, 0 without a
-    reference; ratio: r; low_clipped, high_clipped: tokens whose clip took the gradient away, for
-    A < 0 and A > 0; overflowed: tokens whose log-ratio, to the old or the reference policy, was
-    clamped at 40; entropy: 0 where none was given.
+    tokens: how many count; surrogate: -min(r A, clip(r) A); kl: the (corrected) k3 estimate, 0
+    without a reference; ratio: r; low_clipped, high_clipped: tokens whose clip took the gradient
+    away, for A < 0 and A > 0; overflowed: tokens whose log-ratio, to the old or the reference
+    policy, was clamped at 40; entropy: 0 where none was given.
     """
 
     tokens: Tensor
@@ -106,6 +106,7 @@ def policy_loss(
     cu_seqlens: Tensor | None = None,
     ref_logps: Tensor | None = None,
     kl_beta: float = 0.0,
+    correct_kl: bool = True,
     clip_low: float = 0.2,
     clip_high: float = 0.2,
     loss_type: str = "dapo",
@@ -127,7 +128,7 @@ def policy_loss(
 
     With the ratio r = exp(logps - old_logps) of a token (or the geometric mean of a sequence's, at
     ``importance_level="sequence"``), a sequence contributes the sum over its tokens of
-    -min(r A, clip(r, 1 - clip_low, 1 + clip_high) A) + kl_beta (exp(d) - d - 1), with
+    -min(r A, clip(r, 1 - clip_low, 1 + clip_high) A) + kl_beta r (exp(d) - d - 1), with
     d = ref_logps - logps, and prompt i contributes c_i, the sum over its sequences s of a_s times
     that: a_s = 1 / (S tokens of s) for grpo (arXiv 2402.03300), 1 / (all tokens) for bnpo and dapo
     (arXiv 2503.14476), 1 / (S max_completion_length) for dr_grpo (arXiv 2503.20783). With V_i the
@@ -147,12 +148,15 @@ def policy_loss(
         mask: as logps, 0 where a token does not count; default: all count.
         cu_seqlens: (S+1,) boundaries of packed sequences, from 0 to T.
         ref_logps: as logps, under the reference; needed for kl_beta != 0.
+        correct_kl: False leaves the ratio r in front of the divergence out; TRL's
+            ``use_bias_correction_kl``.
         clip_low, clip_high: the ratio is clipped to [1 - clip_low, 1 + clip_high].
         loss_type: grpo, bnpo, dr_grpo or dapo; bnpo and dapo are the same number here.
         max_completion_length: dr_grpo's constant.
         entropy: as logps, of each token's distribution; only averaged into the statistics.
         sequence_weights: (S,) constants >= 0 that multiply each sequence's contribution, for
-            weights that were found elsewhere (over several batches, say).
+            weights that were found elsewhere (over several batches, say). A prompt without tokens
+            is no error then.
         num_prompts: m; None reads it from prompt_ids, which synchronises a GPU with the host.
         ambiguity, group_state, normaliser_state, update: as in `robust_risk`.
         nominal, groups: (m,), by prompt, as in `robust_risk`; a prompt with nominal 0 is absent.
@@ -207,9 +211,10 @@ def policy_loss(
             logps, old_logps, ref_logps, entropy, mask, cu_seqlens, advantages.detach(),
             rewards.detach(), prompt_ids, sequence_weights if factor is None else factor,
             nominal, groups, state, prompts, loss_type, importance_level, clip_low, clip_high,
-            kl_beta, float(max_completion_length or 1), *encoded,
+            kl_beta, correct_kl, float(max_completion_length or 1), *encoded,
         )  # fmt: skip
-        _check_prompts_have_tokens(table[reference.TOKENS], prompt_ids, prompts)
+        if sequence_weights is None:
+            _check_prompts_have_tokens(table[reference.TOKENS], prompt_ids, prompts)
         return Evaluation(loss, weights, losses, dual, stepped, (table,), risk)
 
     if process_group is None:

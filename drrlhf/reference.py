@@ -896,6 +896,7 @@ class PolicyOptions(NamedTuple):
     clip_low: float
     clip_high: float
     kl_beta: float
+    correct_kl: bool
     max_completion_length: float
 
 
@@ -946,6 +947,7 @@ def policy_loss(
     clip_low: float,
     clip_high: float,
     kl_beta: float,
+    correct_kl: bool,
     max_completion_length: float,
     kind: str,
     a: float,
@@ -955,15 +957,16 @@ def policy_loss(
     """Of S sequences of m prompts: loss (), weights q and losses -V (m,), risk (), dual (), group
     weights (G,), coefficients (S,), slopes (as logps) and the table of sequences (8, S).
 
-    loss = sum_s coefficient_s L_s, where L_s sums -min(r A, clip(r) A) + kl_beta k3 over the
-    counted tokens, and coefficient_s = m q_(prompt of s) a_s with a_s = 1 / (S tokens_s) for grpo,
-    1 / all tokens for bnpo and dapo, 1 / (S max_completion_length) for dr_grpo; times
-    sequence_weights. d loss / d logp = coefficient_s slope. Masked prompts (nominal 0) do not count
-    in m, S and the tokens.
+    loss = sum_s coefficient_s L_s, where L_s sums -min(r A, clip(r) A) + kl_beta k3 (times r
+    where correct_kl) over the counted tokens, and coefficient_s = m q_(prompt of s) a_s with
+    a_s = 1 / (S tokens_s) for grpo, 1 / all tokens for bnpo and dapo, and
+    1 / (S max_completion_length) for dr_grpo; times sequence_weights. d loss / d logp =
+    coefficient_s slope. Masked prompts (nominal 0) do not count in m, S and the tokens.
     """
     o = PolicyOptions(
-        loss_type, importance_level, clip_low, clip_high, kl_beta, max_completion_length
-    )
+        loss_type, importance_level, clip_low, clip_high, kl_beta, correct_kl,
+        max_completion_length,
+    )  # fmt: skip
     segment, count = _segments(logps, cu_seqlens)
     check_prompt_ids(prompt_ids, num_prompts)
     prompts, flat = prompt_ids.long(), segment.reshape(-1)
@@ -984,6 +987,12 @@ def policy_loss(
     divergence = torch.zeros_like(x)
     if ref_logps is not None:
         divergence, slope, beyond = k3(x, ref_logps.double())
+        if correct_kl:
+            divergence, slope = ratio * divergence, ratio * slope
+            by_ratio = divergence
+            if importance_level == "sequence":
+                by_ratio = (sums(divergence) / tokens.clamp(min=1))[segment]
+            slope = slope + torch.where(overflowed, 0, by_ratio)
         slopes, overflowed = slopes + kl_beta * slope, overflowed | beyond
     rows = [surrogate, divergence, ratio, low_clipped, high_clipped, overflowed]
     rows.append(torch.zeros_like(x) if entropy is None else entropy)

@@ -90,8 +90,8 @@ def one_sequence(
     logps_ptr, old_ptr, ref_ptr, entropy_ptr, mask_ptr, cu_ptr, advantages_ptr, sums_ptr,
     slopes_ptr, table_ptr, s, n, tokens, length, parameters,
     BY_SEQUENCE: tl.constexpr, OLD: tl.constexpr, REFERENCE: tl.constexpr, ENTROPY: tl.constexpr,
-    MASKED: tl.constexpr, PACKED: tl.constexpr, TOKENS: tl.constexpr, DOUBLE: tl.constexpr,
-    DEBUG: tl.constexpr,
+    MASKED: tl.constexpr, PACKED: tl.constexpr, CORRECTED: tl.constexpr, TOKENS: tl.constexpr,
+    DOUBLE: tl.constexpr, DEBUG: tl.constexpr,
 ):  # fmt: skip
     """Slopes and sums of sequence s; its tokens, and its loss, also into the scratch `sums`."""
     dtype = tl.float64 if DOUBLE else tl.float32
@@ -122,6 +122,10 @@ def one_sequence(
         if REFERENCE:
             reference = load(ref_ptr, o, counted, DOUBLE)
             value, back, beyond = k3(reference - load(logps_ptr, o, counted, DOUBLE))
+            if CORRECTED:
+                value, back = ratio * value, ratio * back
+                if not BY_SEQUENCE:
+                    back += tl.where(over > 0, 0.0, value)
             divergence += total(value, counted)
             slope += kl_beta.to(dtype) * back
             over = tl.where(beyond > 0, 1.0, over)
@@ -134,6 +138,15 @@ def one_sequence(
         lower += total(low_clipped, counted)
         higher += total(high_clipped, counted)
         overflowed += total(over, counted)
+    if BY_SEQUENCE and REFERENCE and CORRECTED:
+        # Every token moves the ratio, which multiplies the divergence of all of them.
+        by_ratio = kl_beta * divergence / tl.where(count > 1, count, 1.0)
+        by_ratio = tl.where(whole > LIMIT, 0.0, by_ratio)
+        for first in range(begin, end, TOKENS):
+            o = first + tl.arange(0, TOKENS)
+            counted = counted_at(mask_ptr, o, end, MASKED)
+            slope = tl.load(slopes_ptr + o, mask=counted, other=0.0)
+            tl.store(slopes_ptr + o, slope + by_ratio.to(slope.dtype), mask=counted)
     put(table_ptr + s, count)
     put(table_ptr + n + s, loss)
     put(table_ptr + 2 * n + s, divergence)
@@ -177,15 +190,15 @@ def policy_loss_kernel(
     coefficients_ptr, slopes_ptr, table_ptr, n, m, tokens, length, size, parameters,
     LOSS: tl.constexpr, BY_SEQUENCE: tl.constexpr, OLD: tl.constexpr, REFERENCE: tl.constexpr,
     ENTROPY: tl.constexpr, MASKED: tl.constexpr, FACTORS: tl.constexpr, PACKED: tl.constexpr,
-    TOKENS: tl.constexpr, DOUBLE: tl.constexpr, KIND: tl.constexpr, NOMINAL: tl.constexpr,
-    TRIMS: tl.constexpr, WEIGHTED: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr,
-    DEBUG: tl.constexpr,
+    CORRECTED: tl.constexpr, TOKENS: tl.constexpr, DOUBLE: tl.constexpr, KIND: tl.constexpr,
+    NOMINAL: tl.constexpr, TRIMS: tl.constexpr, WEIGHTED: tl.constexpr, SIZE: tl.constexpr,
+    BLOCK: tl.constexpr, DEBUG: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     one_sequence(
         logps_ptr, old_ptr, ref_ptr, entropy_ptr, mask_ptr, cu_ptr, advantages_ptr, sums_ptr,
         slopes_ptr, table_ptr, program, n, tokens, length, parameters,
-        BY_SEQUENCE, OLD, REFERENCE, ENTROPY, MASKED, PACKED, TOKENS, DOUBLE, DEBUG,
+        BY_SEQUENCE, OLD, REFERENCE, ENTROPY, MASKED, PACKED, CORRECTED, TOKENS, DOUBLE, DEBUG,
     )  # fmt: skip
     if program < m:
         l = prompt_loss(rewards_ptr, ids_ptr, program, n, BLOCK)
@@ -273,6 +286,7 @@ def policy_loss(
     clip_low: float,
     clip_high: float,
     kl_beta: float,
+    correct_kl: bool,
     max_completion_length: float,
     kind: str,
     a: float,
@@ -306,8 +320,9 @@ def policy_loss(
             foe.groups_count, parameters, LOSS=loss_type,
             BY_SEQUENCE=importance_level == "sequence", OLD=old_logps is not None,
             REFERENCE=ref_logps is not None, ENTROPY=entropy is not None, MASKED=mask is not None,
-            FACTORS=sequence_weights is not None, PACKED=cu_seqlens is not None, TOKENS=TOKENS,
-            DOUBLE=dtype == torch.float64, **foe.flags, **foe.options,
+            FACTORS=sequence_weights is not None, PACKED=cu_seqlens is not None,
+            CORRECTED=correct_kl, TOKENS=TOKENS, DOUBLE=dtype == torch.float64, **foe.flags,
+            **foe.options,
         )  # fmt: skip
     return loss, weights, losses, risk, dual, foe.after, coefficients, slopes, table
 

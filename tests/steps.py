@@ -8,9 +8,17 @@ from typing import Any
 from trl_fixtures import quiet, tiny_pairs, tiny_tokenizer  # isort: skip (settles the environment)
 
 import torch
+import trl
 from transformers import AutoModelForCausalLM, TrainerCallback
 
-from drrlhf.trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer
+from drrlhf.trl import (
+    DPOConfig,
+    DPOTrainer,
+    GRPOConfig,
+    GRPOTrainer,
+    RewardConfig,
+    RewardTrainer,
+)
 
 
 class Gradients(TrainerCallback):
@@ -34,18 +42,50 @@ def away(path: str) -> Any:
     return model
 
 
+COMPLETIONS = 2  # of each prompt
+
+
+def by_place(prompts: list[str], **_: Any) -> list[float]:
+    """A reward that differs between the completions of a prompt even where these are equal."""
+    texts = [sum(map(ord, prompt)) for prompt in prompts]
+    return [t % 7 / 3 + (i % COMPLETIONS) * (1 + t % 3) for i, t in enumerate(texts)]
+
+
+def written(prompt_ids: list[list[int]], *_: Any) -> tuple[list[list[int]], None]:
+    """Completions that depend on the prompt and the place alone, however a batch is cut."""
+    found = []
+    for i, ids in enumerate(prompt_ids):
+        draw = torch.Generator().manual_seed(sum(ids) * COMPLETIONS + i % COMPLETIONS)
+        length = int(torch.randint(1, 6, (1,), generator=draw))
+        found.append([*torch.randint(6, 180, (length,), generator=draw).tolist(), 1])
+    return found, None
+
+
+KINDS = {
+    "dpo": (DPOTrainer, DPOConfig),
+    "reward": (RewardTrainer, RewardConfig),
+    "grpo": (GRPOTrainer, GRPOConfig),
+    "trl": (trl.GRPOTrainer, trl.GRPOConfig),
+}
+
+
 def trainer(
     method: str, model: str, folder: str, data: Any = None, pairs: int = 8, **options: Any
 ) -> Any:
-    """A trainer of one of our two kinds; options beginning with trainer_ go to the trainer."""
-    kind, config = {"dpo": (DPOTrainer, DPOConfig), "reward": (RewardTrainer, RewardConfig)}[method]
+    """A trainer of one of our kinds, or TRL's GRPO; options beginning with trainer_ go to it."""
+    kind, config = KINDS[method]
     own = {k.removeprefix("trainer_"): v for k, v in options.items() if k.startswith("trainer_")}
     rest = {k: v for k, v in options.items() if not k.startswith("trainer_")}
     # sgd: the second step then differs as little as the gradient of the first one did
     arguments = quiet(max_grad_norm=0.0, max_steps=1, optim="sgd") | rest
     if method == "dpo" and "ref_model" not in own and "peft_config" not in own:
         own["ref_model"] = AutoModelForCausalLM.from_pretrained(model)
-    return kind(
+    if kind in (GRPOTrainer, trl.GRPOTrainer):
+        own.setdefault("reward_funcs", by_place)
+        arguments = {"num_generations": COMPLETIONS, "max_completion_length": 8} | arguments
+        data = tiny_pairs(pairs) if data is None else data
+        data = data.remove_columns([c for c in ("chosen", "rejected") if c in data.column_names])
+    made = kind(
         model=away(model) if method == "dpo" else model,
         args=config(folder, **arguments),
         train_dataset=tiny_pairs(pairs) if data is None else data,
@@ -53,6 +93,9 @@ def trainer(
         callbacks=[Gradients()],
         **own,
     )
+    if kind in (GRPOTrainer, trl.GRPOTrainer):
+        made._generate_single_turn = written
+    return made
 
 
 def run(method: str, model: str, folder: str, **options: Any) -> dict[str, Any]:

@@ -73,14 +73,20 @@ def run(arguments, **options):
 OPTIONS = {"max_completion_length": 11, "clip_low": 0.1, "clip_high": 0.28}
 
 
+@pytest.mark.parametrize("correct_kl", [True, False])
 @pytest.mark.parametrize("kl_beta", [0.0, 0.05])
 @pytest.mark.parametrize("level", IMPORTANCE_LEVELS)
 @pytest.mark.parametrize("loss_type", POLICY_LOSS_TYPES)
-def test_erm_is_trl(loss_type, level, kl_beta):
+def test_erm_is_trl(loss_type, level, kl_beta, correct_kl):
     trl_policy = pytest.importorskip("drrlhf.bench.trl_policy")
     pytest.importorskip("trl")
     x = batch()
-    options = OPTIONS | {"loss_type": loss_type, "importance_level": level, "kl_beta": kl_beta}
+    if not correct_kl and not kl_beta:
+        return
+    options = OPTIONS | {
+        "loss_type": loss_type, "importance_level": level, "kl_beta": kl_beta,
+        "correct_kl": correct_kl,
+    }  # fmt: skip
     out, grad = run(x, **options)
     theirs = {k: v for k, v in x.items() if k not in ("rewards", "prompt_ids")}
     loss, metrics = trl_policy.trl_policy_loss(**theirs, **options)
@@ -349,7 +355,7 @@ def test_opcheck():
     arguments = (
         x["logps"], x["old_logps"], x["ref_logps"], x["entropy"], x["mask"], None, x["advantages"],
         x["rewards"], x["prompt_ids"], None, None, None, None, 4, "grpo", "token", 0.2, 0.2, 0.1,
-        1.0, "tv", 0.2, 0.0, 0.0,
+        True, 1.0, "tv", 0.2, 0.0, 0.0,
     )  # fmt: skip
     torch.library.opcheck(
         torch.ops.drrlhf.policy_loss.default, arguments,
@@ -441,7 +447,7 @@ def test_wrong_shapes_and_options_are_named(change, words, backend):
 def test_reference_is_its_own_definition():
     """The backward op against autograd of the formula written plainly."""
     x = batch()
-    o = reference.PolicyOptions("grpo", "token", 0.2, 0.2, 0.1, 1.0)
+    o = reference.PolicyOptions("grpo", "token", 0.2, 0.2, 0.1, False, 1.0)
     leaf = x["logps"].detach().cpu().requires_grad_()
     old, ref = x["old_logps"].cpu(), x["ref_logps"].cpu()
     advantages, mask = x["advantages"].cpu(), x["mask"].cpu()
@@ -453,6 +459,6 @@ def test_reference_is_its_own_definition():
     )
     loss = ((token * mask).sum(1) / mask.sum(1).clamp(min=1)).mean()
     (expected,) = torch.autograd.grad(loss, leaf)
-    out, grad = run(x, loss_type="grpo", kl_beta=0.1)
+    out, grad = run(x, loss_type="grpo", kl_beta=0.1, correct_kl=False)
     torch.testing.assert_close(out.loss.cpu(), loss.detach())
     torch.testing.assert_close(grad.cpu(), expected)

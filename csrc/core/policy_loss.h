@@ -12,7 +12,9 @@ enum class PolicyLossType { kGrpo, kBnpo, kDrGrpo, kDapo };
 struct PolicyOptions {
   PolicyLossType loss_type;
   bool by_sequence;  // one ratio for a sequence, the geometric mean of its tokens'
-  double clip_low, clip_high, kl_beta, max_completion_length;
+  double clip_low, clip_high, kl_beta;
+  bool correct_kl;  // the divergence times the ratio
+  double max_completion_length;
 };
 
 // Rows of the table of sequences.

@@ -79,6 +79,7 @@ DRRLHF_HD void sum_sequence(const Tokens<T>& t, std::int64_t n, T advantage,
                             const PolicyOptions& options, double* sums) {
   const T low = T(1.0 - options.clip_low), high = T(1.0 + options.clip_high);
   const T kl_beta = T(options.kl_beta);
+  const bool of_tokens = options.correct_kl && !options.by_sequence;
   Work<T> w;
   for (int k = 0; k < kSequenceSums; ++k) sums[k] = 0;
   Surrogate<T> whole = {};
@@ -101,6 +102,7 @@ DRRLHF_HD void sum_sequence(const Tokens<T>& t, std::int64_t n, T advantage,
     if (options.by_sequence) {
       for (std::int64_t i = 0; i < size; ++i) {
         w.slope[i] = whole.slope;
+        w.ratio[i] = whole.ratio;
         w.over[i] = whole.overflowed;
       }
     } else {
@@ -122,8 +124,10 @@ DRRLHF_HD void sum_sequence(const Tokens<T>& t, std::int64_t n, T advantage,
     if (block.ref_logps != nullptr) {
       for (std::int64_t i = 0; i < size; ++i) {
         const K3<T> d = k3_divergence(block.ref_logps[i] - block.logps[i]);
-        w.divergence[i] = d.value;
-        w.slope[i] += kl_beta * d.slope;
+        const T r = options.correct_kl ? w.ratio[i] : T(1);
+        const T by_ratio = w.over[i] > 0 ? T(0) : r * d.value;
+        w.divergence[i] = r * d.value;
+        w.slope[i] += kl_beta * (r * d.slope + (of_tokens ? by_ratio : T(0)));
         w.over[i] = d.overflowed > 0 ? d.overflowed : w.over[i];
       }
       sums[kK3Sum] += sum(w.divergence, w.counted, size);
@@ -140,6 +144,13 @@ DRRLHF_HD void sum_sequence(const Tokens<T>& t, std::int64_t n, T advantage,
     sums[kRatio] = sums[kTokens] * double(whole.ratio);
     sums[kLowClipped] = sums[kTokens] * double(whole.low_clipped);
     sums[kHighClipped] = sums[kTokens] * double(whole.high_clipped);
+    if (options.correct_kl && t.ref_logps != nullptr && !(whole.overflowed > 0)) {
+      // Every token moves the ratio, which multiplies the divergence of all of them.
+      const T by_ratio = T(options.kl_beta * sums[kK3Sum] / sums[kTokens]);
+      for (std::int64_t i = 0; i < n; ++i) {
+        t.slopes[i] += t.mask == nullptr || t.mask[i] ? by_ratio : T(0);
+      }
+    }
   }
 }
 

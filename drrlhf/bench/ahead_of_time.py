@@ -223,7 +223,7 @@ def _policy_loss() -> Iterator[Variant]:
         for loss_type, by_sequence, packed in (("dapo", False, False), ("grpo", True, True)):
             more = {
                 "BLOCK": block, "LOSS": loss_type, "BY_SEQUENCE": by_sequence, "PACKED": packed,
-                "REFERENCE": not by_sequence, "MASKED": not packed,
+                "REFERENCE": True, "CORRECTED": True, "MASKED": not packed,
             }  # fmt: skip
             level, layout = "sequence" if by_sequence else "token", "packed" if packed else "padded"
             yield Variant(

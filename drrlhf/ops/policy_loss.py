@@ -10,7 +10,7 @@ from torch import Tensor
 from drrlhf.ops.library import autograd, define, first_order_only
 from drrlhf.reference import statistics_dtype
 
-_INPUTS = 24
+_INPUTS = 25
 
 
 def _fake(logps, old_logps, ref_logps, entropy, mask, cu_seqlens, advantages, *rest):
@@ -52,7 +52,8 @@ policy_loss = define(
     "Tensor? cu_seqlens, Tensor advantages, Tensor rewards, Tensor prompt_ids, "
     "Tensor? sequence_weights, Tensor? nominal, Tensor? groups, Tensor? group_weights, "
     "SymInt num_prompts, str loss_type, str importance_level, float clip_low, float clip_high, "
-    "float kl_beta, float max_completion_length, str kind, float a, float b, float trim) -> "
+    "float kl_beta, bool correct_kl, float max_completion_length, str kind, float a, "
+    "float b, float trim) -> "
     "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _fake,
 )

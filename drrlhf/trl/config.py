@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from trl import DPOConfig as _TRLDPOConfig
+from trl import GRPOConfig as _TRLGRPOConfig
 from trl import RewardConfig as _TRLRewardConfig
 
 from drrlhf import parse_ambiguity
@@ -12,6 +13,7 @@ from drrlhf.checks import check_choice
 from drrlhf.trl.head import HEADS
 
 SCOPES = ("step", "microbatch")
+GROUPINGS = ("column", "pass_rate")
 _HELP = (
     "The ambiguity set around the pairs of a step: erm (TRL's own objective), kl:RADIUS, "
     "kl:temperature=T (also with ,momentum=M), tv:RADIUS, chi2:RADIUS, chi2:penalty=C, "
@@ -89,3 +91,35 @@ class RewardConfig(_Ambiguous, _TRLRewardConfig):
         default=False,
         metadata={"help": "Run the model on one packed row of tokens, without padding."},
     )
+
+
+@dataclass
+class GRPOConfig(_Ambiguous, _TRLGRPOConfig):
+    """TRL's ``GRPOConfig`` plus the ambiguity set around the prompts of a step, given and kept as
+    in :class:`DPOConfig`, and the output head.
+
+    ``group_by`` says what the groups of ``ambiguity="group:G"`` are: ``"column"``, the dataset's
+    ``group``; or ``"pass_rate"``, the share of each prompt's completions so far that reached a
+    reward of ``pass_threshold``, cut into G equal parts of [0, 1].
+
+    Raises:
+        ValueError: the ambiguity set, ``head`` or ``group_by`` is unknown, or an argument of the
+            set is out of range.
+    """
+
+    head: str = field(
+        default="auto",
+        metadata={"help": f"What computes the log-probs of tokens: {', '.join(HEADS)}."},
+    )
+    group_by: str = field(
+        default="column",
+        metadata={"help": f"What the groups of a group set are: {', '.join(GROUPINGS)}."},
+    )
+    pass_threshold: float = field(
+        default=0.5, metadata={"help": "The reward from which a completion counts as passed."}
+    )
+
+    def __post_init__(self) -> None:
+        check_choice("head", self.head, HEADS)
+        check_choice("group_by", self.group_by, GROUPINGS)
+        super().__post_init__()

@@ -49,7 +49,8 @@ def load(folder: Path, states: Mapping[str, nn.Module]) -> None:
                 }
         expected = {key: tuple(t.shape) for key, t in module.state_dict().items()}
         shapes = {key: tuple(t.shape) for key, t in found.items()}
-        if shapes != expected:
+        grows = getattr(module, "grows", False)
+        if shapes.keys() != expected.keys() or (shapes != expected and not grows):
             raise ValueError(
                 f"{folder / STATE_FILE}: expected {name} with {expected}, found "
                 f"{shapes or 'none'}. Resume with the ambiguity set of the saved run, or start a "

@@ -21,6 +21,7 @@ from drrlhf import ERM, robust_risk
 from drrlhf.trl import pairs, rows
 from drrlhf.trl.pairs import Pairs
 from drrlhf.trl.seam import overridden
+from drrlhf.trl.sets import SetMixin
 
 
 @dataclass
@@ -85,44 +86,19 @@ def _itself(tensor: Any) -> Any:
     return tensor
 
 
-class StepMixin:
+class StepMixin(SetMixin):
     """The part of our trainers that takes a whole optimizer step at a time.
 
     It lets the trainer's loop fetch the microbatches of a step and call for each of them, does
     nothing at all but the last of these calls, and everything then.
     """
 
-    args: Any
-    accelerator: Any
     model: Any
-    ambiguity: Any
-    robust_scope: str
-    _weighted: bool
     _pass: Pass | None
     _metrics: dict[str, Any]
     _total_train_tokens: Any
     _step_batches: list[Any] | None = None
     _calls_left = 0
-
-    @property
-    def _adversarial(self) -> bool:
-        return self.ambiguity != ERM()
-
-    @property
-    def _streaming(self) -> bool:
-        return getattr(self.ambiguity, "momentum", None) is not None
-
-    @property
-    def _reweighing(self) -> bool:
-        """Whether pairs of a step weigh differently at all; without, everything is TRL's own."""
-        return self._adversarial or self._weighted
-
-    @property
-    def _process_group(self) -> Any:
-        """The processes whose pairs the adversary sees; None for this one alone."""
-        together = self._reweighing and (self.robust_scope == "step" or self._streaming)
-        several = self.accelerator.num_processes > 1
-        return torch.distributed.group.WORLD if together and several else None
 
     @property
     def _loss_outside_the_set(self) -> bool:

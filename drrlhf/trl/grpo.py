@@ -1,0 +1,382 @@
+"""TRL's GRPO trainer against the worst distribution of prompts."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from typing import Any
+
+import torch
+import trl
+from torch import Tensor
+
+from drrlhf import Group, policy_loss, robust_risk
+from drrlhf.policy import PolicyLoss
+from drrlhf.reference import POLICY_LOSS_TYPES
+from drrlhf.trl import columns, head, prompts
+from drrlhf.trl.prompts import FACTOR, PassRates
+from drrlhf.trl.seam import overridden
+from drrlhf.trl.sets import SetMixin
+
+# What TRL's batches hold of images; completions of such a batch are not taken apart.
+MULTIMODAL = (
+    "pixel_values", "image_grid_thw", "num_images", "pixel_attention_mask", "spatial_shapes",
+    "num_tiles", "image_sizes", "token_type_ids", "mm_token_type_ids", "image_position_ids",
+)  # fmt: skip
+
+
+def _prepared(batch: Any) -> Any:
+    return batch
+
+
+class GRPOTrainer(SetMixin, trl.GRPOTrainer):
+    """TRL's ``GRPOTrainer``; each prompt's share of the objective is weighed by ``args.ambiguity``.
+
+    With V the mean reward of a prompt's completions and q the worst-case weights of -V over the m
+    prompts of the optimizer step (all processes and accumulated batches), the contribution of
+    every completion to TRL's objective is multiplied by m q (`drrlhf.policy_loss`); advantages
+    stay TRL's. Completions whose prompt has weight 0 are left out of the forward pass. With
+    ``ambiguity="erm"`` and no ``weight`` column everything is TRL's own.
+
+    Datasets may have the columns ``group`` (int) and ``weight`` (>= 0) of a prompt; with
+    ``args.group_by="pass_rate"`` a Group set's groups are instead the prompts' running pass rates,
+    cut into equal parts of [0, 1]. Log-probs come from the head that ``args.head`` names.
+
+    Metrics added: ``robust/reward``, the plain mean of V, and ``robust/worst_case_reward``;
+    ``robust/effective_sample_size``, ``/max_weight``, ``/kept`` as in the other trainers, over
+    prompts; ``robust/overflowed``, tokens whose importance ratio was clamped; and for each group
+    ``group/<g>/reward``, ``/weight`` and, for a Group set, ``/state``. TRL's token metrics are over
+    the completions that kept weight. In evaluation the loss stays the plain one, and the
+    ``robust/…`` metrics are over the whole evaluation set.
+
+    Raises:
+        ValueError: a Group set without groups, an id outside [0, num_groups), a weight that is not
+            finite and >= 0; an infinite reward; options of TRL's whose reference term cannot be
+            weighed (with ``beta`` != 0), DeepSpeed with accumulation, or tensor parallelism.
+    """
+
+    __signature__ = inspect.signature(trl.GRPOTrainer)
+    _members = "completions"
+    num_generations: Any
+    reward_func_names: Any
+    _signature_columns: Any
+    num_generations_eval: Any
+    _calls_left = 0
+    _evaluated: list[Tensor] | None = None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        given = inspect.signature(super().__init__).bind(*args, **kwargs).arguments
+        config = given.get("args")
+        self._read_set(config)
+        self._by_pass_rate = getattr(config, "group_by", "column") == "pass_rate"
+        needed = None if self._by_pass_rate else self._num_groups
+        present = columns.check_dataset(given.get("train_dataset"), "train_dataset", needed)
+        columns.check_dataset(given.get("eval_dataset"), "eval_dataset", needed)
+        self._weighted = columns.WEIGHT in present
+        if config is not None:
+            self._check_arguments(config)
+        self._held: list[dict[str, Any]] = []
+        self._prompts_met = 0
+        self._rewards: Tensor | None = None
+        super().__init__(*args, **kwargs)
+        self._make_states()
+        self.pass_rates = PassRates() if self._by_pass_rate else None
+        self._check_setup()
+
+    def _check_arguments(self, config: Any) -> None:
+        super()._check_arguments(config)
+        head.check(head.resolve(getattr(config, "head", "auto"), config.device.type))
+        if self._by_pass_rate and not isinstance(self.ambiguity, Group):
+            raise ValueError(
+                f"group_by='pass_rate' groups prompts for a Group set, got ambiguity="
+                f"{str(self.ambiguity)!r}: take ambiguity='group:NUM_GROUPS', or leave group_by."
+            )
+        if self._reweighing and config.beta and (options := _beyond(config)):
+            raise ValueError(
+                f"{', '.join(options)} with beta={config.beta} and ambiguity="
+                f"{str(self.ambiguity)!r}: TRL's reference term cannot be weighed by prompt there. "
+                "Take beta=0, or leave that option out, or ambiguity='erm'."
+            )
+
+    def _set_signature_columns_if_needed(self) -> None:
+        fresh = self._signature_columns is None
+        super()._set_signature_columns_if_needed()
+        if fresh:
+            self._signature_columns += columns.COLUMNS
+
+    # -- from completions to what is known of their prompts ------------------------------------
+
+    def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
+        self._rewards = super()._calculate_rewards(*args, **kwargs)
+        return self._rewards
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        output = super()._generate_and_score_completions(inputs)
+        if not self._reweighing and columns.GROUP not in inputs[0]:
+            return output
+        assert self._rewards is not None
+        device, n = self.accelerator.device, len(inputs)
+        each: int = self.num_generations if self.model.training else self.num_generations_eval
+        per_function, self._rewards = self._rewards, None
+        unscored = per_function.isnan().all(1)
+        rewards = (per_function * self.reward_weights.to(device)).nansum(1)
+        rewards[unscored] = torch.nan
+        self._check_rewards(rewards, per_function)
+        mine = slice(self.accelerator.process_index * n, (self.accelerator.process_index + 1) * n)
+        values = rewards.view(-1, each).nanmean(1).repeat_interleave(each)[mine]
+        numbers = torch.arange(len(rewards), device=device) // each + self._prompts_met
+        self._prompts_met += len(rewards) // each
+        nominal = [float(row.get(columns.WEIGHT, 1.0)) for row in inputs]
+        return output | {
+            prompts.PROMPT: numbers[mine],
+            prompts.VALUE: values,
+            prompts.NOMINAL: torch.tensor(nominal, device=device),
+            prompts.GROUP: self._groups_of(inputs, rewards),
+        }
+
+    def _check_rewards(self, rewards: Tensor, per_function: Tensor) -> None:
+        if rewards.isinf().any():
+            row = int(rewards.isinf().nonzero()[0])
+            names: list[str] = self.reward_func_names
+            named = zip(names, per_function[row].tolist(), strict=True)
+            raise ValueError(
+                f"rewards: expected finite numbers, got {dict(named)} for completion {row} of the "
+                "batch; a reward function may return None for a completion that it cannot score."
+            )
+
+    def _groups_of(self, inputs: list[dict[str, Any]], rewards: Tensor) -> Tensor:
+        """Group (n,) of each of this process's prompts, -1 without."""
+        device = self.accelerator.device
+        if self.pass_rates is None:
+            given = [row.get(columns.GROUP, -1) for row in inputs]
+            columns.check_values(columns.GROUP, given, self._num_groups)
+            known = all(isinstance(group, int) for group in given)
+            return torch.tensor(given if known else [-1] * len(given), device=device)
+        identities = torch.tensor([prompts.identity(row["prompt"]) for row in inputs])
+        assert self._num_groups is not None
+        groups = self.pass_rates.groups(identities, self._num_groups)
+        if self.model.training:  # a step is grouped by what was known before it
+            everyone = self.accelerator.gather(identities.to(device))
+            scored = ~rewards.isnan()
+            passed = scored & (rewards >= self.args.pass_threshold)
+            self.pass_rates.record(everyone, passed, scored)
+        return groups.to(device)
+
+    # -- the step ------------------------------------------------------------------------------
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """The microbatches of one optimizer step, as the loop fetches them."""
+        batches, items = super().get_batch_samples(*args, **kwargs)
+        self._calls_left, self._held = len(batches), []
+        return batches, items
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        """A microbatch's loss () after its backward. With an adversary over the step, every call
+        but the last only generates and scores, and the last one does the rest for all of them."""
+        if not self._reweighing or self.robust_scope != "step":
+            return super().training_step(model, inputs, num_items_in_batch)
+        model.train()
+        self._held.append(self._prepare_inputs(inputs))
+        self._step += 1
+        self._calls_left -= 1
+        if self._calls_left > 0:
+            return torch.zeros((), device=self.accelerator.device)
+        held, self._held = self._held, []
+        factors = self._weigh(held)
+        self._step -= len(held)
+        total = torch.zeros((), device=self.accelerator.device)
+        state = self.accelerator.gradient_state
+        with overridden(self, _prepare_inputs=_prepared):
+            for i, (batch, factor) in enumerate(zip(held, factors, strict=True)):
+                last = i == len(held) - 1
+                state._set_sync_gradients(last)
+                context = contextlib.nullcontext() if last else self.accelerator.no_sync(model)
+                with context:
+                    batch = batch | {FACTOR: factor}
+                    total += super().training_step(model, batch, num_items_in_batch)
+        return total
+
+    def _weigh(self, batches: list[dict[str, Any]]) -> list[Tensor]:
+        """The factor m q (B,) of every completion of this process's batches; one solve."""
+        rows = prompts.table(batches)
+        mine = slice(0, len(rows))
+        if self._process_group is not None:
+            first = self.accelerator.process_index * len(rows)
+            mine = slice(first, first + len(rows))
+            rows = self.accelerator.gather(rows)
+        found, place = prompts.from_table(rows)
+        found, risk = self._solved(found, update=self.model.training)
+        self._log_prompts(found, risk, "train")
+        factors = (len(found.values) * found.weights)[place][mine]
+        return list(factors.to(torch.float32).split([len(b[prompts.PROMPT]) for b in batches]))
+
+    def _solved(self, found: prompts.Prompts, update: bool) -> tuple[prompts.Prompts, float]:
+        """The same prompts with their worst-case weights, and the risk. Every process has all of
+        the prompts, and finds the same."""
+        risk = robust_risk(
+            -found.values,
+            self.ambiguity,
+            nominal=found.nominal,
+            groups=found.groups if self.group_state is not None else None,
+            group_state=self.group_state,
+            normaliser_state=self.normaliser_state,
+            update=update,
+        )
+        return found._replace(weights=risk.weights), risk.value.item()
+
+    def _log_prompts(self, found: prompts.Prompts, risk: float, mode: str) -> None:
+        state = None if self.group_state is None else self.group_state.weights
+        metrics = prompts.summary(found, risk) | prompts.by_group(found, state)
+        for name, number in metrics.items():
+            self._metrics[mode][name].append(number)
+
+    # -- the loss ------------------------------------------------------------------------------
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
+        inputs = dict(inputs)
+        facts = {name: inputs.pop(name) for name in prompts.COLUMNS if name in inputs}
+        factor = inputs.pop(FACTOR, None)
+        if self._evaluated is not None and facts:
+            self._evaluated.append(self.accelerator.gather(prompts.table([facts])).cpu())
+        with head.using(head.resolve(self._head_name, self.accelerator.device.type)):
+            if not self._reweighing or not self.model.training:
+                return super()._compute_loss(model, inputs)
+            if factor is None:
+                (factor,) = self._weigh([facts])
+            advantages = inputs["advantages"]
+            factor = factor.to(advantages.dtype)
+            if _beyond(self.args) or advantages.dim() != 1:
+                # Every loss of TRL's is linear in the size of the advantage, whatever its sign.
+                shape = (-1,) + (1,) * (advantages.dim() - 1)
+                weighed = inputs | {"advantages": advantages * factor.view(shape)}
+                return super()._compute_loss(model, weighed)
+            return self._weighed_loss(model, inputs, factor)
+
+    @property
+    def _head_name(self) -> str:
+        return getattr(self.args, "head", "auto")
+
+    def _weighed_loss(self, model: Any, inputs: dict[str, Any], factor: Tensor) -> Tensor:
+        """TRL's objective of a microbatch, its completions (B,) multiplied by `factor`."""
+        mask = inputs["completion_mask"]
+        if "tool_mask" in inputs:
+            mask = mask * inputs["tool_mask"]
+        count, tokens = len(factor), mask.sum()
+        if all(inputs.get(name) is None for name in MULTIMODAL):
+            kept = factor.nonzero().flatten()
+            kept = kept if len(kept) else torch.zeros(1, dtype=torch.long, device=factor.device)
+            inputs = {
+                k: v[kept] if isinstance(v, Tensor) and v.ndim and len(v) == count else v
+                for k, v in inputs.items()
+            }
+            mask, factor = mask[kept], factor[kept]
+        completion = inputs["completion_ids"]
+        logps, entropies, auxiliary = self._get_per_token_logps_and_entropies(
+            model,
+            torch.cat([inputs["prompt_ids"], completion], 1),
+            torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1),
+            completion.size(1),
+            compute_entropy=True,
+            compute_aux_loss=self.aux_loss_enabled,
+            **{name: inputs.get(name) for name in MULTIMODAL},
+        )
+        out = policy_loss(
+            logps,
+            inputs.get("old_per_token_logps"),
+            inputs["advantages"],
+            torch.zeros_like(factor),
+            torch.zeros_like(factor, dtype=torch.long),
+            mask=mask,
+            ref_logps=inputs["ref_per_token_logps"] if self.beta else None,
+            kl_beta=self.beta,
+            correct_kl=self.args.use_bias_correction_kl,
+            clip_low=self.epsilon_low,
+            clip_high=self.epsilon_high,
+            loss_type=self.loss_type,
+            importance_level=self.importance_sampling_level,
+            max_completion_length=self.max_completion_length,
+            entropy=entropies,
+            sequence_weights=factor,
+            num_prompts=1,
+        )
+        self._log_tokens(out)
+        accumulated = self.current_gradient_accumulation_steps
+        # From a mean over the completions that kept weight to TRL's, over all of them.
+        if self.loss_type == "dapo":
+            window = inputs["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes
+            by = window * accumulated / self.args.steps_per_generation
+            loss = out.loss * (mask.sum().clamp(min=1) / by)
+        elif self.loss_type == "bnpo":
+            loss = out.loss * (mask.sum().clamp(min=1) / tokens.clamp(min=1)) / accumulated
+        else:
+            loss = out.loss * (len(factor) / count) / accumulated
+        if self.aux_loss_enabled:
+            loss = loss + self.router_aux_loss_coef * auxiliary / accumulated
+            gathered = self.accelerator.gather_for_metrics(auxiliary)
+            self._metrics["train"]["aux_loss"].append(gathered.mean().item())
+        return loss
+
+    def _log_tokens(self, out: PolicyLoss) -> None:
+        """TRL's metrics of tokens, and how many ratios were clamped, over all processes."""
+        s = out.sequences
+        counted = s.tokens > 0
+        low, high = (torch.where(counted, x / s.tokens, 0) for x in (s.low_clipped, s.high_clipped))
+        sums = [s.tokens, s.entropy, s.kl, s.overflowed]
+        if self.importance_sampling_level == "sequence":
+            sums += [low, high, counted]
+        else:
+            sums += [s.low_clipped, s.high_clipped, s.tokens]
+        totals = self.accelerator.reduce(torch.stack([x.sum() for x in sums]), reduction="sum")
+        tokens, entropy, kl, overflowed, low_clipped, high_clipped, over = totals.tolist()
+        # A completion without tokens is neither the least nor the most clipped.
+        extremes = torch.stack(
+            [torch.where(counted, low, torch.inf).amin(), torch.where(counted, high, 0).amax()]
+        )
+        extremes = self.accelerator.gather(extremes.unsqueeze(0))
+        metrics = {
+            "entropy": entropy / max(tokens, 1.0),
+            "clip_ratio/low_mean": low_clipped / max(over, 1.0),
+            "clip_ratio/high_mean": high_clipped / max(over, 1.0),
+            "clip_ratio/region_mean": (low_clipped + high_clipped) / max(over, 1.0),
+            "clip_ratio/low_min": min(extremes[:, 0].min().item(), 1.0),
+            "clip_ratio/high_max": extremes[:, 1].max().item(),
+            "robust/overflowed": overflowed,
+        }
+        if self.beta:
+            metrics["kl"] = kl / max(tokens, 1.0)
+        for name, number in metrics.items():
+            self._metrics["train"][name].append(number)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """TRL's loop; then the worst case over all of its prompts."""
+        self._evaluated = []
+        try:
+            output = super().evaluation_loop(*args, **kwargs)
+            tables = self._evaluated
+        finally:
+            self._evaluated = None
+        if tables:
+            found, _ = prompts.from_table(torch.cat(tables).to(self.accelerator.device))
+            found, risk = self._solved(found, update=False)
+            self._log_prompts(found, risk, "eval")
+        return output
+
+    def _states(self) -> dict[str, torch.nn.Module]:
+        states = super()._states()
+        return states if self.pass_rates is None else states | {"pass_rates": self.pass_rates}
+
+
+def _beyond(config: Any) -> list[str]:
+    """What of TRL's options `drrlhf.policy_loss` does not have; TRL computes the loss with them."""
+    found = []
+    if config.loss_type not in POLICY_LOSS_TYPES:
+        found.append(f"loss_type={config.loss_type!r}")
+    for name, plain in (
+        ("delta", None), ("top_entropy_quantile", 1.0), ("off_policy_mask_threshold", None),
+        ("use_adaptive_entropy", False), ("entropy_coef", 0.0),
+    ):  # fmt: skip
+        if getattr(config, name) != plain:
+            found.append(f"{name}={getattr(config, name)!r}")
+    if config.use_vllm and config.vllm_importance_sampling_correction:
+        found.append("vllm_importance_sampling_correction=True")
+    return found

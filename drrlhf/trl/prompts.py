@@ -1,0 +1,138 @@
+"""What is known of the prompts of a step: how well they went, and how much each is to weigh.
+
+Every completion carries its prompt's facts beside TRL's own tensors, so that they follow TRL's
+shuffling, splitting and buffering.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from drrlhf.trl.pairs import LOGGED_GROUPS
+
+# Columns (B,) of a prepared batch: the prompt's number, mean reward, nominal weight and group, and
+# the factor of the completion's contribution once it is known.
+PROMPT, VALUE, NOMINAL, GROUP, FACTOR = (
+    f"drrlhf_{name}" for name in ("prompt", "value", "nominal", "group", "factor")
+)
+COLUMNS = (PROMPT, VALUE, NOMINAL, GROUP)
+
+
+class Prompts(NamedTuple):
+    """m prompts: mean rewards V, nominal weights (0 masks), groups (-1: none), worst-case weights;
+    each (m,) float64 but groups, int64."""
+
+    values: Tensor
+    nominal: Tensor
+    groups: Tensor
+    weights: Tensor
+
+    @property
+    def present(self) -> Tensor:
+        return self.nominal > 0
+
+
+def table(batches: Sequence[dict[str, Any]]) -> Tensor:
+    """What a rank tells of the completions (n, 4) of its batches, in the order of `COLUMNS`."""
+    columns = (torch.cat([batch[name].double() for batch in batches]) for name in COLUMNS)
+    return torch.stack(tuple(columns), 1)
+
+
+def from_table(rows: Tensor) -> tuple[Prompts, Tensor]:
+    """The prompts of completions (n, 4), and which of them each completion (n,) belongs to.
+
+    A prompt whose completions could not be scored (its value is NaN) is masked. Weights are 0.
+    """
+    numbers, place = rows[:, 0].unique(return_inverse=True)
+    found = rows.new_zeros(len(numbers), rows.shape[1])
+    found[place] = rows  # all completions of a prompt say the same
+    _, values, nominal, groups = found.unbind(1)
+    scored = ~values.isnan()
+    values, nominal = torch.where(scored, values, 0), torch.where(scored, nominal, 0)
+    return Prompts(values, nominal, groups.long(), torch.zeros_like(values)), place
+
+
+def summary(prompts: Prompts, risk: float) -> dict[str, float]:
+    """The ``robust/…`` metrics: reward is the nominal mean of V, worst_case_reward minus the risk;
+    the others as `pairs.summary`, over prompts."""
+    there, p, q = prompts.present, prompts.nominal, prompts.weights
+    count = max(int(there.sum()), 1)
+    spread = q.square().sum().clamp_min(torch.finfo(q.dtype).tiny)
+    mean = (p * prompts.values).sum() / p.sum().clamp_min(1e-30)
+    return {
+        "robust/reward": mean.item(),
+        "robust/worst_case_reward": -risk,
+        "robust/effective_sample_size": (q.sum().square() / (spread * count)).item(),
+        "robust/max_weight": (q.max() * count).item() if len(q) else 0.0,
+        "robust/kept": ((q != 0) & there).sum().item() / count,
+    }
+
+
+def by_group(prompts: Prompts, state: Tensor | None) -> dict[str, float]:
+    """The ``group/…`` metrics: reward and weight of each group present, and its state."""
+    metrics: dict[str, float] = {}
+    for g in prompts.groups.unique().tolist():
+        rows = (prompts.groups == g) & prompts.present
+        if 0 <= g < LOGGED_GROUPS and rows.any():
+            metrics[f"group/{g}/reward"] = prompts.values[rows].mean().item()
+            metrics[f"group/{g}/weight"] = prompts.weights[rows].sum().item()
+    if state is not None:
+        for g, weight in enumerate(state[:LOGGED_GROUPS].tolist()):
+            metrics[f"group/{g}/state"] = weight
+    return metrics
+
+
+def identity(prompt: Any) -> int:
+    """A number for a prompt that is the same in every process and run, below 2^63."""
+    return (
+        int.from_bytes(hashlib.blake2b(repr(prompt).encode(), digest_size=8).digest(), "big") >> 1
+    )
+
+
+class PassRates(nn.Module):
+    """How often each prompt has passed so far: groups by running pass rate.
+
+    Buffers ``known`` (k,) int64, the prompts' identities, and ``counts`` (k, 2) float64, passes and
+    tries. They grow as prompts are met, and are saved with checkpoints.
+    """
+
+    grows = True  # a checkpoint's buffers are of whatever length
+    known: Tensor
+    counts: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("known", torch.zeros(0, dtype=torch.int64))
+        self.register_buffer("counts", torch.zeros(0, 2, dtype=torch.float64))
+
+    def record(self, identities: Tensor, passes: Tensor, tries: Tensor) -> None:
+        """Add passes and tries (n,) of prompts (n,), the same one more than once or not."""
+        every, place = torch.cat([self.known, identities.cpu()]).unique(return_inverse=True)
+        counts = torch.cat([self.counts, torch.stack([passes, tries], 1).double().cpu()])
+        self.counts = counts.new_zeros(len(every), 2).index_add(0, place, counts)
+        self.known = every
+
+    def rates(self, identities: Tensor) -> Tensor:
+        """Passes / tries (n,) of prompts (n,), float64; NaN for one that has not been tried."""
+        if not len(self.known):
+            return torch.full(identities.shape, torch.nan, dtype=torch.float64)
+        place = torch.searchsorted(self.known, identities.cpu()).clamp(max=len(self.known) - 1)
+        passes, tries = self.counts[place].unbind(1)
+        met = (self.known[place] == identities.cpu()) & (tries > 0)
+        return torch.where(met, passes / tries, torch.nan)
+
+    def groups(self, identities: Tensor, num_groups: int) -> Tensor:
+        """Group floor(rate G) (n,) in [0, G), of G equal parts of [0, 1]; 0, the hardest, without
+        a try."""
+        rates = self.rates(identities).nan_to_num(0.0)
+        return (rates * num_groups).long().clamp(0, num_groups - 1)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        for name in ("known", "counts"):
+            setattr(self, name, torch.empty_like(state_dict[prefix + name]))
+        super()._load_from_state_dict(state_dict, prefix, *rest)

@@ -1,0 +1,153 @@
+"""The ambiguity set of a trainer: its states, what it can be asked for, what checkpoints keep."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import DistributedType
+
+from drrlhf import ERM, Group, GroupState, NormaliserState, parse_ambiguity
+from drrlhf.trl import state
+
+
+class SetMixin:
+    """Reads ``args.ambiguity`` and keeps the set's states, in memory and in checkpoints."""
+
+    args: Any
+    accelerator: Any
+    model: Any
+    ambiguity: Any
+    robust_scope: str
+    group_state: GroupState | None
+    normaliser_state: NormaliserState | None
+    _weighted: bool
+    _members = "pairs"  # what the adversary weighs, in messages
+
+    def _read_set(self, config: Any) -> None:
+        self.ambiguity = parse_ambiguity(getattr(config, "ambiguity", "erm"))
+        self.robust_scope = getattr(config, "robust_scope", "step")
+
+    def _make_states(self) -> None:
+        self.group_state, self.normaliser_state = None, None
+        if self._num_groups is not None:
+            self.group_state = GroupState(self._num_groups).to(self.accelerator.device)
+        if self._streaming:
+            self.normaliser_state = NormaliserState().to(self.accelerator.device)
+
+    @property
+    def _num_groups(self) -> int | None:
+        return self.ambiguity.num_groups if isinstance(self.ambiguity, Group) else None
+
+    @property
+    def _adversarial(self) -> bool:
+        return self.ambiguity != ERM()
+
+    @property
+    def _streaming(self) -> bool:
+        return getattr(self.ambiguity, "momentum", None) is not None
+
+    @property
+    def _reweighing(self) -> bool:
+        """Whether pairs of a step weigh differently at all; without, everything is TRL's own."""
+        return self._adversarial or self._weighted
+
+    @property
+    def _process_group(self) -> Any:
+        """The processes whose pairs the adversary sees; None for this one alone."""
+        together = self._reweighing and (self.robust_scope == "step" or self._streaming)
+        several = self.accelerator.num_processes > 1
+        return torch.distributed.group.WORLD if together and several else None
+
+    # -- checks --------------------------------------------------------------------------------
+
+    def _check_arguments(self, config: Any) -> None:
+        """Refuse what cannot mean what it says, before the model is loaded."""
+        if self.robust_scope != "microbatch":
+            return
+        for name, stateful in (
+            ("group weights", isinstance(self.ambiguity, Group)),
+            ("running normalisers", self._streaming),
+        ):
+            if stateful and config.world_size > 1:
+                raise ValueError(
+                    f"robust_scope='microbatch' on {config.world_size} processes: the {name} of "
+                    f"ambiguity={str(self.ambiguity)!r} would drift apart between them. Use "
+                    "robust_scope='step', train with one process, or take another set."
+                )
+
+    def _check_setup(self) -> None:
+        """Refuse what is known only when accelerate is set up."""
+        if not self._reweighing or self.robust_scope != "step":
+            return
+        deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED
+        if deepspeed and self.args.gradient_accumulation_steps > 1 and not self._streaming:
+            raise ValueError(
+                "robust_scope='step' with gradient_accumulation_steps="
+                f"{self.args.gradient_accumulation_steps} under DeepSpeed: its engine counts "
+                "backward passes, and a step has fewer of them than batches. Use FSDP or DDP, "
+                "gradient_accumulation_steps=1, or robust_scope='microbatch'."
+            )
+        sizes = {
+            "tensor": self.get_tp_size(),  # type: ignore[attr-defined]
+            "context": self.get_cp_size(),  # type: ignore[attr-defined]
+            "sequence": self.get_sp_size(),  # type: ignore[attr-defined]
+        }
+        for kind, size in sizes.items():
+            if size > 1:
+                raise ValueError(
+                    f"robust_scope='step' with {kind} parallelism of {size}: several processes "
+                    f"would bring the same {self._members}. Use data parallelism alone, or "
+                    "robust_scope='microbatch'."
+                )
+
+    # -- checkpoints ---------------------------------------------------------------------------
+
+    def _states(self) -> dict[str, torch.nn.Module]:
+        states = {"group_state": self.group_state, "normaliser_state": self.normaliser_state}
+        return {name: module for name, module in states.items() if module is not None}
+
+    def _facts(self) -> dict[str, str]:
+        per_rank = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
+        return {
+            "ambiguity": str(self.ambiguity),
+            "robust_scope": self.robust_scope,
+            "processes": str(self.args.world_size),
+            f"{self._members} per step": str(
+                per_rank * self.args.world_size * max(self.args.n_gpu, 1)
+            ),
+        }
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)  # type: ignore[misc]
+        if self.args.should_save:
+            state.save(Path(output_dir), self._states(), self._facts())
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
+        if checkpoint is not None and self._same_question(Path(checkpoint)):
+            state.load(Path(checkpoint), self._states())
+
+    def _same_question(self, folder: Path) -> bool:
+        """Whether the checkpoint's run had this objective; ValueError where that is not allowed."""
+        now = self._facts()
+        # TRL's own checkpoints say nothing, and are of its own objective.
+        before = state.facts(folder) or {"ambiguity": "erm"}
+        if before["ambiguity"] != now["ambiguity"]:
+            if getattr(self.args, "resume_with_changed_ambiguity", False):
+                return False
+            raise ValueError(
+                f"{folder}: saved with ambiguity={before['ambiguity']!r}, resumed with "
+                f"{now['ambiguity']!r}: another objective from here on. Resume with the saved "
+                "one, or say resume_with_changed_ambiguity=True to begin the new set's state anew."
+            )
+        if self._reweighing:
+            for name in ("robust_scope", "processes", f"{self._members} per step"):
+                if before.get(name, now[name]) != now[name]:
+                    raise ValueError(
+                        f"{folder}: saved with {name}: {before[name]}, resumed with {now[name]}. "
+                        "The adversary's batches would not be those of the saved run. Resume with "
+                        "the saved setting, or start a new run from the checkpoint's model."
+                    )
+        return True

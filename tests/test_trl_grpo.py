@@ -1,0 +1,266 @@
+"""GRPO against the worst distribution of prompts: TRL's step without an adversary, ours with."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+pytest.importorskip("trl")
+
+from trl_fixtures import tiny_llama_dir, tiny_pairs  # isort: skip (settles the environment)
+
+import steps
+import torch
+from safetensors.torch import load_file
+from test_trl_step import PARTS, WHOLE, launched
+
+import drrlhf as dr
+from drrlhf.trl import grpo
+from drrlhf.trl.prompts import PassRates, identity
+
+LOSSES = ["grpo", "bnpo", "dr_grpo", "dapo"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return str(tiny_llama_dir(tmp_path_factory.mktemp("llama")))
+
+
+@pytest.fixture
+def run(model, tmp_path):
+    def run(method="grpo", **options):
+        return steps.run(method, model, str(tmp_path / "out"), **options)
+
+    return run
+
+
+def assert_same_steps(found, expected, atol=2e-6):
+    assert len(found["gradients"]) == len(expected["gradients"]) > 0
+    for ours, theirs in zip(found["gradients"], expected["gradients"], strict=True):
+        scale = theirs.abs().max().item()
+        assert scale > 1e-3
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=atol * max(scale, 1.0))
+
+
+def robust(log):
+    return {k: v for k, v in log.items() if k.startswith(("robust/", "group/"))}
+
+
+def test_erm_is_trl_to_the_bit(run):
+    options = {"max_steps": 3, "beta": 0.1, "gradient_accumulation_steps": 2}
+    ours, theirs = run(head="trl", **options), run("trl", **options)
+    assert torch.equal(ours["parameters"], theirs["parameters"])
+    timed = ("step_time", "epoch")
+    for mine, log in zip(ours["logs"], theirs["logs"], strict=True):
+        assert {k: v for k, v in mine.items() if k not in timed} == {
+            k: v for k, v in log.items() if k not in timed
+        }
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("loss_type", LOSSES)
+def test_a_radius_of_zero_is_trl(run, loss_type, level):
+    """Through our loss, over accumulated batches, with a reference and several updates a batch."""
+    options = {
+        "loss_type": loss_type, "importance_sampling_level": level, "beta": 0.2, "max_steps": 3,
+        "num_iterations": 2, "gradient_accumulation_steps": 2, "learning_rate": 0.05,
+    }  # fmt: skip
+    ours, theirs = run(ambiguity="tv:0", **options), run("trl", **options)
+    assert_same_steps(ours, theirs, atol=5e-6)
+    for mine, log in zip(ours["logs"], theirs["logs"], strict=True):
+        for name, number in log.items():
+            if name not in ("step_time", "epoch", "grad_norm"):
+                assert mine[name] == pytest.approx(number, rel=1e-4, abs=2e-5), name
+
+
+@pytest.mark.parametrize("loss_type", LOSSES)
+def test_weights_reach_every_completion(run, monkeypatch, loss_type):
+    """Our loss, and TRL's own with its advantages multiplied by m q, are the same step."""
+    options = {"ambiguity": "kl:0.3", "loss_type": loss_type, "beta": 0.0, **PARTS}
+    ours = run(**options)
+    monkeypatch.setattr(grpo, "_beyond", lambda config: ["everything"])
+    assert_same_steps(ours, run(**options))
+    plain = run(**(options | {"ambiguity": "erm"}))
+    assert (ours["gradients"][0] - plain["gradients"][0]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("ambiguity", ["tv:0.3", "cvar:0.4", "group:2,step_size=0.5"])
+@pytest.mark.parametrize("loss_type", ["grpo", "dapo"])
+def test_the_step_is_the_adversarys_however_it_is_cut(run, loss_type, ambiguity):
+    data = tiny_pairs(8, group=[0, 1] * 4)
+    options = {"ambiguity": ambiguity, "loss_type": loss_type, "data": data, "max_steps": 2}
+    parts, whole = run(**options, **PARTS), run(**options, **WHOLE)
+    assert_same_steps(parts, whole)
+    for mine, log in zip(parts["logs"], whole["logs"], strict=True):
+        assert robust(mine) == pytest.approx(robust(log), rel=1e-5)
+
+
+def test_microbatch_scope_weighs_each_batch_alone(run):
+    options = {"ambiguity": "cvar:0.5", **PARTS}
+    alone = run(robust_scope="microbatch", **options)
+    step = run(**options)
+    assert (alone["gradients"][0] - step["gradients"][0]).abs().max() > 1e-3
+
+
+def test_generating_within_a_step_is_waited_for(run):
+    """Fewer batches are generated at a time than a step has: the adversary sees all of them."""
+    options = {"ambiguity": "tv:0.3", "loss_type": "grpo"}
+    found = run(steps_per_generation=1, **options, **PARTS)
+    whole = run(**options, **WHOLE)
+    assert_same_steps(found, whole)
+
+
+def test_completions_without_weight_are_left_out(run, monkeypatch):
+    seen = []
+    real = grpo.policy_loss
+
+    def watched(logps, *rest, **options):
+        seen.append(len(logps))
+        return real(logps, *rest, **options)
+
+    monkeypatch.setattr(grpo, "policy_loss", watched)
+    run(ambiguity="cvar:0.25", **WHOLE)
+    assert seen == [2]  # of four prompts one, with its two completions
+
+
+def test_what_is_logged(run):
+    data = tiny_pairs(8, group=[0, 1] * 4)
+    (log,) = run(ambiguity="group:2,step_size=0.5", data=data, **WHOLE)["logs"]
+    assert log["robust/reward"] == pytest.approx(log["reward"], rel=1e-6)
+    assert log["robust/worst_case_reward"] < log["robust/reward"]
+    assert log["group/0/weight"] + log["group/1/weight"] == pytest.approx(1)
+    assert log["group/0/state"] + log["group/1/state"] == pytest.approx(1)
+    worse = min((0, 1), key=lambda g: log[f"group/{g}/reward"])
+    assert log[f"group/{worse}/weight"] > 0.5
+    assert log["robust/overflowed"] == 0
+
+
+def test_nominal_weights_mask_prompts(run):
+    data = tiny_pairs(4, weight=[1.0, 1.0, 0.0, 1.0])
+    options = {"data": data, "shuffle_dataset": False, "loss_type": "grpo", **WHOLE}
+    found = run(**options)
+    (log,) = found["logs"]
+    assert log["robust/kept"] == 1 and log["robust/max_weight"] == pytest.approx(1)
+    # The three others, alone in the batch.
+    rest = {"data": data.select([0, 1, 3]).remove_columns("weight"), "shuffle_dataset": False}
+    expected = run("trl", loss_type="grpo", **rest, per_device_train_batch_size=6)
+    assert_same_steps(found, expected)
+
+
+def test_prompts_that_cannot_be_scored_are_masked(run):
+    def reward(prompts, **_):
+        return [None if len(p) % 3 == 0 else r for p, r in zip(prompts, steps.by_place(prompts))]
+
+    found = run(ambiguity="tv:0.3", trainer_reward_funcs=reward, **WHOLE)
+    assert all(torch.isfinite(g).all() for g in found["gradients"])
+    assert math.isfinite(found["logs"][0]["robust/worst_case_reward"])
+
+
+def test_evaluation_sees_the_whole_set(model, tmp_path):
+    data = tiny_pairs(8, group=[0, 1] * 4).remove_columns(["chosen", "rejected"])
+    trainer = steps.trainer(
+        "grpo", model, str(tmp_path), data=data, ambiguity="group:2,step_size=0.5",
+        trainer_eval_dataset=data, per_device_eval_batch_size=4,
+    )  # fmt: skip
+    before = trainer.group_state.weights.clone()
+    trainer.evaluate()
+    (log,) = (entry for entry in trainer.state.log_history if "eval_loss" in entry)
+    values = torch.tensor(steps.by_place([p for p in data["prompt"] for _ in range(2)]))
+    values = values.view(-1, 2).mean(1).double()
+    expected = dr.robust_risk(
+        -values, dr.Group(2, 0.5), groups=torch.tensor([0, 1] * 4), update=False
+    ).value
+    assert log["eval_robust/worst_case_reward"] == pytest.approx(-expected.item(), rel=1e-6)
+    assert log["eval_group/0/reward"] == pytest.approx(values[::2].mean().item(), rel=1e-6)
+    assert torch.equal(trainer.group_state.weights, before)
+
+
+# ------------------------------------------------------------------------------------- pass rates
+
+
+def test_pass_rates_count_and_group():
+    rates = PassRates()
+    a, b, c = (identity(text) for text in "abc")
+    assert rates.groups(torch.tensor([a, b]), 4).tolist() == [0, 0]
+    rates.record(torch.tensor([a, a, b]), torch.tensor([1, 0, 1]), torch.tensor([1, 1, 1]))
+    rates.record(torch.tensor([b]), torch.tensor([1]), torch.tensor([1]))
+    assert rates.rates(torch.tensor([a, b, c]))[:2].tolist() == [0.5, 1.0]
+    assert rates.groups(torch.tensor([a, b, c]), 4).tolist() == [2, 3, 0]
+    again = PassRates()
+    again.load_state_dict(rates.state_dict())
+    assert torch.equal(again.counts, rates.counts) and torch.equal(again.known, rates.known)
+
+
+def test_groups_by_running_pass_rate(run, tmp_path):
+    options = {"ambiguity": "group:3,step_size=0.5", "group_by": "pass_rate", "pass_threshold": 1.5}
+    found = run(max_steps=4, save_strategy="steps", save_steps=4, pairs=4, **options, **WHOLE)
+    first, *_, last = found["logs"]
+    assert "group/1/reward" not in first  # nothing is known at first: all are in group 0
+    assert sum(f"group/{g}/reward" in last for g in range(3)) >= 2
+    kept = load_file(tmp_path / "out" / "checkpoint-4" / "drrlhf_state.safetensors")
+    assert len(kept["pass_rates.known"]) == 4 and kept["pass_rates.counts"][:, 1].sum() == 32
+
+
+def test_resuming_gives_the_same_numbers(run, tmp_path):
+    options = {
+        "ambiguity": "group:3,step_size=0.5", "group_by": "pass_rate", "pass_threshold": 1.5,
+        "pairs": 4, **WHOLE,
+    }  # fmt: skip
+    whole = run(max_steps=4, save_strategy="steps", save_steps=2, **options)
+    checkpoint = str(tmp_path / "out" / "checkpoint-2")
+    resumed = run(max_steps=4, resume_from_checkpoint=checkpoint, **options)
+    torch.testing.assert_close(resumed["parameters"], whole["parameters"], rtol=0, atol=1e-6)
+    assert robust(resumed["logs"][-1]) == pytest.approx(robust(whole["logs"][-1]))
+
+
+# ----------------------------------------------------------------------------------- what is wrong
+
+WRONG = {
+    "beyond": (
+        {"ambiguity": "tv:0.1", "beta": 0.1, "loss_type": "sapo"}, "loss_type='sapo' with beta",
+    ),
+    "no column": ({"ambiguity": "group:2"}, "train_dataset has no column 'group'"),
+    "no groups": ({"group_by": "pass_rate"}, "group_by='pass_rate' groups prompts for a Group set"),
+    "name": ({"group_by": "passrate"}, "did you mean 'pass_rate'"),
+    "set": ({"ambiguity": "tv:2"}, "radius"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("options, words", WRONG.values(), ids=WRONG)
+def test_wrong_options_are_named(run, options, words):
+    with pytest.raises(ValueError, match=words):
+        run(**options)
+
+
+def test_an_infinite_reward_is_named_and_nothing_is_updated(model, tmp_path):
+    def reward(prompts, **_):
+        return [1.0] * (len(prompts) - 1) + [math.inf]
+
+    trainer = steps.trainer(
+        "grpo", model, str(tmp_path), ambiguity="group:2", trainer_reward_funcs=reward,
+        data=tiny_pairs(8, group=[0, 1] * 4),
+    )  # fmt: skip
+    before = trainer.group_state.weights.clone()
+    with pytest.raises(ValueError, match=r"rewards: expected finite numbers, got {'reward': inf}"):
+        trainer.train()
+    assert torch.equal(trainer.group_state.weights, before)
+
+
+# --------------------------------------------------------------------------------------- launchers
+
+
+@pytest.mark.parametrize("ambiguity, accumulation", [("cvar:0.5", 1), ("group:2,step_size=0.5", 2)])
+def test_two_ranks_equal_one_process(model, tmp_path, ambiguity, accumulation):
+    arguments = {
+        "method": "grpo", "model": model, "folder": str(tmp_path / "out"), "ambiguity": ambiguity,
+        "data": tiny_pairs(8, group=[0, 1] * 4), "max_steps": 2, "beta": 0.1,
+    }  # fmt: skip
+    size = 4 // accumulation
+    cut = {"per_device_train_batch_size": size, "gradient_accumulation_steps": accumulation}
+    found = launched("torchrun", tmp_path, **arguments, **cut)
+    whole = steps.run(**arguments, **WHOLE)
+    for rank in range(2):
+        for ours, expected in zip(found[rank]["gradients"], whole["gradients"], strict=True):
+            torch.testing.assert_close(ours, expected, rtol=0, atol=1e-5)
+    assert robust(found[0]["logs"][-1]) == pytest.approx(robust(whole["logs"][-1]), rel=1e-4)
