@@ -16,7 +16,7 @@ LAYERS = {
     "ops": 3,
     "distributed": 3,
     "robust": 4, "logprobs": 4,
-    "losses": 5,
+    "losses": 5, "policy": 5,
     "head": 6,
     "modules": 7,
     "": 8,  # the package itself: the public names

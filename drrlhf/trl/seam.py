@@ -39,11 +39,50 @@ _METHODS: tuple[tuple[str, str, tuple[str, ...], frozenset[str]], ...] = (
         ("self", "model", "inputs", "return_outputs", "num_items_in_batch"),
         frozenset({"logits", "center_rewards_coefficient", "_metrics"}),
     ),
+    (
+        "trl.trainer.grpo_trainer:GRPOTrainer",
+        "_compute_loss",
+        ("self", "model", "inputs"),
+        frozenset(
+            {"_get_per_token_logps_and_entropies", "current_gradient_accumulation_steps"}
+            | {"max_completion_length", "beta", "steps_per_generation", "_metrics"}
+        ),
+    ),
+    (
+        "trl.trainer.grpo_trainer:GRPOTrainer",
+        "_get_per_token_logps_and_entropies",
+        (
+            *("self", "model", "input_ids", "attention_mask", "logits_to_keep", "batch_size"),
+            *("compute_entropy", "compute_aux_loss", "pixel_values", "image_grid_thw"),
+            *("num_images", "pixel_attention_mask", "spatial_shapes", "num_tiles", "image_sizes"),
+            *("token_type_ids", "mm_token_type_ids", "image_position_ids"),
+        ),
+        frozenset({"log_probs", "entropy"}),
+    ),
+    (
+        "trl.trainer.grpo_trainer:GRPOTrainer",
+        "_generate_and_score_completions",
+        ("self", "inputs"),
+        frozenset({"_calculate_rewards", "reward_weights", "num_generations_eval"}),
+    ),
+    (
+        "trl.trainer.grpo_trainer:GRPOTrainer",
+        "_prepare_inputs",
+        ("self", "generation_batch"),
+        frozenset({"_generate_and_score_completions", "_step", "_buffered_inputs"}),
+    ),
+    (
+        "trl.trainer.grpo_trainer:GRPOTrainer",
+        "training_step",
+        ("self", "model", "inputs", "num_items_in_batch"),
+        frozenset({"_step"}),
+    ),
     *(
         (trainer, "_set_signature_columns_if_needed", ("self",), frozenset({"_signature_columns"}))
         for trainer in (
             "trl.trainer.dpo_trainer:DPOTrainer",
             "trl.trainer.reward_trainer:RewardTrainer",
+            "trl.trainer.grpo_trainer:GRPOTrainer",
         )
     ),
     (
@@ -121,6 +160,13 @@ _FIELDS: tuple[tuple[str, frozenset[str]], ...] = (
         "trl.trainer.dpo_config:DPOConfig",
         frozenset({"loss_type", "loss_weights", "label_smoothing", "discopop_tau"})
         | frozenset({"f_alpha_divergence_coef", "gradient_accumulation_steps"}),
+    ),
+    (
+        "trl.trainer.grpo_config:GRPOConfig",
+        frozenset({"loss_type", "importance_sampling_level", "beta", "epsilon", "epsilon_high"})
+        | frozenset({"delta", "top_entropy_quantile", "off_policy_mask_threshold", "entropy_coef"})
+        | frozenset({"use_adaptive_entropy", "use_bias_correction_kl", "steps_per_generation"})
+        | frozenset({"vllm_importance_sampling_correction", "max_completion_length"}),
     ),
     (
         "trl.trainer.reward_config:RewardConfig",
