@@ -1,14 +1,17 @@
-"""Preference data from a file or a `datasets` name, checked row by row before anything is trained.
+"""Preference pairs or prompts, from a file or a `datasets` name, checked row by row.
 
 The format is TRL's: ``chosen`` and ``rejected``, with an explicit ``prompt`` or an implicit one
 (both completions then start with it), every value a string (standard) or a list of ``{"role",
 "content"}`` messages (conversational). Three optional columns are ours: ``group`` (for `dr.Group`),
-``margin`` (reward models) and ``weight`` (the nominal weight of the pair).
+``margin`` (reward models) and ``weight`` (the nominal weight of the pair). Prompts for GRPO need
+``prompt`` alone; ``group`` and ``weight`` are the prompt's, and other columns are kept for the
+reward function.
 """
 
 from __future__ import annotations
 
 import csv
+import functools
 import io
 import json
 import logging
@@ -27,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 REQUIRED = ("chosen", "rejected")
 OPTIONAL = ("prompt", "group", "margin", "weight")
+PROMPT_REQUIRED, PROMPT_OPTIONAL = ("prompt",), ("group", "weight")
 KINDS = ("reward", "dpo")
 # A list of messages that pandas or a spreadsheet turned into its printed form.
 _WRITTEN_OUT = re.compile(r"""\s*\[\s*\{\s*['"](role|content)['"]\s*:""")
@@ -75,8 +79,22 @@ def load_preference_data(
     """
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {', '.join(KINDS)}; got {kind!r}")
-    name, unit, rows = _open(str(source), split)
+    name, unit, rows = _open(str(source), split, REQUIRED)
     columns = _Columns(name, unit, skip={"margin"} if kind == "dpo" else set())
+    for number, row in rows:
+        columns.add(number, row)
+    return columns.finish(group_names)
+
+
+def load_prompt_data(
+    source: str | Path, *, split: str = "train", group_names: Sequence[str] | None = None
+) -> PreferenceData:
+    """Read and check prompts for GRPO: as `load_preference_data`, with ``prompt`` (a string, or
+    messages) in place of a pair, and with every other column kept as it is."""
+    name, unit, rows = _open(str(source), split, PROMPT_REQUIRED)
+    columns = _Columns(
+        name, unit, set(), required=PROMPT_REQUIRED, optional=PROMPT_OPTIONAL, keeps_more=True
+    )
     for number, row in rows:
         columns.add(number, row)
     return columns.finish(group_names)
@@ -85,10 +103,12 @@ def load_preference_data(
 # ---- where rows come from: each reader yields (1-based line or row, {column: value}) -------------
 
 
-def _open(source: str, split: str) -> tuple[str, str, Rows]:
+def _open(source: str, split: str, required: Sequence[str]) -> tuple[str, str, Rows]:
     """The name to print, the unit that its numbers count, and the rows."""
     path = Path(source).expanduser()
     reader = _READERS.get(path.suffix.lower())
+    if reader is _read_csv:
+        reader = functools.partial(_read_csv, required=required)
     if path.is_dir():
         return source, "row", _read_datasets(source, path, split)
     if path.is_file() and reader is None:
@@ -159,13 +179,13 @@ def _decode(path: Path, number: int, data: bytes) -> str:
         raise DataError(f"{path}: line {line}: not UTF-8 ({error.reason})") from error
 
 
-def _read_csv(path: Path) -> Rows:
+def _read_csv(path: Path, required: Sequence[str] = REQUIRED) -> Rows:
     text = _decode(path, 1, path.read_bytes())
     limit = csv.field_size_limit(max(len(text), 1))  # a completion may be longer than the default
     reader, start = csv.reader(io.StringIO(text, newline=""), strict=True), 1
     try:
         header = next(reader, [])
-        _check_csv_header(path, header)
+        _check_csv_header(path, header, required)
         start = reader.line_num + 1
         for fields in reader:
             if fields:
@@ -200,12 +220,12 @@ def _csv_number(cell: str) -> Any:
         return cell
 
 
-def _check_csv_header(path: Path, header: list[str]) -> None:
+def _check_csv_header(path: Path, header: list[str], required: Sequence[str]) -> None:
     doubled = {name for name in header if header.count(name) > 1}
     if doubled & {*REQUIRED, *OPTIONAL}:
         raise DataError(f"{path}: line 1: column {min(doubled)!r} is there more than once")
-    if header and not set(REQUIRED) <= set(header):
-        raise _missing_column(f"{path}: line 1", header)
+    if header and not set(required) <= set(header):
+        raise _missing_column(f"{path}: line 1", header, required, _OPTIONAL_OF[tuple(required)])
 
 
 def _read_parquet(path: Path) -> Rows:
@@ -250,11 +270,16 @@ _READERS: dict[str, Callable[[Path], Rows]] = {
 # ---- what rows must hold -------------------------------------------------------------------------
 
 
-def _missing_column(where: str, found: Sequence[str], missing: str | None = None) -> DataError:
-    missing = missing or next(name for name in REQUIRED if name not in found)
+_OPTIONAL_OF = {REQUIRED: OPTIONAL, PROMPT_REQUIRED: PROMPT_OPTIONAL}
+
+
+def _missing_column(
+    where: str, found: Sequence[str], required: Sequence[str], optional: Sequence[str]
+) -> DataError:
+    missing = next(name for name in required if name not in found)
     return DataError(
         f"{where}: missing column {missing!r}; found: {', '.join(sorted(found)) or 'none'}; "
-        f"needed: {', '.join(REQUIRED)} (optional: {', '.join(OPTIONAL)})"
+        f"needed: {', '.join(required)} (optional: {', '.join(optional)})"
     )
 
 
@@ -265,6 +290,9 @@ class _Columns:
     name: str
     unit: str
     skip: set[str]
+    required: tuple[str, ...] = REQUIRED
+    optional: tuple[str, ...] = OPTIONAL
+    keeps_more: bool = False
     columns: dict[str, list[Any]] = field(default_factory=dict)
     numbers: list[int] = field(default_factory=list)
     left_out: set[str] = field(default_factory=set)
@@ -280,26 +308,31 @@ class _Columns:
 
     def add(self, number: int, row: Row) -> None:
         if not isinstance(row, dict):
-            wanted = f"expected an object with {' and '.join(REQUIRED)}"
+            wanted = f"expected an object with {' and '.join(self.required)}"
             raise self.error(number, f"{wanted}; got {_short(row)}")
         # null and absent are one: that is what Parquet and data sets make of an absent value
         present = {key for key, value in row.items() if value is not None}
         self.skipped |= present & self.skip
-        self.left_out |= present - {*REQUIRED, *OPTIONAL}
-        kept = [key for key in (*REQUIRED, *OPTIONAL) if key in present and key not in self.skip]
+        known = (*self.required, *self.optional)
+        kept = [key for key in known if key in present and key not in self.skip]
+        if self.keeps_more:
+            kept += [key for key in row if key in present and key not in known]
+        else:
+            self.left_out |= present - {*known}
         self.check_columns(number, kept, row)
         self.numbers.append(number)
         for key in kept:
             self.columns[key].append(self.check_value(number, key, row[key]))
-        self.identical += self.columns["chosen"][-1] == self.columns["rejected"][-1]
+        if "chosen" in kept:
+            self.identical += self.columns["chosen"][-1] == self.columns["rejected"][-1]
 
     def check_columns(self, number: int, kept: list[str], row: Row) -> None:
-        for name in REQUIRED:
-            if name not in kept:
-                raise _missing_column(self.where(number), list(row), name)
+        if not set(self.required) <= set(kept):
+            present = [key for key in row if row[key] is not None]
+            raise _missing_column(self.where(number), present, self.required, self.optional)
         if not self.columns:
             self.columns = {key: [] for key in kept}
-            self.conversational = not isinstance(row["chosen"], str)
+            self.conversational = not isinstance(row[self.required[0]], str)
         for name in sorted(set(kept) ^ set(self.columns)):
             first = f"{self.unit} {self.numbers[0]}"
             odd = f"there is a {name!r}, but not in" if name in kept else f"no {name!r}, but one in"
@@ -308,13 +341,16 @@ class _Columns:
     def check_value(self, number: int, key: str, value: Any) -> Any:
         if key == "group":
             return value  # checked at the end, when it is known whether groups are named
+        if key not in (*self.required, *self.optional):
+            return value  # for the reward function, whatever it is
         if key in ("margin", "weight"):
             return self.check_number(number, key, value)
         if isinstance(value, str) is self.conversational:
             first = "messages" if self.conversational else "a string"
             raise self.error(
                 number,
-                f"{key!r} is {_kind(value)}, but 'chosen' of {self.unit} {self.numbers[0]} is "
+                f"{key!r} is {_kind(value)}, but {self.required[0]!r} of {self.unit} "
+                f"{self.numbers[0]} is "
                 f"{first}; all rows and columns must have one format",
             )
         check = self.check_text if isinstance(value, str) else self.check_messages
@@ -327,8 +363,9 @@ class _Columns:
         return float(value)
 
     def check_text(self, number: int, key: str, value: str) -> str:
-        if key in REQUIRED and not value.strip():
-            raise self.error(number, f"{key!r} is empty; a completion needs text: drop the row")
+        if key in self.required and not value.strip():
+            what = "a completion" if key in REQUIRED else "a prompt"
+            raise self.error(number, f"{key!r} is empty; {what} needs text: drop the row")
         if _WRITTEN_OUT.match(value):
             raise self.error(
                 number,
@@ -376,7 +413,7 @@ class _Columns:
 
     def finish(self, group_names: Sequence[str] | None) -> PreferenceData:
         if not self.numbers:
-            raise DataError(f"{self.name}: empty; expected rows with {' and '.join(REQUIRED)}")
+            raise DataError(f"{self.name}: empty; expected rows with {' and '.join(self.required)}")
         if "weight" in self.columns and not any(self.columns["weight"]):
             raise DataError(f"{self.name}: every 'weight' is 0: nothing to train on")
         names = None

@@ -47,11 +47,12 @@ def plot_training(
 ) -> Path:
     """Draw the curves of one run's ``metrics.jsonl`` as a PNG and return its path.
 
-    Top: training loss, worst-case value and plain mean where they were logged, evaluation loss.
-    Below, as far as the run has them: how unevenly the adversary weighs the pairs of a step
-    (effective sample size and pairs with any weight as shares of them, largest weight as a multiple
-    of the uniform one), and the weight of each group (the kept state of a Group set, otherwise the
-    group's share of the worst-case weight).
+    Top: for a policy mean and worst-case reward; then training loss, worst-case value and plain
+    mean where they were logged, evaluation loss. Below, as far as the run has them: how unevenly
+    the adversary weighs the pairs or prompts of a step (effective sample size and those with any
+    weight as shares of them, largest weight as a multiple of the uniform one), and the weight of
+    each group (the kept state of a Group set, otherwise the group's share of the worst-case
+    weight).
 
     Raises:
         ValueError: the file has no training line, or a line that is not JSON.
@@ -65,6 +66,8 @@ def plot_training(
         )
     evaluations = [line for line in lines if line["event"] == "eval"]
     panels: list[Any] = [_draw_loss]
+    if any("reward" in line for line in train):
+        panels = [_draw_rewards, _draw_loss]
     if any("robust/effective_sample_size" in line for line in train):
         panels.append(_draw_weights)
     groups = group_columns(train)
@@ -131,6 +134,63 @@ def plot_comparison(result: dict[str, Any], output_png: str | os.PathLike[str]) 
     return Path(output_png)
 
 
+def plot_rewards(result: dict[str, Any], output_png: str | os.PathLike[str]) -> Path:
+    """Draw `drrlhf.demo.grpo`'s result as a PNG: reward over training, and held out by domain.
+
+    Thin lines are single seeds, bars and thick lines their means; error bars are one standard error
+    over seeds, and the dashed marks are the start model.
+    """
+    from statistics import fmean, stdev
+
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    runs, domains = result["runs"], list(result["domains"])
+    figure = Figure(figsize=(9.5, 3.9), layout="constrained")
+    FigureCanvasAgg(figure)
+    over, bars = figure.subplots(1, 2)
+    width = 0.8 / len(runs)
+    for number, run in enumerate(runs):
+        color, label = PALETTE[number], run["ambiguity"]
+        for seed in run["training"]:
+            over.plot(range(1, len(seed) + 1), seed, color=color, alpha=0.25, linewidth=1)
+        mean = [fmean(step) for step in zip(*run["training"], strict=True)]
+        over.plot(
+            range(1, len(mean) + 1), mean, color=color, label=label, linestyle=_STYLES[number]
+        )
+        rewards = [run["rewards"][name] for name in domains]
+        bars.bar(
+            [place + (number - (len(runs) - 1) / 2) * width for place in range(len(domains))],
+            [fmean(values) for values in rewards],
+            width,
+            yerr=[stdev(v) / len(v) ** 0.5 if len(v) > 1 else 0.0 for v in rewards],
+            capsize=3,
+            label=label,
+            color=color,
+            hatch=("", "//")[number % 2],
+            edgecolor="white",
+        )
+    for place, name in enumerate(domains):
+        start = fmean(result["start"][name])
+        bars.hlines(start, place - 0.42, place + 0.42, color="black", linestyle="--", linewidth=1)
+    ticks = [f"{name}\n{result['domains'][name]}" for name in domains]
+    bars.set_xticks(range(len(domains)), ticks, fontsize="small")
+    bars.set_ylabel("held-out reward (dashed: start)")
+    over.set_xlabel("optimizer step")
+    over.set_ylabel("mean reward of the step")
+    for axis in (over, bars):
+        axis.spines[["top", "right"]].set_visible(False)
+    _legend(bars, bars.get_legend_handles_labels()[0])
+    settings = result["settings"]
+    figure.suptitle(
+        f"GRPO on {result['model']}, {settings['steps']} steps, {settings['seeds']} seeds\n"
+        f"{result['data']}",
+        fontsize=8,
+    )
+    figure.savefig(output_png, dpi=130)
+    return Path(output_png)
+
+
 def group_columns(lines: list[Line]) -> dict[int, str]:
     """{group id: column of its weight}; the kept state where there is one, else the batch's."""
     columns: dict[int, str] = {}
@@ -185,10 +245,18 @@ def _draw_loss(axis: Any, train: list[Line], evaluations: list[Line], *_: Any) -
     _legend(axis, _labelled(axis))
 
 
+def _draw_rewards(axis: Any, train: list[Line], evaluations: list[Line], *_: Any) -> None:
+    _curve(axis, train, "reward", "mean reward", BLUE)
+    _curve(axis, train, "robust/worst_case_reward", "worst case of each step", ORANGE)
+    _curve(axis, evaluations, "eval_reward", "held out", VERMILION, marker="D")
+    axis.set_ylabel("reward of\ncompletions")
+    _legend(axis, _labelled(axis))
+
+
 def _draw_weights(axis: Any, train: list[Line], *_: Any) -> None:
     _curve(axis, train, "robust/effective_sample_size", "effective sample size", GREEN)
-    _curve(axis, train, "robust/kept", "pairs with weight", BLUE, linestyle=":")
-    axis.set_ylabel("share of the pairs\nof a step")
+    _curve(axis, train, "robust/kept", "kept any weight", BLUE, linestyle=":")
+    axis.set_ylabel("share of\na step")
     axis.set_ylim(0, 1.05)
     other = axis.twinx()
     _curve(other, train, "robust/max_weight", "largest weight", VERMILION, linestyle="--")

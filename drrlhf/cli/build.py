@@ -7,24 +7,28 @@ from typing import Any
 
 from rich.console import Console
 
-from drrlhf.cli import rundir
+from drrlhf.cli import reward_function, rundir
 
 KEPT_CHECKPOINTS = 2  # so that a broken newest one leaves one to go back to
 
 
 def build(settings: rundir.Settings, data: Any, eval_data: Any, console: Console) -> Any:
     """The trainer and our callbacks on it; loads the model and tokenizes the data."""
-    from transformers import AutoTokenizer, PrinterCallback
+    from transformers import AutoTokenizer
 
     from drrlhf import trl
-    from drrlhf.callbacks import InterruptCallback, MetricsCallback, ProgressCallback
 
     tokenizer = AutoTokenizer.from_pretrained(settings.model)
+    if settings.kind == "grpo":
+        return _policy(settings, tokenizer, data, eval_data, console)
     train, held_out = (
         _tokenized(part.dataset, tokenizer, settings) if part else None
         for part in (data, eval_data)
     )
-    arguments = _arguments(settings, tokenizer, eval_data is not None, console)
+    arguments = _arguments(settings, eval_data is not None) | {
+        "padding_free": settings.padding_free,
+        "max_length": _fitting_length(settings, tokenizer, console),
+    }
     config: Any
     make: Any
     if settings.kind == "reward":
@@ -40,6 +44,50 @@ def build(settings: rundir.Settings, data: Any, eval_data: Any, console: Console
             "precompute_ref_log_probs": settings.precompute_ref,
         }
         config = trl.DPOConfig(**arguments)
+    trainer, callbacks = _made(
+        make, settings, console,
+        args=config, processing_class=tokenizer, train_dataset=train, eval_dataset=held_out,
+    )  # fmt: skip
+    _tell_left_out(len(data.dataset), len(trainer.train_dataset), config.max_length, console)
+    return trainer, callbacks
+
+
+def _policy(
+    settings: rundir.Settings, tokenizer: Any, data: Any, eval_data: Any, console: Console
+) -> Any:
+    """The trainer and our callbacks, for GRPO."""
+    from drrlhf import trl
+
+    arguments = _arguments(settings, eval_data is not None) | {
+        "beta": settings.beta,
+        "loss_type": settings.loss_type,
+        "importance_sampling_level": settings.importance_level,
+        "epsilon": settings.clip_low,
+        "epsilon_high": settings.clip_high,
+        "num_generations": settings.num_generations,
+        "max_completion_length": settings.max_completion_length,
+        "temperature": settings.temperature,
+        "group_by": settings.group_by,
+        "pass_threshold": settings.pass_threshold,
+    }
+    return _made(
+        trl.GRPOTrainer,
+        settings,
+        console,
+        args=trl.GRPOConfig(**arguments),
+        processing_class=tokenizer,
+        reward_funcs=reward_function.load(settings.reward or ""),
+        train_dataset=data.dataset,
+        eval_dataset=eval_data.dataset if eval_data else None,
+    )
+
+
+def _made(make: Any, settings: rundir.Settings, console: Console, **arguments: Any) -> Any:
+    """The trainer with our callbacks on it, and these."""
+    from transformers import PrinterCallback
+
+    from drrlhf.callbacks import InterruptCallback, MetricsCallback, ProgressCallback
+
     callbacks = (
         MetricsCallback(Path(settings.output_dir) / rundir.METRICS_FILE),
         InterruptCallback(),
@@ -48,15 +96,11 @@ def build(settings: rundir.Settings, data: Any, eval_data: Any, console: Console
     # MetricsCallback comes last: it must see that a checkpoint was asked for, whoever asked.
     trainer = make(
         model=settings.model,
-        args=config,
-        processing_class=tokenizer,
-        train_dataset=train,
-        eval_dataset=held_out,
         callbacks=list(callbacks[::-1]),
         peft_config=_adapters(settings),
+        **arguments,
     )
     trainer.remove_callback(PrinterCallback)
-    _tell_left_out(len(data.dataset), len(trainer.train_dataset), config.max_length, console)
     return trainer, callbacks
 
 
@@ -85,17 +129,14 @@ def _tokenized(dataset: Any, tokenizer: Any, settings: rundir.Settings) -> Any:
     return dataset.map(tokenize, desc="Tokenizing")
 
 
-def _arguments(
-    settings: rundir.Settings, tokenizer: Any, evaluate: bool, console: Console
-) -> dict[str, Any]:
-    """What both configurations take from `settings`, under transformers' names."""
+def _arguments(settings: rundir.Settings, evaluate: bool) -> dict[str, Any]:
+    """What all configurations take from `settings`, under transformers' names."""
     import torch
 
     accelerated = torch.cuda.is_available()
     return {
         "ambiguity": settings.ambiguity,
         "robust_scope": settings.robust_scope,
-        "padding_free": settings.padding_free,
         "output_dir": settings.output_dir,
         "num_train_epochs": settings.epochs,
         "max_steps": settings.max_steps,
@@ -103,7 +144,6 @@ def _arguments(
         "per_device_eval_batch_size": settings.batch_size,
         "gradient_accumulation_steps": settings.gradient_accumulation,
         "learning_rate": settings.learning_rate,
-        "max_length": _fitting_length(settings, tokenizer, console),
         "seed": settings.seed,
         "bf16": settings.dtype == "bf16",
         "use_cpu": not accelerated,
@@ -123,6 +163,7 @@ def _fitting_length(settings: rundir.Settings, tokenizer: Any, console: Console)
     """--max-length, or what the model has positions for when that is less."""
     from transformers import AutoConfig
 
+    assert settings.max_length is not None
     config = AutoConfig.from_pretrained(settings.model).get_text_config()
     positions = getattr(config, "max_position_embeddings", None) or settings.max_length
     limit = min(positions, tokenizer.model_max_length)

@@ -48,6 +48,9 @@ def report(output_dir: Path, record: dict[str, Any], console: Console) -> int:
 # Title, and the column of metrics.jsonl by the name that each trainer gives it.
 _ROWS = (
     ("loss", ("loss",)),
+    ("reward", ("reward",)),
+    ("worst-case reward", ("robust/worst_case_reward",)),
+    ("KL to the start", ("kl",)),
     ("preference accuracy", ("rewards/accuracies", "accuracy")),
     ("reward margin", ("rewards/margins", "margin")),
     ("effective sample size (share)", ("robust/effective_sample_size",)),
@@ -57,9 +60,10 @@ _ROWS = (
 
 def _table(record: dict[str, Any], train: list[Any], evaluations: list[Any]) -> Table:
     settings, last = record["settings"], train[-1]
+    what = "prompts" if settings["kind"] == "grpo" else "pairs"
     table = Table(
         title=f"{settings['kind']}, ambiguity {settings['ambiguity']}",
-        caption=f"{record['data']['rows']} pairs, {last['step']} steps, {last['seconds']:.1f} s",
+        caption=f"{record['data']['rows']} {what}, {last['step']} steps, {last['seconds']:.1f} s",
     )
     tenth = max(1, len(train) // 10)  # one batch alone says little
     parts = [(train[:tenth], ""), (train[-tenth:], "")]

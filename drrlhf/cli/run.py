@@ -14,7 +14,7 @@ from typing import Any
 from rich.console import Console
 
 from drrlhf.ambiguity import Group, parse_ambiguity
-from drrlhf.cli import _console, build, outcome, rundir
+from drrlhf.cli import _console, build, outcome, reward_function, rundir
 from drrlhf.version import __version__
 
 NEEDED = ("trl", "transformers", "datasets", "accelerate", "matplotlib")
@@ -33,6 +33,8 @@ def run(kind: str, options: dict[str, Any], console: Console, resume_command: st
             _check_options(options)
             require(*(["peft"] if options["lora"] else []))
             checkpoint = _check_directory(output_dir, options)
+            if kind == "grpo":
+                reward_function.load(options["reward"])
             data, eval_data, settings = _load(kind, options)
             record = _record(settings, data)
             if checkpoint:
@@ -119,14 +121,21 @@ def _load(kind: str, options: dict[str, Any]) -> tuple[Any, Any, rundir.Settings
     if not groups_from_data:
         parse_ambiguity(ambiguity)
 
-    from drrlhf.data import load_preference_data
+    from drrlhf.data import load_preference_data, load_prompt_data
 
-    data = load_preference_data(options["data"], kind=kind)
-    eval_data = None
+    def load(source: str, names: Any = None) -> Any:
+        if kind == "grpo":
+            return load_prompt_data(source, group_names=names)
+        return load_preference_data(source, kind=kind, group_names=names)
+
+    data, eval_data = load(options["data"]), None
     if options["eval_data"]:
-        names = data.group_names
-        eval_data = load_preference_data(options["eval_data"], kind=kind, group_names=names)
-    options = options | {"kind": kind, "ambiguity": _resolve(ambiguity, data, groups_from_data)}
+        eval_data = load(options["eval_data"], data.group_names)
+    if options.get("group_by") != "pass_rate":
+        ambiguity = _resolve(ambiguity, data, groups_from_data)
+    elif groups_from_data:
+        raise ValueError("--group-by pass_rate: say how many groups, as in --ambiguity group:4")
+    options = options | {"kind": kind, "ambiguity": ambiguity}
     options["dtype"] = options["dtype"] or _default_dtype()
     fields = {field.name for field in dataclasses.fields(rundir.Settings)}
     return data, eval_data, rundir.Settings(**{k: v for k, v in options.items() if k in fields})

@@ -50,9 +50,7 @@ class Settings:
     batch_size: int
     gradient_accumulation: int
     robust_scope: str
-    padding_free: bool
     learning_rate: float
-    max_length: int
     seed: int
     save_steps: int
     logging_steps: int
@@ -64,6 +62,17 @@ class Settings:
     loss_type: str | None = None
     label_smoothing: float | None = None
     precompute_ref: bool | None = None
+    padding_free: bool | None = None
+    max_length: int | None = None
+    reward: str | None = None
+    num_generations: int | None = None
+    max_completion_length: int | None = None
+    temperature: float | None = None
+    importance_level: str | None = None
+    clip_low: float | None = None
+    clip_high: float | None = None
+    group_by: str | None = None
+    pass_threshold: float | None = None
 
 
 def occupant(output_dir: Path) -> str | None:

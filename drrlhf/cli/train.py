@@ -1,4 +1,4 @@
-"""``drrlhf train reward|dpo``: the options; the work is in run.py and drrlhf.demo."""
+"""``drrlhf train reward|dpo|grpo``: the options; the work is in run.py and drrlhf.demo."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import typer
 from drrlhf.cli import _console, run
 
 app = typer.Typer(
-    help="Train a reward model or a DPO policy with worst-case weights over each step's pairs.",
+    help="Train a reward model, or a policy by DPO or GRPO, with worst-case weights over each "
+    "step's pairs or prompts.",
     no_args_is_help=True,
 )
 
@@ -22,8 +23,10 @@ LEARNING_RATES = {
     ("reward", True): 1e-4,
     ("dpo", False): 1e-6,
     ("dpo", True): 1e-5,
+    ("grpo", False): 1e-6,
+    ("grpo", True): 1e-5,
 }
-_RATES_TOLD = "reward 1e-5, dpo 1e-6; with --lora ten times that"
+_RATES_TOLD = "reward 1e-5, dpo and grpo 1e-6; with --lora ten times that"
 _IN, _OPT, _OUT, _DEMO = "Input", "Optimisation", "Output", "Demo"
 
 
@@ -225,12 +228,117 @@ def dpo(
         _train(ctx, "dpo")
 
 
+@app.command()
+def grpo(
+    ctx: typer.Context,
+    data: Annotated[
+        str | None,
+        _option(
+            panel=_IN,
+            help="Prompts: a .jsonl, .json, .csv or .parquet file, or a `datasets` name. Column "
+            "prompt; optional group, weight; others go to the reward function.",
+        ),
+    ] = None,
+    model: Model = None,
+    reward: Annotated[
+        str | None,
+        _option(
+            panel=_IN,
+            help="module:function, called as TRL's reward functions (prompts, completions and "
+            "columns by name), or the directory of a reward model.",
+        ),
+    ] = None,
+    eval_data: EvalData = None,
+    ambiguity: Ambiguity = None,
+    beta: Annotated[
+        float, _option(panel=_OPT, min=0, help="Strength of the pull to the start.")
+    ] = 0.0,
+    loss_type: Annotated[
+        str, _option(panel=_OPT, help="grpo, bnpo, dr_grpo, dapo, or another of TRL's.")
+    ] = "dapo",
+    importance_level: Annotated[
+        Literal["token", "sequence"], _option(panel=_OPT, help="What an importance ratio is of.")
+    ] = "token",
+    clip_low: Annotated[
+        float, _option(panel=_OPT, min=0, max=1, help="Ratios are clipped at 1 minus this.")
+    ] = 0.2,
+    clip_high: Annotated[
+        float, _option(panel=_OPT, min=0, help="Ratios are clipped at 1 plus this.")
+    ] = 0.2,
+    num_generations: Annotated[
+        int, _option(panel=_OPT, min=2, help="Completions of each prompt.")
+    ] = 8,
+    max_completion_length: Annotated[
+        int, _option(panel=_OPT, min=1, help="Longest completion in tokens.")
+    ] = 256,
+    temperature: Annotated[float, _option(panel=_OPT, help="Of sampling.")] = 1.0,
+    group_by: Annotated[
+        Literal["column", "pass_rate"],
+        _option(
+            panel=_OPT,
+            help="Groups of --ambiguity group:G: the column group, or each prompt's running share "
+            "of completions that reach --pass-threshold.",
+        ),
+    ] = "column",
+    pass_threshold: Annotated[
+        float, _option(panel=_OPT, help="The reward from which a completion has passed.")
+    ] = 0.5,
+    epochs: Epochs = 1.0,
+    max_steps: MaxSteps = -1,
+    batch_size: Annotated[
+        int,
+        _option(
+            panel=_OPT,
+            min=1,
+            help="Completions per device and batch; those of a step are a multiple of "
+            "--num-generations.",
+        ),
+    ] = 8,
+    gradient_accumulation: Accumulation = 1,
+    robust_scope: RobustScope = "step",
+    learning_rate: LearningRate = None,
+    seed: Seed = 42,
+    lora: Lora = False,
+    lora_r: LoraR = 16,
+    dtype: Dtype = None,
+    output_dir: OutputDir = None,
+    save_steps: SaveSteps = 500,
+    logging_steps: LoggingSteps = 1,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    demo: Annotated[
+        bool,
+        _option(
+            "--demo",
+            panel=_DEMO,
+            help="Train a cut SmolLM2 plainly and robustly on prompts of four domains; takes "
+            "--output-dir, --steps, --ambiguity and --seeds.",
+        ),
+    ] = False,
+    seeds: Annotated[int, _option(panel=_DEMO, min=1, help="Runs per ambiguity set.")] = 3,
+) -> None:
+    """Train a policy on rewards of what it writes (GRPO), against the worst prompts of each step.
+
+    Example:
+
+        drrlhf train grpo --data prompts.jsonl --model DIR --reward my_module:score --output-dir out
+
+        drrlhf train grpo --demo
+    """
+    _console.hush_deprecations()
+    if demo:
+        _only_with_demo(ctx, {"output_dir", "max_steps", "ambiguity", "seeds", "demo"})
+        _grpo_demo(Path(output_dir or "demo-grpo"), max_steps, ambiguity, seeds)
+    else:
+        _never_without_demo(ctx, {"seeds"})
+        _train(ctx, "grpo")
+
+
 def _train(ctx: typer.Context, kind: str) -> None:
     """Missing options, then over to run.py; ends the command with the run's exit status."""
     options = dict(ctx.params)
-    missing = [
-        f"--{n.replace('_', '-')}" for n in ("data", "model", "output_dir") if not options[n]
-    ]
+    needed = ("data", "model", *(["reward"] if kind == "grpo" else []), "output_dir")
+    missing = [f"--{n.replace('_', '-')}" for n in needed if not options[n]]
     if missing:
         raise _console.fail(
             f"missing {', '.join(missing)} (or --demo); see {ctx.command_path} --help"
@@ -258,6 +366,17 @@ def _dpo_demo(output_dir: Path, steps: int, ambiguity: str | None, seed: int) ->
         options["steps"] = steps
     with _console.user_errors(material.MaterialError):
         dpo.run(output_dir, console=_console.console(), **options)
+
+
+def _grpo_demo(output_dir: Path, steps: int, ambiguity: str | None, seeds: int) -> None:
+    with _console.user_errors():
+        run.require("peft", "gguf")
+        from drrlhf.demo import grpo, material
+    options: dict[str, Any] = {"ambiguity": ambiguity or DEFAULT_AMBIGUITY, "seeds": seeds}
+    if steps != -1:
+        options["steps"] = steps
+    with _console.user_errors(material.MaterialError):
+        grpo.run(output_dir, console=_console.console(), **options)
 
 
 def _given(ctx: typer.Context) -> dict[str, Any]:

@@ -157,6 +157,11 @@ def _fetched(folder: Path, seed: int) -> dict[str, dict[str, list[Text]]]:
     return split_texts(load_texts(folder), seed)
 
 
+def load_split(split: str, domain: str) -> list[Text]:
+    """The fetched texts of one split of a domain; the split of the documents is always the same."""
+    return _fetched(fetch("sentiment"), 0)[split][domain]
+
+
 def load_pairs(
     split: str,
     domains: Sequence[str] = DOMAINS,

@@ -1,0 +1,320 @@
+"""GRPO on a real language model: plain and against the worst prompts, everything else the same.
+
+The model is the first layers of SmolLM2-135M-Instruct. A prompt is the beginning of a rated text of
+one of the four domains of `drrlhf.demo.sentiment`, 95 % of them of one domain and 5 % of another;
+the reward is that of a sentiment model trained on the preference pairs of these texts, for the
+beginning and what the policy makes of it. So prompts differ in what can be had from them: the
+adversary turns to those that begin badly. Plain and robust training start from the same weights and
+see the same prompts; beginnings that were held out, of these domains and of two that were never
+trained on, tell them apart. What comes out is reported as it is.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+import torch
+from datasets import Dataset, disable_progress_bars
+from peft import LoraConfig
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PrinterCallback,
+    set_seed,
+)
+from transformers.utils import logging
+
+from drrlhf import parse_ambiguity
+from drrlhf.callbacks import MetricsCallback, ProgressCallback
+from drrlhf.demo.dpo import LAYERS, RARE, RARE_SHARE, SEEN, UNSEEN, cut_model
+from drrlhf.demo.embeddings import fast_dtype
+from drrlhf.demo.material import fetch
+from drrlhf.demo.sentiment import load_split, preference_rows
+from drrlhf.report import plot_rewards, read_metrics
+from drrlhf.trl import GRPOConfig, GRPOTrainer, RewardConfig, RewardTrainer
+
+DOMAINS = (SEEN, RARE, *UNSEEN)
+BEGINNING = 8  # words
+PROMPTS, COMPLETIONS, TOKENS = 8, 4, 20  # of a step; of a prompt; of a completion
+HELD_OUT = 48  # prompts a domain
+REWARD_PAIRS, REWARD_BATCH = 768, 16
+
+Rows = Sequence[Mapping[str, Any]]
+
+
+def run(
+    output_dir: str | Path,
+    *,
+    steps: int = 24,
+    ambiguity: str = "tv:0.1",
+    seeds: int = 3,
+    console: Console | None = None,
+) -> dict[str, Any]:
+    """Fetch, train the reward model, train every policy, print the table; write ``grpo.json`` and
+    ``grpo.png``.
+
+    Returns what ``grpo.json`` holds, see `compare`.
+
+    Raises:
+        MaterialError: a model or the texts could not be fetched.
+        ValueError: an unknown ambiguity set, or ``steps`` or ``seeds`` < 1.
+    """
+    console = console or Console()
+    parse_ambiguity(ambiguity)
+    if steps < 1 or seeds < 1:
+        raise ValueError(f"steps and seeds must be >= 1, got {steps} and {seeds}")
+    logging.disable_progress_bar()
+    disable_progress_bars()
+    output_dir = Path(output_dir)
+    model_dir = cut_model(LAYERS, console)
+    reward_dir = reward_model(output_dir / "reward", console)
+    held_out = {domain: beginnings("test", domain, HELD_OUT, 0) for domain in DOMAINS}
+    result = compare(
+        model_dir,
+        str(reward_dir),
+        lambda seed: mixture(steps * PROMPTS, seed),
+        held_out,
+        output_dir,
+        ambiguity=ambiguity,
+        steps=steps,
+        seeds=seeds,
+        console=console,
+    )
+    shares = {SEEN: f"{1 - RARE_SHARE:.0%} of training", RARE: f"{RARE_SHARE:.0%} of training"}
+    result |= {
+        "data": "Reward: a model of human sentiment ratings (Hutto & Gilbert 2014), by preferences "
+        "that were derived from them; the prompts are beginnings of the rated texts.",
+        "model": f"the first {LAYERS} layers of SmolLM2-135M-Instruct, LoRA",
+        "domains": {domain: shares.get(domain, "unseen") for domain in DOMAINS},
+    }
+    text = json.dumps(result, indent=2) + "\n"
+    (output_dir / "grpo.json").write_text(text, encoding="utf-8")
+    plot_rewards(result, output_dir / "grpo.png")
+    console.print(table(result))
+    console.print(f"Written: {output_dir / 'grpo.json'}, {output_dir / 'grpo.png'}", soft_wrap=True)
+    return result
+
+
+def beginnings(split: str, domain: str, n: int, seed: int) -> list[dict[str, Any]]:
+    """n prompts: the first words of rated texts of a domain that are longer."""
+    texts = (text.text.split() for text in load_split(split, domain))
+    longer = [words for words in texts if len(words) > BEGINNING]
+    chosen = random.Random(seed).sample(longer, n)
+    return [{"prompt": " ".join(words[:BEGINNING]), "domain": domain} for words in chosen]
+
+
+def mixture(n: int, seed: int) -> list[dict[str, Any]]:
+    """n training prompts, `RARE_SHARE` of them (at least one) of the rare domain."""
+    rare = max(1, round(RARE_SHARE * n))
+    return beginnings("train", SEEN, n - rare, seed) + beginnings("train", RARE, rare, seed)
+
+
+def reward_model(folder: Path, console: Console) -> Path:
+    """A sentiment reward model in `folder`; trained once, on pairs of all four domains."""
+    if (folder / "config.json").is_file():
+        console.print(f"Reward model: {folder}, from an earlier run", soft_wrap=True)
+        return folder
+    encoder = fetch("minilm", say=console.print)
+    tokenizer = AutoTokenizer.from_pretrained(encoder)
+
+    def tokens(row: Mapping[str, Any], name: str) -> list[int]:
+        return tokenizer(row[name].strip())["input_ids"]
+
+    rows = [
+        {"chosen_ids": tokens(row, "chosen"), "rejected_ids": tokens(row, "rejected")}
+        for row in preference_rows("train", n=REWARD_PAIRS)
+    ]
+    config = RewardConfig(
+        output_dir=str(folder),
+        per_device_train_batch_size=REWARD_BATCH,
+        num_train_epochs=1,
+        learning_rate=1e-4,
+        max_length=128,
+        center_rewards_coefficient=0.01,
+        **_machine(),
+    )
+    progress = ProgressCallback(console, "reward model")
+    set_seed(0)
+    trainer = RewardTrainer(
+        model=AutoModelForSequenceClassification.from_pretrained(encoder, num_labels=1),
+        args=config,
+        processing_class=tokenizer,
+        train_dataset=Dataset.from_list(rows),
+        callbacks=[progress],
+    )
+    trainer.remove_callback(PrinterCallback)
+    try:
+        trainer.train()
+    finally:
+        progress.stop()
+    trainer.save_model()
+    return folder
+
+
+def compare(
+    model_dir: str | Path,
+    reward: Any,
+    prompts: Any,
+    held_out: Mapping[str, Rows],
+    output_dir: str | Path,
+    *,
+    ambiguity: str = "tv:0.1",
+    steps: int = 24,
+    seeds: int = 3,
+    learning_rate: float = 5e-4,
+    console: Console | None = None,
+) -> dict[str, Any]:
+    """Train `model_dir` on ``prompts(seed)`` with ``erm`` and with `ambiguity`, for every seed, and
+    score the start model and all of them on `held_out`.
+
+    Every run gets a folder of `output_dir` with its adapter and ``metrics.jsonl``. A result has
+    ``settings``, ``start`` (mean held-out reward by domain, a list over seeds), and ``runs``, one
+    for each set: ``ambiguity``, ``rewards`` as ``start``, ``training`` (mean reward of each step,
+    by seed) and ``seconds_per_step``.
+
+    reward: what TRL takes as a reward function.
+    """
+    console = console or Console()
+    settings = {"steps": steps, "seeds": seeds, "learning_rate": learning_rate}
+    settings |= {"prompts": PROMPTS, "completions": COMPLETIONS, "tokens": TOKENS}
+    start: dict[str, list[float]] = {domain: [] for domain in held_out}
+    runs: list[dict[str, Any]] = []
+    for title, name in (("plain", "erm"), ("robust", str(parse_ambiguity(ambiguity)))):
+        one: dict[str, Any] = {"ambiguity": name, "training": [], "seconds_per_step": []}
+        one["rewards"] = {domain: [] for domain in held_out}
+        for seed in range(seeds):
+            label = f"{title} ({name}), seed {seed}"
+            config = _config(Path(output_dir) / f"{title}-{seed}", name, settings, seed)
+            trainer = _trainer(model_dir, config, reward, prompts(seed), label, console)
+            if title == "plain":
+                _score(trainer, held_out, seed, start, console, f"start model, seed {seed}")
+            lines = _train(trainer, config)
+            one["training"].append([line["reward"] for line in lines])
+            one["seconds_per_step"].append(lines[-1]["seconds"] / len(lines))
+            _score(trainer, held_out, seed, one["rewards"], console, label)
+        runs.append(one)
+    return {"settings": settings, "start": start, "runs": runs}
+
+
+def _machine() -> dict[str, Any]:
+    accelerated = torch.cuda.is_available()
+    return {
+        "bf16": accelerated or fast_dtype() == torch.bfloat16, "use_cpu": not accelerated,
+        "gradient_checkpointing": False, "logging_steps": 1, "save_strategy": "no",
+        "report_to": "none", "disable_tqdm": True,
+    }  # fmt: skip
+
+
+def _config(folder: Path, ambiguity: str, settings: Mapping[str, Any], seed: int) -> GRPOConfig:
+    return GRPOConfig(
+        output_dir=str(folder),
+        ambiguity=ambiguity,
+        max_steps=settings["steps"],
+        learning_rate=settings["learning_rate"],
+        per_device_train_batch_size=settings["prompts"] * settings["completions"],
+        per_device_eval_batch_size=2 * HELD_OUT,
+        num_generations=settings["completions"],
+        num_generations_eval=2,
+        max_completion_length=settings["tokens"],
+        seed=seed,
+        logging_nan_inf_filter=False,
+        **_machine(),
+    )
+
+
+def _trainer(
+    model_dir: str | Path, config: GRPOConfig, reward: Any, rows: Rows, title: str, console: Console
+) -> GRPOTrainer:
+    folder = Path(str(config.output_dir))
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "metrics.jsonl").unlink(missing_ok=True)
+    trainer = GRPOTrainer(
+        model=str(model_dir),
+        args=config,
+        reward_funcs=reward,
+        processing_class=AutoTokenizer.from_pretrained(model_dir),
+        train_dataset=Dataset.from_list([{"prompt": row["prompt"]} for row in rows]),
+        callbacks=[ProgressCallback(console, title)],
+        peft_config=LoraConfig(
+            r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"
+        ),
+    )  # fmt: skip
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def _train(trainer: GRPOTrainer, config: GRPOConfig) -> list[dict[str, Any]]:
+    """Train, keep the adapter, and give the training lines of ``metrics.jsonl``."""
+    path = Path(str(config.output_dir)) / "metrics.jsonl"
+    trainer.add_callback(MetricsCallback(path))  # the start model's scores are none of its lines
+    (progress,) = (c for c in trainer.callback_handler.callbacks if isinstance(c, ProgressCallback))
+    try:
+        trainer.train()
+    finally:
+        progress.stop()
+    trainer.save_model()
+    return [line for line in read_metrics(path) if line["event"] == "train"]
+
+
+def _score(
+    trainer: GRPOTrainer, held_out: Mapping[str, Rows], seed: int,
+    into: dict[str, list[float]], console: Console, title: str,
+) -> None:  # fmt: skip
+    """Append the mean reward of sampled completions of every domain's prompts; the same draws for
+    every policy of a seed."""
+    for domain, rows in held_out.items():
+        with console.status(f"scoring {title} on {domain}"):
+            set_seed(1000 + seed)
+            trainer.evaluate(Dataset.from_list([{"prompt": row["prompt"]} for row in rows]))
+        logged = [line for line in trainer.state.log_history if "eval_reward" in line]
+        into[domain].append(logged[-1]["eval_reward"])
+
+
+def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and its standard error over seeds; no error of one seed."""
+    return fmean(values), stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("nan")
+
+
+def table(result: Mapping[str, Any]) -> Table:
+    """A row a policy: held-out reward by domain ± standard error over seeds; and the gain of robust
+    over plain training, seed by seed."""
+    settings = result["settings"]
+    shown = Table(
+        title=f"GRPO on {result['model']},\n{settings['steps']} steps of {settings['prompts']} "
+        f"prompts x {settings['completions']} completions",
+        caption=f"Held-out reward, ± standard error over {settings['seeds']} seed(s).\n"
+        + result["data"],
+        box=box.SIMPLE_HEAD,
+        collapse_padding=True,
+        pad_edge=False,
+    )
+    shown.add_column("ambiguity")
+    for name, role in result["domains"].items():
+        shown.add_column(f"{name}\n({role})", justify="right")
+    shown.add_column("s per\nstep", justify="right")
+
+    def row(title: str, rewards: Mapping[str, Sequence[float]], sign: str, last: str) -> None:
+        cells = (mean_and_error(rewards[name]) for name in result["domains"])
+        shown.add_row(
+            title,
+            *(f"{m:{sign}.3f}" + (f" ± {e:.3f}" if e == e else "") for m, e in cells),
+            last,
+        )
+
+    row("start model", result["start"], "", "")
+    for one in result["runs"]:
+        row(one["ambiguity"], one["rewards"], "", f"{fmean(one['seconds_per_step']):.2f}")
+    plain, robust = (one["rewards"] for one in result["runs"])
+    gains = {
+        name: [r - p for r, p in zip(robust[name], plain[name], strict=True)] for name in plain
+    }
+    row("robust - plain", gains, "+", "")
+    return shown
