@@ -84,6 +84,8 @@ def _theirs(batch: Mapping[str, Tensor], **options: Any) -> Tensor:
 def _from_logps(suite: str, options: Mapping[str, Any]) -> Contest:
     prompts, each, length = SHAPES[suite]
     batch = _batch(prompts, each, length, SUITES[suite])
+    if "kl_beta" not in options:
+        del batch["ref_logps"]  # which TRL would not look at
 
     def work(loss: Callable[..., Tensor], mine: Mapping[str, Tensor] = batch) -> Work:
         leaf = mine["logps"].clone().requires_grad_()
