@@ -256,6 +256,7 @@ def _train(trainer: GRPOTrainer, config: GRPOConfig) -> list[dict[str, Any]]:
     path = Path(str(config.output_dir)) / "metrics.jsonl"
     trainer.add_callback(MetricsCallback(path))  # the start model's scores are none of its lines
     (progress,) = (c for c in trainer.callback_handler.callbacks if isinstance(c, ProgressCallback))
+    set_seed(config.seed)  # scoring the start model has drawn numbers
     try:
         trainer.train()
     finally:
