@@ -45,6 +45,10 @@ def folder(tmp_path_factory):
     tiny_llama_dir(path).rename(path / "DIR")
     rows = [dict(row) for row in tiny_pairs(8)]
     (path / "my_pairs.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    prompts = ({"prompt": row["prompt"]} for row in rows)
+    (path / "my_prompts.jsonl").write_text("".join(json.dumps(r) + "\n" for r in prompts))
+    score = "def score(completions, **_):\n    return [len(set(c.split())) for c in completions]\n"
+    (path / "my_module.py").write_text(score)
     return path
 
 
@@ -185,6 +189,20 @@ def test_the_sentence_about_packing_is_the_kept_measurement():
     }
     ratio = speeds["drrlhf (packed)"] / speeds["drrlhf (padded)"]
     assert f"at {ratio:.2f} times the tokens/s with `padding_free=True`" in " ".join(README.split())
+
+
+def test_the_sentence_about_the_policy_loss_is_the_kept_measurement():
+    ratios = [
+        f"{record['ratio']:.2f}"
+        for record in newest(ROOT / "benchmarks" / "results", "policy_loss")["records"]
+        if record["op"] == "policy_loss" and record["contender"] == "drrlhf"
+    ]
+    sentence = (
+        "takes {} of the time of TRL's own with the total-variation adversary, {} with a reference "
+        "policy and {} with sequence-level ratios; from hidden states (bfloat16, head of SmolLM2) "
+        "{}."
+    )
+    assert sentence.format(*ratios) in " ".join(README.split())
 
 
 def test_the_demo_sentence_is_the_kept_result():

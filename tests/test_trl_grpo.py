@@ -19,6 +19,7 @@ import drrlhf as dr
 from drrlhf.trl import grpo
 from drrlhf.trl.prompts import PassRates, identity
 
+SETS = ["tv:0.3", "cvar:0.4", "group:2,step_size=0.5", "kl:temperature=1,momentum=0.5"]
 LOSSES = ["grpo", "bnpo", "dr_grpo", "dapo"]
 
 
@@ -85,7 +86,7 @@ def test_weights_reach_every_completion(run, monkeypatch, loss_type):
     assert (ours["gradients"][0] - plain["gradients"][0]).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("ambiguity", ["tv:0.3", "cvar:0.4", "group:2,step_size=0.5"])
+@pytest.mark.parametrize("ambiguity", SETS)
 @pytest.mark.parametrize("loss_type", ["grpo", "dapo"])
 def test_the_step_is_the_adversarys_however_it_is_cut(run, loss_type, ambiguity):
     data = tiny_pairs(8, group=[0, 1] * 4)
@@ -134,6 +135,15 @@ def test_what_is_logged(run):
     worse = min((0, 1), key=lambda g: log[f"group/{g}/reward"])
     assert log[f"group/{worse}/weight"] > 0.5
     assert log["robust/overflowed"] == 0
+
+
+def test_plain_training_logs_groups_and_stays_trls(run):
+    data = tiny_pairs(8, group=[0, 1] * 4)
+    found = run(data=data, head="trl", **WHOLE)
+    (log,) = found["logs"]
+    assert log["group/0/reward"] + log["group/1/reward"] == pytest.approx(2 * log["reward"])
+    assert not any(name.startswith("robust/") or name.endswith("/weight") for name in log)
+    assert torch.equal(found["parameters"], run("trl", data=data, **WHOLE)["parameters"])
 
 
 def test_nominal_weights_mask_prompts(run):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import time
 from typing import Any
 
 import torch
@@ -45,7 +46,8 @@ class GRPOTrainer(SetMixin, trl.GRPOTrainer):
     Metrics added: ``robust/reward``, the plain mean of V, and ``robust/worst_case_reward``;
     ``robust/effective_sample_size``, ``/max_weight``, ``/kept`` as in the other trainers, over
     prompts; ``robust/overflowed``, tokens whose importance ratio was clamped; and for each group
-    ``group/<g>/reward``, ``/weight`` and, for a Group set, ``/state``. TRL's token metrics are over
+    ``group/<g>/reward``, ``/weight`` and, for a Group set, ``/state`` (the reward with
+    ``ambiguity="erm"`` too). TRL's token metrics are over
     the completions that kept weight. In evaluation the loss stays the plain one, and the
     ``robust/…`` metrics are over the whole evaluation set.
 
@@ -127,12 +129,16 @@ class GRPOTrainer(SetMixin, trl.GRPOTrainer):
         numbers = torch.arange(len(rewards), device=device) // each + self._prompts_met
         self._prompts_met += len(rewards) // each
         nominal = [float(row.get(columns.WEIGHT, 1.0)) for row in inputs]
-        return output | {
+        facts = {
             prompts.PROMPT: numbers[mine],
             prompts.VALUE: values,
             prompts.NOMINAL: torch.tensor(nominal, device=device),
             prompts.GROUP: self._groups_of(inputs, rewards),
         }
+        if self.model.training and not self._reweighing:  # else the step logs them, weighed
+            found, _ = prompts.from_table(self.accelerator.gather(prompts.table([facts])))
+            self._log_prompts(found, None, "train")
+        return output | facts
 
     def _check_rewards(self, rewards: Tensor, per_function: Tensor) -> None:
         if rewards.isinf().any():
@@ -176,7 +182,9 @@ class GRPOTrainer(SetMixin, trl.GRPOTrainer):
         if not self._reweighing or self.robust_scope != "step":
             return super().training_step(model, inputs, num_items_in_batch)
         model.train()
+        start = time.perf_counter()
         self._held.append(self._prepare_inputs(inputs))
+        self._current_train_step_time += time.perf_counter() - start  # as TRL counts it
         self._step += 1
         self._calls_left -= 1
         if self._calls_left > 0:
@@ -205,8 +213,11 @@ class GRPOTrainer(SetMixin, trl.GRPOTrainer):
             mine = slice(first, first + len(rows))
             rows = self.accelerator.gather(rows)
         found, place = prompts.from_table(rows)
-        found, risk = self._solved(found, update=self.model.training)
+        # One step of the adversary for one of the optimizer; a stream takes every batch.
+        whole = self.robust_scope == "step" or self._streaming
+        found, risk = self._solved(found, update=whole or self.accelerator.sync_gradients)
         self._log_prompts(found, risk, "train")
+        assert found.weights is not None
         factors = (len(found.values) * found.weights)[place][mine]
         return list(factors.to(torch.float32).split([len(b[prompts.PROMPT]) for b in batches]))
 
@@ -224,9 +235,12 @@ class GRPOTrainer(SetMixin, trl.GRPOTrainer):
         )
         return found._replace(weights=risk.weights), risk.value.item()
 
-    def _log_prompts(self, found: prompts.Prompts, risk: float, mode: str) -> None:
+    def _log_prompts(self, found: prompts.Prompts, risk: float | None, mode: str) -> None:
+        """Metrics of all processes' prompts; without a risk they are not weighed."""
         state = None if self.group_state is None else self.group_state.weights
-        metrics = prompts.summary(found, risk) | prompts.by_group(found, state)
+        metrics = prompts.by_group(found, state)
+        if risk is not None:
+            metrics |= prompts.summary(found, risk)
         for name, number in metrics.items():
             self._metrics[mode][name].append(number)
 
@@ -357,7 +371,9 @@ class GRPOTrainer(SetMixin, trl.GRPOTrainer):
             self._evaluated = None
         if tables:
             found, _ = prompts.from_table(torch.cat(tables).to(self.accelerator.device))
-            found, risk = self._solved(found, update=False)
+            risk = None
+            if self._reweighing:
+                found, risk = self._solved(found, update=False)
             self._log_prompts(found, risk, "eval")
         return output
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -74,18 +74,25 @@ def summary(pairs: Pairs, value: float) -> dict[str, float]:
     }
 
 
-def by_group(pairs: Pairs, state: Tensor | None) -> dict[str, float]:
-    """The ``group/…`` metrics: loss, accuracy, weight of each group present, and its state."""
-    metrics: dict[str, float] = {}
+def _groups(pairs: Pairs) -> Iterator[tuple[int, Tensor]]:
+    """Each group that has an unmasked pair, and which pairs (n,) these are."""
     if pairs.groups is not None:
         assert pairs.nominal is not None
         for g in pairs.groups.unique().tolist():
             rows = (pairs.groups == g) & (pairs.nominal > 0)
-            if g < LOGGED_GROUPS and rows.any():
-                metrics[f"group/{g}/loss"] = pairs.losses[rows].mean().item()
-                metrics[f"group/{g}/accuracy"] = pairs.correct[rows].double().mean().item()
-                if pairs.weights is not None:
-                    metrics[f"group/{g}/weight"] = pairs.weights[rows].sum().item()
+            if rows.any():
+                yield g, rows
+
+
+def by_group(pairs: Pairs, state: Tensor | None) -> dict[str, float]:
+    """The ``group/…`` metrics: loss, accuracy, weight of each group present, and its state."""
+    metrics: dict[str, float] = {}
+    for g, rows in _groups(pairs):
+        if g < LOGGED_GROUPS:
+            metrics[f"group/{g}/loss"] = pairs.losses[rows].mean().item()
+            metrics[f"group/{g}/accuracy"] = pairs.correct[rows].double().mean().item()
+            if pairs.weights is not None:
+                metrics[f"group/{g}/weight"] = pairs.weights[rows].sum().item()
     if state is not None:
         for g, weight in enumerate(state[:LOGGED_GROUPS].tolist()):
             metrics[f"group/{g}/state"] = weight
@@ -94,17 +101,10 @@ def by_group(pairs: Pairs, state: Tensor | None) -> dict[str, float]:
 
 def worst_group(pairs: Pairs) -> dict[str, Any]:
     """Loss of the group with the highest one, and accuracy of the group with the lowest."""
-    if pairs.groups is None:
-        return {}
-    assert pairs.nominal is not None
-    found = []
-    for g in pairs.groups.unique():
-        rows = (pairs.groups == g) & (pairs.nominal > 0)
-        if rows.any():
-            found.append((pairs.losses[rows].mean().item(), pairs.correct[rows].double().mean()))
-    if not found:
+    rows = [rows for _, rows in _groups(pairs)]
+    if not rows:
         return {}
     return {
-        "robust/worst_group_loss": max(loss for loss, _ in found),
-        "robust/worst_group_accuracy": min(float(accuracy) for _, accuracy in found),
+        "robust/worst_group_loss": max(pairs.losses[r].mean().item() for r in rows),
+        "robust/worst_group_accuracy": min(pairs.correct[r].double().mean().item() for r in rows),
     }

@@ -24,13 +24,13 @@ COLUMNS = (PROMPT, VALUE, NOMINAL, GROUP)
 
 
 class Prompts(NamedTuple):
-    """m prompts: mean rewards V, nominal weights (0 masks), groups (-1: none), worst-case weights;
-    each (m,) float64 but groups, int64."""
+    """m prompts: mean rewards V, nominal weights (0 masks), groups (-1: none), worst-case weights
+    where they are known; each (m,) float64 but groups, int64."""
 
     values: Tensor
     nominal: Tensor
     groups: Tensor
-    weights: Tensor
+    weights: Tensor | None = None
 
     @property
     def present(self) -> Tensor:
@@ -46,7 +46,7 @@ def table(batches: Sequence[dict[str, Any]]) -> Tensor:
 def from_table(rows: Tensor) -> tuple[Prompts, Tensor]:
     """The prompts of completions (n, 4), and which of them each completion (n,) belongs to.
 
-    A prompt whose completions could not be scored (its value is NaN) is masked. Weights are 0.
+    A prompt whose completions could not be scored (its value is NaN) is masked.
     """
     numbers, place = rows[:, 0].unique(return_inverse=True)
     found = rows.new_zeros(len(numbers), rows.shape[1])
@@ -54,13 +54,14 @@ def from_table(rows: Tensor) -> tuple[Prompts, Tensor]:
     _, values, nominal, groups = found.unbind(1)
     scored = ~values.isnan()
     values, nominal = torch.where(scored, values, 0), torch.where(scored, nominal, 0)
-    return Prompts(values, nominal, groups.long(), torch.zeros_like(values)), place
+    return Prompts(values, nominal, groups.long()), place
 
 
 def summary(prompts: Prompts, risk: float) -> dict[str, float]:
     """The ``robust/…`` metrics: reward is the nominal mean of V, worst_case_reward minus the risk;
     the others as `pairs.summary`, over prompts."""
     there, p, q = prompts.present, prompts.nominal, prompts.weights
+    assert q is not None
     count = max(int(there.sum()), 1)
     spread = q.square().sum().clamp_min(torch.finfo(q.dtype).tiny)
     mean = (p * prompts.values).sum() / p.sum().clamp_min(1e-30)
@@ -80,7 +81,8 @@ def by_group(prompts: Prompts, state: Tensor | None) -> dict[str, float]:
         rows = (prompts.groups == g) & prompts.present
         if 0 <= g < LOGGED_GROUPS and rows.any():
             metrics[f"group/{g}/reward"] = prompts.values[rows].mean().item()
-            metrics[f"group/{g}/weight"] = prompts.weights[rows].sum().item()
+            if prompts.weights is not None:
+                metrics[f"group/{g}/weight"] = prompts.weights[rows].sum().item()
     if state is not None:
         for g, weight in enumerate(state[:LOGGED_GROUPS].tolist()):
             metrics[f"group/{g}/state"] = weight

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 STATE_FILE = "drrlhf_state.safetensors"
@@ -37,16 +36,10 @@ def load(folder: Path, states: Mapping[str, nn.Module]) -> None:
     Raises:
         ValueError: the checkpoint has none, or others, for one of them.
     """
+    kept = load_file(folder / STATE_FILE) if (folder / STATE_FILE).is_file() else {}
     for name, module in states.items():
-        found: dict[str, torch.Tensor] = {}
-        if (folder / STATE_FILE).is_file():
-            with safe_open(folder / STATE_FILE, "pt") as file:
-                prefix = f"{name}."
-                found = {
-                    key.removeprefix(prefix): file.get_tensor(key)
-                    for key in file.keys()  # noqa: SIM118 - not a mapping
-                    if key.startswith(prefix)
-                }
+        prefix = f"{name}."
+        found = {k.removeprefix(prefix): t for k, t in kept.items() if k.startswith(prefix)}
         expected = {key: tuple(t.shape) for key, t in module.state_dict().items()}
         shapes = {key: tuple(t.shape) for key, t in found.items()}
         grows = getattr(module, "grows", False)
