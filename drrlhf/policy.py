@@ -17,6 +17,7 @@ from drrlhf.checks import (
     check_value,
     check_vector,
 )
+from drrlhf.logprobs import check_boundaries
 from drrlhf.reference import IMPORTANCE_LEVELS, POLICY_LOSS_TYPES
 from drrlhf.robust import (
     NO_ADVERSARY,
@@ -287,10 +288,8 @@ def _check_tokens(
                 f"logps: expected packed (T,) with cu_seqlens, got {tuple(logps.shape)}; flatten "
                 "it, or leave cu_seqlens out"
             )
-        check_vector("cu_seqlens", cu_seqlens)
-        check_integer("cu_seqlens", cu_seqlens)
         check_device("cu_seqlens", cu_seqlens, "logps", logps)
-        _check_boundaries(cu_seqlens, logps.numel())
+        check_boundaries(cu_seqlens, logps.numel())
     tokens = {"old_logps": old_logps, "ref_logps": ref_logps, "entropy": entropy, "mask": mask}
     for name, value in tokens.items():
         if value is None:
@@ -311,23 +310,6 @@ def _check_tokens(
             f"advantages: expected shape ({sequences},), one for each sequence of "
             f"{'logps' if cu_seqlens is None else 'cu_seqlens'}, got {tuple(advantages.shape)}"
         )
-
-
-def _check_boundaries(cu_seqlens: Tensor, tokens: int) -> None:
-    if not cu_seqlens.numel():
-        raise ValueError("cu_seqlens: expected S+1 boundaries, got none; of no sequences it is [0]")
-    check_value(
-        lambda: (
-            (cu_seqlens[0] == 0)
-            & (cu_seqlens[-1] == tokens)
-            & (cu_seqlens[1:] >= cu_seqlens[:-1]).all()
-        ),
-        lambda: (
-            f"cu_seqlens: expected boundaries from 0 to {tokens} that do not decrease, got "
-            f"{cu_seqlens.tolist() if cu_seqlens.numel() < 20 else cu_seqlens}"
-        ),
-        cu_seqlens,
-    )
 
 
 def _check_options(
