@@ -330,6 +330,28 @@ def test_overflowing_ratios_are_clamped_and_counted():
     assert torch.isfinite(with_reference.loss)
 
 
+@pytest.mark.parametrize("level", IMPORTANCE_LEVELS)
+def test_what_is_clamped_takes_no_gradient(level):
+    """Neither the divergence through a clamped log-ratio to the reference, nor its correction
+    through a clamped ratio."""
+    logps = torch.tensor([[-1.0]], dtype=torch.float64, device=DEVICE).requires_grad_()
+    zero = torch.zeros(1, dtype=torch.float64, device=DEVICE)
+
+    def gradient(old, reference):
+        at = logps.detach()
+        out = dr.policy_loss(
+            logps, at + old, zero, zero, zero.long(), ref_logps=at + reference, kl_beta=1.0,
+            importance_level=level,
+        )  # fmt: skip
+        return torch.autograd.grad(out.loss, logps)[0].item()
+
+    assert gradient(old=0.0, reference=41.0) == pytest.approx(math.expm1(40) - 40)  # of r alone
+    assert gradient(old=-41.0, reference=0.5) == pytest.approx(-math.exp(40) * math.expm1(0.5))
+    both = gradient(old=-3.0, reference=0.5)
+    k3 = math.expm1(0.5) - 0.5
+    assert both == pytest.approx(math.exp(3) * (k3 - math.expm1(0.5)))
+
+
 def test_no_sequences():
     empty = torch.zeros(0, 5, dtype=torch.float64, requires_grad=True, device=DEVICE)
     none = torch.zeros(0, dtype=torch.float64, device=DEVICE)
