@@ -215,3 +215,22 @@ def test_the_demo_sentence_is_the_kept_result():
     assert f"`group` gains {gains['group']:.1f} ± {error:.1f} points" in text
     assert f"between {min(others):.1f} and {max(others):+.1f}" in text
     assert f"]({path.with_suffix('.png').relative_to(ROOT)})" in README
+
+
+def test_the_sentence_about_the_grpo_demo_is_the_kept_result():
+    from drrlhf.demo.grpo import mean_and_error
+
+    (path,) = (ROOT / "benchmarks" / "results").glob("grpo_demo_*.json")
+    result = json.loads(path.read_text())
+    plain, robust = (run["rewards"] for run in result["runs"])
+    start, after, worst = (
+        mean_and_error(rewards["movie"])[0] for rewards in (result["start"], plain, robust)
+    )
+    text = " ".join(README.split())
+    assert f"from {start:.2f} to {after:.2f}, and `tv:0.1` to {worst:.2f}" in text
+    gains = []
+    for name in ("amazon", "nyt"):
+        pairs = zip(robust[name], plain[name], strict=True)
+        mean, error = mean_and_error([r - p for r, p in pairs])
+        gains.append(f"{mean:+.3f} ± {error:.3f}")
+    assert "difference is {} and {}".format(*gains) in text
