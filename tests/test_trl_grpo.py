@@ -125,6 +125,24 @@ def test_completions_without_weight_are_left_out(run, monkeypatch):
     assert seen == [2]  # of four prompts one, with its two completions
 
 
+def test_our_head_serves_policy_and_reference(run, monkeypatch):
+    from drrlhf.trl import head
+
+    calls = []
+    real = head.linear_token_logprobs
+
+    def watched(hidden, *rest, **options):
+        calls.append(hidden.requires_grad)
+        return real(hidden, *rest, **options)
+
+    monkeypatch.setattr(head, "linear_token_logprobs", watched)
+    run(ambiguity="tv:0.3", beta=0.1, head="drrlhf", num_iterations=2, **WHOLE)
+    assert calls == [False, False, True]  # the policy that sampled, the reference, the policy
+    calls.clear()
+    run(ambiguity="tv:0.3", beta=0.1, head="trl", **WHOLE)
+    assert not calls
+
+
 def test_what_is_logged(run):
     data = tiny_pairs(8, group=[0, 1] * 4)
     (log,) = run(ambiguity="group:2,step_size=0.5", data=data, **WHOLE)["logs"]

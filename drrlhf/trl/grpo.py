@@ -87,7 +87,7 @@ class GRPOTrainer(SetMixin, trl.GRPOTrainer):
 
     def _check_arguments(self, config: Any) -> None:
         super()._check_arguments(config)
-        head.check(head.resolve(getattr(config, "head", "auto"), config.device.type))
+        head.check(head.resolve(_head_of(config), config.device.type))
         if self._by_pass_rate and not isinstance(self.ambiguity, Group):
             raise ValueError(
                 f"group_by='pass_rate' groups prompts for a Group set, got ambiguity="
@@ -252,23 +252,23 @@ class GRPOTrainer(SetMixin, trl.GRPOTrainer):
         factor = inputs.pop(FACTOR, None)
         if self._evaluated is not None and facts:
             self._evaluated.append(self.accelerator.gather(prompts.table([facts])).cpu())
-        with head.using(head.resolve(self._head_name, self.accelerator.device.type)):
-            if not self._reweighing or not self.model.training:
-                return super()._compute_loss(model, inputs)
-            if factor is None:
-                (factor,) = self._weigh([facts])
-            advantages = inputs["advantages"]
-            factor = factor.to(advantages.dtype)
-            if _beyond(self.args) or advantages.dim() != 1:
-                # Every loss of TRL's is linear in the size of the advantage, whatever its sign.
-                shape = (-1,) + (1,) * (advantages.dim() - 1)
-                weighed = inputs | {"advantages": advantages * factor.view(shape)}
-                return super()._compute_loss(model, weighed)
-            return self._weighed_loss(model, inputs, factor)
+        if not self._reweighing or not self.model.training:
+            return super()._compute_loss(model, inputs)
+        if factor is None:
+            (factor,) = self._weigh([facts])
+        advantages = inputs["advantages"]
+        factor = factor.to(advantages.dtype)
+        if _beyond(self.args) or advantages.dim() != 1:
+            # Every loss of TRL's is linear in the size of the advantage, whatever its sign.
+            shape = (-1,) + (1,) * (advantages.dim() - 1)
+            weighed = inputs | {"advantages": advantages * factor.view(shape)}
+            return super()._compute_loss(model, weighed)
+        return self._weighed_loss(model, inputs, factor)
 
-    @property
-    def _head_name(self) -> str:
-        return getattr(self.args, "head", "auto")
+    def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
+        """TRL's, on our head: of the policy, the policy that sampled and the reference."""
+        with head.using(head.resolve(_head_of(self.args), self.accelerator.device.type)):
+            return super()._get_per_token_logps_and_entropies(*args, **kwargs)
 
     def _weighed_loss(self, model: Any, inputs: dict[str, Any], factor: Tensor) -> Tensor:
         """TRL's objective of a microbatch, its completions (B,) multiplied by `factor`."""
@@ -380,6 +380,11 @@ class GRPOTrainer(SetMixin, trl.GRPOTrainer):
     def _states(self) -> dict[str, torch.nn.Module]:
         states = super()._states()
         return states if self.pass_rates is None else states | {"pass_rates": self.pass_rates}
+
+
+def _head_of(config: Any) -> str:
+    """``config.head``; TRL's own configuration has none, and gets the default."""
+    return getattr(config, "head", "auto")
 
 
 def _beyond(config: Any) -> list[str]:
