@@ -52,7 +52,7 @@ def plot_training(
     the adversary weighs the pairs or prompts of a step (effective sample size and those with any
     weight as shares of them, largest weight as a multiple of the uniform one), and the weight of
     each group (the kept state of a Group set, otherwise the group's share of the worst-case
-    weight).
+    weight) and its reward.
 
     Raises:
         ValueError: the file has no training line, or a line that is not JSON.
@@ -73,6 +73,8 @@ def plot_training(
     groups = group_columns(train)
     if groups:
         panels.append(_draw_groups)
+    if group_columns(train, ("reward",)):
+        panels.append(_draw_group_rewards)
 
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -191,10 +193,13 @@ def plot_rewards(result: dict[str, Any], output_png: str | os.PathLike[str]) -> 
     return Path(output_png)
 
 
-def group_columns(lines: list[Line]) -> dict[int, str]:
-    """{group id: column of its weight}; the kept state where there is one, else the batch's."""
+def group_columns(
+    lines: list[Line], kinds: tuple[str, ...] = ("weight", "state")
+) -> dict[int, str]:
+    """{group id: column}, of the last of `kinds` that there is: as it stands the kept state of a
+    group where there is one, else its weight in the batch."""
     columns: dict[int, str] = {}
-    for kind in ("weight", "state"):
+    for kind in kinds:
         for line in lines:
             for name in line:
                 if match := re.fullmatch(rf"group/(\d+)/{kind}", name):
@@ -273,7 +278,23 @@ def _draw_groups(
     groups: dict[int, str],
     names: list[str] | None,
 ) -> None:
-    for number, (group, column) in enumerate(groups.items()):
+    _group_curves(axis, train, groups, names)
+    kept = next(iter(groups.values())).endswith("state")
+    axis.set_ylabel("group weight" if kept else "group's share of\nthe batch's weight")
+    axis.set_ylim(0, 1.05)  # weights of groups are shares of 1
+
+
+def _draw_group_rewards(
+    axis: Any, train: list[Line], evaluations: Any, groups: Any, names: list[str] | None
+) -> None:
+    _group_curves(axis, train, group_columns(train, ("reward",)), names)
+    axis.set_ylabel("reward of\neach group")
+
+
+def _group_curves(
+    axis: Any, train: list[Line], columns: dict[int, str], names: list[str] | None
+) -> None:
+    for number, (group, column) in enumerate(columns.items()):
         label = names[group] if names and group < len(names) else f"group {group}"
         _curve(
             axis,
@@ -285,7 +306,4 @@ def _draw_groups(
             marker=_MARKERS[number % len(_MARKERS)],
             markevery=max(1, len(train) // 8),
         )
-    kept = next(iter(groups.values())).endswith("state")
-    axis.set_ylabel("group weight" if kept else "group's share of\nthe batch's weight")
-    axis.set_ylim(0, 1.05)  # weights of groups are shares of 1
     _legend(axis, _labelled(axis))

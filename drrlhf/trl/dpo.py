@@ -47,7 +47,7 @@ class DPOTrainer(AmbiguityMixin, trl.DPOTrainer):
 
     def _check_arguments(self, config: Any) -> None:
         super()._check_arguments(config)
-        head.check(head.resolve(_head_of(config), config.device.type))
+        head.check(head.resolve(head.asked(config), config.device.type))
         unknown = set(config.loss_type) - {*PAIR_LOSSES, *OUTSIDE_LOSSES}
         if unknown:
             raise ValueError(
@@ -92,7 +92,7 @@ class DPOTrainer(AmbiguityMixin, trl.DPOTrainer):
         return self.aux_loss_enabled or bool(set(self.loss_types) & set(OUTSIDE_LOSSES))
 
     def _head(self) -> str:
-        return head.resolve(_head_of(self.args), self.accelerator.device.type)
+        return head.resolve(head.asked(self.args), self.accelerator.device.type)
 
     # The columns must not reach the model here either: `evaluate` precomputes with our collator.
     def compute_ref_log_probs(self, model: Any, inputs: Any) -> Any:
@@ -217,8 +217,3 @@ class DPOTrainer(AmbiguityMixin, trl.DPOTrainer):
     def _tokens(recorder: Recorder, name: str, mask: torch.Tensor) -> torch.Tensor:
         """An output of each token (2n, L - 1); a prompt-tuning adapter's own tokens are dropped."""
         return recorder.output(name)[:, 1 - mask.size(1) :]
-
-
-def _head_of(config: Any) -> str:
-    """``config.head``; TRL's own configuration has none, and gets the default."""
-    return getattr(config, "head", "auto")

@@ -87,7 +87,7 @@ class GRPOTrainer(SetMixin, trl.GRPOTrainer):
 
     def _check_arguments(self, config: Any) -> None:
         super()._check_arguments(config)
-        head.check(head.resolve(_head_of(config), config.device.type))
+        head.check(head.resolve(head.asked(config), config.device.type))
         if self._by_pass_rate and not isinstance(self.ambiguity, Group):
             raise ValueError(
                 f"group_by='pass_rate' groups prompts for a Group set, got ambiguity="
@@ -267,7 +267,7 @@ class GRPOTrainer(SetMixin, trl.GRPOTrainer):
 
     def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
         """TRL's, on our head: of the policy, the policy that sampled and the reference."""
-        with head.using(head.resolve(_head_of(self.args), self.accelerator.device.type)):
+        with head.using(head.resolve(head.asked(self.args), self.accelerator.device.type)):
             return super()._get_per_token_logps_and_entropies(*args, **kwargs)
 
     def _weighed_loss(self, model: Any, inputs: dict[str, Any], factor: Tensor) -> Tensor:
@@ -380,11 +380,6 @@ class GRPOTrainer(SetMixin, trl.GRPOTrainer):
     def _states(self) -> dict[str, torch.nn.Module]:
         states = super()._states()
         return states if self.pass_rates is None else states | {"pass_rates": self.pass_rates}
-
-
-def _head_of(config: Any) -> str:
-    """``config.head``; TRL's own configuration has none, and gets the default."""
-    return getattr(config, "head", "auto")
 
 
 def _beyond(config: Any) -> list[str]:

@@ -247,6 +247,11 @@ def unpatch_head() -> None:
         _settle()
 
 
+def asked(config: Any) -> str:
+    """``config.head``; TRL's own configuration has none, and gets the default."""
+    return getattr(config, "head", "auto")
+
+
 def resolve(head: str, device: str) -> str:
     """``"drrlhf"`` or ``"trl"``, for one of `HEADS` on a type of device."""
     if head != "auto":
