@@ -61,7 +61,8 @@ inline void define_ops(torch::Library& m) {
       "Tensor? mask, Tensor? cu_seqlens, Tensor advantages, Tensor rewards, Tensor prompt_ids, "
       "Tensor? sequence_weights, Tensor? nominal, Tensor? groups, Tensor? group_weights, "
       "int num_prompts, str loss_type, str importance_level, float clip_low, float clip_high, "
-      "float kl_beta, bool correct_kl, float max_completion_length, str kind, float a, float b, float trim) -> "
+      "float kl_beta, bool correct_kl, float max_completion_length, str kind, float a, float b, "
+      "float trim) -> "
       "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "policy_loss_backward(Tensor grad, Tensor slopes, Tensor coefficients, "
