@@ -387,6 +387,20 @@ def test_opcheck():
     )  # fmt: skip
 
 
+def test_one_graph_without_breaks():
+    x = batch()
+    logps = x.pop("logps")
+
+    def step(logps):
+        return dr.policy_loss(logps, **x, kl_beta=0.1, num_prompts=4, ambiguity="tv:0.2").loss
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")(logps)
+    eager = step(logps)
+    assert torch.equal(compiled, eager)
+    ours, theirs = (torch.autograd.grad(loss, logps)[0] for loss in (compiled, eager))
+    assert torch.equal(ours, theirs)
+
+
 def test_double_backward_is_refused():
     x = batch()
     out = dr.policy_loss(**x)
