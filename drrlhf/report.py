@@ -6,7 +6,9 @@ import json
 import math
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
 
 BLUE, ORANGE, GREEN, VERMILION = "#0072B2", "#E69F00", "#009E73", "#D55E00"
@@ -136,14 +138,17 @@ def plot_comparison(result: dict[str, Any], output_png: str | os.PathLike[str]) 
     return Path(output_png)
 
 
+def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and its standard error over seeds; of one seed the error is NaN."""
+    return fmean(values), stdev(values) / len(values) ** 0.5 if len(values) > 1 else math.nan
+
+
 def plot_rewards(result: dict[str, Any], output_png: str | os.PathLike[str]) -> Path:
     """Draw `drrlhf.demo.grpo`'s result as a PNG: reward over training, and held out by domain.
 
     Thin lines are single seeds, bars and thick lines their means; error bars are one standard error
     over seeds, and the dashed marks are the start model.
     """
-    from statistics import fmean, stdev
-
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -160,12 +165,12 @@ def plot_rewards(result: dict[str, Any], output_png: str | os.PathLike[str]) -> 
         over.plot(
             range(1, len(mean) + 1), mean, color=color, label=label, linestyle=_STYLES[number]
         )
-        rewards = [run["rewards"][name] for name in domains]
+        rewards = [mean_and_error(run["rewards"][name]) for name in domains]
         bars.bar(
             [place + (number - (len(runs) - 1) / 2) * width for place in range(len(domains))],
-            [fmean(values) for values in rewards],
+            [mean for mean, _ in rewards],
             width,
-            yerr=[stdev(v) / len(v) ** 0.5 if len(v) > 1 else 0.0 for v in rewards],
+            yerr=[error for _, error in rewards],
             capsize=3,
             label=label,
             color=color,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import cache
 from typing import Any
 
 import torch
@@ -116,23 +117,23 @@ def _from_logps(suite: str, options: Mapping[str, Any]) -> Contest:
     def gate(ambiguity: str) -> Gate:
         wide = {k: v.double() if v.is_floating_point() else v for k, v in batch.items()}
 
-        def by_definition(mine: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        @cache
+        def truth() -> Mapping[str, Tensor]:
             with backends.use("reference"):
-                return made_by(work(of_ours(ambiguity), mine))
+                return made_by(work(of_ours(ambiguity), wide))
 
         def plain() -> Mapping[str, Tensor]:
-            """TRL's arithmetic in float32; with an adversary, weighed sequence by sequence."""
+            """TRL's gradient in float32, with an adversary weighed sequence by sequence. TRL has no
+            such loss: there the floor is the standard."""
             whole = made_by(work(_theirs))
+            values = wide["rewards"].view(prompts, each).mean(1)
             with backends.use("reference"):
-                out = dr.policy_loss(**wide, ambiguity=ambiguity, **options)  # type: ignore[arg-type]
-            factor = (prompts * out.weights)[batch["prompt_ids"]].float()
+                weights = dr.robust_risk(-values, ambiguity).weights
+            factor = (prompts * weights)[batch["prompt_ids"]].float()
             return {
                 "loss": truth()["loss"].float(),
                 "d log-probs": whole["d log-probs"] * factor[:, None],
             }
-
-        def truth() -> Mapping[str, Tensor]:
-            return by_definition(wide)
 
         def floors() -> Mapping[str, float]:
             # A sum of numbers of both signs: float32 arithmetic errs by the size of its terms.

@@ -15,7 +15,7 @@ import json
 import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -38,7 +38,7 @@ from drrlhf.demo.dpo import LAYERS, RARE, RARE_SHARE, SEEN, UNSEEN, cut_model
 from drrlhf.demo.embeddings import fast_dtype
 from drrlhf.demo.material import fetch
 from drrlhf.demo.sentiment import load_split, preference_rows
-from drrlhf.report import plot_rewards, read_metrics
+from drrlhf.report import mean_and_error, plot_rewards, read_metrics
 from drrlhf.trl import GRPOConfig, GRPOTrainer, RewardConfig, RewardTrainer
 
 DOMAINS = (SEEN, RARE, *UNSEEN)
@@ -277,11 +277,6 @@ def _score(
             trainer.evaluate(Dataset.from_list([{"prompt": row["prompt"]} for row in rows]))
         logged = [line for line in trainer.state.log_history if "eval_reward" in line]
         into[domain].append(logged[-1]["eval_reward"])
-
-
-def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and its standard error over seeds; no error of one seed."""
-    return fmean(values), stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("nan")
 
 
 def table(result: Mapping[str, Any]) -> Table:

@@ -30,7 +30,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -43,6 +43,7 @@ from torch import Tensor, nn
 import drrlhf as dr
 from drrlhf.demo import embeddings, material, sentiment
 from drrlhf.demo.sentiment import Pair, Text
+from drrlhf.report import mean_and_error
 
 MAIN, RARE, UNSEEN = "movie", "tweets", ("amazon", "nyt")
 TESTED = (MAIN, RARE, *UNSEEN)
@@ -362,7 +363,7 @@ def _summary(
 
 
 def _mean_and_error(values: Sequence[float]) -> dict[str, float]:
-    return {"mean": fmean(values), "standard_error": stdev(values) / len(values) ** 0.5}
+    return dict(zip(("mean", "standard_error"), mean_and_error(values), strict=True))
 
 
 def results_table(results: Mapping[str, Any]) -> Table:

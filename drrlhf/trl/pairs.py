@@ -61,14 +61,18 @@ def summary(pairs: Pairs, value: float) -> dict[str, float]:
     """
     assert pairs.nominal is not None and pairs.weights is not None
     unmasked = pairs.nominal > 0
-    count = max(int(unmasked.sum()), 1)
-    p, q = pairs.nominal, pairs.weights
+    p = pairs.nominal
     plain = torch.where(unmasked, p * pairs.losses, 0).sum() / p.sum().clamp_min(1e-30)
-    spread = q.square().sum().clamp_min(torch.finfo(q.dtype).tiny)
+    own = {"robust/value": value, "robust/mean_loss": plain.item()}
+    return own | unevenness(pairs.weights, unmasked)
+
+
+def unevenness(q: Tensor, unmasked: Tensor) -> dict[str, float]:
+    """How unevenly weights (n,) fall on what is not masked (n,): the last three of `summary`."""
+    count = max(int(unmasked.sum()), 1)
+    squares = q.square().sum().clamp_min(torch.finfo(q.dtype).tiny)
     return {
-        "robust/value": value,
-        "robust/mean_loss": plain.item(),
-        "robust/effective_sample_size": (q.sum().square() / (spread * count)).item(),
+        "robust/effective_sample_size": (q.sum().square() / (squares * count)).item(),
         "robust/max_weight": (q.max() * count).item() if len(q) else 0.0,
         "robust/kept": ((q != 0) & unmasked).sum().item() / count,
     }
@@ -93,10 +97,13 @@ def by_group(pairs: Pairs, state: Tensor | None) -> dict[str, float]:
             metrics[f"group/{g}/accuracy"] = pairs.correct[rows].double().mean().item()
             if pairs.weights is not None:
                 metrics[f"group/{g}/weight"] = pairs.weights[rows].sum().item()
-    if state is not None:
-        for g, weight in enumerate(state[:LOGGED_GROUPS].tolist()):
-            metrics[f"group/{g}/state"] = weight
-    return metrics
+    return metrics | states(state)
+
+
+def states(state: Tensor | None) -> dict[str, float]:
+    """The kept weight of each group, where a Group set keeps any."""
+    kept = [] if state is None else state[:LOGGED_GROUPS].tolist()
+    return {f"group/{g}/state": weight for g, weight in enumerate(kept)}
 
 
 def worst_group(pairs: Pairs) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from drrlhf.trl.pairs import LOGGED_GROUPS
+from drrlhf.trl.pairs import LOGGED_GROUPS, states, unevenness
 
 # Columns (B,) of a prepared batch: the prompt's number, mean reward, nominal weight and group, and
 # the factor of the completion's contribution once it is known.
@@ -60,18 +60,11 @@ def from_table(rows: Tensor) -> tuple[Prompts, Tensor]:
 def summary(prompts: Prompts, risk: float) -> dict[str, float]:
     """The ``robust/…`` metrics: reward is the nominal mean of V, worst_case_reward minus the risk;
     the others as `pairs.summary`, over prompts."""
-    there, p, q = prompts.present, prompts.nominal, prompts.weights
-    assert q is not None
-    count = max(int(there.sum()), 1)
-    spread = q.square().sum().clamp_min(torch.finfo(q.dtype).tiny)
+    assert prompts.weights is not None
+    p = prompts.nominal
     mean = (p * prompts.values).sum() / p.sum().clamp_min(1e-30)
-    return {
-        "robust/reward": mean.item(),
-        "robust/worst_case_reward": -risk,
-        "robust/effective_sample_size": (q.sum().square() / (spread * count)).item(),
-        "robust/max_weight": (q.max() * count).item() if len(q) else 0.0,
-        "robust/kept": ((q != 0) & there).sum().item() / count,
-    }
+    own = {"robust/reward": mean.item(), "robust/worst_case_reward": -risk}
+    return own | unevenness(prompts.weights, prompts.present)
 
 
 def by_group(prompts: Prompts, state: Tensor | None) -> dict[str, float]:
@@ -83,10 +76,7 @@ def by_group(prompts: Prompts, state: Tensor | None) -> dict[str, float]:
             metrics[f"group/{g}/reward"] = prompts.values[rows].mean().item()
             if prompts.weights is not None:
                 metrics[f"group/{g}/weight"] = prompts.weights[rows].sum().item()
-    if state is not None:
-        for g, weight in enumerate(state[:LOGGED_GROUPS].tolist()):
-            metrics[f"group/{g}/state"] = weight
-    return metrics
+    return metrics | states(state)
 
 
 def identity(prompt: Any) -> int:

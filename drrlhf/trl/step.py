@@ -93,7 +93,6 @@ class StepMixin(SetMixin):
     nothing at all but the last of these calls, and everything then.
     """
 
-    model: Any
     _pass: Pass | None
     _metrics: dict[str, Any]
     _total_train_tokens: Any
