@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from drrlhf.cli import bench, doctor, train
+from drrlhf.cli import bench, doctor, stress, train
 from drrlhf.version import __version__
 
 app = typer.Typer(
@@ -17,6 +17,7 @@ app = typer.Typer(
 )
 app.add_typer(train.app, name="train")
 app.command("bench")(bench.bench)
+app.command("stress")(stress.stress)
 app.command("doctor")(doctor.doctor)
 
 

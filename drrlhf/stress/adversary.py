@@ -1,0 +1,158 @@
+"""What the worst-case reweighting piles onto, in words that a person can use."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from drrlhf.ambiguity import AmbiguitySet
+from drrlhf.stress.curves import ERRORS, Array, error_codes, losses_of, worst_case_weights
+from drrlhf.stress.scores import Scores
+
+NAMED = 5
+# A group is named when its share of the weight rises by a tenth of itself or more, and by more than
+# chance: a handful of pairs that carry all weight lie in some group by themselves.
+LIFT = 1.1
+STANDARD_ERRORS = 3.0
+
+
+def adversary_of(scores: Scores, ambiguity: AmbiguitySet, min_support: int) -> dict[str, Any]:
+    """Where ``ambiguity``'s adversary over the losses moves weight, as numbers and sentences."""
+    n = len(scores)
+    value, weights = worst_case_weights(losses_of(scores.margin), None, ambiguity)
+    wrong = ERRORS[error_codes(scores.margin)]
+    piled = _piled(scores, weights, min_support)
+    facts = {
+        "set": str(ambiguity),
+        "loss": value,
+        "effective_sample_size": float(weights.sum() ** 2 / (weights @ weights) / n),
+        "largest_weight": float(weights.max() * n),
+        "wrong": {"before": float(wrong.mean()), "after": float(weights @ wrong)},
+        "piled": piled,
+        "length": _length(scores, weights),
+        "position": _position(scores),
+    }
+    return facts | {"sentences": _sentences(facts)}
+
+
+def _piled(scores: Scores, weights: Array, min_support: int) -> list[dict[str, Any]]:
+    """The groups whose share of the weight rises most, among those with enough pairs."""
+    found: list[tuple[float, dict[str, Any]]] = []
+    squares = weights**2
+    for name, attribute in scores.attributes.items():
+        known = attribute.codes >= 0
+        codes, size = attribute.codes[known], len(attribute.names)
+        pairs = np.bincount(codes, minlength=size)
+        after = np.bincount(codes, weights=weights[known], minlength=size)
+        inside = np.bincount(codes, weights=squares[known], minlength=size)
+        for index in np.flatnonzero(pairs >= min_support):
+            before = pairs[index] / len(scores)
+            share = after[index]
+            # Of sum q 1[in group], each pair's own part away from the share.
+            spread = (1 - share) ** 2 * inside[index] + share**2 * (squares.sum() - inside[index])
+            sure = share - before > STANDARD_ERRORS * spread**0.5
+            if share >= LIFT * before and sure:
+                row = {
+                    "attribute": name,
+                    "value": attribute.names[index],
+                    "before": float(before),
+                    "after": float(share),
+                    "lift": float(share / before),
+                }
+                found.append((share - before, row))
+    found.sort(key=lambda one: -one[0])
+    return [row for _, row in found[:NAMED]]
+
+
+def _length(scores: Scores, weights: Array) -> dict[str, float] | None:
+    """How scores follow length; None where lengths are not known."""
+    if scores.longer is None:
+        return None
+    known = np.isfinite(scores.longer) & (scores.longer != 0)
+    if known.sum() < 2:
+        return None
+    longer, margin = scores.longer[known], scores.margin[known]
+    right = 1 - ERRORS[error_codes(margin)]
+    shorter = longer < 0
+    return {
+        "pairs": int(known.sum()),
+        "prefers_longer": float(((np.sign(margin * longer) + 1) / 2).mean()),
+        "chosen_is_longer": float((~shorter).mean()),
+        "accuracy_chosen_longer": _mean(right[~shorter]),
+        "accuracy_chosen_shorter": _mean(right[shorter]),
+        "rank_correlation": _rank_correlation(longer, margin),
+        "weight_chosen_shorter": float(weights[known][shorter].sum() / weights[known].sum()),
+    }
+
+
+def _position(scores: Scores) -> dict[str, float] | None:
+    """Accuracy by where the chosen answer stood; None where no column says."""
+    if scores.position is None:
+        return None
+    right = 1 - ERRORS[error_codes(scores.margin)]
+    return {
+        "accuracy_chosen_first": _mean(right[scores.position == 0]),
+        "accuracy_chosen_second": _mean(right[scores.position == 1]),
+    }
+
+
+def _mean(values: Array) -> float:
+    return float(values.mean()) if len(values) else float("nan")
+
+
+def _rank_correlation(a: Array, b: Array) -> float:
+    """Spearman's: the correlation of ranks, ties sharing theirs; NaN when one is constant."""
+    ranks = [_ranks(values) - (len(values) + 1) / 2 for values in (a, b)]
+    spread = (ranks[0] @ ranks[0] * (ranks[1] @ ranks[1])) ** 0.5
+    return float(ranks[0] @ ranks[1] / spread) if spread else float("nan")
+
+
+def _ranks(values: Array) -> Array:
+    _, places, sizes = np.unique(values, return_inverse=True, return_counts=True)
+    return (np.cumsum(sizes) - (sizes - 1) / 2)[places]
+
+
+def _sentences(facts: dict[str, Any]) -> list[str]:
+    wrong = facts["wrong"]
+    said = [
+        f"Under {facts['set']} pairs that the model ranks wrongly carry {wrong['after']:.1%} of "
+        f"the weight instead of {wrong['before']:.1%}; the heaviest pair counts "
+        f"{facts['largest_weight']:.1f} times, and the weighted sample is worth "
+        f"{facts['effective_sample_size']:.0%} of the pairs."
+    ]
+    for one in facts["piled"]:
+        said.append(
+            f"It piles onto {one['attribute']} = {one['value']}: {one['after']:.1%} of the weight "
+            f"instead of {one['before']:.1%} ({one['lift']:.2f} times)."
+        )
+    if not facts["piled"]:
+        said.append("No group gains clearly: what is hard is spread.")
+    return [*said, _said_of_length(facts["length"]), _said_of_position(facts["position"])]
+
+
+def _said_of_length(length: dict[str, float] | None) -> str:
+    if length is None:
+        return (
+            "Length bias: not known; give texts chosen and rejected, or chosen_length and "
+            "rejected_length."
+        )
+    return (
+        f"Length: the model prefers the longer answer in {length['prefers_longer']:.1%} of the "
+        f"pairs, where the chosen answer is longer in {length['chosen_is_longer']:.1%}; accuracy "
+        f"is {length['accuracy_chosen_longer']:.1%} when the chosen answer is longer and "
+        f"{length['accuracy_chosen_shorter']:.1%} when it is shorter (rank correlation of margin "
+        f"and length {length['rank_correlation']:+.2f})."
+    )
+
+
+def _said_of_position(position: dict[str, float] | None) -> str:
+    if position is None:
+        return (
+            "Position bias: not known; a column chosen_position (first or second) would tell. A "
+            "reward model that reads one answer at a time has none."
+        )
+    return (
+        f"Position: accuracy is {position['accuracy_chosen_first']:.1%} when the chosen answer "
+        f"stands first and {position['accuracy_chosen_second']:.1%} when it stands second."
+    )

@@ -1,0 +1,120 @@
+"""The stress test of scored pairs: everything that the report shows, as one dictionary."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from drrlhf.ambiguity import AmbiguitySet
+from drrlhf.stress import adversary, curves, groups, resample
+from drrlhf.stress.require import Requirement, example_set, parse_requirement
+from drrlhf.stress.scores import Scores, load_scores
+from drrlhf.version import __version__
+
+Source = Scores | str | os.PathLike[str]
+
+
+def stress_test(
+    scores: Source | Mapping[str, Source],
+    *,
+    require: Sequence[str | Requirement] = (),
+    floor: float = 0.5,
+    ambiguity: str | AmbiguitySet = "cvar:0.2",
+    resamples: int = 200,
+    min_support: int = 30,
+    seed: int = 0,
+    on_progress: Callable[[str], None] = lambda _: None,
+) -> dict[str, Any]:
+    """How ranking accuracy and loss hold when the prompts are not those that were scored.
+
+    Of pairs with margins m_i (chosen reward minus rejected one), the 0/1 error is 1 for m < 0,
+    1/2 for m = 0, else 0, and the loss is -log sigmoid(m). The worst case over a ball around the
+    sample is exact, its adversary reweighs examples; bands are 95 % percentile intervals of
+    ``resamples`` bootstrap samples of prompts.
+
+    Args:
+        scores: `Scores`, or a file for `load_scores`; several models as {name: one of these}.
+        require: floors such as ``"tv:0.1 accuracy>=0.75"``, judged by the number itself.
+        floor: the accuracy that the robustness radius is asked for, in [0, 1].
+        ambiguity: the set whose reweighting is described in words.
+        resamples: bootstrap samples, at least 20.
+        min_support: prompts that a group must have to be ranked, at least 2.
+        seed: of the resampling.
+        on_progress: is told what begins.
+
+    Returns:
+        What ``report.json`` holds: "settings", "models" and "passed" (all floors of all models).
+
+    Raises:
+        ValueError: an argument out of range, a requirement that cannot be parsed.
+        DataError: see `load_scores`.
+    """
+    required, described = check_options(require, floor, ambiguity, resamples, min_support, seed)
+    sources = scores if isinstance(scores, Mapping) else {"model": scores}
+    _check("scores", dict(sources), bool(sources), "hold at least one model")
+    models = {}
+    for name, source in sources.items():
+        on_progress(f"{name}: reading")
+        loaded = source if isinstance(source, Scores) else load_scores(source)
+        on_progress(f"{name}: stressing {len(loaded)} pairs")
+        models[name] = _model(loaded, required, floor, described, resamples, min_support, seed)
+    return {
+        "drrlhf": __version__,
+        "settings": {
+            "floor": floor,
+            "ambiguity": str(described),
+            "resamples": resamples,
+            "min_support": min_support,
+            "confidence": curves.CONFIDENCE,
+            "seed": seed,
+        },
+        "models": models,
+        "passed": all(one["met"] for model in models.values() for one in model["requirements"]),
+    }
+
+
+def check_options(
+    require: Sequence[str | Requirement], floor: float, ambiguity: str | AmbiguitySet,
+    resamples: int, min_support: int, seed: int,
+) -> tuple[list[Requirement], AmbiguitySet]:  # fmt: skip
+    """The requirements and the set that was asked for; `ValueError` as `stress_test` says."""
+    _check("floor", floor, 0 <= floor <= 1, "lie in [0, 1]")
+    _check("resamples", resamples, resamples >= 20, "be at least 20, for a band")
+    _check("min_support", min_support, min_support >= 2, "be at least 2")
+    _check("seed", seed, seed >= 0, "be at least 0")
+    required = [parse_requirement(one) if isinstance(one, str) else one for one in require]
+    return required, example_set(ambiguity, "ambiguity")
+
+
+def _check(name: str, value: Any, fine: bool, wanted: str) -> None:
+    if not fine:
+        raise ValueError(f"{name} must {wanted}; got {value!r}")
+
+
+def _model(
+    scores: Scores, required: Sequence[Requirement], floor: float, described: AmbiguitySet,
+    resamples: int, min_support: int, seed: int,
+) -> dict[str, Any]:  # fmt: skip
+    blocks = resample.blocks_of(scores.prompts, seed)
+    draws = resample.resampled(int(blocks.max()) + 1, resamples, seed)
+    sample = curves.Sample(
+        scores.margin, lambda codes, size: resample.counts(blocks, codes, size), draws
+    )
+    return {
+        "source": scores.source,
+        "pairs": len(scores),
+        "prompts": len(np.unique(scores.prompts)),
+        "dropped": scores.dropped,
+        "ties": int((scores.margin == 0).sum()),
+        "ignored_columns": dict(scores.ignored),
+        "curves": curves.curves(sample),
+        "robustness_radius": {
+            family: curves.robustness_radius(sample, family, floor) for family in curves.RADII
+        },
+        "requirements": [one.judge(sample) for one in required],
+        "groups": groups.groups_of(scores, blocks, min_support),
+        "adversary": adversary.adversary_of(scores, described, min_support),
+    }

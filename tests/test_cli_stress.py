@@ -1,0 +1,80 @@
+"""``drrlhf stress`` as a user types it: what it prints and leaves, and how it refuses."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from typer.testing import CliRunner
+
+from drrlhf.cli import app
+
+runner = CliRunner()
+
+
+def parquet(path, n=400, shift=1.0):
+    rng = np.random.default_rng(0)
+    domain = rng.choice(["film", "law"], n)
+    margin = rng.normal(shift - 0.8 * (domain == "law"), 1.0)
+    pq.write_table(pa.table({"margin": margin, "domain": domain}), path)
+    return path
+
+
+def stress(*arguments):
+    return runner.invoke(app, ["stress", *map(str, arguments)])
+
+
+def test_a_floor_that_is_met_and_one_that_is_missed(tmp_path):
+    file, out = parquet(tmp_path / "rm.parquet"), tmp_path / "out"
+    met = stress("--scores", file, "--output-dir", out, "--require", "tv:0.1 accuracy>=0.5")
+    assert met.exit_code == 0, met.output
+    assert "accuracy>=0.5: met" in met.output and str(out / "report.html") in met.output
+    missed = stress("--scores", file, "--output-dir", out, "--require", "tv:0.1 accuracy>=0.9")
+    assert missed.exit_code == 1 and "MISSED" in missed.output
+    report = json.loads((out / "report.json").read_text())
+    assert not report["passed"] and report["models"].keys() == {"rm"}
+
+
+def test_models_side_by_side(tmp_path):
+    files = [parquet(tmp_path / f"{name}.parquet", shift=s) for name, s in (("a", 1), ("b", 2))]
+    done = stress("--scores", files[0], "--scores", files[1], "--output-dir", tmp_path / "out")
+    assert done.exit_code == 0, done.output
+    html = (tmp_path / "out" / "report.html").read_text()
+    assert html.index("<td>a</td>") < html.index("<td>b</td>")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "give --scores FILE"),
+        (["--require", "tv:0.1 accurate"], "requirement 'tv:0.1 accurate' cannot be parsed"),
+        (["--floor", "2"], "floor must lie in [0, 1]; got 2"),
+        (["--ambiguity", "group:2"], "reweighs groups in training"),
+        (["--prompt-column", "topic"], "no column 'topic' of prompts; found: domain, margin"),
+        (["--max-nan", "1"], "max_nan must lie in [0, 1)"),
+    ],
+)
+def test_mistakes_are_one_line_and_leave_nothing(tmp_path, arguments, message):
+    scores = ["--scores", parquet(tmp_path / "rm.parquet")] if arguments else []
+    done = stress(*scores, "--output-dir", tmp_path / "out", *arguments)
+    assert done.exit_code == 2 and message in done.output
+    assert "Traceback" not in done.output and not (tmp_path / "out").exists()
+
+
+def test_one_file_twice(tmp_path):
+    file = parquet(tmp_path / "rm.parquet")
+    done = stress("--scores", file, "--scores", file, "--output-dir", tmp_path / "out")
+    assert done.exit_code == 2 and "is given twice" in done.output
+
+
+def test_ctrl_c_leaves_no_report(tmp_path, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("drrlhf.stress.stress_test", interrupted)
+    done = stress("--scores", parquet(tmp_path / "rm.parquet"), "--output-dir", tmp_path / "out")
+    assert done.exit_code == 130 and "no report was written" in done.output
+    assert not (tmp_path / "out").exists()
