@@ -64,6 +64,7 @@ def load_preference_data(
     split: str = "train",
     kind: str = "reward",
     group_names: Sequence[str] | None = None,
+    keep_columns: bool = False,
 ) -> PreferenceData:
     """Read and check preference pairs.
 
@@ -71,7 +72,8 @@ def load_preference_data(
     local data set folder, or a name that `datasets.load_dataset` knows; ``split`` belongs to the
     last two. String groups become their index in the sorted names, or in ``group_names`` when those
     are given (pass the training set's names when reading an evaluation set). With ``kind="dpo"`` a
-    ``margin`` column is left out. Other columns are left out with one logged line.
+    ``margin`` column is left out. Other columns are left out with one logged line,
+    or kept as they are with ``keep_columns=True``.
 
     Raises `DataError` naming file and line (row for Parquet and data sets) for whatever could not
     be trained on: a missing column or file, broken JSON, an empty completion, a wrong type, rows of
@@ -80,7 +82,9 @@ def load_preference_data(
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {', '.join(KINDS)}; got {kind!r}")
     name, unit, rows = _open(str(source), split, REQUIRED)
-    columns = _Columns(name, unit, skip={"margin"} if kind == "dpo" else set())
+    columns = _Columns(
+        name, unit, skip={"margin"} if kind == "dpo" else set(), keeps_more=keep_columns
+    )
     for number, row in rows:
         columns.add(number, row)
     return columns.finish(group_names)

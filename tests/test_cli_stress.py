@@ -50,6 +50,8 @@ def test_models_side_by_side(tmp_path):
     ("arguments", "message"),
     [
         ([], "give --scores FILE"),
+        (["--model", "rm"], "give --scores FILE"),
+        (["--data", "pairs.jsonl"], "--model and --data belong together"),
         (["--require", "tv:0.1 accurate"], "requirement 'tv:0.1 accurate' cannot be parsed"),
         (["--floor", "2"], "floor must lie in [0, 1]; got 2"),
         (["--ambiguity", "group:2"], "reweighs groups in training"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,6 +14,8 @@ from drrlhf.cli import _console
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from drrlhf.stress import Scores
 
 FLOOR_MISSED = 1
 INTERRUPTED = 128 + signal.SIGINT
@@ -26,6 +29,23 @@ def stress(
             "rejected_reward, or margin, and any columns of attributes; again for more models.",
         ),
     ] = None,
+    model: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Directory of a reward model, which scores the pairs of --data, also after "
+            "changes of the text that leave its meaning alone; again for more models.",
+        ),
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="Preference pairs for --model: a .jsonl, .json, .csv or .parquet file, or a "
+            "`datasets` name; columns beside chosen, rejected and prompt are attributes."
+        ),
+    ] = None,
+    max_length: Annotated[
+        int, typer.Option(min=2, help="Tokens that --model reads at most, the last ones.")
+    ] = 2048,
     output_dir: Annotated[
         Path, typer.Option(file_okay=False, help="Folder for report.html and report.json.")
     ] = Path("stress"),
@@ -46,7 +66,7 @@ def stress(
         str | None,
         typer.Option(
             help="Column by which pairs belong together.",
-            show_default="prompt_id, prompt, question_id or id",
+            show_default="prompt_id, prompt, question_id or id; none: every pair by itself",
         ),
     ] = None,
     max_nan: Annotated[
@@ -67,14 +87,18 @@ def stress(
         drrlhf stress --scores scores.jsonl --require "tv:0.1 accuracy>=0.75"
 
         drrlhf stress --scores old.parquet --scores new.parquet --output-dir stress
+
+        drrlhf stress --model my-reward-model --data held_out.jsonl
     """
     console = _console.console()
     try:
         with _console.user_errors():
-            if not scores:
-                raise ValueError("give --scores FILE, a file of scored pairs")
+            _check_sources(scores or [], model or [], data)
             result = _stressed(
-                scores, console, prompt_column, max_nan,
+                lambda: (
+                    _scored(model, str(data), max_length, prompt_column, max_nan, console) if model
+                    else _read(scores or [], prompt_column, max_nan, console)
+                ),
                 require=require or [], floor=floor, ambiguity=ambiguity, resamples=resamples,
                 min_support=min_support, seed=seed,
             )  # fmt: skip
@@ -90,31 +114,79 @@ def stress(
         raise typer.Exit(FLOOR_MISSED)
 
 
-def _stressed(
-    scores: list[Path], console: Console, prompt_column: str | None, max_nan: float, **options: Any
-) -> dict[str, Any]:
+def _check_sources(scores: list[Path], models: list[str], data: str | None) -> None:
+    if bool(scores) == bool(models):
+        raise ValueError(
+            "give --scores FILE, a file of scored pairs, or --model DIR with --data PAIRS"
+        )
+    if bool(models) != (data is not None):
+        raise ValueError("--model and --data belong together: the model scores these pairs")
+
+
+def _stressed(load: Callable[[], dict[str, Scores]], **options: Any) -> dict[str, Any]:
     from drrlhf.cli.run import require
 
     require()
-    from drrlhf.stress import load_scores, stress_test
+    from drrlhf.stress import stress_test
     from drrlhf.stress.run import check_options
 
-    names = _names(scores)
     check_options(**options)  # before a large file is read
-    with console.status("Reading ...") as status:
-        loaded = {}
-        for name, path in zip(names, scores, strict=True):
-            status.update(f"Reading {path} ...")
+    return stress_test(load(), **options)
+
+
+def _read(
+    paths: list[Path], prompt_column: str | None, max_nan: float, console: Console
+) -> dict[str, Scores]:
+    from drrlhf.stress import load_scores
+
+    loaded = {}
+    for name, path in zip(_names(paths), paths, strict=True):
+        with console.status(f"Reading {path} ..."):
             loaded[name] = load_scores(path, prompt_column=prompt_column, max_nan=max_nan)
-        return stress_test(loaded, on_progress=status.update, **options)
+    return loaded
+
+
+def _scored(
+    models: list[str], data: str, max_length: int, prompt_column: str | None, max_nan: float,
+    console: Console,
+) -> dict[str, Scores]:  # fmt: skip
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bars
+    from transformers.utils import logging
+
+    from drrlhf.stress import RewardModel, score_pairs
+
+    logging.disable_progress_bar()
+    columns = (TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn())
+    scored = {}
+    for name, directory in zip(_names([Path(model) for model in models]), models, strict=True):
+        if not (Path(directory) / "config.json").is_file():
+            raise ValueError(f"--model {directory}: no directory with a config.json in it")
+        reward_model = RewardModel(directory, max_length=max_length)
+        with Bars(*columns, TimeRemainingColumn(), console=console, transient=True) as bars:
+            task = bars.add_task("", total=None)
+
+            def show(what: str, done: int, total: int, bars: Any = bars, task: Any = task) -> None:
+                bars.update(task, description=what, completed=done, total=total)
+
+            scored[name] = score_pairs(
+                reward_model, data, prompt_column=prompt_column, max_nan=max_nan, on_progress=show
+            )
+        if reward_model.cut:
+            console.print(
+                f"{name}: {reward_model.cut} texts were longer than --max-length {max_length} "
+                "tokens; their ends were read.",
+                highlight=False,
+            )
+    return scored
 
 
 def _names(paths: list[Path]) -> list[str]:
-    """The files' names without suffix; whole paths where two would be called the same."""
+    """Files' names without suffix; whole paths where two would be called the same."""
     stems = Counter(path.stem for path in paths)
     names = [path.stem if stems[path.stem] == 1 else str(path) for path in paths]
     if len(set(names)) < len(names):
-        raise ValueError(f"--scores: {max(names, key=names.count)} is given twice")
+        raise ValueError(f"{max(names, key=names.count)} is given twice")
     return names
 
 
@@ -137,7 +209,7 @@ def _print(result: dict[str, Any], console: Console) -> None:
             console.print(f"{name}: {model['dropped']} rows without a finite score were left out.")
         radii = ", ".join(said_radius(*one) for one in model["robustness_radius"].items())
         console.print(f"{name}: accuracy stays at {floor:.0%} up to {radii}", highlight=False)
-        for sentence in model["adversary"]["sentences"]:
+        for sentence in [*model["notes"], *model["adversary"]["sentences"]]:
             console.print(f"  {sentence}", highlight=False, markup=False)
         for group in [one for one in model["groups"]["single"] if one["below"]][:3]:
             what = ", ".join(f"{key} = {value}" for key, value in group["group"].items())
@@ -145,6 +217,12 @@ def _print(result: dict[str, Any], console: Console) -> None:
             console.print(
                 f"  Below the whole: {what}, {accuracy['value']:.1%} "
                 f"[{accuracy['low']:.1%}, {accuracy['high']:.1%}] of {group['pairs']} pairs.",
+                highlight=False, markup=False,
+            )  # fmt: skip
+        for one in model["counterfactuals"]:
+            console.print(
+                f"  {one['what']}: {100 * one['lost']['value']:+.1f} points of accuracy lost, "
+                f"{one['flipped']:.1%} of {one['pairs']} decisions flip.",
                 highlight=False, markup=False,
             )  # fmt: skip
         for one in model["requirements"]:

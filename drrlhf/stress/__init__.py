@@ -4,8 +4,9 @@ from drrlhf.stress.report import write_report
 from drrlhf.stress.require import Requirement, parse_requirement
 from drrlhf.stress.run import stress_test
 from drrlhf.stress.scores import Attribute, Scores, load_scores
+from drrlhf.stress.scoring import RewardModel, score_pairs
 
 __all__ = [
-    "Attribute", "Requirement", "Scores", "load_scores", "parse_requirement", "stress_test",
-    "write_report",
+    "Attribute", "Requirement", "RewardModel", "Scores", "load_scores", "parse_requirement",
+    "score_pairs", "stress_test", "write_report",
 ]  # fmt: skip

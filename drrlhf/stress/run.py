@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 
 from drrlhf.ambiguity import AmbiguitySet
-from drrlhf.stress import adversary, curves, groups, resample
+from drrlhf.stress import adversary, counterfactual, curves, groups, resample
 from drrlhf.stress.require import Requirement, example_set, parse_requirement
 from drrlhf.stress.scores import Scores, load_scores
 from drrlhf.version import __version__
 
+FEW_PROMPTS = 30
 Source = Scores | str | os.PathLike[str]
 
 
@@ -103,10 +104,16 @@ def _model(
     sample = curves.Sample(
         scores.margin, lambda codes, size: resample.counts(blocks, codes, size), draws
     )
+    prompts = len(np.unique(scores.prompts))
     return {
         "source": scores.source,
         "pairs": len(scores),
-        "prompts": len(np.unique(scores.prompts)),
+        "prompts": prompts,
+        "notes": [
+            f"Only {prompts} different prompts: bands and intervals rest on these, and are rough; "
+            'if pairs stand for themselves, say so with prompt column "none".'
+        ]
+        * (prompts < FEW_PROMPTS),
         "dropped": scores.dropped,
         "ties": int((scores.margin == 0).sum()),
         "ignored_columns": dict(scores.ignored),
@@ -116,5 +123,8 @@ def _model(
         },
         "requirements": [one.judge(sample) for one in required],
         "groups": groups.groups_of(scores, blocks, min_support),
+        "counterfactuals": counterfactual.losses(
+            scores.margin, scores.counterfactuals, blocks, draws
+        ),
         "adversary": adversary.adversary_of(scores, described, min_support),
     }

@@ -2,7 +2,8 @@
 
 A file is JSONL, JSON, CSV or Parquet with a row a pair: ``chosen_reward`` and ``rejected_reward``,
 or ``margin``, their difference. RewardBench's names (``scores_chosen``, ``scores_rejected``) are
-known too. Every other column is an attribute if its values can be: a name, a number, true or false.
+known too. ``margin@NAME`` is the margin after a change NAME of the text. Every other column is an
+attribute if its values can be: a name, a number, true or false.
 """
 
 from __future__ import annotations
@@ -31,7 +32,10 @@ PROMPTS = ("prompt_id", "prompt", "question_id", "id")
 # What says again what the scores say.
 RESULTS = ("results", "correct", "is_correct", "num_correct")
 TEXTS = ("prompt", "chosen", "rejected")
+POSITION = "chosen_position"
+CHANGED = "margin@"
 LENGTHS = ("chosen_length", "rejected_length")
+NO_PROMPTS = "none"
 MAX_NAMES = 100
 QUARTERS = 4
 NAMED_ROWS = 5
@@ -51,7 +55,10 @@ class Scores:
 
     ``margin`` (n,) float64 is the chosen reward minus the rejected one; ``prompts`` (n,) int64 in
     [0, number of prompts) says which pairs share a prompt. ``longer`` (n,) float64 is the length of
-    the chosen answer minus that of the rejected one, in characters, where lengths are known.
+    the chosen answer minus that of the rejected one, in characters, where lengths are known;
+    ``position`` (n,) is 0 where the chosen answer stood first and 1 where it stood second.
+    ``counterfactuals`` are the margins (n,) of the same pairs after a change, NaN where it changed
+    nothing.
     ``ignored`` says of each unused column why; ``rows`` is the number of rows that were read and
     ``dropped`` counts, of these, the ones whose score was NaN or infinite.
     """
@@ -61,6 +68,7 @@ class Scores:
     attributes: Mapping[str, Attribute] = field(default_factory=dict)
     longer: NDArray[np.float64] | None = None
     position: NDArray[np.float64] | None = None
+    counterfactuals: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
     ignored: Mapping[str, str] = field(default_factory=dict)
     source: str = "scores"
     rows: int = 0
@@ -76,8 +84,8 @@ def load_scores(
     """Read and check a file of scored pairs.
 
     ``prompt_column`` names the column by which pairs belong together (default: the first there is
-    of `PROMPTS`; without one, every row is a prompt of its own). Up to a share ``max_nan`` of the
-    scores may be NaN or infinite: those rows are left out and counted.
+    of `PROMPTS`); without one, or with "none", every row is a prompt of its own. Up to a share
+    ``max_nan`` of the scores may be NaN or infinite: those rows are left out and counted.
 
     Raises:
         DataError: a missing file or column, a broken file, scores that are not numbers, too many
@@ -110,14 +118,18 @@ def from_table(
     prompt = _prompt_column(table, source, prompt_column)
     prompts = np.arange(len(margin)) if prompt is None else _codes(table[prompt])[0]
     longer = _longer(table, source)
-    attributes, ignored = _attributes(table, {*used, *RESULTS, *TEXTS, *LENGTHS, prompt})
+    after = [name for name in table.column_names if name.startswith(CHANGED)]
+    counterfactuals = {name.removeprefix(CHANGED): _numbers(table, name, source) for name in after}
+    attributes, ignored = _attributes(
+        table, {*used, *RESULTS, *TEXTS, *LENGTHS, *after, POSITION, prompt}
+    )
     if longer is not None:
         attributes["answer lengths"] = Attribute(
             np.where(np.isnan(longer), -1, np.sign(np.nan_to_num(longer)) + 1).astype(np.int64),
             ("chosen is shorter", "equally long", "chosen is longer"),
         )
     return Scores(
-        margin, prompts, attributes, longer, _position(table), ignored, source,
+        margin, prompts, attributes, longer, _position(table), counterfactuals, ignored, source,
         len(finite), dropped,
     )  # fmt: skip
 
@@ -265,6 +277,8 @@ def _check_margins(margin: NDArray[np.float64], source: str) -> None:
 
 
 def _prompt_column(table: pa.Table, source: str, asked: str | None) -> str | None:
+    if asked == NO_PROMPTS and asked not in table.column_names:
+        return None
     if asked is not None and asked not in table.column_names:
         found = ", ".join(sorted(table.column_names))
         raise DataError(f"{source}: no column {asked!r} of prompts; found: {found}")
@@ -301,9 +315,9 @@ def _is_text(kind: pa.DataType) -> bool:
 
 def _position(table: pa.Table) -> NDArray[np.float64] | None:
     """Where the chosen answer stood, 0 for first and 1 for second, if a column says."""
-    if "chosen_position" not in table.column_names:
+    if POSITION not in table.column_names:
         return None
-    codes, values = _codes(table["chosen_position"])
+    codes, values = _codes(table[POSITION])
     places = {"0": 0, "first": 0, "a": 0, "1": 1, "second": 1, "b": 1}
     numbers = [places.get(str(value).lower(), np.nan) for value in values]
     return np.array([*numbers, np.nan])[codes]

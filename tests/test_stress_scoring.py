@@ -1,0 +1,206 @@
+"""Pairs scored by a reward model, and again after changes that leave the meaning alone."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from trl_fixtures import TEXT, tiny_encoder_dir, tiny_llama_dir, tiny_reward_dir
+from typer.testing import CliRunner
+
+from drrlhf.cli import app
+from drrlhf.data import DataError
+from drrlhf.stress import RewardModel, score_pairs, stress_test
+from drrlhf.stress import counterfactual as cf
+from drrlhf.stress.resample import blocks_of, resampled
+from drrlhf.stress.run import FEW_PROMPTS
+
+WORDS = sorted(set(TEXT.split()))
+
+
+def rows(n=40, seed=0):
+    rng = np.random.default_rng(seed)
+
+    def text(low, high):
+        return " " + " ".join(rng.choice(WORDS, rng.integers(low, high)))
+
+    return [
+        {"prompt": f"how w{i}", "chosen": text(3, 12), "rejected": text(2, 9),
+         "topic": "ab"[i % 2]} for i in range(n)
+    ]  # fmt: skip
+
+
+def written(path, some):
+    path.write_text("\n".join(map(json.dumps, some)) + "\n")
+    return path
+
+
+def one_by_one(directory, texts):
+    """Each text alone, without padding, as the model's own pipeline would score it."""
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    model = AutoModelForSequenceClassification.from_pretrained(directory).eval()
+    with torch.no_grad():
+        return np.array([
+            model(**tokenizer(text + (tokenizer.eos_token or ""), return_tensors="pt"))
+            .logits[0, 0].item() for text in texts
+        ])  # fmt: skip
+
+
+@pytest.mark.parametrize("make", [tiny_reward_dir, tiny_encoder_dir])
+def test_batches_score_as_single_texts(tmp_path, make):
+    directory, some = make(tmp_path), rows()
+    found = score_pairs(RewardModel(directory), written(tmp_path / "d.jsonl", some))
+    wanted = [one_by_one(directory, [r["prompt"] + r[side] for r in some])
+              for side in ("chosen", "rejected")]  # fmt: skip
+    np.testing.assert_allclose(found.margin, wanted[0] - wanted[1], atol=1e-5)
+    assert set(found.attributes) >= {"topic", "answer lengths"}
+    lengths = [len(r["chosen"]) - len(r["rejected"]) for r in some]
+    assert found.longer.tolist() == lengths
+
+
+def test_messages_are_scored_through_the_chat_template(tmp_path):
+    directory = tiny_reward_dir(tmp_path)
+    some = [
+        {
+            "prompt": [{"role": "user", "content": r["prompt"]}],
+            **{side: [{"role": "assistant", "content": r[side].strip()}]
+               for side in ("chosen", "rejected")},
+        }
+        for r in rows(8)
+    ]  # fmt: skip
+    found = score_pairs(RewardModel(directory), written(tmp_path / "d.jsonl", some))
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    model = AutoModelForSequenceClassification.from_pretrained(directory).eval()
+
+    def score(row, side):
+        ids = tokenizer.apply_chat_template(
+            [*row["prompt"], *row[side]], return_tensors="pt", return_dict=True
+        )
+        with torch.no_grad():
+            return model(**ids).logits[0, 0].item()
+
+    wanted = [score(row, "chosen") - score(row, "rejected") for row in some]
+    np.testing.assert_allclose(found.margin, wanted, atol=1e-5)
+    assert found.longer.tolist() == [
+        len(r["chosen"][0]["content"]) - len(r["rejected"][0]["content"]) for r in some
+    ]
+
+
+def test_long_texts_keep_their_end_and_are_counted(tmp_path):
+    directory = tiny_reward_dir(tmp_path)
+    model = RewardModel(directory, max_length=6)
+    ids = model._ids({"prompt": "how was the film ", "chosen": " it was very very good"}, "chosen")
+    whole = model.tokenizer("how was the film  it was very very good<eos>")["input_ids"]
+    assert list(ids) == whole[-6:] and model.cut == 1
+
+
+def test_a_policy_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="sequence-classification model with one label, got Llama"):
+        RewardModel(tiny_llama_dir(tmp_path))
+
+
+# ---- counterfactuals -----------------------------------------------------------------------------
+
+
+def test_changes_of_the_text():
+    row = {"prompt": "P: ", "chosen": " One thing. Two? Three!", "rejected": " Just one"}
+    new = {name: cf.changed(row, change) for name, change in cf.CHANGES.items()}
+    assert new["padding"]["chosen"] == row["chosen"]
+    assert new["padding"]["rejected"] == row["rejected"] + cf.PADDING
+    assert new["lower_case"]["chosen"] == " one thing. two? three!"
+    assert new["upper_case"]["rejected"] == " JUST ONE"
+    assert new["whitespace"]["rejected"] == " Just  one\n\n"
+    assert new["sentence_order"]["chosen"] == " Three! Two? One thing."
+    assert new["sentence_order"]["rejected"] == row["rejected"]
+    assert all(one["prompt"] == "P: " for one in new.values())
+    talk = [{"role": "assistant", "content": "A. B."}, {"role": "user", "content": "C. D."}]
+    turned = cf.changed({"chosen": talk, "rejected": talk}, cf.CHANGES["sentence_order"])
+    assert turned["chosen"] == [{"role": "assistant", "content": "B. A."}, talk[1]]
+
+
+def test_accuracy_lost_by_a_judge_that_counts_characters():
+    """It prefers the longer answer: padding the rejected one costs exactly what it turns round."""
+    some = rows(60)
+    margin = np.array([len(r["chosen"]) - len(r["rejected"]) for r in some], dtype=float)
+
+    def judge(_, changed):
+        return np.array([len(r["chosen"]) - len(r["rejected"]) for r in changed], dtype=float)
+
+    after = cf.counterfactuals(some, margin, judge)
+    blocks = blocks_of(np.arange(60), 0)
+    table = {o["what"]: o for o in cf.losses(margin, after, blocks, resampled(60, 200, 0))}
+    padded = table[cf.CHANGES["padding"].what]
+    right = (np.sign(margin) + 1) / 2
+    now = (np.sign(margin - len(cf.PADDING)) + 1) / 2
+    assert padded["lost"]["value"] == pytest.approx((right - now).mean())
+    assert padded["lost"]["low"] < padded["lost"]["value"] < padded["lost"]["high"]
+    assert padded["pairs"] == 60
+    assert table[cf.POSITIONS]["lost"]["value"] == 0 and table[cf.POSITIONS]["flipped"] == 0
+    # The words are lower case already and no answer has two sentences: nothing to measure.
+    assert cf.CHANGES["lower_case"].what not in table
+    assert cf.CHANGES["sentence_order"].what not in table
+    assert next(iter(table)) == padded["what"]
+
+
+def test_changes_that_touch_nothing_are_not_scored(tmp_path):
+    found = score_pairs(
+        RewardModel(tiny_reward_dir(tmp_path)), written(tmp_path / "d.jsonl", rows(12))
+    )
+    assert cf.CHANGES["lower_case"].what not in found.counterfactuals
+    assert set(found.counterfactuals) == {
+        cf.CHANGES[name].what for name in ("padding", "upper_case", "whitespace")
+    } | {cf.POSITIONS}
+    np.testing.assert_allclose(found.counterfactuals[cf.POSITIONS], found.margin, atol=1e-5)
+    result = stress_test(found, resamples=20)["models"]["model"]
+    assert len(result["counterfactuals"]) == 4
+    assert result["prompts"] == 12 < FEW_PROMPTS and "Only 12" in result["notes"][0]
+
+
+def test_margins_after_a_change_come_from_files_too(tmp_path):
+    some = [{"margin": 1.0 - i % 3, "margin@swapped": i % 3 - 1.0} for i in range(30)]
+    result = stress_test(written(tmp_path / "s.jsonl", some), resamples=20)["models"]["model"]
+    (one,) = result["counterfactuals"]
+    assert one["what"] == "swapped" and one["flipped"] == pytest.approx(2 / 3)
+
+
+# ---- the command ---------------------------------------------------------------------------------
+
+
+def test_model_and_data(tmp_path):
+    directory, data = tiny_reward_dir(tmp_path), written(tmp_path / "d.jsonl", rows())
+    done = CliRunner().invoke(
+        app,
+        ["stress", "--model", str(directory), "--data", str(data), "--output-dir",
+         str(tmp_path / "out"), "--max-length", "8"],
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    assert "points of accuracy lost" in done.output and "longer than --max-length 8" in done.output
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "When the text changes and its meaning does not" in page
+
+
+@pytest.mark.parametrize("wrong", ["none", "policy", "data"])
+def test_what_cannot_be_scored(tmp_path, wrong):
+    directory = tiny_llama_dir(tmp_path) if wrong == "policy" else tiny_reward_dir(tmp_path)
+    model = tmp_path / "nothing" if wrong == "none" else directory
+    some = [{"chosen": "a"}] if wrong == "data" else rows(4)
+    done = CliRunner().invoke(
+        app,
+        ["stress", "--model", str(model), "--data", str(written(tmp_path / "d.jsonl", some)),
+         "--output-dir", str(tmp_path / "out")],
+    )  # fmt: skip
+    wanted = {"none": "no directory with a config.json", "policy": "sequence-classification",
+              "data": "missing column 'rejected'"}[wrong]  # fmt: skip
+    assert done.exit_code == 2 and wanted in " ".join(done.output.split())
+    assert not (tmp_path / "out").exists()
+
+
+def test_data_errors_name_the_line(tmp_path):
+    with pytest.raises(DataError, match="line 2"):
+        score_pairs(
+            RewardModel(tiny_reward_dir(tmp_path)),
+            written(tmp_path / "d.jsonl", [*rows(1), {"chosen": "", "rejected": "x"}]),
+        )
