@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pyarrow as pa
@@ -281,6 +283,47 @@ def test_every_format_reads_the_same(tmp_path, suffix):
     assert found.attributes["subset"].codes.tolist() == [0, 1, 0]
     assert found.attributes["level"].codes.tolist() == [0, 1, -1]
     assert set(found.attributes) == {"subset", "level"}
+
+
+def test_answers_in_parquet_count_by_their_length(tmp_path):
+    """Texts are never held whole; what comes out is what JSONL gives."""
+    rows = [
+        {"margin": 1.0 - i % 3, "prompt": f"p{i // 2}", "chosen": "é" * i, "rejected": "ab"}
+        for i in range(12)
+    ]
+    rows[5]["rejected"] = None
+    from_parquet, from_lines = (load_scores(written(tmp_path, end, rows))
+                                for end in (".parquet", ".jsonl"))  # fmt: skip
+    np.testing.assert_array_equal(from_parquet.longer, from_lines.longer)
+    np.testing.assert_array_equal(from_parquet.prompts, from_lines.prompts)
+    assert np.isnan(from_lines.longer[5]) and from_lines.longer[4] == 2
+    assert from_lines.attributes["answer lengths"].codes[5] == -1
+    assert from_parquet.attributes.keys() == from_lines.attributes.keys() == {"answer lengths"}
+
+
+@pytest.mark.slow
+def test_a_million_pairs_within_ten_seconds_and_a_gibibyte(tmp_path):
+    code = f"""
+import re, time
+from pathlib import Path
+from drrlhf.stress import stress_test, write_report
+start = time.perf_counter()
+write_report(stress_test({str(tmp_path / "m.parquet")!r}), {str(tmp_path / "out")!r})
+peak = re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]  # KiB
+print(time.perf_counter() - start, int(peak) / 2**20)
+"""
+    n, rng = 1_000_000, np.random.default_rng(0)
+    columns = {
+        "chosen_reward": rng.normal(1, 1, n), "rejected_reward": rng.normal(0, 1, n),
+        "prompt_id": rng.integers(0, n // 2, n), "domain": rng.choice(list("abcd"), n),
+        "lang": rng.choice(["en", "de"], n), "age": rng.random(n),
+        "chosen": np.array(["long answer " * 20, "short"])[rng.integers(0, 2, n)],
+        "rejected": np.array(["another answer " * 15, "brief"])[rng.integers(0, 2, n)],
+    }  # fmt: skip
+    pq.write_table(pa.table(columns), tmp_path / "m.parquet")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    seconds, gibibytes = map(float, done.stdout.split())
+    assert seconds < 10 and gibibytes < 1, done.stdout
 
 
 def test_rewardbench_results(tmp_path):

@@ -205,11 +205,24 @@ def _array(values: list[Any]) -> pa.Array:
                          for v in values])  # fmt: skip
 
 
+def _read_parquet(path: Path) -> pa.Table:
+    """All columns, but of the answers only how long they are: texts may be most of the file."""
+    with pq.ParquetFile(path) as file:
+        kinds = {one.name: one.type for one in file.schema_arrow}
+        answers = [name for name in ("chosen", "rejected") if _is_text(kinds.get(name, pa.null()))]
+        spare = {"prompt"} if "prompt_id" in kinds else set()
+        table = file.read(columns=[name for name in kinds if name not in {*answers, *spare}])
+        for name in answers if not {*LENGTHS} & kinds.keys() else []:
+            lengths = [pc.utf8_length(one[name]) for one in file.iter_batches(columns=[name])]
+            table = table.append_column(f"{name}_length", pa.chunked_array(lengths))
+    return table
+
+
 _READERS = {
     ".jsonl": _read_jsonl,
     ".json": _read_jsonl,
     ".csv": pyarrow.csv.read_csv,
-    ".parquet": pq.read_table,
+    ".parquet": _read_parquet,
 }
 
 
