@@ -30,6 +30,7 @@ def blocks(language: str) -> list[str]:
 COMMANDS = [c for block in blocks("sh") for c in block.strip().splitlines()]
 INSTALL = [c for c in COMMANDS if c.startswith("pip ")]
 MAKE = [c for c in COMMANDS if c.startswith("make ")]
+MADE_BY_TRAINING = ("metrics.jsonl", "training.png")
 SHELL = [c for c in COMMANDS if c.startswith("drrlhf ")]
 
 
@@ -47,6 +48,8 @@ def folder(tmp_path_factory):
     (path / "my_pairs.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     prompts = ({"prompt": row["prompt"]} for row in rows)
     (path / "my_prompts.jsonl").write_text("".join(json.dumps(r) + "\n" for r in prompts))
+    scores = ({"margin": 3.0 - i, "domain": "ab"[i % 2]} for i in range(4) for _ in range(8))
+    (path / "my_scores.jsonl").write_text("".join(json.dumps(r) + "\n" for r in scores))
     score = "def score(completions, **_):\n    return [len(set(c.split())) for c in completions]\n"
     (path / "my_module.py").write_text(score)
     return path
@@ -65,7 +68,8 @@ def test_shell_commands(command, folder):
     run([sys.executable, "-m", "drrlhf", *words[1:]], folder)
     if "--output-dir" in words:
         out = folder / words[words.index("--output-dir") + 1]
-        assert (out / "metrics.jsonl").stat().st_size and (out / "training.png").exists()
+        made = ("report.html", "report.json") if "stress" in words[:2] else MADE_BY_TRAINING
+        assert all((out / name).stat().st_size for name in made)
 
 
 def test_python_snippet(tmp_path):
