@@ -17,6 +17,7 @@ snippet is a document of its own), so no document has texts in two splits.
 from __future__ import annotations
 
 import json
+import math
 import random
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
@@ -109,21 +110,31 @@ def split_texts(texts: Iterable[Text], seed: int = 0) -> dict[str, dict[str, lis
 
 
 def make_pairs(
-    texts: Sequence[Text], n: int, *, seed: int, gap: float = 1.0, noisy: bool = False
+    texts: Sequence[Text],
+    n: int,
+    *,
+    seed: int,
+    gap: float = 1.0,
+    below: float = math.inf,
+    noisy: bool = False,
 ) -> list[Pair]:
-    """``n`` different pairs of one domain's texts, an even sample of all rated ``gap`` apart.
+    """``n`` different pairs of one domain's texts, an even sample of all rated ``gap`` or more, but
+    less than ``below``, apart.
 
     The text with the higher mean rating is chosen. With ``noisy=True`` the label is that of one
     person a side instead: one vote is drawn for each text, anew while they tie, and the higher vote
     wins. Equal arguments give equal pairs. Raises `ValueError` when there are fewer than ``n``
     pairs.
     """
+    if below <= gap:
+        raise ValueError(f"below must be more than gap={gap:g}; got {below:g}")
     ranked = sorted(texts, key=lambda text: (text.rating, text.text))
     ratings = [text.rating for text in ranked]
-    # The partners of text i are ranked[first[i]:]; so all pairs have a number, and a sample of
-    # numbers is an even sample of pairs.
+    # The partners of text i are ranked[first[i]:stop[i]]; so all pairs have a number, and a sample
+    # of numbers is an even sample of pairs.
     first = [bisect_left(ratings, rating + gap - 1e-9) for rating in ratings]
-    last = list(accumulate(len(ranked) - start for start in first))
+    stop = [bisect_left(ratings, rating + below - 1e-9) for rating in ratings]
+    last = list(accumulate(high - low for low, high in zip(first, stop)))
     total = last[-1] if last else 0
     if n > total:
         raise ValueError(f"n must be at most {total}, the pairs {gap:g} apart there are; got {n}")
@@ -131,7 +142,7 @@ def make_pairs(
     pairs = []
     for number in rng.sample(range(total), n):
         low = bisect_left(last, number + 1)
-        high = len(ranked) - (last[low] - number)
+        high = stop[low] - (last[low] - number)
         pairs.append(_pair(ranked[high], ranked[low], rng if noisy else None))
     return pairs
 

@@ -1,0 +1,1 @@
+"""When robust reward models help under shift: see PROTOCOL.md."""
