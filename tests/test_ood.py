@@ -1,0 +1,165 @@
+"""The evidence on shifts: what is trained on and tested, the marks, and that a run goes on."""
+
+from __future__ import annotations
+
+import json
+import random
+
+import pytest
+import torch
+
+from benchmarks.ood import methods, run, shifts
+from drrlhf.demo.sentiment import DOMAINS, Text, make_pairs, split_texts
+
+SIZES = shifts.Sizes(train=64, val=20, test=30)
+
+
+def made_up(n=200):
+    """Texts of every domain, ratings from -4 to 4, votes about them."""
+    rng = random.Random(0)
+    texts = []
+    for domain in DOMAINS:
+        for i in range(n):
+            votes = tuple(rng.randint(-4, 4) for _ in range(5))
+            rating = sum(votes) / 5
+            texts.append(Text(domain, f"{domain}-{i}", f"{domain} says {i}", rating, votes))
+    return texts
+
+
+@pytest.fixture
+def texts(monkeypatch):
+    found = made_up()
+    vectors = torch.randn(len(found), 8, generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(run, "_texts", lambda: (found, vectors))
+    return found
+
+
+def drawn(scenario, seed=0):
+    texts = made_up()
+    rows = {text.text: row for row, text in enumerate(texts)}
+    return texts, shifts.draw(scenario, split_texts(texts, seed), rows, seed, SIZES)
+
+
+@pytest.mark.parametrize("scenario", shifts.SCENARIOS, ids=lambda s: s.name)
+def test_splits_share_no_text_and_held_out_domains_stay_out(scenario):
+    texts, found = drawn(scenario)
+    assert sum(scenario.train.values()) == pytest.approx(1)
+
+    def domains(rows):
+        return {texts[row].domain for row in rows.flatten().tolist()}
+
+    train = set(found.train.rows.flatten().tolist())
+    val = {row for one in found.val.values() for row in one.rows.flatten().tolist()}
+    test = {row for one in found.test.values() for row in one.rows.flatten().tolist()}
+    assert not train & val and not train & test and not val & test
+    assert domains(found.train.rows) == set(scenario.train) == set(found.val)
+    assert len(found.groups) == len(found.train.rows)
+    if scenario.family == "unseen":
+        (out,) = (one.domain for one in scenario.tests if not one.like_training)
+        assert out not in scenario.train and f"{out}/out" in found.test
+    for test in scenario.tests:
+        gaps = [texts[a].rating - texts[b].rating for a, b in found.test[test.name].rows.tolist()]
+        assert all(test.kind.gap - 1e-6 <= abs(gap) < test.kind.below for gap in gaps)
+        assert test.kind.noisy or min(gaps) > 0
+
+
+def test_shares_of_a_rare_domain_and_noise_in_votes_alone():
+    (rare,) = (one for one in shifts.SCENARIOS if one.name == "rare-movie-tweets")
+    _, found = drawn(rare)
+    assert torch.bincount(found.groups).tolist() == [61, 3]
+    wrong = {}
+    for name in ("votes", "clean"):
+        (scenario,) = (one for one in shifts.SCENARIOS if one.name == name)
+        texts, found = drawn(scenario)
+        wrong[name] = sum(texts[a].rating < texts[b].rating for a, b in found.train.rows.tolist())
+    assert wrong["clean"] == 0 < wrong["votes"]
+
+
+def test_pairs_below_a_gap_are_all_of_them():
+    texts = [text for text in made_up() if text.domain == "nyt"]
+    close = [
+        (a.text, b.text) for a in texts for b in texts if 0.5 <= a.rating - b.rating + 1e-9 < 1.0
+    ]
+    found = make_pairs(texts, len(close), seed=0, gap=0.5, below=1.0)
+    assert {(pair.chosen, pair.rejected) for pair in found} == set(close)
+    with pytest.raises(ValueError, match="n must be at most"):
+        make_pairs(texts, len(close) + 1, seed=0, gap=0.5, below=1.0)
+    with pytest.raises(ValueError, match=r"below must be more than gap=1; got 0\.5"):
+        make_pairs(texts, 1, seed=0, below=0.5)
+
+
+def test_every_method_may_tune_equally():
+    assert {len(grid) for grid in methods.METHODS.values()} == {6}
+    assert len({config for grid in methods.METHODS.values() for config in grid}) == 66
+
+
+def test_marks_by_hand():
+    rewards = torch.tensor([0.0, 1.0, -2.0])
+    pairs = shifts.Drawn(torch.tensor([[1, 0], [2, 1], [0, 0]]), torch.tensor([0.9, 0.8, 0.5]))
+    found = methods.marks(rewards, pairs)
+    p = torch.sigmoid(torch.tensor([1.0, -3.0, 0.0], dtype=torch.double))
+    assert found["accuracy"] == pytest.approx(1.5 / 3)
+    assert found["nll"] == pytest.approx(-p.log().mean().item())
+    assert found["brier"] == pytest.approx(
+        (p - pairs.human.double()).square().mean().item(), abs=1e-7
+    )
+    # Confidences 0.73 (right), 0.95 (wrong), 0.5 (half right) lie in three bins.
+    wanted = (abs(p[0] - 1) + abs(1 - p[1] - 0) + abs(p[2] - 0.5)).item() / 3
+    assert found["ece"] == pytest.approx(wanted)
+
+
+def test_calibration_error_by_definition():
+    generator = torch.Generator().manual_seed(1)
+    confidence = 0.5 + 0.5 * torch.rand(500, generator=generator, dtype=torch.double)
+    right = (torch.rand(500, generator=generator) < 0.7).double()
+    wanted = 0.0
+    for k in range(10):
+        low, high = 0.5 + 0.05 * k, 0.55 + 0.05 * k
+        inside = (confidence >= low) & (confidence < high)
+        if inside.any():
+            wanted += inside.sum() / 500 * (confidence[inside].mean() - right[inside].mean()).abs()
+    assert methods.calibration_error(confidence, right) == pytest.approx(float(wanted))
+
+
+def test_balanced_weighs_domains_equally_and_group_knows_them():
+    """Equal domains make balanced training plain training; unequal ones do not."""
+    vectors = torch.randn(40, 8, generator=torch.Generator().manual_seed(0))
+    rows = torch.randint(0, 40, (64, 2), generator=torch.Generator().manual_seed(1))
+
+    def weights(groups, **options):
+        config = methods.Config(**{"ambiguity": "erm", "lr": 1e-2} | options)
+        head = methods.train_head(vectors, rows, groups, config, seed=0)
+        return torch.cat([p.detach().flatten() for p in head.parameters()])
+
+    even, uneven = torch.arange(64) % 2, (torch.arange(64) < 3).long()
+    plain = weights(even)
+    torch.testing.assert_close(weights(even, balanced=True), plain, atol=1e-4, rtol=1e-3)
+    assert (weights(uneven, balanced=True) - plain).abs().max() > 1e-3
+    grouped = weights(uneven, ambiguity="group:G,step_size=1")
+    assert (grouped - plain).abs().max() > 1e-3
+    assert torch.equal(weights(uneven), plain)
+
+
+def test_a_stopped_run_goes_on_where_it_stood(tmp_path, texts, monkeypatch):
+    path = tmp_path / "reward.jsonl"
+    monkeypatch.setattr(run, "SCENARIOS", shifts.SCENARIOS[:2])
+    monkeypatch.setattr(run, "QUICK", SIZES)
+    monkeypatch.setattr("sys.argv", ["run", "--quick", "--seeds", "2", "--output", str(path)])
+    run.main()
+    whole = path.read_text().splitlines(keepends=True)
+    assert len(whole) == 1 + 2 * 2
+    path.write_text("".join(whole[:3]) + whole[3][:20])  # a crash in the middle of a line
+    run.main()
+    again = path.read_text().splitlines(keepends=True)
+    assert again[1:] == whole[1:]
+    record = json.loads(whole[1])
+    assert record["methods"].keys() == methods.METHODS.keys()
+    assert record["methods"]["tv"][0]["test"].keys() == {t.name for t in shifts.SCENARIOS[0].tests}
+
+
+def test_a_file_of_another_run_is_not_continued(tmp_path):
+    path = tmp_path / "reward.jsonl"
+    path.write_text(json.dumps(run.header(SIZES, 1)) + "\n")
+    assert run.done_already(path, run.header(SIZES, 1)) == set()
+    with pytest.raises(ValueError, match="was made with another sizes"):
+        run.done_already(path, run.header(shifts.Sizes(), 1))
