@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import random
 
+import numpy as np
 import pytest
 import torch
+from scipy import stats
 
-from benchmarks.ood import methods, run, shifts
+from benchmarks.ood import findings, methods, run, shifts
 from drrlhf.demo.sentiment import DOMAINS, Text, make_pairs, split_texts
 
 SIZES = shifts.Sizes(train=64, val=20, test=30)
@@ -163,3 +165,61 @@ def test_a_file_of_another_run_is_not_continued(tmp_path):
     assert run.done_already(path, run.header(SIZES, 1)) == set()
     with pytest.raises(ValueError, match="was made with another sizes"):
         run.done_already(path, run.header(shifts.Sizes(), 1))
+
+
+# ---- from marks to findings ----------------------------------------------------------------------
+
+
+def test_paired_intervals_and_p_are_scipys():
+    values = np.random.default_rng(0).normal(0.5, 1, 10)
+    p, interval = findings.paired(values)
+    theirs = stats.ttest_1samp(values, 0)
+    assert p == pytest.approx(theirs.pvalue)
+    assert interval == pytest.approx(tuple(theirs.confidence_interval(0.95)))
+    assert findings.paired(np.zeros(5)) == (1.0, (0.0, 0.0))
+
+
+def test_holm_by_hand():
+    assert findings.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert findings.holm([0.9, 0.8]) == [1.0, 1.0]
+
+
+def config(val, **accuracy):
+    test = {k.replace("_", "/"): {"accuracy": a, "nll": 1 - a, "ece": 0.1, "brier": 0.2}
+            for k, a in accuracy.items()}  # fmt: skip
+    return {"val": val, "test": test}
+
+
+def test_validation_alone_chooses():
+    """By the worst training domain; the best test accuracy has no say."""
+    tuned = [
+        config({"a": 0.9, "b": 0.5}, a_in=0.5, c_out=0.9),
+        config({"a": 0.7, "b": 0.6}, a_in=0.6, c_out=0.4),
+        config({"a": 0.6, "b": 0.8}, a_in=0.7, c_out=0.3),
+    ]
+    assert findings.chosen(tuned) == 1
+    assert findings.measures(tuned[1]) == {
+        "in": 0.6, "out": 0.4, "worst": 0.4, "out nll": pytest.approx(0.6), "out ece": 0.1,
+        "out brier": 0.2,
+    }  # fmt: skip
+
+
+def test_words_follow_from_the_differences():
+    """A method always better, one always worse, one that only differs by chance."""
+    rng = np.random.default_rng(1)
+    records = []
+    for seed in range(10):
+        for scenario in ("unseen-nyt", "unseen-movie"):
+            base = 0.7 + 0.02 * rng.normal()
+            gains = {"erm": 0, "tv": 0.02, "kl": -0.02, "cvar": 0.001 * (-1) ** seed}
+            found = {
+                method: [config({"a": 0.5}, a_in=base, nyt_out=base + gain)]
+                for method, gain in gains.items()
+            }
+            records.append({"scenario": scenario, "seed": seed, "methods": found})
+    result = findings.findings(findings.table(records, "unseen", "out"))
+    assert {m: one.word for m, one in result.items()} == {
+        "tv": "helps", "kl": "hurts", "cvar": "nothing"
+    }  # fmt: skip
+    assert result["tv"].difference == pytest.approx(0.02)
+    assert findings.table(records, "rare", "out") == {}

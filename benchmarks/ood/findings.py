@@ -1,0 +1,125 @@
+"""From marks to findings: the configuration that validation chose, differences to erm, words."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any, NamedTuple
+
+import numpy as np
+from scipy import stats
+
+from benchmarks.ood.shifts import SCENARIOS
+
+BASE = "erm"
+SURE = 0.05
+# What is compared of a chosen configuration; of the last three, less is better.
+MEASURES = ("out", "worst", "in", "out nll", "out ece", "out brier")
+FAMILIES = tuple(dict.fromkeys(scenario.family for scenario in SCENARIOS))
+_FAMILY = {scenario.name: scenario.family for scenario in SCENARIOS}
+
+Record = Mapping[str, Any]
+
+
+class Finding(NamedTuple):
+    """A method's mean on a measure, and its difference to erm, seed by seed, with a 95 % interval;
+    ``p`` is corrected by Holm over the methods."""
+
+    mean: float
+    difference: float
+    low: float
+    high: float
+    p: float
+
+    @property
+    def word(self) -> str:
+        """What PROTOCOL.md calls it, for a measure of which more is better."""
+        if self.p >= SURE:
+            return "nothing"
+        return "helps" if self.difference > 0 else "hurts"
+
+
+def read(path: Path) -> tuple[dict[str, Any], list[Record]]:
+    """The header and the records of a finished run."""
+    first, *rest = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+    return first, rest
+
+
+def chosen(configs: Sequence[Record]) -> int:
+    """The configuration of the highest validation accuracy in the worst training domain; of equals
+    the first."""
+    return max(range(len(configs)), key=lambda i: (min(configs[i]["val"].values()), -i))
+
+
+def measures(config: Record) -> dict[str, float]:
+    """`MEASURES` of one configuration's test marks."""
+
+    def of(side: str, mark: str) -> list[float]:
+        return [one[mark] for name, one in config["test"].items() if name.endswith(f"/{side}")]
+
+    accuracy = {"in": of("in", "accuracy"), "out": of("out", "accuracy")}
+    return {
+        "in": fmean(accuracy["in"]),
+        "out": fmean(accuracy["out"]),
+        "worst": min(accuracy["in"] + accuracy["out"]),
+        **{f"out {mark}": fmean(of("out", mark)) for mark in ("nll", "ece", "brier")},
+    }
+
+
+def table(
+    records: Sequence[Record], family: str, measure: str, pick: Mapping[str, int] | None = None
+) -> dict[str, np.ndarray]:
+    """{method: (seeds,)}, averaged over the family's scenarios.
+
+    ``pick`` takes a fixed configuration of each method in place of the chosen one (exploration).
+    """
+    values: dict[str, dict[int, list[float]]] = {}
+    for record in records:
+        if _FAMILY[record["scenario"]] == family:
+            for method, configs in record["methods"].items():
+                index = chosen(configs) if pick is None else pick[method]
+                found = measures(configs[index])[measure]
+                values.setdefault(method, {}).setdefault(record["seed"], []).append(found)
+    return {
+        method: np.array([fmean(of_seed[seed]) for seed in sorted(of_seed)])
+        for method, of_seed in values.items()
+    }
+
+
+def findings(values: Mapping[str, np.ndarray]) -> dict[str, Finding]:
+    """Every method beside erm: paired t intervals, p values corrected by Holm."""
+    others = [method for method in values if method != BASE]
+    raw, intervals = {}, {}
+    for method in others:
+        raw[method], intervals[method] = paired(values[method] - values[BASE])
+    corrected = dict(zip(others, holm([raw[method] for method in others])))
+    return {
+        method: Finding(
+            float(values[method].mean()),
+            float((values[method] - values[BASE]).mean()),
+            *intervals[method],
+            corrected[method],
+        )
+        for method in others
+    }
+
+
+def paired(differences: np.ndarray) -> tuple[float, tuple[float, float]]:
+    """p of the two-sided t test that the mean is 0, and the 95 % interval of the mean."""
+    n, mean = len(differences), float(differences.mean())
+    error = float(differences.std(ddof=1)) / n**0.5
+    if error == 0:  # all equal: a difference for certain, or none
+        return (1.0 if mean == 0 else 0.0), (mean, mean)
+    half = float(stats.t.ppf(0.975, n - 1)) * error
+    return 2 * float(stats.t.sf(abs(mean) / error, n - 1)), (mean - half, mean + half)
+
+
+def holm(p: Sequence[float]) -> list[float]:
+    """Holm's step-down correction, in the order given."""
+    corrected, worst = [0.0] * len(p), 0.0
+    for rank, index in enumerate(sorted(range(len(p)), key=lambda i: p[i])):
+        worst = max(worst, min(1.0, (len(p) - rank) * p[index]))
+        corrected[index] = worst
+    return corrected
