@@ -10,7 +10,7 @@ import pytest
 import torch
 from scipy import stats
 
-from benchmarks.ood import findings, methods, run, shifts
+from benchmarks.ood import findings, methods, page, run, shifts
 from drrlhf.demo.sentiment import DOMAINS, Text, make_pairs, split_texts
 
 SIZES = shifts.Sizes(train=64, val=20, test=30)
@@ -223,3 +223,26 @@ def test_words_follow_from_the_differences():
     }  # fmt: skip
     assert result["tv"].difference == pytest.approx(0.02)
     assert findings.table(records, "rare", "out") == {}
+
+
+def test_page_says_what_the_numbers_say(tmp_path, texts, monkeypatch):
+    path = tmp_path / "reward.jsonl"
+    monkeypatch.setattr(run, "SCENARIOS", [shifts.SCENARIOS[0], shifts.SCENARIOS[8]])
+    monkeypatch.setattr(run, "QUICK", SIZES)
+    monkeypatch.setattr("sys.argv", ["run", "--quick", "--seeds", "3", "--output", str(path)])
+    run.main()
+    monkeypatch.setattr("sys.argv", ["page", "--results", str(path), "--output", str(tmp_path)])
+    page.main()
+    text = (tmp_path / "README.md").read_text()
+    assert (tmp_path / "plots" / "differences.png").stat().st_size > 10_000
+    assert "3 paired seeds" in text and "Preference derived from human" in text
+    values = findings.table(findings.read(path)[1], "votes", "out")
+    erm = next(line for line in text.splitlines() if line.startswith("| erm |"))
+    assert erm.split("|")[3].strip() == f"{100 * values['erm'].mean():.1f}"
+    for family in ("unseen", "votes"):
+        said = next(line for line in text.splitlines() if line.startswith(f"**{family}**"))
+        found = findings.findings(findings.table(findings.read(path)[1], family, "out"))
+        for method, one in found.items():
+            part = next(part for part in said.split(";") if f"`{method}`" in part)
+            verb = {"helps": "helped", "hurts": "hurt", "nothing": "made no difference"}[one.word]
+            assert verb in part

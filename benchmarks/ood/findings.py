@@ -73,12 +73,15 @@ def table(
 ) -> dict[str, np.ndarray]:
     """{method: (seeds,)}, averaged over the family's scenarios.
 
-    ``pick`` takes a fixed configuration of each method in place of the chosen one (exploration).
+    ``pick`` names methods and a fixed configuration of each in place of the chosen one
+    (exploration).
     """
     values: dict[str, dict[int, list[float]]] = {}
     for record in records:
         if _FAMILY[record["scenario"]] == family:
             for method, configs in record["methods"].items():
+                if pick is not None and method not in pick:
+                    continue
                 index = chosen(configs) if pick is None else pick[method]
                 found = measures(configs[index])[measure]
                 values.setdefault(method, {}).setdefault(record["seed"], []).append(found)
