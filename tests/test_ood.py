@@ -10,7 +10,7 @@ import pytest
 import torch
 from scipy import stats
 
-from benchmarks.ood import findings, methods, page, run, shifts
+from benchmarks.ood import findings, methods, page, run, shifts, tasks
 from drrlhf.demo.sentiment import DOMAINS, Text, make_pairs, split_texts
 
 SIZES = shifts.Sizes(train=64, val=20, test=30)
@@ -161,10 +161,10 @@ def test_a_stopped_run_goes_on_where_it_stood(tmp_path, texts, monkeypatch):
 
 def test_a_file_of_another_run_is_not_continued(tmp_path):
     path = tmp_path / "reward.jsonl"
-    path.write_text(json.dumps(run.header(SIZES, 1)) + "\n")
-    assert run.done_already(path, run.header(SIZES, 1)) == set()
+    path.write_text(json.dumps(tasks.header(**run.own_facts(SIZES, 1))) + "\n")
+    assert tasks.done_already(path, run.own_facts(SIZES, 1)) == []
     with pytest.raises(ValueError, match="was made with another sizes"):
-        run.done_already(path, run.header(shifts.Sizes(), 1))
+        tasks.done_already(path, run.own_facts(shifts.Sizes(), 1))
 
 
 # ---- from marks to findings ----------------------------------------------------------------------

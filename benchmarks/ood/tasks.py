@@ -1,0 +1,98 @@
+"""Many independent tasks, one line of JSON each: what was done stays done when a run is stopped."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import platform
+import subprocess
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+import drrlhf as dr
+from drrlhf.demo import sentiment
+
+DIGITS = 5
+ROOT = Path(__file__).parent.parent.parent
+
+Record = dict[str, Any]
+Work = Callable[[Any], Record]
+
+
+def header(**own: Any) -> Record:
+    """The first line: what was run (``own``, which a continued run must share), on what, when."""
+    commit = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    return {
+        "preference": sentiment.DERIVED,
+        **own,
+        "versions": {
+            "drrlhf": dr.__version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+        "machine": {"processor": platform.machine(), "cores": os.cpu_count()},
+        "commit": commit.stdout.strip(),
+        "date": date.today().isoformat(),
+    }
+
+
+def done_already(path: Path, own: Mapping[str, Any]) -> list[Record]:
+    """The records of the whole lines in ``path``; a line cut off by a crash is taken away.
+
+    Raises:
+        ValueError: the file was made with another ``own``, such as other sizes.
+    """
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    if lines and not lines[-1].endswith("\n"):
+        lines.pop()
+        path.write_text("".join(lines), encoding="utf-8")
+    if not lines:
+        return []
+    first = json.loads(lines[0])
+    for name, value in own.items():
+        if first[name] != value:
+            raise ValueError(f"{path} was made with another {name}; give another --output")
+    return [json.loads(line) for line in lines[1:]]
+
+
+def run_tasks(
+    path: Path, own: Mapping[str, Any], tasks: Sequence[Any], work: Work, workers: int
+) -> None:
+    """Append ``work(task)`` of every task to ``path``, in whatever order they end."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with path.open("a", encoding="utf-8") as file, Progress(
+        *columns, TimeElapsedColumn()
+    ) as progress:  # fmt: skip
+        if not file.tell():
+            file.write(json.dumps(header(**own)) + "\n")
+        bar = progress.add_task("scenarios and seeds", total=len(tasks))
+        for record in _results(tasks, work, workers):
+            file.write(json.dumps(record, separators=(",", ":")) + "\n")
+            file.flush()
+            progress.advance(bar)
+
+
+def _results(tasks: Sequence[Any], work: Work, workers: int) -> Iterator[Record]:
+    torch.set_num_threads(1)  # equal numbers however many workers there are
+    if workers == 1:
+        yield from map(work, tasks)
+        return
+    with multiprocessing.get_context("spawn").Pool(
+        workers, initializer=torch.set_num_threads, initargs=(1,)
+    ) as pool:
+        yield from pool.imap_unordered(work, tasks)
+
+
+def rounded(found: Mapping[str, float]) -> dict[str, float]:
+    return {name: round(value, DIGITS) for name, value in found.items()}
