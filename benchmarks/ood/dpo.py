@@ -17,7 +17,6 @@ import torch
 from peft import LoraConfig, get_peft_model
 from rich.console import Console
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import drrlhf as dr
