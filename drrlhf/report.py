@@ -6,7 +6,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -17,6 +17,14 @@ _MARKERS = "osD^vP*X"
 _STYLES = ("-", "--", "-.", ":")
 
 Line = dict[str, Any]
+
+
+def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
+    """Let ``write`` fill a file beside ``path`` and move it into place at once: a reader never sees
+    half a file."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    write(part)
+    os.replace(part, path)
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from drrlhf.cli import bench, doctor, stress, train
+from drrlhf.cli import bench, doctor, stress, suggest_radius, train
 from drrlhf.version import __version__
 
 app = typer.Typer(
@@ -18,6 +18,7 @@ app = typer.Typer(
 app.add_typer(train.app, name="train")
 app.command("bench")(bench.bench)
 app.command("stress")(stress.stress)
+app.command("suggest-radius")(suggest_radius.suggest_radius)
 app.command("doctor")(doctor.doctor)
 
 

@@ -12,10 +12,11 @@ import dataclasses
 import datetime
 import hashlib
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
+
+from drrlhf.report import write_whole
 
 RUN_FILE = "run.json"
 METRICS_FILE = "metrics.jsonl"
@@ -159,9 +160,8 @@ def read_record(output_dir: Path) -> dict[str, Any]:
 
 def write_record(output_dir: Path, record: dict[str, Any]) -> None:
     """Write ``run.json`` so that a crash leaves either the old or the new one."""
-    part = output_dir / (RUN_FILE + ".part")
-    part.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(part, output_dir / RUN_FILE)
+    text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
+    write_whole(output_dir / RUN_FILE, lambda part: part.write_text(text, encoding="utf-8"))
 
 
 def check_same_run(record: dict[str, Any], new: dict[str, Any]) -> None:

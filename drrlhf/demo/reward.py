@@ -43,7 +43,7 @@ from torch import Tensor, nn
 import drrlhf as dr
 from drrlhf.demo import embeddings, material, sentiment
 from drrlhf.demo.sentiment import Pair, Text
-from drrlhf.report import mean_and_error
+from drrlhf.report import mean_and_error, write_whole
 
 MAIN, RARE, UNSEEN = "movie", "tweets", ("amazon", "nyt")
 TESTED = (MAIN, RARE, *UNSEEN)
@@ -164,8 +164,8 @@ def run(
     table = results_table(results)
     console.print(table)
     json_path, plot_path = folder / "results.json", folder / "results.png"
-    _replace(json_path, lambda part: part.write_text(json.dumps(results, indent=1) + "\n"))
-    _replace(plot_path, lambda part: plot(results, part))
+    write_whole(json_path, lambda part: part.write_text(json.dumps(results, indent=1) + "\n"))
+    write_whole(plot_path, lambda part: plot(results, part))
     console.print(f"Saved {json_path} and {plot_path}")
     return DemoResult(results, table, json_path, plot_path)
 
@@ -461,10 +461,3 @@ def _panel(panel: Any, methods: Mapping[str, Any], domain: str) -> None:
     panel.set_axisbelow(True)
     panel.tick_params(length=0)
     panel.spines[["top", "right", "left"]].set_visible(False)
-
-
-def _replace(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write beside ``path`` and move into place at once: a reader never sees half a file."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    write(part)
-    os.replace(part, path)

@@ -1,5 +1,6 @@
 """Stress before deployment: worst cases of a reward model or policy from its scored pairs."""
 
+from drrlhf.stress.radius import suggest_radius
 from drrlhf.stress.report import write_report
 from drrlhf.stress.require import Requirement, parse_requirement
 from drrlhf.stress.run import stress_test
@@ -8,5 +9,5 @@ from drrlhf.stress.scoring import RewardModel, score_pairs
 
 __all__ = [
     "Attribute", "Requirement", "RewardModel", "Scores", "load_scores", "parse_requirement",
-    "score_pairs", "stress_test", "write_report",
+    "score_pairs", "stress_test", "suggest_radius", "write_report",
 ]  # fmt: skip

@@ -148,7 +148,7 @@ def _last_radius(mass: Array, family: str, floor: float) -> float | None:
     weak, strong = _SEARCHED[family]
 
     def holds(radius: float) -> bool:
-        worst = 1 - worst_case(ERRORS, mass, _set_of(family, radius))
+        worst = 1 - worst_case(ERRORS, mass, set_of(family, radius))
         return worst >= floor - 1e-12
 
     if not holds(weak):
@@ -161,5 +161,6 @@ def _last_radius(mass: Array, family: str, floor: float) -> float | None:
     return weak
 
 
-def _set_of(family: str, radius: float) -> AmbiguitySet:
+def set_of(family: str, radius: float) -> AmbiguitySet:
+    """The set of a family with this radius, or this alpha."""
     return CVaR(alpha=radius) if family == "cvar" else parse_ambiguity(f"{family}:{radius!r}")

@@ -79,24 +79,40 @@ class Scores:
 
 
 def load_scores(
-    source: str | os.PathLike[str], *, prompt_column: str | None = None, max_nan: float = 0.01
+    source: str | os.PathLike[str],
+    *,
+    prompt_column: str | None = None,
+    max_nan: float = 0.01,
+    all_right: bool = False,
 ) -> Scores:
     """Read and check a file of scored pairs.
 
     ``prompt_column`` names the column by which pairs belong together (default: the first there is
     of `PROMPTS`); without one, or with "none", every row is a prompt of its own. Up to a share
-    ``max_nan`` of the scores may be NaN or infinite: those rows are left out and counted.
+    ``max_nan`` of the scores may be NaN or infinite: those rows are left out and counted. Where
+    accuracy is asked for, pairs that are ``all_right`` have nothing to tell and are refused.
 
     Raises:
         DataError: a missing file or column, a broken file, scores that are not numbers, too many
             that are not finite, none that differ, or no wrong (or no right) pair.
     """
     path = Path(source).expanduser()
-    return from_table(_read(path), str(source), prompt_column=prompt_column, max_nan=max_nan)
+    return from_table(
+        _read(path),
+        str(source),
+        prompt_column=prompt_column,
+        max_nan=max_nan,
+        all_right=all_right,
+    )
 
 
 def from_table(
-    table: pa.Table, source: str, *, prompt_column: str | None = None, max_nan: float = 0.01
+    table: pa.Table,
+    source: str,
+    *,
+    prompt_column: str | None = None,
+    max_nan: float = 0.01,
+    all_right: bool = False,
 ) -> Scores:
     """`load_scores` for a table that is in memory already."""
     if not 0 <= max_nan < 1:
@@ -114,7 +130,7 @@ def from_table(
         )
     if dropped:
         table, margin = table.filter(pa.array(finite)), margin[finite]
-    _check_margins(margin, source)
+    _check_margins(margin, source, all_right)
     prompt = _prompt_column(table, source, prompt_column)
     prompts = np.arange(len(margin)) if prompt is None else _codes(table[prompt])[0]
     longer = _longer(table, source)
@@ -270,7 +286,7 @@ def _some_rows(wrong: NDArray[np.bool_]) -> str:
     return "rows " + ", ".join(map(str, rows[:NAMED_ROWS])) + more
 
 
-def _check_margins(margin: NDArray[np.float64], source: str) -> None:
+def _check_margins(margin: NDArray[np.float64], source: str, all_right: bool) -> None:
     if len(margin) > 1 and margin.min() == margin.max():
         raise DataError(
             f"{source}: all {len(margin)} margins are {margin[0]:g}: constant scores rank nothing"
@@ -279,7 +295,7 @@ def _check_margins(margin: NDArray[np.float64], source: str) -> None:
         raise DataError(
             f"{source}: no chosen answer has the higher score: were chosen and rejected swapped?"
         )
-    if not (margin <= 0).any():
+    if not all_right and not (margin <= 0).any():
         raise DataError(
             f"{source}: one class only: every chosen answer has the higher score, so accuracy is 1 "
             "under any reweighting; stress the model on harder pairs"

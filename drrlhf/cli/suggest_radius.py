@@ -1,0 +1,128 @@
+"""``drrlhf suggest-radius``: the options and the table; the work is in drrlhf.stress.radius."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from drrlhf.cli import _console
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+def suggest_radius(
+    scores: Annotated[
+        Path,
+        typer.Option(
+            help="Held-out pairs scored by a plainly trained model, a .jsonl, .json, .csv or "
+            ".parquet file with chosen_reward and rejected_reward, or margin.",
+        ),
+    ],
+    group_by: Annotated[
+        str | None,
+        typer.Option(
+            help="Attribute whose groups the radius is to cover, such as domain; best scored by "
+            "models that did not train on the group.",
+        ),
+    ] = None,
+    prompt_column: Annotated[
+        str | None,
+        typer.Option(
+            help="Column by which pairs belong together.",
+            show_default="prompt_id, prompt, question_id or id; none: every pair by itself",
+        ),
+    ] = None,
+    quantile: Annotated[
+        float, typer.Option(help="Of the bootstrapped mean loss that is to be covered.")
+    ] = 0.95,
+    resamples: Annotated[int, typer.Option(help="Bootstrap samples of prompts.")] = 1000,
+    min_support: Annotated[int, typer.Option(help="Prompts that a group must have to count.")] = 30,
+    max_nan: Annotated[
+        float, typer.Option(help="Share of scores that may be NaN, infinite or missing.")
+    ] = 0.01,
+    seed: Annotated[int, typer.Option(min=0, help="Of the resampling.")] = 0,
+    output: Annotated[
+        Path | None, typer.Option(dir_okay=False, help="JSON file for the suggestion.")
+    ] = None,
+) -> None:
+    """Suggest a radius to train with, from held-out pairs that a plain model has scored.
+
+    The smallest radius whose worst case covers what chance may do to a sample of this size, and,
+    with --group-by, what each group costs a model that knows the others.
+
+    Example:
+
+        drrlhf suggest-radius --scores validation.jsonl --group-by domain
+    """
+    console = _console.console()
+    with _console.user_errors():
+        from drrlhf.cli.run import require
+
+        require()
+        from drrlhf.stress import load_scores
+        from drrlhf.stress.radius import suggest_radius as suggest
+
+        with console.status(f"Reading {scores} ..."):
+            loaded = load_scores(
+                scores, prompt_column=prompt_column, max_nan=max_nan, all_right=True
+            )
+        with console.status("Searching ..."):
+            found = suggest(
+                loaded, group_by=group_by, quantile=quantile, resamples=resamples,
+                min_support=min_support, seed=seed,
+            )  # fmt: skip
+        if output is not None:
+            _write(found, output)
+    console.print(_table(found))
+    for sentence in _said(found):
+        console.print(sentence, highlight=False, markup=False)
+
+
+def _write(found: dict[str, Any], path: Path) -> None:
+    from drrlhf.report import write_whole
+
+    text = json.dumps(found, indent=1, allow_nan=False) + "\n"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, lambda part: part.write_text(text, encoding="utf-8"))
+
+
+def _table(found: dict[str, Any]) -> Table:
+    """A row a family: the set that covers chance, the one that covers every group."""
+    from rich import box
+    from rich.table import Table
+
+    chance, groups = found["bootstrap"], found["groups"]
+    table = Table(box=box.SIMPLE_HEAD, title="The weakest set whose worst case covers")
+    table.add_column("chance alone")
+    if groups is not None:
+        table.add_column(f"every {groups['column']}")
+        table.add_column("for the sake of")
+    for family, covering in chance["sets"].items():
+        cells = [covering or "none can"]
+        if groups is not None:
+            cells += [groups["sets"][family] or "none can", groups["decided_by"][family]]
+        table.add_row(*cells)
+    return table
+
+
+def _said(found: dict[str, Any]) -> list[str]:
+    chance, groups = found["bootstrap"], found["groups"]
+    said = [
+        f"Mean loss {found['mean_loss']:.4f} over {found['pairs']:,} pairs of "
+        f"{found['prompts']:,} prompts; by chance alone it may reach {chance['target']:.4f} "
+        f"(the {chance['quantile']:.0%} quantile of bootstrap samples)."
+    ]
+    if groups is None:
+        return [*said, "Chance is not shift: --group-by says what other groups cost."]
+    said += [
+        f"  {one['group']}: {one['mean_loss']:.4f} in {one['pairs']:,} pairs, "
+        f"{one['mean_loss_outside']:.4f} outside."
+        for one in sorted(groups["each"], key=lambda one: -one["mean_loss"])
+    ]
+    if groups["too_small"]:
+        said.append(f"  Too small to count: {', '.join(groups['too_small'])}.")
+    return said
