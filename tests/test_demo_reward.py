@@ -14,6 +14,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from drrlhf.batching import by_length
 from drrlhf.demo import embeddings, reward, sentiment
 from drrlhf.demo.material import DOMAIN_FILES
 from drrlhf.demo.sentiment import DOMAINS, SPLITS, Text, make_pairs, split_texts
@@ -200,7 +201,7 @@ def test_embeddings_do_not_depend_on_the_batch_and_are_cached(encoder_dir, tmp_p
 
 def test_batches_hold_every_text_once_within_the_token_limit():
     lengths = [random.Random(0).randint(1, 300) for _ in range(200)] + [5000]
-    batches = list(embeddings._batches(lengths))
+    batches = list(by_length(lengths, embeddings.BATCH_TOKENS))
     assert sorted(i for batch in batches for i in batch) == list(range(201))
     assert all(
         len(batch) == 1 or len(batch) * max(lengths[i] for i in batch) <= embeddings.BATCH_TOKENS

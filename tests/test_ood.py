@@ -32,7 +32,7 @@ def made_up(n=200):
 def texts(monkeypatch):
     found = made_up()
     vectors = torch.randn(len(found), 8, generator=torch.Generator().manual_seed(0))
-    monkeypatch.setattr(run, "_texts", lambda: (found, vectors))
+    monkeypatch.setattr(run, "load", lambda: (found, vectors))
     return found
 
 
@@ -231,7 +231,7 @@ def test_page_says_what_the_numbers_say(tmp_path, texts, monkeypatch):
     monkeypatch.setattr(run, "QUICK", SIZES)
     monkeypatch.setattr("sys.argv", ["run", "--quick", "--seeds", "3", "--output", str(path)])
     run.main()
-    monkeypatch.setattr("sys.argv", ["page", "--results", str(path), "--output", str(tmp_path)])
+    monkeypatch.setattr("sys.argv", ["page", "--results", str(tmp_path), "--output", str(tmp_path)])
     page.main()
     text = (tmp_path / "README.md").read_text()
     assert (tmp_path / "plots" / "differences.png").stat().st_size > 10_000

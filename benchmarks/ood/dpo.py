@@ -7,7 +7,7 @@ A line a scenario, seed and method; a run that was stopped goes on where it stoo
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -21,23 +21,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import drrlhf as dr
 from benchmarks.ood.methods import marks
-from benchmarks.ood.shifts import CLEAN, SCENARIOS, Scenario, Sizes, Splits, Test, draw
+from benchmarks.ood.shifts import DPO_SCENARIOS, Scenario, Sizes, Splits, draw
 from benchmarks.ood.tasks import done_already, rounded, run_tasks
+from drrlhf.batching import by_length
 from drrlhf.demo import material, sentiment
 from drrlhf.demo.dpo import LAYERS, cut_model
 from drrlhf.demo.embeddings import fast_dtype
 
-FAR = Scenario(
-    "dpo-far",
-    "dpo-far",
-    {"movie": 0.95, "tweets": 0.05},
-    CLEAN,
-    (Test("movie", CLEAN, True), *(Test(d, CLEAN, False) for d in ("tweets", "amazon", "nyt"))),
-)
-_VOTES = next(scenario for scenario in SCENARIOS if scenario.name == "votes")
-VOTES = Scenario("dpo-votes", "dpo-votes", _VOTES.train, _VOTES.kind, _VOTES.tests)
-DPO_SCENARIOS = (FAR, VOTES)
-DPO_FAMILIES = tuple(scenario.family for scenario in DPO_SCENARIOS)
 # One configuration each; G is the number of training domains.
 DPO_METHODS = {
     "erm": "erm",
@@ -84,14 +74,14 @@ class Answer:
 
 
 @cache
-def _texts() -> tuple[list[sentiment.Text], Path]:
+def load() -> tuple[list[sentiment.Text], Path]:
     return sentiment.load_texts(material.fetch("sentiment")), cut_model(LAYERS, Console())
 
 
 @cache
 def _reference() -> Tensor:
     """log p(text | prompt) by the start model (texts,); NaN where nobody asked yet."""
-    return torch.full((len(_texts()[0]),), torch.nan)
+    return torch.full((len(load()[0]),), torch.nan)
 
 
 class Policy:
@@ -100,11 +90,12 @@ class Policy:
     def __init__(self, model_dir: Path, settings: Settings, seed: int) -> None:
         self.tokenizer = AutoTokenizer.from_pretrained(model_dir)
         base = AutoModelForCausalLM.from_pretrained(model_dir, dtype=fast_dtype())
+        layers = base.config.num_hidden_layers
         config = LoraConfig(
             r=settings.rank,
             lora_alpha=2 * settings.rank,
             target_modules=list(ADAPTED),
-            layers_to_transform=list(range(LAYERS - settings.adapted_layers, LAYERS)),
+            layers_to_transform=list(range(max(0, layers - settings.adapted_layers), layers)),
             task_type="CAUSAL_LM",
         )
         with torch.random.fork_rng(devices=[]):
@@ -122,7 +113,7 @@ class Policy:
         """Hidden states (T, d) that predict the completions, their tokens (T,) and the boundaries
         (answers + 1,)."""
         found: dict[int, Tensor] = {}
-        for batch in _cut([len(one.ids) for one in answers]):
+        for batch in by_length([len(one.ids) for one in answers], FORWARD_TOKENS):
             length = max(len(answers[i].ids) for i in batch)
             ids = torch.zeros(len(batch), length, dtype=torch.long)
             mask = torch.zeros(len(batch), length, dtype=torch.long)
@@ -150,18 +141,9 @@ class Policy:
         return torch.cat(parts)
 
 
-def _cut(lengths: Sequence[int]) -> Iterator[list[int]]:
-    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    start = 0
-    while start < len(order):
-        stop = start + max(1, FORWARD_TOKENS // lengths[order[start]])
-        yield order[start:stop]
-        start = stop
-
-
 def one(scenario: Scenario, seed: int, method: str, settings: Settings) -> dict[str, Any]:
     """Train a method in one scenario and seed, and give its marks on every test."""
-    texts, model_dir = _texts()
+    texts, model_dir = load()
     rows = {text.text: row for row, text in enumerate(texts)}
     splits = _fewer(sentiment.split_texts(texts, seed), settings.test_texts)
     drawing = draw(scenario, splits, rows, seed, settings.sizes)
@@ -248,7 +230,7 @@ def main() -> None:
     tasks = [(scenario.name, seed, method, settings) for seed in range(options.seeds)
              for scenario in DPO_SCENARIOS for method in _methods(scenario)
              if (scenario.name, seed, method) not in done]  # fmt: skip
-    _texts()
+    load()
     run_tasks(options.output, own, tasks, _task, options.workers)
 
 

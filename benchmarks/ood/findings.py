@@ -11,14 +11,15 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy import stats
 
-from benchmarks.ood.shifts import SCENARIOS
+from benchmarks.ood.shifts import DPO_SCENARIOS, SCENARIOS
 
 BASE = "erm"
 SURE = 0.05
 # What is compared of a chosen configuration; of the last three, less is better.
 MEASURES = ("out", "worst", "in", "out nll", "out ece", "out brier")
 FAMILIES = tuple(dict.fromkeys(scenario.family for scenario in SCENARIOS))
-_FAMILY = {scenario.name: scenario.family for scenario in SCENARIOS}
+DPO_FAMILIES = tuple(scenario.family for scenario in DPO_SCENARIOS)
+FAMILY_OF = {scenario.name: scenario.family for scenario in (*SCENARIOS, *DPO_SCENARIOS)}
 
 Record = Mapping[str, Any]
 
@@ -47,9 +48,23 @@ def read(path: Path) -> tuple[dict[str, Any], list[Record]]:
     return first, rest
 
 
+def by_method(lines: Sequence[Record]) -> list[Record]:
+    """Lines of one method each, put together into a record a scenario and seed."""
+    together: dict[tuple[str, int], dict[str, Any]] = {}
+    for line in lines:
+        scenario, seed = line["scenario"], line["seed"]
+        record = together.setdefault(
+            (scenario, seed), {"scenario": scenario, "seed": seed, "methods": {}}
+        )
+        record["methods"][line["method"]] = [{"test": line["test"]}]
+    return list(together.values())
+
+
 def chosen(configs: Sequence[Record]) -> int:
     """The configuration of the highest validation accuracy in the worst training domain; of equals
-    the first."""
+    the first. Where there is only one, it is that."""
+    if len(configs) == 1:
+        return 0
     return max(range(len(configs)), key=lambda i: (min(configs[i]["val"].values()), -i))
 
 
@@ -78,16 +93,21 @@ def table(
     """
     values: dict[str, dict[int, list[float]]] = {}
     for record in records:
-        if _FAMILY[record["scenario"]] == family:
+        if FAMILY_OF[record["scenario"]] == family:
             for method, configs in record["methods"].items():
                 if pick is not None and method not in pick:
                     continue
                 index = chosen(configs) if pick is None else pick[method]
                 found = measures(configs[index])[measure]
                 values.setdefault(method, {}).setdefault(record["seed"], []).append(found)
+    return by_seed(values)
+
+
+def by_seed(values: Mapping[str, Mapping[int, Sequence[float]]]) -> dict[str, np.ndarray]:
+    """{name: {seed: numbers}} to {name: (seeds,)}, their means."""
     return {
-        method: np.array([fmean(of_seed[seed]) for seed in sorted(of_seed)])
-        for method, of_seed in values.items()
+        name: np.array([fmean(of_seed[seed]) for seed in sorted(of_seed)])
+        for name, of_seed in values.items()
     }
 
 

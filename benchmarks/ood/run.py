@@ -7,6 +7,7 @@ it stood. The first line says what was run, on what.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.ood.methods import METHODS, marks, train_head
-from benchmarks.ood.shifts import SCENARIOS, Scenario, Sizes, draw
+from benchmarks.ood.shifts import SCENARIOS, Scenario, Sizes, Splits, draw
 from benchmarks.ood.tasks import done_already, rounded, run_tasks
 from drrlhf.demo import embeddings, material, sentiment
 
@@ -24,7 +25,7 @@ QUICK = Sizes(train=512, val=100, test=200)
 
 
 @cache
-def _texts() -> tuple[list[sentiment.Text], Tensor]:
+def load() -> tuple[list[sentiment.Text], Tensor]:
     """All texts and their embeddings (texts, d)."""
     texts = sentiment.load_texts(material.fetch("sentiment"))
     return texts, embeddings.encode([text.text for text in texts], material.fetch("minilm"))
@@ -32,11 +33,10 @@ def _texts() -> tuple[list[sentiment.Text], Tensor]:
 
 def one(scenario: Scenario, seed: int, sizes: Sizes, configs: int) -> dict[str, Any]:
     """Every method's every configuration in one scenario and seed."""
-    texts, vectors = _texts()
+    texts, vectors = load()
     rows = {text.text: row for row, text in enumerate(texts)}
     splits = sentiment.split_texts(texts, seed)
-    seen = [rows[t.text] for domain in scenario.train for t in splits["train"][domain]]
-    scaled = (vectors - vectors[seen].mean(0)) / vectors[seen].std()
+    scaled = standardised(vectors, scenario, splits, rows)
     drawing = draw(scenario, splits, rows, seed, sizes)
     found: dict[str, list[dict[str, Any]]] = {}
     for method, grid in METHODS.items():
@@ -50,6 +50,14 @@ def one(scenario: Scenario, seed: int, sizes: Sizes, configs: int) -> dict[str, 
                 "test": {k: rounded(marks(rewards, v)) for k, v in drawing.test.items()},
             })  # fmt: skip
     return {"scenario": scenario.name, "seed": seed, "methods": found}
+
+
+def standardised(
+    vectors: Tensor, scenario: Scenario, splits: Splits, rows: Mapping[str, int]
+) -> Tensor:
+    """Embeddings (texts, d) less the mean, and over the deviation, of the training domains'."""
+    seen = [rows[t.text] for domain in scenario.train for t in splits["train"][domain]]
+    return (vectors - vectors[seen].mean(0)) / vectors[seen].std()
 
 
 def own_facts(sizes: Sizes, configs: int) -> dict[str, Any]:
@@ -75,7 +83,7 @@ def main() -> None:
     done = {(record["scenario"], record["seed"]) for record in done_already(options.output, own)}
     tasks = [(scenario.name, seed, sizes, configs) for seed in range(options.seeds)
              for scenario in SCENARIOS if (scenario.name, seed) not in done]  # fmt: skip
-    _texts()  # once, before there are workers to wait for it
+    load()  # once, before there are workers to wait for it
     run_tasks(options.output, own, tasks, _task, options.workers)
 
 

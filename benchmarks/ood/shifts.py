@@ -66,6 +66,13 @@ def _unseen(held_out: str) -> Scenario:
     return Scenario(f"unseen-{held_out}", "unseen", share, CLEAN, tests)
 
 
+def _far(main: str, rare: str) -> Scenario:
+    """Tested on the main domain, the rare one, and those never trained on."""
+    tests = [Test(domain, CLEAN, domain == main) for domain in DOMAINS]
+    share = {main: 1 - RARE_SHARE, rare: RARE_SHARE}
+    return Scenario("dpo-far", "dpo-far", share, CLEAN, tuple(tests))
+
+
 def _rare(main: str, rare: str) -> Scenario:
     share = {main: 1 - RARE_SHARE, rare: RARE_SHARE}
     tests = (Test(main, CLEAN, True), Test(rare, CLEAN, False))
@@ -79,6 +86,10 @@ SCENARIOS: Sequence[Scenario] = (
     _mixed("clean", ALL_GAPS, CLEAN),
     _mixed("wide", WIDE, CLOSE),
     _mixed("close", CLOSE, WIDE),
+)
+DPO_SCENARIOS: Sequence[Scenario] = (
+    _far("movie", "tweets"),
+    _mixed("dpo-votes", VOTES, CLEAN),
 )
 
 

@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors.torch import load_file, save_file
 
+from drrlhf.batching import by_length
 from drrlhf.demo.material import cache_dir, sha256
 
 MAX_TOKENS = 256
@@ -88,7 +89,7 @@ def _encode(
     cores = torch.get_num_threads()
     with one_thread(), ThreadPoolExecutor(cores) as pool, _progress(console) as progress:
         task = progress.add_task("Encoding texts", total=len(texts))
-        for done in pool.map(fill, _batches([len(i) for i in ids])):
+        for done in pool.map(fill, by_length([len(i) for i in ids], BATCH_TOKENS)):
             progress.advance(task, done)
     return result
 
@@ -109,16 +110,6 @@ def _pooled(model: Any, batch: Any) -> torch.Tensor:
     hidden = model(**batch).last_hidden_state.float()  # (texts, tokens, hidden)
     real = batch["attention_mask"].unsqueeze(-1)
     return (hidden * real).sum(1) / real.sum(1)
-
-
-def _batches(lengths: Sequence[int]) -> Iterator[list[int]]:
-    """Indices by falling length (the slowest first: honest about the time left), cut by tokens."""
-    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    start = 0
-    while start < len(order):
-        stop = start + max(1, BATCH_TOKENS // lengths[order[start]])
-        yield order[start:stop]
-        start = stop
 
 
 def _progress(console: Console | None) -> Progress:

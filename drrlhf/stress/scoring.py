@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from drrlhf.batching import by_length
 from drrlhf.data import load_preference_data
 from drrlhf.stress.counterfactual import Row, counterfactuals
 from drrlhf.stress.curves import Array
@@ -69,7 +70,7 @@ class RewardModel:
         index = {ids: number for number, ids in enumerate(dict.fromkeys(texts))}
         different, rewards = list(index), np.empty(len(index))
         times = np.bincount([index[ids] for ids in texts])
-        for batch in _batches([len(ids) for ids in different]):
+        for batch in by_length([len(ids) for ids in different], BATCH_TOKENS):
             rewards[batch] = self._score([different[i] for i in batch])
             on_progress(int(times[batch].sum()))
         return rewards[[index[ids] for ids in texts]]
@@ -92,16 +93,6 @@ class RewardModel:
             {"input_ids": [list(ids) for ids in batch]}, return_tensors="pt", padding_side="right"
         )
         return self.model(**padded.to(self.device)).logits[:, 0].double().cpu().numpy()
-
-
-def _batches(lengths: Sequence[int]) -> Iterator[list[int]]:
-    """Indices by falling length, cut by tokens with padding: the slowest and largest come first."""
-    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    start = 0
-    while start < len(order):
-        stop = start + max(1, BATCH_TOKENS // lengths[order[start]])
-        yield order[start:stop]
-        start = stop
 
 
 def score_pairs(

@@ -1,0 +1,16 @@
+"""Batches of like length, so that little of them is padding."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+
+def by_length(lengths: Sequence[int], tokens: int) -> Iterator[list[int]]:
+    """Indices by falling length, cut by ``tokens`` with padding, at least one a batch: the slowest
+    and largest come first, which is honest about the time and the memory it takes."""
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    start = 0
+    while start < len(order):
+        stop = start + max(1, tokens // lengths[order[start]])
+        yield order[start:stop]
+        start = stop
