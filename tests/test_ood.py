@@ -10,7 +10,7 @@ import pytest
 import torch
 from scipy import stats
 
-from benchmarks.ood import findings, methods, page, run, shifts, tasks
+from benchmarks.ood import findings, methods, page, radius, run, shifts, tasks
 from drrlhf.demo.sentiment import DOMAINS, Text, make_pairs, split_texts
 
 SIZES = shifts.Sizes(train=64, val=20, test=30)
@@ -246,3 +246,60 @@ def test_page_says_what_the_numbers_say(tmp_path, texts, monkeypatch):
             part = next(part for part in said.split(";") if f"`{method}`" in part)
             verb = {"helps": "helped", "hurts": "hurt", "nothing": "made no difference"}[one.word]
             assert verb in part
+
+
+# ---- the chooser of the radius -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("family", "text", "tried"),
+    [
+        ("tv", "tv:0.001", "tv:0.02"),
+        ("tv", "tv:0.033", "tv:0.05"),  # 0.02 to 0.05 meet at their geometric mean, 0.0316
+        ("tv", "tv:0.031", "tv:0.02"),
+        ("tv", None, "tv:0.1"),
+        ("cvar", "cvar:0.8", "cvar:0.7"),  # 1 - alpha: 0.2 is nearer to 0.3 than to 0.1
+        ("cvar", "cvar:1", "cvar:0.9"),
+        ("chi2", "chi2:3", "chi2:0.5"),
+    ],
+)
+def test_nearest_tried_strength(family, text, tried):
+    assert radius.nearest(family, text) == tried
+
+
+def test_coverage_and_training_at_the_suggestion(tmp_path, texts, monkeypatch):
+    path, out = tmp_path / "reward.jsonl", tmp_path / "radius.jsonl"
+    monkeypatch.setattr(run, "SCENARIOS", [shifts.SCENARIOS[0]])
+    monkeypatch.setattr(run, "QUICK", shifts.Sizes(train=64, val=40, test=30))
+    monkeypatch.setattr("sys.argv", ["run", "--quick", "--seeds", "3", "--output", str(path)])
+    run.main()
+    header, records = findings.read(path)
+    for record in records:  # as if every strength and rate had been tried
+        for configs in record["methods"].values():
+            configs += [configs[0]] * 5
+    lines = [json.dumps(one) for one in (header, *records)]
+    path.write_text("\n".join(lines) + "\n")
+    arguments = ["radius", "--reward", str(path), "--output", str(out)]
+    monkeypatch.setattr("sys.argv", arguments)
+    radius.main()
+    _, suggestions = findings.read(out)
+    assert len(suggestions) == 3
+    for one in suggestions:
+        for found in one["rules"]["groups"].values():
+            # Every group's loss is covered by those outside, so the mean of all is, by all.
+            assert found["worst"] is None or found["worst"] >= one["validation loss"]
+    share, median = radius.coverage(suggestions, "unseen", "groups", "tv")
+    covered = [
+        one["rules"]["groups"]["tv"]["worst"] is not None
+        and one["rules"]["groups"]["tv"]["worst"] >= one["out loss"]
+        for one in suggestions
+    ]
+    assert share == pytest.approx(sum(covered) / 3) and median.startswith(("tv:", "none"))
+    values = radius.suggested(records, suggestions, "unseen", "out")
+    assert len(values) == 1 + 2 * 4
+    wanted = findings.measures(records[0]["methods"]["kl"][0])["out"]
+    assert values["kl by groups"][0] == pytest.approx(wanted)
+    monkeypatch.setattr("sys.argv", ["page", "--results", str(tmp_path), "--output", str(tmp_path)])
+    page.main()
+    text = (tmp_path / "README.md").read_text()
+    assert "| tv by groups |" in text and f"({median})" in text
