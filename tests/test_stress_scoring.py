@@ -7,13 +7,17 @@ import json
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+)
 from trl_fixtures import TEXT, tiny_encoder_dir, tiny_llama_dir, tiny_reward_dir
 from typer.testing import CliRunner
 
 from drrlhf.cli import app
 from drrlhf.data import DataError
-from drrlhf.stress import RewardModel, score_pairs, stress_test
+from drrlhf.stress import Policy, RewardModel, load_judge, score_pairs, stress_test
 from drrlhf.stress import counterfactual as cf
 from drrlhf.stress.resample import blocks_of, resampled
 from drrlhf.stress.run import FEW_PROMPTS
@@ -92,14 +96,112 @@ def test_messages_are_scored_through_the_chat_template(tmp_path):
 def test_long_texts_keep_their_end_and_are_counted(tmp_path):
     directory = tiny_reward_dir(tmp_path)
     model = RewardModel(directory, max_length=6)
-    ids = model._ids({"prompt": "how was the film ", "chosen": " it was very very good"}, "chosen")
+    row = {"prompt": "how was the film ", "chosen": " it was very very good"}
+    ids = model._text(row, "chosen").ids
     whole = model.tokenizer("how was the film  it was very very good<eos>")["input_ids"]
     assert list(ids) == whole[-6:] and model.cut == 1
 
 
-def test_a_policy_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="sequence-classification model with one label, got Llama"):
-        RewardModel(tiny_llama_dir(tmp_path))
+def test_a_policy_is_no_reward_model_and_the_other_way_round(tmp_path):
+    with pytest.raises(ValueError, match="expected a sequence-classification model"):
+        RewardModel(tiny_llama_dir(tmp_path / "policy"))
+    with pytest.raises(ValueError, match="expected a causal language model"):
+        Policy(tiny_reward_dir(tmp_path / "reward"), reference="x")
+    with pytest.raises(ValueError, match="reward model, which has none"):
+        load_judge(tiny_reward_dir(tmp_path / "again"), reference="x")
+
+
+# ---- policies ------------------------------------------------------------------------------------
+
+
+def logp(model, ids, start):
+    """log p(ids[start:] | ids[:start]) by full logits."""
+    ids = torch.tensor(ids)[None]
+    with torch.no_grad():
+        logps = model(input_ids=ids).logits[0, :-1].double().log_softmax(-1)
+    return logps.gather(1, ids[0, 1:, None])[start - 1 :].sum().item()
+
+
+def log_ratio(policy, reference, tokenizer, row, side):
+    ids = tokenizer(row["prompt"] + row[side] + tokenizer.eos_token)["input_ids"]
+    start = len(tokenizer(row["prompt"])["input_ids"])
+    return logp(policy, ids, start) - logp(reference, ids, start)
+
+
+def with_adapters(directory, base, task="CAUSAL_LM", **options):
+    """LoRA adapters that do something, saved."""
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(base, LoraConfig(target_modules=["q_proj", "v_proj"], r=2,
+                                            task_type=task, **options))  # fmt: skip
+    torch.manual_seed(3)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name or "score" in name:
+            torch.nn.init.normal_(parameter, std=0.5)
+    model.save_pretrained(directory)
+    AutoTokenizer.from_pretrained(base.name_or_path).save_pretrained(directory)
+    return model.eval()
+
+
+@pytest.mark.parametrize("adapters", [False, True])
+def test_policy_margins_are_log_ratios_to_the_reference(tmp_path, adapters):
+    start, some = tiny_llama_dir(tmp_path / "start"), rows(12)
+    base = AutoModelForCausalLM.from_pretrained(start)
+    reference = AutoModelForCausalLM.from_pretrained(start).eval()
+    if adapters:
+        trained = with_adapters(tmp_path / "trained", base)
+        judge = load_judge(tmp_path / "trained", beta=0.3)
+    else:
+        torch.manual_seed(2)
+        for parameter in base.parameters():
+            parameter.data += 0.05 * torch.randn_like(parameter)
+        base.save_pretrained(tmp_path / "trained")
+        AutoTokenizer.from_pretrained(start).save_pretrained(tmp_path / "trained")
+        trained, judge = base.eval(), load_judge(tmp_path / "trained", reference=start, beta=0.3)
+    found = score_pairs(judge, written(tmp_path / "d.jsonl", some))
+    tokenizer = AutoTokenizer.from_pretrained(start)
+    wanted = [0.3 * (log_ratio(trained, reference, tokenizer, row, "chosen")
+                     - log_ratio(trained, reference, tokenizer, row, "rejected"))
+              for row in some]  # fmt: skip
+    np.testing.assert_allclose(found.margin, wanted, atol=1e-4)
+    assert found.counterfactuals
+
+
+def test_policy_reads_messages_and_cuts_the_end(tmp_path):
+    directory = tiny_llama_dir(tmp_path)
+    judge = Policy(directory, reference=directory, max_length=7)
+    row = {
+        "prompt": [{"role": "user", "content": "how was it"}],
+        "chosen": [{"role": "assistant", "content": "very good"}],
+        "rejected": [{"role": "assistant", "content": "not good"}],
+    }
+    chosen, rejected = judge._texts(row)
+    words = judge.tokenizer.convert_ids_to_tokens(chosen.ids)
+    assert words == ["<|user|>", "how", "was", "it", "<eos>", "<|assistant|>", "very"]
+    assert chosen.start == rejected.start == 6 and judge.cut == 2
+    judge.max_length = 6  # nothing is left of the answers
+    assert np.isnan(judge._score(judge._texts(row))).all()
+    same = Policy(directory, reference=directory)
+    np.testing.assert_array_equal(same._score(same._texts(row)), [0, 0])
+
+
+def test_adapters_of_a_reward_model(tmp_path):
+    start, some = tiny_llama_dir(tmp_path / "start"), rows(8)
+    base = AutoModelForSequenceClassification.from_pretrained(start, num_labels=1)
+    base.config.pad_token_id = 0
+    model = with_adapters(tmp_path / "trained", base, "SEQ_CLS", modules_to_save=["score"])
+    judge = load_judge(tmp_path / "trained")
+    found = judge.margins(some, lambda _: None)
+    tokenizer = AutoTokenizer.from_pretrained(start)
+
+    def reward(row, side):
+        ids = tokenizer(row["prompt"] + row[side] + tokenizer.eos_token, return_tensors="pt")
+        with torch.no_grad():
+            return model(**ids).logits[0, 0].item()
+
+    wanted = [reward(row, "chosen") - reward(row, "rejected") for row in some]
+    np.testing.assert_allclose(found, wanted, atol=1e-4)
+    assert np.ptp(wanted) > 0.01
 
 
 # ---- counterfactuals -----------------------------------------------------------------------------
@@ -192,8 +294,11 @@ def test_what_cannot_be_scored(tmp_path, wrong):
         ["stress", "--model", str(model), "--data", str(written(tmp_path / "d.jsonl", some)),
          "--output-dir", str(tmp_path / "out")],
     )  # fmt: skip
-    wanted = {"none": "no directory with a config.json", "policy": "sequence-classification",
-              "data": "missing column 'rejected'"}[wrong]  # fmt: skip
+    wanted = {
+        "none": "no directory with a config.json",
+        "policy": "give that as reference (--reference DIR)",
+        "data": "missing column 'rejected'",
+    }[wrong]
     assert done.exit_code == 2 and wanted in " ".join(done.output.split())
     assert not (tmp_path / "out").exists()
 

@@ -32,10 +32,21 @@ def stress(
     model: Annotated[
         list[str] | None,
         typer.Option(
-            help="Directory of a reward model, which scores the pairs of --data, also after "
-            "changes of the text that leave its meaning alone; again for more models.",
+            help="Directory of a reward model, or of a policy, whole or as adapters, which scores "
+            "the pairs of --data, also after changes of the text that leave its meaning alone; "
+            "again for more models.",
         ),
     ] = None,
+    reference: Annotated[
+        str | None,
+        typer.Option(
+            help="Directory of the model that a policy was trained from.",
+            show_default="for adapters the model under them",
+        ),
+    ] = None,
+    beta: Annotated[
+        float, typer.Option(help="Of a policy's reward, beta times its log-ratio to --reference.")
+    ] = 0.1,
     data: Annotated[
         str | None,
         typer.Option(
@@ -44,7 +55,7 @@ def stress(
         ),
     ] = None,
     max_length: Annotated[
-        int, typer.Option(min=2, help="Tokens that --model reads at most, the last ones.")
+        int, typer.Option(min=2, help="Tokens of a text that --model reads at most.")
     ] = 2048,
     output_dir: Annotated[
         Path, typer.Option(file_okay=False, help="Folder for report.html and report.json.")
@@ -93,10 +104,11 @@ def stress(
     console = _console.console()
     try:
         with _console.user_errors():
-            _check_sources(scores or [], model or [], data)
+            _check_sources(scores or [], model or [], data, reference)
             result = _stressed(
                 lambda: (
-                    _scored(model, str(data), max_length, prompt_column, max_nan, console) if model
+                    _scored(model, reference, beta, max_length, str(data), prompt_column, max_nan,
+                            console) if model
                     else _read(scores or [], prompt_column, max_nan, console)
                 ),
                 require=require or [], floor=floor, ambiguity=ambiguity, resamples=resamples,
@@ -114,13 +126,17 @@ def stress(
         raise typer.Exit(FLOOR_MISSED)
 
 
-def _check_sources(scores: list[Path], models: list[str], data: str | None) -> None:
+def _check_sources(
+    scores: list[Path], models: list[str], data: str | None, reference: str | None
+) -> None:
     if bool(scores) == bool(models):
         raise ValueError(
             "give --scores FILE, a file of scored pairs, or --model DIR with --data PAIRS"
         )
     if bool(models) != (data is not None):
         raise ValueError("--model and --data belong together: the model scores these pairs")
+    if reference is not None and not models:
+        raise ValueError("--reference belongs to --model, a policy; scores in a file need none")
 
 
 def _stressed(load: Callable[[], dict[str, Scores]], **options: Any) -> dict[str, Any]:
@@ -147,22 +163,20 @@ def _read(
 
 
 def _scored(
-    models: list[str], data: str, max_length: int, prompt_column: str | None, max_nan: float,
-    console: Console,
+    models: list[str], reference: str | None, beta: float, max_length: int, data: str,
+    prompt_column: str | None, max_nan: float, console: Console,
 ) -> dict[str, Scores]:  # fmt: skip
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bars
     from transformers.utils import logging
 
-    from drrlhf.stress import RewardModel, score_pairs
+    from drrlhf.stress import load_judge, score_pairs
 
     logging.disable_progress_bar()
     columns = (TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn())
     scored = {}
     for name, directory in zip(_names([Path(model) for model in models]), models, strict=True):
-        if not (Path(directory) / "config.json").is_file():
-            raise ValueError(f"--model {directory}: no directory with a config.json in it")
-        reward_model = RewardModel(directory, max_length=max_length)
+        judge = load_judge(directory, reference=reference, beta=beta, max_length=max_length)
         with Bars(*columns, TimeRemainingColumn(), console=console, transient=True) as bars:
             task = bars.add_task("", total=None)
 
@@ -170,12 +184,12 @@ def _scored(
                 bars.update(task, description=what, completed=done, total=total)
 
             scored[name] = score_pairs(
-                reward_model, data, prompt_column=prompt_column, max_nan=max_nan, on_progress=show
+                judge, data, prompt_column=prompt_column, max_nan=max_nan, on_progress=show
             )
-        if reward_model.cut:
+        if judge.cut:
             console.print(
-                f"{name}: {reward_model.cut} texts were longer than --max-length {max_length} "
-                "tokens; their ends were read.",
+                f"{name}: {judge.cut} texts were longer than --max-length {max_length} tokens and "
+                "were cut.",
                 highlight=False,
             )
     return scored

@@ -1,13 +1,14 @@
 """Stress before deployment: worst cases of a reward model or policy from its scored pairs."""
 
+from drrlhf.stress.models import Policy, RewardModel, load_judge
 from drrlhf.stress.radius import suggest_radius
 from drrlhf.stress.report import write_report
 from drrlhf.stress.require import Requirement, parse_requirement
 from drrlhf.stress.run import stress_test
 from drrlhf.stress.scores import Attribute, Scores, load_scores
-from drrlhf.stress.scoring import RewardModel, score_pairs
+from drrlhf.stress.scoring import score_pairs
 
 __all__ = [
-    "Attribute", "Requirement", "RewardModel", "Scores", "load_scores", "parse_requirement",
-    "score_pairs", "stress_test", "suggest_radius", "write_report",
+    "Attribute", "Policy", "Requirement", "RewardModel", "Scores", "load_judge", "load_scores",
+    "parse_requirement", "score_pairs", "stress_test", "suggest_radius", "write_report",
 ]  # fmt: skip

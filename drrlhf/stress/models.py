@@ -1,0 +1,290 @@
+"""What can score preference pairs: reward models, and policies by their implicit reward.
+
+Every different text is read once, in batches of like length. Texts are tokenised as TRL's trainers
+of that kind of model do, so a score here is the one that training saw.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Sequence
+from itertools import takewhile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+import drrlhf as dr
+from drrlhf.batching import by_length
+from drrlhf.stress.counterfactual import Row
+from drrlhf.stress.curves import Array
+
+ADAPTER = "adapter_config.json"
+_REWARD, _POLICY = "SequenceClassification", "CausalLM"
+_TASKS = {"SEQ_CLS": _REWARD, "CAUSAL_LM": _POLICY}
+
+
+class Text(NamedTuple):
+    """Tokens of a prompt with its answer, which begins at ``start``."""
+
+    ids: tuple[int, ...]
+    start: int
+
+
+class Judge:
+    """A model that gives texts a reward; ``cut`` counts those longer than ``max_length`` tokens."""
+
+    batch_tokens: int
+
+    def __init__(
+        self, directory: str | Path, max_length: int, device: str | None, dtype: Any
+    ) -> None:
+        from transformers import AutoTokenizer
+
+        self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(directory)
+        if self.tokenizer.pad_token is None:
+            self.tokenizer.pad_token = self.tokenizer.eos_token
+        self.model = self._loaded(directory, dtype)
+        self.max_length, self.cut = max_length, 0
+
+    def margins(self, rows: Sequence[Row], on_progress: Callable[[int], None]) -> Array:
+        """chosen minus rejected reward (n,), float64."""
+        texts = [text for row in rows for text in self._texts(row)]
+        index = {text: number for number, text in enumerate(dict.fromkeys(texts))}
+        different, rewards = list(index), np.empty(len(index))
+        times = np.bincount([index[text] for text in texts])
+        for batch in by_length([len(text.ids) for text in different], self.batch_tokens):
+            rewards[batch] = self._score([different[i] for i in batch])
+            on_progress(int(times[batch].sum()))
+        of_text = rewards[[index[text] for text in texts]]
+        return of_text[0::2] - of_text[1::2]
+
+    def _texts(self, row: Row) -> tuple[Text, Text]:
+        """The chosen and the rejected answer, each behind the prompt."""
+        raise NotImplementedError
+
+    def _score(self, batch: Sequence[Text]) -> Array:
+        """Rewards (texts,), float64."""
+        raise NotImplementedError
+
+    def _loaded(self, directory: str | Path, dtype: Any) -> Any:
+        raise NotImplementedError
+
+    def _ids(self, row: Row, side: str) -> list[int]:
+        prompt, answer = row.get("prompt"), row[side]
+        if isinstance(answer, str):
+            end = self.tokenizer.eos_token or ""
+            text = (prompt or "") + answer
+            return self.tokenizer(text if text.endswith(end) else text + end)["input_ids"]
+        return self._chat([*(prompt or []), *answer])
+
+    def _chat(self, messages: Sequence[Any], **options: Any) -> list[int]:
+        return self.tokenizer.apply_chat_template(messages, return_dict=True, **options)[
+            "input_ids"
+        ]
+
+    def _padded(self, batch: Sequence[Text]) -> Any:
+        return self.tokenizer.pad(
+            {"input_ids": [list(text.ids) for text in batch]},
+            return_tensors="pt",
+            padding_side="right",
+        ).to(self.device)
+
+
+class RewardModel(Judge):
+    """A sequence-classification model with one label, as ``drrlhf train reward`` leaves it: whole,
+    or as adapters of a model that can be loaded.
+
+    The score of an answer is that of the prompt followed by it: the end token behind a standard
+    text, the chat template for messages. Of a text longer than ``max_length`` tokens the last ones
+    are read.
+
+    Raises:
+        ValueError: no model of that kind there, or not one label.
+    """
+
+    batch_tokens = 4096
+
+    def __init__(
+        self,
+        directory: str | Path,
+        *,
+        max_length: int = 2048,
+        device: str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        if kind_of(directory) != _REWARD:
+            raise ValueError(f"{directory}: expected a sequence-classification model")
+        super().__init__(directory, max_length, device, dtype)
+        labels = self.model.config.num_labels
+        if labels != 1:
+            raise ValueError(f"{directory}: expected a reward model of one label, got {labels}")
+        if self.model.config.pad_token_id is None:
+            self.model.config.pad_token_id = self.tokenizer.pad_token_id
+
+    def _loaded(self, directory: str | Path, dtype: Any) -> Any:
+        from transformers import AutoModelForSequenceClassification
+
+        # A base model of adapters does not say how many labels it gets; a reward model has one.
+        labels = {"num_labels": 1} if (Path(directory) / ADAPTER).is_file() else {}
+        model = _load(AutoModelForSequenceClassification, directory, dtype, **labels)
+        return model.to(self.device).eval()
+
+    def _texts(self, row: Row) -> tuple[Text, Text]:
+        return self._text(row, "chosen"), self._text(row, "rejected")
+
+    def _text(self, row: Row, side: str) -> Text:
+        ids = self._ids(row, side)
+        self.cut += len(ids) > self.max_length
+        return Text(tuple(ids[-self.max_length :]), 0)
+
+    @torch.inference_mode()
+    def _score(self, batch: Sequence[Text]) -> Array:
+        return self.model(**self._padded(batch)).logits[:, 0].double().cpu().numpy()
+
+
+class Policy(Judge):
+    """A causal language model by its implicit reward, as DPO defines it (arXiv 2305.18290, eq. 5):
+
+        beta (log p(answer | prompt) - log p_ref(answer | prompt))
+
+    with the end token, or the chat template's, as part of the answer. The reference is the model in
+    ``reference``, or for adapters, without one, the model under them. Of a text longer than
+    ``max_length`` tokens the first ones are read; where the prompt alone is that long, the score is
+    NaN.
+
+    Raises:
+        ValueError: no model of that kind there, or a whole model without a reference.
+    """
+
+    batch_tokens = 1024
+
+    def __init__(
+        self,
+        directory: str | Path,
+        *,
+        reference: str | Path | None = None,
+        beta: float = 0.1,
+        max_length: int = 2048,
+        device: str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        if kind_of(directory) != _POLICY:
+            raise ValueError(f"{directory}: expected a causal language model")
+        if reference is None and not (Path(directory) / ADAPTER).is_file():
+            raise ValueError(
+                f"{directory}: a policy's reward is its log-ratio to the model that it was trained "
+                "from; give that as reference (--reference DIR)"
+            )
+        if not beta > 0:
+            raise ValueError(f"beta must be > 0, got {beta!r}")
+        super().__init__(directory, max_length, device, dtype)
+        self.reference = None if reference is None else self._loaded(reference, dtype)
+        self.beta = beta
+
+    def _loaded(self, directory: str | Path, dtype: Any) -> Any:
+        from transformers import AutoModelForCausalLM
+
+        return _load(AutoModelForCausalLM, directory, dtype).to(self.device).eval()
+
+    def _texts(self, row: Row) -> tuple[Text, Text]:
+        prompt = row.get("prompt") or ""
+        before = (
+            self.tokenizer(prompt)["input_ids"]
+            if isinstance(prompt, str)
+            else self._chat(prompt, add_generation_prompt=True)
+        )
+        both = [self._ids(row, side) for side in ("chosen", "rejected")]
+        # Tokens may merge where prompt and answer meet: the answer begins where they part.
+        start = max(1, min(_common(before, ids) for ids in both))
+        self.cut += sum(len(ids) > self.max_length for ids in both)
+        chosen, rejected = (Text(tuple(ids[: self.max_length]), start) for ids in both)
+        return chosen, rejected
+
+    @torch.inference_mode()
+    def _score(self, batch: Sequence[Text]) -> Array:
+        padded = self._padded(batch)
+        starts = torch.tensor([text.start for text in batch], device=self.device)
+        places = torch.arange(1, padded["input_ids"].shape[1], device=self.device)
+        wanted = (places >= starts[:, None]) & padded["attention_mask"][:, 1:].bool()
+        labels = padded["input_ids"][:, 1:].masked_fill(~wanted, -100)
+
+        def logps(model: Any) -> torch.Tensor:
+            logits = model(**padded).logits[:, :-1]
+            return dr.token_logprobs(logits[wanted], labels[wanted]).double()
+
+        after = logps(self.model)
+        with self._without_adapters():
+            before = logps(self.model if self.reference is None else self.reference)
+        rewards = torch.zeros(len(batch), dtype=torch.float64, device=self.device)
+        rows = torch.arange(len(batch), device=self.device)[:, None].expand_as(wanted)[wanted]
+        rewards.index_add_(0, rows, self.beta * (after - before))
+        return rewards.masked_fill(~wanted.any(1), torch.nan).cpu().numpy()
+
+    def _without_adapters(self) -> Any:
+        if self.reference is not None:
+            return contextlib.nullcontext()
+        return self.model.disable_adapter()
+
+
+def load_judge(
+    directory: str | Path,
+    *,
+    reference: str | Path | None = None,
+    beta: float = 0.1,
+    max_length: int = 2048,
+) -> Judge:
+    """The `RewardModel` or the `Policy` that lies in a directory.
+
+    Raises:
+        ValueError: neither of them is there, or a reference is given for a reward model.
+    """
+    if kind_of(directory) == _POLICY:
+        return Policy(directory, reference=reference, beta=beta, max_length=max_length)
+    if reference is not None:
+        raise ValueError(f"reference: {directory} is a reward model, which has none; leave it out")
+    return RewardModel(directory, max_length=max_length)
+
+
+def kind_of(directory: str | Path) -> str:
+    """Whether a reward model or a policy lies in a directory, whole or as adapters.
+
+    Raises:
+        ValueError: neither.
+    """
+    from transformers import AutoConfig
+
+    folder = Path(directory)
+    if (adapter := folder / ADAPTER).is_file():
+        found = str(json.loads(adapter.read_text(encoding="utf-8")).get("task_type"))
+        kind = _TASKS.get(found)
+    elif (folder / "config.json").is_file():
+        found = (AutoConfig.from_pretrained(directory).architectures or ["?"])[0]
+        ends = {"ForSequenceClassification": _REWARD, "ForCausalLM": _POLICY, "HeadModel": _POLICY}
+        kind = next((kind for end, kind in ends.items() if found.endswith(end)), None)
+    else:
+        raise ValueError(f"{directory}: no directory with a config.json or {ADAPTER} in it")
+    if kind is None:
+        raise ValueError(
+            f"{directory}: expected a reward model (sequence classification) or a causal language "
+            f"model, got {found}"
+        )
+    return kind
+
+
+def _load(auto: Any, directory: str | Path, dtype: Any, **options: Any) -> Any:
+    if not (Path(directory) / ADAPTER).is_file():
+        return auto.from_pretrained(directory, dtype=dtype, **options)
+    from peft import PeftConfig, PeftModel
+
+    base = PeftConfig.from_pretrained(str(directory)).base_model_name_or_path
+    model = auto.from_pretrained(base, dtype=dtype, **options)
+    return PeftModel.from_pretrained(model, str(directory))
+
+
+def _common(one: Sequence[int], other: Sequence[int]) -> int:
+    """The length of the prefix that both share."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other)))
