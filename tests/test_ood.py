@@ -242,10 +242,35 @@ def test_page_says_what_the_numbers_say(tmp_path, texts, monkeypatch):
     for family in ("unseen", "votes"):
         said = next(line for line in text.splitlines() if line.startswith(f"**{family}**"))
         found = findings.findings(findings.table(findings.read(path)[1], family, "out"))
+        mean = said.split(". In the worst domain")[0]
+        clauses = {
+            word: next((one for one in mean.split(";") if one.endswith(verb)), "")
+            for word, verb in (("helps", "helped"), ("hurts", "hurt"))
+        }
         for method, one in found.items():
-            part = next(part for part in said.split(";") if f"`{method}`" in part)
-            verb = {"helps": "helped", "hurts": "hurt", "nothing": "made no difference"}[one.word]
-            assert verb in part
+            if one.word == "nothing":
+                assert f"`{method}`" not in mean
+            else:
+                number = f"({100 * one.difference:+.1f} points)"
+                assert f"`{method}` {number}" in clauses[one.word]
+
+
+def test_words_of_every_kind():
+    def finding(difference, p):
+        return findings.Finding(0.5, difference, difference - 0.01, difference + 0.01, p)
+
+    found = {"tv": finding(0.02, 0.01), "kl": finding(-0.03, 0.01), "cvar": finding(0.03, 0.2)}
+    said = page._said(found, lambda x: f"{100 * x:+.1f}")
+    assert said == (
+        "`tv` (+2.0) helped; `kl` (-3.0) hurt; none of the others made a difference that these "
+        "seeds can show"
+    )
+    nothing = {"cvar": found["cvar"]}
+    assert page._said(nothing, str) == "no method made a difference that these seeds can show"
+
+
+def test_the_kept_page_is_that_of_the_kept_results():
+    assert page.from_results(page.HERE / "results") == (page.HERE / "README.md").read_text()
 
 
 # ---- the chooser of the radius -------------------------------------------------------------------

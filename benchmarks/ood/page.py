@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 from benchmarks.ood import radius
@@ -19,7 +20,7 @@ from benchmarks.ood.findings import (
     read,
     table,
 )
-from drrlhf.report import BLUE, VERMILION
+from drrlhf.report import BLUE, PALETTE, VERMILION
 
 HERE = Path(__file__).parent
 SAID = {
@@ -38,7 +39,7 @@ CALIBRATION = {
     "out ece": "calibration error",
     "out brier": "Brier score",
 }
-_NOTHING = "made no difference that these seeds can show"
+_NOTHING = "made a difference that these seeds can show"
 
 
 def page(
@@ -56,7 +57,8 @@ def page(
         f"{header['preference']}",
         "Differences are to `erm`, in points of accuracy where nothing else is said, with the 95 % "
         "interval over seeds; bold, and in the words: p < 0.05 after Holm's correction over the "
-        "methods. `erm` itself is given in per cent.",
+        "methods. `erm` itself is given in per cent. Where all training domains are equally large, "
+        "`balanced` is `erm`.",
         "## Reward models",
         *_results(records, FAMILIES, "differences"),
     ]
@@ -70,7 +72,9 @@ def page(
         "## Dose and response (exploration)",
         "Mean accuracy under shift of every configuration of the reward models minus that of `erm` "
         "as chosen, in points; nothing here was chosen by validation.",
-        _doses(header, records, _there(records, FAMILIES)),
+        "![accuracy above erm by strength](plots/doses.png)",
+        f"<details><summary>Every configuration</summary>\n\n"
+        f"{_doses(header, records, _there(records, FAMILIES))}\n\n</details>",
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -100,7 +104,9 @@ def _results(records: Sequence[Record], families: Sequence[str], name: str) -> l
 def _chooser(records: Sequence[Record], suggestions: Sequence[Record]) -> list[str]:
     """How often a suggestion covered what came, and what training with it brought."""
     families = _there(records, FAMILIES)
-    covered = {}
+    losses = [radius.losses(suggestions, one) for one in [*families, None]]
+    covered = {"loss, validation to shift": [f"{a:.3f} to {b:.3f}" for a, b in losses]}
+    harder = [one for one, (before, after) in zip(families, losses) if after > before]
     for rule in radius.RULES:
         for family in radius.FAMILIES:
             found = [radius.coverage(suggestions, one, rule, family) for one in [*families, None]]
@@ -113,7 +119,8 @@ def _chooser(records: Sequence[Record], suggestions: Sequence[Record]) -> list[s
                 kept.setdefault(name, []).append(_cell(one, 100, "{:+.1f}"))
     return [
         "Share of runs in which the worst case over the validation pairs, at the suggested radius, "
-        "covered the mean loss under shift; in brackets the median suggestion.",
+        "covered the mean loss under shift; in brackets the median suggestion. It is put to the "
+        f"test where the shift costs more than validation does: {', '.join(harder)}.",
         _rows([*families, "all"], covered, "covered"),
         "Trained at the tried strength that is nearest to the suggestion, against `erm`:",
         *(_rows(families, kept, ACCURACIES[measure]) for measure, kept in cells.items()),
@@ -122,16 +129,28 @@ def _chooser(records: Sequence[Record], suggestions: Sequence[Record]) -> list[s
 
 def _words(records: Sequence[Record], family: str) -> str:
     """One paragraph a shift: who helps, who hurts, and that the rest does nothing; and the same of
-    the worst domain."""
-    mean, worst = (_said(findings(table(records, family, m))) for m in ("out", "worst"))
-    return f"**{family}**, {SAID[family]}: {mean}. In the worst domain: {worst}."
+    the worst domain and of calibration."""
+    mean, worst = (
+        _said(findings(table(records, family, measure)), lambda x: f"{100 * x:+.1f} points")
+        for measure in ("out", "worst")
+    )
+    less = {method: -values for method, values in table(records, family, "out nll").items()}
+    calibration = _said(findings(less), lambda x: f"{-x:+.3f}")
+    return (
+        f"**{family}**, {SAID[family]}: {mean}. In the worst domain: {worst}. Negative "
+        f"log-likelihood under shift: {calibration}."
+    )
 
 
-def _said(found: Mapping[str, Finding]) -> str:
+def _said(found: Mapping[str, Finding], number: Callable[[float], str]) -> str:
     by_word: dict[str, list[str]] = {"helps": [], "hurts": [], "nothing": []}
     for method, one in sorted(found.items(), key=lambda item: -item[1].difference):
-        number = f" ({100 * one.difference:+.1f} points)" if one.word != "nothing" else ""
-        by_word[one.word].append(f"`{method}`{number}")
+        by_word[one.word].append(
+            f"`{method}`" + (f" ({number(one.difference)})" if one.word != "nothing" else "")
+        )
+    if len(by_word["nothing"]) == len(found):
+        return f"no method {_NOTHING}"
+    by_word["nothing"] = ["none of the others"] if by_word["nothing"] else []
     return "; ".join(
         f"{', '.join(by_word[word])} {verb}"
         for word, verb in (("helps", "helped"), ("hurts", "hurt"), ("nothing", _NOTHING))
@@ -185,6 +204,48 @@ def _doses(header: Mapping[str, Any], records: Sequence[Record], families: Seque
     return _rows(families, cells, "configuration")
 
 
+def plot_doses(header: Mapping[str, Any], records: Sequence[Record], path: Path) -> None:
+    """A panel a method: accuracy under shift against strength, a line a shift, the lower rate."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    families = _there(records, FAMILIES)
+    methods = [method for method in header["grid"] if method not in (BASE, "balanced")]
+    figure = Figure(figsize=(12.5, 5.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(2, -(-len(methods) // 2), sharey=True, squeeze=False).flat
+    rate = min(config["lr"] for config in header["grid"][BASE])
+    base = {family: table(records, family, "out")[BASE] for family in families}
+    for method, panel in zip(methods, panels):
+        grid = [(i, one) for i, one in enumerate(header["grid"][method]) if one["lr"] == rate]
+        for family, color in zip(families, PALETTE):
+            found = [table(records, family, "out", {method: i})[method] for i, _ in grid]
+            panel.plot(
+                range(len(grid)),
+                [100 * (one - base[family]).mean() for one in found],
+                color=color, marker="o", markersize=3, label=family,
+            )  # fmt: skip
+        panel.axhline(0, color="black", linewidth=1)
+        panel.set_xticks(
+            range(len(grid)), [_short(one["ambiguity"]) for _, one in grid], fontsize=7
+        )
+        panel.set_title(method, fontsize=9)
+        panel.grid(axis="y", alpha=0.25)
+        panel.spines[["top", "right"]].set_visible(False)
+    for panel in panels:  # what is left of the grid
+        panel.set_axis_off()
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside upper left",
+                  ncols=len(families), frameon=False)  # fmt: skip
+    figure.supylabel("accuracy under shift above erm, points", fontsize=9)
+    figure.supxlabel(f"strength, learning rate {rate:g}", fontsize=9)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=140)
+
+
+def _short(ambiguity: str) -> str:
+    return ambiguity.split(",")[-1].split(":")[-1].replace("temperature", "t").replace("_size", "")
+
+
 def plot(records: Sequence[Record], families: Sequence[str], path: Path) -> None:
     """A panel a shift: differences to erm with intervals, under shift and in domain."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -210,7 +271,7 @@ def plot(records: Sequence[Record], families: Sequence[str], path: Path) -> None
                 )  # fmt: skip
         panel.axvline(0, color="black", linewidth=1)
         panel.set_yticks(range(len(methods)), methods)
-        panel.set_title(f"{family}\n{SAID[family]}", fontsize=7)
+        panel.set_title(f"{family}\n{fill(SAID[family], 26)}", fontsize=7)
         panel.grid(axis="x", alpha=0.25)
         panel.spines[["top", "right"]].set_visible(False)
     panels[0].invert_yaxis()
@@ -221,20 +282,33 @@ def plot(records: Sequence[Record], families: Sequence[str], path: Path) -> None
     figure.savefig(path, dpi=140)
 
 
+def load(results: Path) -> tuple[dict[str, Any], list[Record], list[Record], list[Record]]:
+    """The header and records of the reward models, those of DPO, and the suggestions."""
+    header, records = read(results / "reward.jsonl")
+    dpo, suggestions = (
+        read(path)[1] if (path := results / f"{name}.jsonl").is_file() else []
+        for name in ("dpo", "radius")
+    )
+    return header, records, by_method(dpo), suggestions
+
+
+def from_results(results: Path) -> str:
+    """`page` of what lies in a folder."""
+    return page(*load(results))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--results", type=Path, default=HERE / "results")
     parser.add_argument("--output", type=Path, default=HERE)
     options = parser.parse_args()
-    header, records = read(options.results / "reward.jsonl")
-    more = {name: read(path)[1] if (path := options.results / f"{name}.jsonl").is_file() else []
-            for name in ("dpo", "radius")}  # fmt: skip
-    dpo = by_method(more["dpo"])
-    plot(records, FAMILIES, options.output / "plots" / "differences.png")
+    header, records, dpo, _ = load(options.results)
+    plots = options.output / "plots"
+    plot(records, FAMILIES, plots / "differences.png")
+    plot_doses(header, records, plots / "doses.png")
     if dpo:
-        plot(dpo, DPO_FAMILIES, options.output / "plots" / "dpo.png")
-    text = page(header, records, dpo, more["radius"])
-    (options.output / "README.md").write_text(text, encoding="utf-8")
+        plot(dpo, DPO_FAMILIES, plots / "dpo.png")
+    (options.output / "README.md").write_text(from_results(options.results), encoding="utf-8")
 
 
 if __name__ == "__main__":

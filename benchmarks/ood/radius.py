@@ -103,6 +103,12 @@ def _strength(text: str) -> float:
     return strength_of(dr.parse_ambiguity(text))
 
 
+def losses(suggestions: Sequence[Record], shift: str | None) -> tuple[float, float]:
+    """Mean loss of erm on validation pairs and under shift, in a family of shifts (None: all)."""
+    mine = [one for one in suggestions if shift in (None, FAMILY_OF[one["scenario"]])]
+    return fmean(one["validation loss"] for one in mine), fmean(one["out loss"] for one in mine)
+
+
 def coverage(
     suggestions: Sequence[Record], shift: str | None, rule: str, family: str
 ) -> tuple[float, str]:

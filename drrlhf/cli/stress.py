@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 from collections import Counter
 from collections.abc import Callable
+from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,6 +20,15 @@ if TYPE_CHECKING:
 
 FLOOR_MISSED = 1
 INTERRUPTED = 128 + signal.SIGINT
+
+
+class Dtype(str, Enum):
+    """What a model computes in."""
+
+    as_saved = "as-saved"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
 
 
 def stress(
@@ -57,6 +67,9 @@ def stress(
     max_length: Annotated[
         int, typer.Option(min=2, help="Tokens of a text that --model reads at most.")
     ] = 2048,
+    dtype: Annotated[
+        Dtype, typer.Option(help="Of --model; bfloat16 is the fast one where hardware has it.")
+    ] = Dtype.as_saved,
     output_dir: Annotated[
         Path, typer.Option(file_okay=False, help="Folder for report.html and report.json.")
     ] = Path("stress"),
@@ -107,8 +120,8 @@ def stress(
             _check_sources(scores or [], model or [], data, reference)
             result = _stressed(
                 lambda: (
-                    _scored(model, reference, beta, max_length, str(data), prompt_column, max_nan,
-                            console) if model
+                    _scored(model, reference, beta, max_length, dtype, str(data), prompt_column,
+                            max_nan, console) if model
                     else _read(scores or [], prompt_column, max_nan, console)
                 ),
                 require=require or [], floor=floor, ambiguity=ambiguity, resamples=resamples,
@@ -163,9 +176,10 @@ def _read(
 
 
 def _scored(
-    models: list[str], reference: str | None, beta: float, max_length: int, data: str,
+    models: list[str], reference: str | None, beta: float, max_length: int, dtype: Dtype, data: str,
     prompt_column: str | None, max_nan: float, console: Console,
 ) -> dict[str, Scores]:  # fmt: skip
+    import torch
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bars
     from transformers.utils import logging
@@ -176,7 +190,13 @@ def _scored(
     columns = (TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn())
     scored = {}
     for name, directory in zip(_names([Path(model) for model in models]), models, strict=True):
-        judge = load_judge(directory, reference=reference, beta=beta, max_length=max_length)
+        judge = load_judge(
+            directory,
+            reference=reference,
+            beta=beta,
+            max_length=max_length,
+            dtype=None if dtype is Dtype.as_saved else getattr(torch, dtype.value),
+        )
         with Bars(*columns, TimeRemainingColumn(), console=console, transient=True) as bars:
             task = bars.add_task("", total=None)
 

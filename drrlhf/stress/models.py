@@ -236,17 +236,18 @@ def load_judge(
     reference: str | Path | None = None,
     beta: float = 0.1,
     max_length: int = 2048,
+    dtype: torch.dtype | None = None,
 ) -> Judge:
-    """The `RewardModel` or the `Policy` that lies in a directory.
+    """The `RewardModel` or the `Policy` that lies in a directory, in ``dtype``, else as saved.
 
     Raises:
         ValueError: neither of them is there, or a reference is given for a reward model.
     """
     if kind_of(directory) == _POLICY:
-        return Policy(directory, reference=reference, beta=beta, max_length=max_length)
+        return Policy(directory, reference=reference, beta=beta, max_length=max_length, dtype=dtype)
     if reference is not None:
         raise ValueError(f"reference: {directory} is a reward model, which has none; leave it out")
-    return RewardModel(directory, max_length=max_length)
+    return RewardModel(directory, max_length=max_length, dtype=dtype)
 
 
 def kind_of(directory: str | Path) -> str:
