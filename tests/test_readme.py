@@ -15,6 +15,7 @@ import pytest
 import torch
 from trl_fixtures import tiny_llama_dir, tiny_pairs
 
+from benchmarks.ood import findings, page, radius
 from drrlhf.bench.heads import COMPILED, PLAIN, TRL
 from drrlhf.bench.results import newest
 from drrlhf.bench.table import readme_tables
@@ -48,7 +49,7 @@ def folder(tmp_path_factory):
     (path / "my_pairs.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     prompts = ({"prompt": row["prompt"]} for row in rows)
     (path / "my_prompts.jsonl").write_text("".join(json.dumps(r) + "\n" for r in prompts))
-    scores = ({"margin": 3.0 - i, "domain": "ab"[i % 2]} for i in range(4) for _ in range(8))
+    scores = ({"margin": 3.0 - i, "domain": "ab"[i % 2]} for i in range(4) for _ in range(16))
     (path / "my_scores.jsonl").write_text("".join(json.dumps(r) + "\n" for r in scores))
     score = "def score(completions, **_):\n    return [len(set(c.split())) for c in completions]\n"
     (path / "my_module.py").write_text(score)
@@ -183,6 +184,44 @@ def test_the_sentences_about_the_head_are_the_kept_measurements():
         "{:.0f} tokens/s with the total-variation adversary, {:.0f} with full logits, and {:.0f}"
     )
     assert sentence.format(*speeds) in text
+
+
+def test_the_advice_on_sets_is_that_of_the_evidence():
+    _, records, _, suggestions = page.load(page.HERE / "results")
+    text = " ".join(README.split())
+
+    def points(shift, word, measure="out"):
+        found = findings.findings(findings.table(records, shift, measure))
+        return {name: abs(100 * one.difference) for name, one in found.items() if one.word == word}
+
+    rare = points("rare", "helps")
+    assert set(rare) == {"group", "balanced"}
+    assert f"gained {rare['group']:.1f} and {rare['balanced']:.1f} points" in text
+    assert not any(points(shift, "helps") for shift in findings.FAMILIES if shift != "rare")
+    assert not points("unseen", "helps") and not points("unseen", "hurts")
+    less = {name: -values for name, values in findings.table(records, "unseen", "out nll").items()}
+    nats = {n: -f.difference for n, f in findings.findings(less).items() if f.word == "hurts"}
+    assert set(nats) == {"kl-trim", "cvar-trim", "optimistic"}
+    low, high = min(nats.values()), max(nats.values())
+    assert f"by {low:.2f} to {high:.2f} nats" in text
+    votes, close = points("votes", "hurts"), points("close", "hurts")
+    assert set(votes) == {"tv", "tv-trim"} and set(close) == {"tv", "kl", "chi2"}
+    assert f"`tv` lost {votes['tv']:.1f} points, `tv` with `trim` {votes['tv-trim']:.1f}" in text
+    assert f"lost {min(close.values()):.1f} to {max(close.values()):.1f} points" in text
+    share = {
+        (rule, shift): radius.coverage(suggestions, shift, rule, "tv")
+        for rule in radius.RULES for shift in ("rare", "unseen", "wide", None)
+    }  # fmt: skip
+    covered = {key: f"{100 * value[0]:.0f} %" for key, value in share.items()}
+    assert f"`{share['groups', None][1]}` in the median" in text
+    groups = (covered["groups", shift] for shift in ("rare", "unseen"))
+    assert "in {} of runs and on one never trained on in {};".format(*groups) in text
+    chance = f"{100 * share['bootstrap', 'rare'][0]:.0f} and {covered['bootstrap', 'unseen']}"
+    assert f"covered {chance}" in text
+    assert covered["groups", "wide"] == covered["bootstrap", "wide"] == "0 %"
+    for shift in findings.FAMILIES:
+        found = findings.findings(radius.suggested(records, suggestions, shift, "out"))
+        assert not any(one.word == "helps" for one in found.values())
 
 
 def test_the_sentence_about_packing_is_the_kept_measurement():
