@@ -6,7 +6,6 @@ A line a scenario, seed and method; a run that was stopped goes on where it stoo
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -22,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import drrlhf as dr
 from benchmarks.ood.methods import marks
 from benchmarks.ood.shifts import DPO_SCENARIOS, Scenario, Sizes, Splits, draw
-from benchmarks.ood.tasks import done_already, rounded, run_tasks
+from benchmarks.ood.tasks import done_already, parser, rounded, run_tasks
 from drrlhf.batching import by_length
 from drrlhf.demo import material, sentiment
 from drrlhf.demo.dpo import LAYERS, cut_model
@@ -218,12 +217,7 @@ def _task(task: tuple[str, int, str, Settings]) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--seeds", type=int, default=10)
-    parser.add_argument("--workers", type=int, default=1)
-    parser.add_argument("--quick", action="store_true", help="tiny: proves only that it works")
-    options = parser.parse_args()
+    options = parser(__doc__).parse_args()
     settings = QUICK if options.quick else Settings()
     own = own_facts(settings)
     done = {(r["scenario"], r["seed"], r["method"]) for r in done_already(options.output, own)}

@@ -8,10 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-import drrlhf as dr
 from benchmarks.ood.shifts import Drawn
+from drrlhf.demo import reward
 
-HIDDEN, BATCH, EPOCHS = 64, 256, 12
 LEARNING_RATES = (1e-3, 3e-4)
 BINS = 10
 
@@ -58,32 +57,11 @@ def train_head(
 
     Equal seeds start from equal weights and see equal batches, whatever the configuration.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        head = nn.Sequential(nn.Linear(vectors.shape[1], HIDDEN), nn.GELU(), nn.Linear(HIDDEN, 1))
-    domains = int(groups.max()) + 1
-    ambiguity = dr.parse_ambiguity(config.ambiguity.replace("G", str(domains)))
-    state = dr.GroupState(domains) if isinstance(ambiguity, dr.Group) else None
-    mass = 1 / torch.bincount(groups).float()
-    optimizer = torch.optim.AdamW(head.parameters(), config.lr, weight_decay=config.weight_decay)
-    order = torch.Generator().manual_seed(seed)
-    size = min(BATCH, len(rows))
-    for _ in range(EPOCHS):
-        shuffled = torch.randperm(len(rows), generator=order)
-        for batch in shuffled[: len(rows) // size * size].split(size):
-            rewards = head(vectors[rows[batch]]).squeeze(-1)  # (batch, 2)
-            loss = dr.reward_loss(
-                rewards[:, 0],
-                rewards[:, 1],
-                ambiguity=ambiguity,
-                nominal=mass[groups[batch]] if config.balanced else None,
-                groups=None if state is None else groups[batch],
-                group_state=state,
-            ).loss
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-    return head
+    counts = torch.bincount(groups)
+    ambiguity = config.ambiguity.replace("G", str(len(counts)))
+    plain = reward.Config(ambiguity, config.lr, config.weight_decay)
+    mass = (1 / counts.float())[groups] if config.balanced else None
+    return reward.train_head(vectors, rows, groups, plain, seed, nominal=mass)
 
 
 @torch.no_grad()

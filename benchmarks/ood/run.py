@@ -6,11 +6,9 @@ it stood. The first line says what was run, on what.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Mapping
 from dataclasses import asdict
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +16,7 @@ from torch import Tensor
 
 from benchmarks.ood.methods import METHODS, marks, train_head
 from benchmarks.ood.shifts import SCENARIOS, Scenario, Sizes, Splits, draw
-from benchmarks.ood.tasks import done_already, rounded, run_tasks
+from benchmarks.ood.tasks import done_already, parser, rounded, run_tasks
 from drrlhf.demo import embeddings, material, sentiment
 
 QUICK = Sizes(train=512, val=100, test=200)
@@ -72,12 +70,7 @@ def _task(task: tuple[str, int, Sizes, int]) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--seeds", type=int, default=10)
-    parser.add_argument("--workers", type=int, default=1)
-    parser.add_argument("--quick", action="store_true", help="tiny: proves only that it works")
-    options = parser.parse_args()
+    options = parser(__doc__).parse_args()
     sizes, configs = (QUICK, 1) if options.quick else (Sizes(), 6)
     own = own_facts(sizes, configs)
     done = {(record["scenario"], record["seed"]) for record in done_already(options.output, own)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import multiprocessing
 import os
@@ -23,6 +24,16 @@ ROOT = Path(__file__).parent.parent.parent
 
 Record = dict[str, Any]
 Work = Callable[[Any], Record]
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """Where to, how many seeds, how many workers, and whether it is only a trial."""
+    made = argparse.ArgumentParser(description=description)
+    made.add_argument("--output", type=Path, required=True)
+    made.add_argument("--seeds", type=int, default=10)
+    made.add_argument("--workers", type=int, default=1)
+    made.add_argument("--quick", action="store_true", help="tiny: proves only that it works")
+    return made
 
 
 def header(**own: Any) -> Record:

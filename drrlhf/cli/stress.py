@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from drrlhf.cli import _console
+from drrlhf.cli._options import MaxNan, PromptColumn, Seed
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -86,21 +87,13 @@ def stress(
     ambiguity: Annotated[
         str, typer.Option(help="The set whose reweighting is described in words.")
     ] = "cvar:0.2",
-    prompt_column: Annotated[
-        str | None,
-        typer.Option(
-            help="Column by which pairs belong together.",
-            show_default="prompt_id, prompt, question_id or id; none: every pair by itself",
-        ),
-    ] = None,
-    max_nan: Annotated[
-        float, typer.Option(help="Share of scores that may be NaN, infinite or missing.")
-    ] = 0.01,
+    prompt_column: PromptColumn = None,
+    max_nan: MaxNan = 0.01,
     resamples: Annotated[int, typer.Option(help="Bootstrap samples of prompts.")] = 200,
     min_support: Annotated[
         int, typer.Option(help="Prompts that a group must have to be ranked.")
     ] = 30,
-    seed: Annotated[int, typer.Option(min=0, help="Of the resampling.")] = 0,
+    seed: Seed = 0,
 ) -> None:
     """Stress a reward model or policy before it ships: worst cases near the data, worst groups.
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from drrlhf.cli import _console
+from drrlhf.cli._options import MaxNan, PromptColumn, Seed
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -29,22 +30,14 @@ def suggest_radius(
             "models that did not train on the group.",
         ),
     ] = None,
-    prompt_column: Annotated[
-        str | None,
-        typer.Option(
-            help="Column by which pairs belong together.",
-            show_default="prompt_id, prompt, question_id or id; none: every pair by itself",
-        ),
-    ] = None,
+    prompt_column: PromptColumn = None,
     quantile: Annotated[
         float, typer.Option(help="Of the bootstrapped mean loss that is to be covered.")
     ] = 0.95,
     resamples: Annotated[int, typer.Option(help="Bootstrap samples of prompts.")] = 1000,
     min_support: Annotated[int, typer.Option(help="Prompts that a group must have to count.")] = 30,
-    max_nan: Annotated[
-        float, typer.Option(help="Share of scores that may be NaN, infinite or missing.")
-    ] = 0.01,
-    seed: Annotated[int, typer.Option(min=0, help="Of the resampling.")] = 0,
+    max_nan: MaxNan = 0.01,
+    seed: Seed = 0,
     output: Annotated[
         Path | None, typer.Option(dir_okay=False, help="JSON file for the suggestion.")
     ] = None,

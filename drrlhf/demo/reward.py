@@ -229,12 +229,13 @@ def _draw(
 
 
 def train_head(
-    vectors: Tensor, pairs: Tensor, groups: Tensor, config: Config, seed: int
-) -> nn.Module:
+    vectors: Tensor, pairs: Tensor, groups: Tensor, config: Config, seed: int,
+    nominal: Tensor | None = None,
+) -> nn.Module:  # fmt: skip
     """A reward head (d -> hidden -> 1) trained on ``pairs`` (n, 2), rows of chosen and rejected.
 
-    ``groups`` (n,) is used by `dr.Group` alone. Equal seeds start from equal weights and see equal
-    batches, whatever the configuration.
+    ``groups`` (n,) is used by `dr.Group` alone; ``nominal`` (n,) weighs pairs. Equal seeds start
+    from equal weights and see equal batches, whatever the configuration.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -243,14 +244,16 @@ def train_head(
     state = dr.GroupState(ambiguity.num_groups) if isinstance(ambiguity, dr.Group) else None
     optimizer = torch.optim.AdamW(head.parameters(), config.lr, weight_decay=config.weight_decay)
     order = torch.Generator().manual_seed(seed)
+    size = min(BATCH, len(pairs))
     for _ in range(EPOCHS):
         shuffled = torch.randperm(len(pairs), generator=order)
-        for batch in shuffled[: len(pairs) // BATCH * BATCH].split(BATCH):
+        for batch in shuffled[: len(pairs) // size * size].split(size):
             rewards = head(vectors[pairs[batch]]).squeeze(-1)  # (batch, 2)
             loss = dr.reward_loss(
                 rewards[:, 0],
                 rewards[:, 1],
                 ambiguity=ambiguity,
+                nominal=None if nominal is None else nominal[batch],
                 groups=None if state is None else groups[batch],
                 group_state=state,
             ).loss
