@@ -2,6 +2,7 @@
 # make test    the whole test suite
 # make test-gpu  the tests of the ops on a GPU, and a few under compute-sanitizer
 # make test-cuda-build  the whole extension built and linked against a CUDA torch; no GPU needed
+# make bench-gpu  every op and whole DPO steps of a 1B model, on a GPU, beside the peers installed
 # make lint    every checker;  make format  what they can mend themselves
 # make bench   every op beside its peers, result and plots in benchmarks/results; BENCH="--op NAME"
 # Each sets up .venv first. TORCH and PYTHON choose what it is made from.
@@ -11,7 +12,7 @@ TORCH ?= torch==2.13.0
 VENV ?= .venv
 QUICK ?=
 BENCH ?=
-PEERS ?= liger-kernel==0.8.5 sqwash==0.1.0 dro==0.4.3
+PEERS ?= liger-kernel==0.8.5 cut-cross-entropy==25.1.1 sqwash==0.1.0 dro==0.4.3
 BIN := $(VENV)/bin
 # Every Triton kernel, interpreted on the CPU, and every CUDA kernel, built for the host: the tests of
 # the ops twice more.
@@ -20,7 +21,7 @@ TESTS_OF_OPS := $(patsubst %,tests/test_%.py,robust_risk preference_loss reward_
 CXX_FILES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu tests/emulated/*.h)
 EMULATED := build/emulated/ops_cuda.so
 
-.PHONY: demo test test-cuda-build test-gpu lint format bench clean
+.PHONY: demo test test-cuda-build test-gpu bench-gpu lint format bench clean
 .DELETE_ON_ERROR:
 
 # torch comes first and alone, so that nothing else decides which build of it is installed.
@@ -55,6 +56,10 @@ test-gpu:
 	for tool in memcheck racecheck; do DRRLHF_TEST_DEVICE=cuda PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
 	  compute-sanitizer --tool $$tool --error-exitcode 1 --target-processes all \
 	  $(PYTHON) -m pytest -x -k "saturat or ties or opcheck" $(TESTS_OF_OPS) || exit 1; done
+
+# The same environment again: both ceilings, every op and whole steps beside what is installed.
+bench-gpu:
+	$(PYTHON) -m drrlhf bench --suite gpu --output benchmarks/results --plot $(BENCH)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -20,6 +20,19 @@ from drrlhf.bench.registry import OURS, SUITES, Case, Contest, Unavailable, Work
 SHAPES = {"cpu": (8, 256), "gpu": (16, 1024), "quick": (4, 12)}  # sequences, tokens of each
 CHECKED = (4, 64)  # of the same, in float64
 LAYERS = 8
+# Models of random weights, told apart from uniform ones by their spread.
+_RANDOM: dict[str, dict[str, Any]] = {
+    "quick": {
+        "vocab_size": 211, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 64,
+        "initializer_range": 0.2,
+    },
+    "gpu": {
+        "vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192,
+        "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8,
+        "max_position_embeddings": 4096, "tie_word_embeddings": True, "initializer_range": 0.02,
+    },
+}  # fmt: skip
 
 Step = Callable[[Any, Tensor, Tensor, Tensor], Tensor]  # model, ids, labels, reference -> loss ()
 
@@ -150,7 +163,8 @@ def _trl() -> Step:
 
 
 def policy_model(suite: str, device: str) -> Any:
-    """The policy in bfloat16, without adapters; a tiny random one when quick.
+    """The policy in bfloat16, without adapters: the cut SmolLM2 on a CPU, a random one of the shape
+    of Llama-3.2-1B on a GPU, a tiny random one when quick.
 
     Raises:
         Unavailable: packages are missing, or the model is neither cached nor to be fetched.
@@ -158,25 +172,22 @@ def policy_model(suite: str, device: str) -> Any:
     transformers = peers.load("transformers", "transformers")
     transformers.utils.logging.disable_progress_bar()
     torch.manual_seed(0)
-    if suite == "quick":
-        config = transformers.LlamaConfig(
-            vocab_size=211, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-            num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=64,
-            initializer_range=0.2,
-        )  # fmt: skip
-        model = transformers.LlamaForCausalLM(config).bfloat16()
-    else:
-        from rich.console import Console
+    if suite in _RANDOM:
+        with torch.device(device):
+            return transformers.LlamaForCausalLM(
+                transformers.LlamaConfig(**_RANDOM[suite])
+            ).bfloat16()
+    from rich.console import Console
 
-        from drrlhf.demo.material import MaterialError
+    from drrlhf.demo.material import MaterialError
 
-        try:
-            from drrlhf.demo.dpo import cut_model
+    try:
+        from drrlhf.demo.dpo import cut_model
 
-            folder = cut_model(LAYERS, Console(stderr=True))
-        except (ImportError, MaterialError) as error:
-            raise Unavailable(f"no model: {peers.reason(error)}") from error
-        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+        folder = cut_model(LAYERS, Console(stderr=True))
+    except (ImportError, MaterialError) as error:
+        raise Unavailable(f"no model: {peers.reason(error)}") from error
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     return model.to(device)
 
 

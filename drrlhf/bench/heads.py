@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from drrlhf.bench import peers
 from drrlhf.bench.gate import Gate
-from drrlhf.bench.registry import OURS, Unavailable, Work, our
+from drrlhf.bench.registry import OURS, SUITES, Unavailable, Work, our
 
 Head = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -31,6 +31,8 @@ PLAIN = "plain"
 COMPILED = "torch.compile"
 TRL = "trl"
 TORCH = "linear_cross_entropy"
+LIGER = "liger"
+CCE = "cut-cross-entropy"
 
 
 @dataclass
@@ -218,6 +220,21 @@ def linear_cross_entropy() -> Head:
     )
 
 
+def liger() -> Head:
+    """Liger's scaled cross-entropy by token; or `Unavailable`."""
+    module = "liger_kernel.ops.fused_linear_scaled_cross_entropy"
+    function = peers.load(module, "liger-kernel").LigerFusedLinearScaledCrossEntropyFunction
+    return lambda hidden, weight, labels: -function.apply(hidden, weight, labels)
+
+
+def cut_cross_entropy(suite: str) -> Head:
+    """Apple's, which recomputes its tiles, by token; or `Unavailable`."""
+    if SUITES[suite] == "cpu":
+        raise Unavailable("its kernels are a GPU's")
+    function = peers.load("cut_cross_entropy", "cut-cross-entropy").linear_cross_entropy
+    return lambda hidden, weight, labels: -function(hidden, weight, labels, reduction="none")
+
+
 def everyone(problem: Problem, suite: str) -> dict[str, Callable[[], Work]]:
     """Every way to compute the problem; the unit of measure, one bare product, among them."""
 
@@ -241,4 +258,6 @@ def everyone(problem: Problem, suite: str) -> dict[str, Callable[[], Work]]:
         COMPILED: lambda: problem.work(peers.compiled(plain, suite)),
         TRL: lambda: problem.work(trl()),
         TORCH: lambda: problem.work(linear_cross_entropy()),
+        LIGER: lambda: problem.work(liger()),
+        CCE: lambda: problem.work(cut_cross_entropy(suite)),
     }

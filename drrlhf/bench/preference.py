@@ -13,7 +13,7 @@ import drrlhf as dr
 from drrlhf import backends
 from drrlhf.bench import heads, peers
 from drrlhf.bench.gate import Gate
-from drrlhf.bench.heads import COMPILED, PLAIN, TRL, Problem
+from drrlhf.bench.heads import COMPILED, LIGER, PLAIN, TRL, Problem
 from drrlhf.bench.registry import OURS, SUITES, Case, Contest, Unavailable, Work, our
 
 # Pairs, tokens of a sequence, vocabulary, depth.
@@ -21,7 +21,6 @@ SHAPES = {"cpu": (4, 128, 32000, 1024), "gpu": (8, 512, 151936, 4096), "quick": 
 BETA = 0.1
 ROBUST = "tv:0.1"
 ERM = f"{OURS} (erm)"
-LIGER = "liger"
 KERNELS = ("linear_token_logprobs", "sequence_preference_loss")
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # hidden (2n, L, D), weight, labels (2n, L)

@@ -21,7 +21,9 @@ from drrlhf.bench.runner import Outcome
 
 Result = dict[str, Any]
 
-PEERS = ("trl", "transformers", "peft", "triton", "liger-kernel", "sqwash", "dro")
+PEERS = (
+    "trl", "transformers", "peft", "triton", "liger-kernel", "cut-cross-entropy", "sqwash", "dro",
+)  # fmt: skip
 # Suites whose results the README may quote; robust_risk is the name of results kept before suites.
 KEPT = ("robust_risk", "cpu")
 

@@ -1,5 +1,5 @@
 """One optimizer step of the trainers themselves, data loader and optimizer left out: accumulated,
-in one forward, and with or without padding.
+in one forward, and with or without padding; with adapters, and on a GPU of the whole model too.
 """
 
 from __future__ import annotations
@@ -7,6 +7,8 @@ from __future__ import annotations
 import copy
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
@@ -17,7 +19,7 @@ from drrlhf import backends
 from drrlhf.bench import dpo_step, heads, peers
 from drrlhf.bench.gate import Gate
 from drrlhf.bench.preference import BETA
-from drrlhf.bench.registry import OURS, SUITES, Case, Contest, Work
+from drrlhf.bench.registry import OURS, SUITES, Case, Contest, Unavailable, Work
 
 # batches, pairs in each, tokens of each sequence
 ACCUMULATED = {"cpu": (8, 4, 128), "gpu": (8, 8, 512), "quick": (2, 2, 12)}
@@ -25,7 +27,8 @@ WHOLE = {"cpu": (1, 8, 128), "gpu": (1, 16, 512), "quick": (1, 4, 12)}
 LENGTHS = {"cpu": (1, 8, 512), "gpu": (1, 32, 2048), "quick": (1, 4, 12)}
 SHORTEST = 32  # of the lengths, which are spread evenly up to the longest
 CHECKED = (2, 2, 32)  # the step that the gate runs, in float64 too
-SPREAD = 0.1  # of the adapters: losses then differ by more than bfloat16 rounds
+SPREAD = 0.1  # of what is moved off the start: losses then differ by more than bfloat16 rounds
+TRL_LIGER = f"{heads.TRL} with liger"
 SETS = ("erm", "tv:0.1", "cvar:0.3")
 SET_CONTENDERS: dict[str, dict[str, Any]] = {
     f"{OURS} ({text})": {"ambiguity": text} for text in SETS
@@ -39,24 +42,26 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 
 def cases(suite: str) -> Iterator[Case]:
     """The reference's pass is part of every step, as TRL has it by default."""
-    for metric, shapes, contenders in (
+    steps = (
         ("step in accumulated batches", ACCUMULATED, SET_CONTENDERS),
         ("step in one forward", WHOLE, SET_CONTENDERS),
         ("step of mixed lengths", LENGTHS, LAYOUTS),
-    ):
+    )
+    trained = (True,) if suite == "cpu" else (True, False)
+    for adapters, (metric, shapes, contenders) in product(trained, steps):
         batches, pairs, length = shape = shapes[suite]
         mixed = shapes is LENGTHS
         spread = _spread(pairs, length) if mixed else [length] * (2 * pairs)
         yield Case(
             op="trainer_step",
-            metric=metric,
+            metric=metric if adapters else f"full {metric}",
             dtype="bfloat16",
             shape=shape,
-            head="frozen",
+            head="frozen" if adapters else "trained",
             memory=True,
             kernels=dpo_step.KERNELS,
             tokens=batches * sum(spread),
-            build=lambda s=shape, c=contenders, m=mixed: _contest(suite, s, c, m),  # type: ignore[misc]
+            build=partial(_contest, suite, shape, contenders, mixed, adapters),
         )
 
 
@@ -69,8 +74,9 @@ def _spread(pairs: int, longest: int) -> list[int]:
 
 
 def _contest(
-    suite: str, shape: tuple[int, int, int], contenders: Mapping[str, dict[str, Any]], mixed: bool
-) -> Contest:
+    suite: str, shape: tuple[int, int, int], contenders: Mapping[str, dict[str, Any]], mixed: bool,
+    adapters: bool,
+) -> Contest:  # fmt: skip
     device = SUITES[suite]
     base = dpo_step.policy_model(suite, device)
     vocabulary = base.config.vocab_size
@@ -80,7 +86,9 @@ def _contest(
 
     def work(name: str) -> Callable[[], Work]:
         def make() -> Work:
-            trainer = _trainer(name, copy.deepcopy(base), contenders.get(name, {}), device)
+            if name == TRL_LIGER and device == "cpu":
+                raise Unavailable("its kernels are a GPU's")
+            trainer = _trainer(name, base, contenders.get(name, {}), device, adapters)
 
             def run() -> None:
                 _step(trainer, step)
@@ -98,13 +106,17 @@ def _contest(
         return make
 
     def gate(ambiguity: str) -> Gate:
-        return Gate(
-            lambda: _plain(_adapted(copy.deepcopy(base)).double(), checked, ambiguity),
-            lambda: _plain(_adapted(copy.deepcopy(base)), checked, ambiguity),
-        )
+        def plain(dtype: torch.dtype) -> dict[str, Tensor]:
+            start = copy.deepcopy(base).to(dtype)
+            policy = _moved(copy.deepcopy(base), adapters).to(dtype)
+            return _plain(policy, start, checked, ambiguity)
 
-    # In one forward the question is what a set, or padding, costs us: TRL would cost minutes.
-    names = [*contenders] if shape[0] == 1 else [*contenders, heads.TRL]
+        return Gate(lambda: plain(torch.float64), lambda: plain(torch.bfloat16))
+
+    # In one forward the question is what a set, or padding, costs us: TRL would cost minutes on a
+    # CPU.
+    names = [*contenders] if shape[0] == 1 and suite == "cpu" else [*contenders, heads.TRL]
+    names += [TRL_LIGER] * (suite == "gpu")
     gates = {text: gate(text) for text in SETS}
     return Contest(
         {name: work(name) for name in names},
@@ -114,20 +126,27 @@ def _contest(
     )
 
 
-def _adapted(base: Any) -> Any:
-    model = peers.load("peft", "peft").get_peft_model(base, dpo_step.lora()).train()
-    _perturb(model)
-    return model
+def _moved(base: Any, adapters: bool) -> Any:
+    """The policy, off its start: the same in every copy."""
+    if adapters:
+        base = peers.load("peft", "peft").get_peft_model(base, dpo_step.lora())
+    _move(base, adapters)
+    return base.train()
 
 
-def _perturb(model: Any) -> None:
-    """Adapters that are the same in every copy of the model, and no longer change nothing."""
+def _move(model: Any, adapters: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                noise = torch.randn(parameter.shape, generator=generator)
-                parameter.copy_(SPREAD * noise)
+        for parameter in _watched(model, adapters):
+            noise = SPREAD * torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(noise if adapters else 1 + noise)
+
+
+def _watched(model: Any, adapters: bool) -> list[Any]:
+    """What is moved off the start, and whose gradient is checked: the adapters, or the weights of
+    the norms, through which everything goes."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return trained if adapters else [parameter for parameter in trained if parameter.ndim == 1]
 
 
 def _batches(
@@ -150,8 +169,9 @@ def _batches(
     return made
 
 
-def _trainer(name: str, model: Any, options: Mapping[str, Any], device: str) -> Any:
+def _trainer(name: str, base: Any, options: Mapping[str, Any], device: str, adapters: bool) -> Any:
     """The trainer, ready for its first step; its dataset only satisfies the constructor."""
+    model = copy.deepcopy(base)
     trl = peers.load("trl", "trl")
     datasets = peers.load("datasets", "datasets")
     tokenizers = peers.load("tokenizers", "tokenizers")
@@ -165,8 +185,15 @@ def _trainer(name: str, model: Any, options: Mapping[str, Any], device: str) -> 
     datasets.disable_progress_bars()
     data = datasets.Dataset.from_dict({"prompt": ["a"], "chosen": [" a"], "rejected": [" a"]})
     config, kind = (
-        (trl.DPOConfig, trl.DPOTrainer) if name == heads.TRL else (ours.DPOConfig, ours.DPOTrainer)
+        (ours.DPOConfig, ours.DPOTrainer)
+        if name.startswith(OURS)
+        else (trl.DPOConfig, trl.DPOTrainer)
     )
+    if name == TRL_LIGER:  # what its configuration does when training starts
+        liger = peers.load("liger_kernel.transformers", "liger-kernel")
+        liger._apply_liger_kernel_to_instance(
+            model=model, cross_entropy=False, fused_linear_cross_entropy=False
+        )
     arguments = config(
         tempfile.mkdtemp(prefix="drrlhf-bench-"),
         use_cpu=device == "cpu",
@@ -179,14 +206,15 @@ def _trainer(name: str, model: Any, options: Mapping[str, Any], device: str) -> 
     )
     trainer = kind(
         model=model,
+        ref_model=None if adapters else copy.deepcopy(base),
         args=arguments,
         train_dataset=data,
         processing_class=transformers.PreTrainedTokenizerFast(
             tokenizer_object=words, pad_token="<pad>", eos_token="<eos>"
         ),
-        peft_config=dpo_step.lora(),
+        peft_config=dpo_step.lora() if adapters else None,
     )
-    _perturb(trainer.model)
+    _move(trainer.model, adapters)
     trainer.optimizer = None
     return trainer
 
@@ -202,30 +230,30 @@ def _step(trainer: Any, batches: list[dict[str, Tensor]]) -> None:
 
 
 def _plain(
-    model: Any, batches: list[dict[str, Tensor]], ambiguity: str
+    policy: Any, start: Any, batches: list[dict[str, Tensor]], ambiguity: str
 ) -> dict[str, Tensor]:  # fmt: skip
-    """The adapters' gradient of the one big batch, from full logits in plain PyTorch."""
+    """The watched gradient of the one big batch, from full logits in plain PyTorch."""
     sides = {
         name: torch.cat([part for side in (0, 1) for part in _halves(batches, name, side)])
         for name in batches[0]
     }
 
-    def logps() -> Tensor:
+    def logps(model: Any) -> Tensor:
         inputs = {name: sides[name] for name in ("input_ids", "attention_mask")}
         logits = model(**inputs, use_cache=False).logits[:, :-1]
         logits = logits if logits.dtype == torch.float64 else logits.float()
         tokens = logits.log_softmax(-1).gather(-1, sides["input_ids"][:, 1:, None]).squeeze(-1)
         return (tokens * sides["completion_mask"][:, 1:]).sum(1)
 
-    with torch.no_grad(), model.disable_adapter():
-        reference = logps()
-    chosen, rejected = (logps() - reference).chunk(2)
+    with torch.no_grad():
+        reference = logps(start)
+    chosen, rejected = (logps(policy) - reference).chunk(2)
     zeros = torch.zeros_like(chosen)
     with backends.use("reference"):
         dr.preference_loss(
             chosen, rejected, zeros, zeros, beta=BETA, ambiguity=ambiguity
         ).loss.backward()
-    return _gradient(model)
+    return _gradient(policy)
 
 
 def _halves(batches: list[dict[str, Tensor]], name: str, side: int) -> list[Tensor]:
@@ -233,5 +261,6 @@ def _halves(batches: list[dict[str, Tensor]], name: str, side: int) -> list[Tens
 
 
 def _gradient(model: Any) -> dict[str, Tensor]:
-    found = [p.grad.flatten().double() for p in model.parameters() if p.grad is not None]
-    return {"adapters' gradient": torch.cat(found)}
+    adapters = hasattr(model, "peft_config")
+    found = [p.grad.flatten().double() for p in _watched(model, adapters) if p.grad is not None]
+    return {"adapters' gradient" if adapters else "norms' gradient": torch.cat(found)}
