@@ -197,6 +197,9 @@ def test_the_advice_on_sets_is_that_of_the_evidence():
     rare = points("rare", "helps")
     assert set(rare) == {"group", "balanced"}
     assert f"gained {rare['group']:.1f} and {rare['balanced']:.1f} points" in text
+    inside = findings.findings(findings.table(records, "rare", "in"))
+    lost = [f"{-100 * inside[name].difference:.1f}" for name in ("group", "balanced")]
+    assert "for {} and {} in the other 95 %".format(*lost) in text
     assert not any(points(shift, "helps") for shift in findings.FAMILIES if shift != "rare")
     assert not points("unseen", "helps") and not points("unseen", "hurts")
     less = {name: -values for name, values in findings.table(records, "unseen", "out nll").items()}
