@@ -282,6 +282,17 @@ def test_model_and_data(tmp_path):
     assert "points of accuracy lost" in done.output and "longer than --max-length 8" in done.output
     page = (tmp_path / "out" / "report.html").read_text()
     assert "When the text changes and its meaning does not" in page
+    # The scores are kept, and say the same when they are read again.
+    (kept,) = (tmp_path / "out").glob("*.scores.parquet")
+    again = CliRunner().invoke(
+        app, ["stress", "--scores", str(kept), "--output-dir", str(tmp_path / "again")]
+    )
+    assert again.exit_code == 0, again.output
+    first, second = (
+        next(iter(json.loads((tmp_path / name / "report.json").read_text())["models"].values()))
+        for name in ("out", "again")
+    )
+    assert first | {"source": None} == second | {"source": None}
 
 
 @pytest.mark.parametrize("wrong", ["none", "policy", "data"])

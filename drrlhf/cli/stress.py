@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections import Counter
 from collections.abc import Callable
 from enum import Enum
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -114,7 +116,7 @@ def stress(
             result = _stressed(
                 lambda: (
                     _scored(model, reference, beta, max_length, dtype, str(data), prompt_column,
-                            max_nan, console) if model
+                            max_nan, output_dir, console) if model
                     else _read(scores or [], prompt_column, max_nan, console)
                 ),
                 require=require or [], floor=floor, ambiguity=ambiguity, resamples=resamples,
@@ -170,14 +172,16 @@ def _read(
 
 def _scored(
     models: list[str], reference: str | None, beta: float, max_length: int, dtype: Dtype, data: str,
-    prompt_column: str | None, max_nan: float, console: Console,
+    prompt_column: str | None, max_nan: float, output_dir: Path, console: Console,
 ) -> dict[str, Scores]:  # fmt: skip
+    import pyarrow.parquet as pq
     import torch
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bars
     from transformers.utils import logging
 
-    from drrlhf.stress import load_judge, score_pairs
+    from drrlhf.report import write_whole
+    from drrlhf.stress import from_table, load_judge, score_table
 
     logging.disable_progress_bar()
     columns = (TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn())
@@ -196,9 +200,13 @@ def _scored(
             def show(what: str, done: int, total: int, bars: Any = bars, task: Any = task) -> None:
                 bars.update(task, description=what, completed=done, total=total)
 
-            scored[name] = score_pairs(
-                judge, data, prompt_column=prompt_column, max_nan=max_nan, on_progress=show
-            )
+            table = score_table(judge, data, on_progress=show)
+        # What took minutes is kept, whatever may be wrong with it: --scores reads it again.
+        path = output_dir / f"{name.strip(os.sep).replace(os.sep, '_')}.scores.parquet"
+        output_dir.mkdir(parents=True, exist_ok=True)
+        write_whole(path, partial(pq.write_table, table))
+        console.print(f"Scores: {path}", soft_wrap=True, highlight=False, markup=False)
+        scored[name] = from_table(table, data, prompt_column=prompt_column, max_nan=max_nan)
         if judge.cut:
             console.print(
                 f"{name}: {judge.cut} texts were longer than --max-length {max_length} tokens and "

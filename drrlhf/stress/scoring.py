@@ -14,6 +14,7 @@ from drrlhf.stress.curves import Array
 from drrlhf.stress.models import Judge
 from drrlhf.stress.scores import Scores, from_table
 
+DROPPED = ("margin", "chosen", "rejected")
 # Told (what is scored, answers done, answers in all).
 Progress = Callable[[str, int, int], None]
 
@@ -33,6 +34,23 @@ def score_pairs(
     Raises:
         DataError: see `drrlhf.data.load_preference_data` and `drrlhf.stress.load_scores`.
     """
+    table = score_table(model, source, split=split, on_progress=on_progress)
+    return from_table(table, str(source), prompt_column=prompt_column, max_nan=max_nan)
+
+
+def score_table(
+    model: Judge,
+    source: str | Path,
+    *,
+    split: str = "train",
+    on_progress: Progress = lambda *_: None,
+) -> pa.Table:
+    """`score_pairs` as a table that can be kept: all columns but the answers, of which it has the
+    lengths, ``margin``, and ``margin@CHANGE`` after each change.
+
+    Raises:
+        DataError: see `drrlhf.data.load_preference_data`.
+    """
     loaded = load_preference_data(source, split=split, keep_columns=True)
     rows = loaded.dataset.to_list()
 
@@ -48,8 +66,8 @@ def score_pairs(
 
     margin = score("as they are", rows)
     after = counterfactuals(rows, margin, score)
-    columns = {name: loaded.dataset[name][:] for name in loaded.dataset.column_names}
-    columns = {name: values for name, values in columns.items() if name != "margin"}
+    kept = [name for name in loaded.dataset.column_names if name not in DROPPED]
+    columns = {name: loaded.dataset[name][:] for name in kept}
     if loaded.group_names is not None:
         columns["group"] = [loaded.group_names[group] for group in columns["group"]]
     for side in ("chosen", "rejected"):
@@ -57,7 +75,7 @@ def score_pairs(
     table = pa.table(columns | {"margin": margin})
     for what, new in after.items():
         table = table.append_column(f"margin@{what}", pa.array(new))
-    return from_table(table, str(source), prompt_column=prompt_column, max_nan=max_nan)
+    return table
 
 
 def _length(answer: Any) -> int:
