@@ -187,7 +187,7 @@ def test_the_sentences_about_the_head_are_the_kept_measurements():
 
 
 def test_the_advice_on_sets_is_that_of_the_evidence():
-    _, records, _, suggestions = page.load(page.HERE / "results")
+    _, records, dpo, suggestions = page.load(page.HERE / "results")
     text = " ".join(README.split())
 
     def points(shift, word, measure="out"):
@@ -209,8 +209,17 @@ def test_the_advice_on_sets_is_that_of_the_evidence():
     assert f"by {low:.2f} to {high:.2f} nats" in text
     votes, close = points("votes", "hurts"), points("close", "hurts")
     assert set(votes) == {"tv", "tv-trim"} and set(close) == {"tv", "kl", "chi2"}
-    assert f"`tv` lost {votes['tv']:.1f} points, `tv` with `trim` {votes['tv-trim']:.1f}" in text
+    lost = f"`tv` lost a reward model {votes['tv']:.1f} points, `tv` with `trim` "
+    assert f"{lost}{votes['tv-trim']:.1f}" in text
     assert f"lost {min(close.values()):.1f} to {max(close.values()):.1f} points" in text
+    gained = [findings.findings(findings.table(dpo, "dpo-far", m)) for m in ("out", "worst", "in")]
+    said = [{n: f"{100 * f.difference:.1f}" for n, f in one.items() if f.word != "nothing"}
+            for one in gained]  # fmt: skip
+    assert [set(one) for one in said] == [{"kl"}, {"kl"}, set()]
+    assert all(one["kl"].difference > 0 for one in gained)
+    assert f"gained {said[0]['kl']} points of accuracy, {said[1]['kl']} in the worst" in text
+    in_votes = findings.findings(findings.table(dpo, "dpo-votes", "out"))
+    assert {one.word for one in in_votes.values()} == {"nothing"}
     share = {
         (rule, shift): radius.coverage(suggestions, shift, rule, "tv")
         for rule in radius.RULES for shift in ("rare", "unseen", "wide", None)
