@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import drrlhf as dr
 from benchmarks.ood.methods import marks
-from benchmarks.ood.shifts import DPO_SCENARIOS, Scenario, Sizes, Splits, draw
+from benchmarks.ood.shifts import DPO_SCENARIOS, Drawn, Scenario, Sizes, Splits, draw
 from benchmarks.ood.tasks import done_already, parser, rounded, run_tasks
 from drrlhf.batching import by_length
 from drrlhf.demo import material, sentiment
@@ -124,10 +124,9 @@ class Policy:
             for row, i in enumerate(batch):
                 one = answers[i]
                 found[i] = states[row, one.start - 1 : len(one.ids) - 1]
-        order = range(len(answers))
         tokens = [torch.tensor(one.ids[one.start :]) for one in answers]
         ends = torch.tensor([0, *(len(of) for of in tokens)]).cumsum(0)
-        return torch.cat([found[i] for i in order]), torch.cat(tokens), ends
+        return torch.cat([found[i] for i in range(len(answers))]), torch.cat(tokens), ends
 
     @torch.no_grad()
     def logps(self, answers: Sequence[Answer], chunk: int = 64) -> Tensor:
@@ -147,10 +146,8 @@ def one(scenario: Scenario, seed: int, method: str, settings: Settings) -> dict[
     splits = _fewer(sentiment.split_texts(texts, seed), settings.test_texts)
     drawing = draw(scenario, splits, rows, seed, settings.sizes)
     policy = Policy(model_dir, settings, seed)
-    needed = sorted({row for drawn in (drawing.train, *drawing.test.values())
-                     for row in drawn.rows.flatten().tolist()})  # fmt: skip
-    tested = sorted({row for drawn in drawing.test.values()
-                     for row in drawn.rows.flatten().tolist()})  # fmt: skip
+    tested = _rows_of(*drawing.test.values())
+    needed = _rows_of(drawing.train, *drawing.test.values())
     answers = {row: policy.answer(texts[row]) for row in needed}
     reference = _reference()
     unknown = [row for row in needed if reference[row].isnan()]
@@ -164,6 +161,11 @@ def one(scenario: Scenario, seed: int, method: str, settings: Settings) -> dict[
     rewards[tested] = settings.beta * (after - reference[tested])
     test = {name: rounded(marks(rewards, drawn)) for name, drawn in drawing.test.items()}
     return {"scenario": scenario.name, "seed": seed, "method": method, "test": test}
+
+
+def _rows_of(*drawn: Drawn) -> list[int]:
+    """The different texts of some pairs."""
+    return sorted({row for one in drawn for row in one.rows.flatten().tolist()})
 
 
 def _train(

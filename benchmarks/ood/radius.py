@@ -23,11 +23,11 @@ from benchmarks.ood.shifts import SCENARIOS, Drawing, Drawn, Sizes, draw
 from benchmarks.ood.tasks import DIGITS, done_already, run_tasks
 from drrlhf.demo import sentiment
 from drrlhf.stress import Attribute, Scores, suggest_radius
-from drrlhf.stress.curves import losses_of, worst_case
+from drrlhf.stress.curves import RADII, losses_of, worst_case
 from drrlhf.stress.radius import strength_of
 
 RULES = ("groups", "bootstrap")
-FAMILIES = ("tv", "kl", "chi2", "cvar")
+FAMILIES = tuple(RADII)
 
 
 def one(scenario_name: str, seed: int, index: int, sizes: Sizes) -> dict[str, Any]:

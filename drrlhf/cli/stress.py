@@ -184,6 +184,7 @@ def _scored(
     from drrlhf.stress import from_table, load_judge, score_table
 
     logging.disable_progress_bar()
+    _console.hush_deprecations()
     columns = (TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn())
     scored = {}
     for name, directory in zip(_names([Path(model) for model in models]), models, strict=True):

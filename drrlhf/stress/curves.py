@@ -29,7 +29,7 @@ RADII: Mapping[str, Sequence[float]] = {
     "cvar": (1, 0.99, 0.95, 0.9, 0.8, 0.7, 0.5, 0.3, 0.2, 0.1),
 }
 # (no adversary, the strongest that is searched): CVaR's strength grows as alpha falls.
-_SEARCHED = {"tv": (0.0, 1.0), "kl": (0.0, 20.0), "chi2": (0.0, 1000.0), "cvar": (1.0, 1e-3)}
+SEARCHED = {"tv": (0.0, 1.0), "kl": (0.0, 20.0), "chi2": (0.0, 1000.0), "cvar": (1.0, 1e-3)}
 _HALVINGS = 40
 
 
@@ -134,7 +134,7 @@ def robustness_radius(sample: Sample, family: str, floor: float) -> dict[str, An
         [_order(family, one) for one in drawn], (1 - CONFIDENCE) / 2, method="lower"
     )
     low = None if cautious < 0 else float(1 - cautious if family == "cvar" else cautious)
-    return {"radius": radius, "low": low, "floor": floor, "beyond": radius == _SEARCHED[family][1]}
+    return {"radius": radius, "low": low, "floor": floor, "beyond": radius == SEARCHED[family][1]}
 
 
 def _order(family: str, radius: float | None) -> float:
@@ -145,7 +145,7 @@ def _order(family: str, radius: float | None) -> float:
 
 
 def _last_radius(mass: Array, family: str, floor: float) -> float | None:
-    weak, strong = _SEARCHED[family]
+    weak, strong = SEARCHED[family]
 
     def holds(radius: float) -> bool:
         worst = 1 - worst_case(ERRORS, mass, set_of(family, radius))

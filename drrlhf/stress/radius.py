@@ -22,14 +22,24 @@ from numpy.typing import NDArray
 
 from drrlhf.ambiguity import AmbiguitySet, parse_ambiguity
 from drrlhf.stress import resample
-from drrlhf.stress.curves import RADII, Array, losses_of, set_of, worst_case
+from drrlhf.stress.curves import RADII, SEARCHED, Array, losses_of, set_of, worst_case
 from drrlhf.stress.scores import Scores
 
-# How far the search goes: radii, and 1 - alpha for CVaR.
 WEAKEST = 1e-6
-STRONGEST = {"tv": 1.0, "kl": 20.0, "chi2": 1000.0, "cvar": 0.999}
 _HALVINGS = 24
 _ROUNDING = 1e-12
+
+
+def strength_of(ambiguity: AmbiguitySet) -> float:
+    """The radius, or 1 - alpha for CVaR: 0 is no adversary, more is stronger."""
+    name, value, _, _ = ambiguity.encode()
+    return round(1 - value, 12) if name == "cvar" else value
+
+
+# How far the search goes.
+STRONGEST = {
+    family: strength_of(set_of(family, strong)) for family, (_, strong) in SEARCHED.items()
+}
 
 
 def suggest_radius(
@@ -113,12 +123,6 @@ def covering(losses: Array, target: float, family: str) -> AmbiguitySet | None:
         weak, strong = (weak, middle) if covers(middle) else (middle, strong)
     near = float(f"{strong:.1e}")
     return _of_strength(family, near if covers(near) else min(_up(strong), STRONGEST[family]))
-
-
-def strength_of(ambiguity: AmbiguitySet) -> float:
-    """The radius, or 1 - alpha for CVaR: 0 is no adversary, more is stronger."""
-    name, value, _, _ = ambiguity.encode()
-    return round(1 - value, 12) if name == "cvar" else value
 
 
 def _of_strength(family: str, strength: float) -> AmbiguitySet:
