@@ -7,6 +7,7 @@ import pytest
 pytest.importorskip("trl")
 
 from trl_fixtures import (  # isort: skip  (first: it settles the environment)
+    PAD,
     SPECIAL,
     WORDS,
     quiet,
@@ -270,7 +271,7 @@ def test_mixture_of_experts(tmp_path):
         output_router_logits=True,
         router_aux_loss_coef=0.1,
         initializer_range=0.2,
-        pad_token_id=0,
+        pad_token_id=PAD,
     )
     MixtralForCausalLM(config).save_pretrained(tmp_path / "mixtral")
     experts = Pair(str(tmp_path / "mixtral"), tmp_path)

@@ -12,6 +12,7 @@ import pytest
 pytest.importorskip("trl")
 
 from trl_fixtures import (  # isort: skip  (first: it settles the environment)
+    PAD,
     quiet,
     tiny_llama_dir,
     tiny_pairs,
@@ -238,7 +239,7 @@ def test_a_collator_of_the_users_own_is_wrapped(llama, tmp_path):
 
     def collator(examples):
         calls.append(len(examples))
-        return DataCollatorForPreference(pad_token_id=0)(examples)
+        return DataCollatorForPreference(pad_token_id=PAD)(examples)
 
     trainer = dpo(
         llama, tmp_path, tiny_pairs(8, group=[0, 1] * 4), {"data_collator": collator},

@@ -20,7 +20,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-SPECIAL = ["<pad>", "<eos>", "<unk>", "<|system|>", "<|user|>", "<|assistant|>"]
+ROLES = ["<|system|>", "<|user|>", "<|assistant|>"]
+SPECIAL = ["<unk>", "<eos>", *ROLES, "<pad>"]
+PAD = SPECIAL.index("<pad>")  # not 0: a row filled up with zeros must not look padded
 TEXT = "how was the film the book was not very good but i love it so do we yes really great story"
 WORDS = [*dict.fromkeys(TEXT.split()), *(f"w{i}" for i in range(175))]
 CHAT_TEMPLATE = (
@@ -39,7 +41,7 @@ def tiny_tokenizer(with_eos: bool = True) -> PreTrainedTokenizerFast:
         pad_token="<pad>",
         eos_token="<eos>" if with_eos else None,
         unk_token="<unk>",
-        additional_special_tokens=SPECIAL[3:],
+        additional_special_tokens=ROLES,
         chat_template=CHAT_TEMPLATE,
         model_max_length=256,
     )
@@ -55,7 +57,7 @@ def _llama_config(**options: Any) -> LlamaConfig:
         num_key_value_heads=1,
         max_position_embeddings=256,
         initializer_range=0.2,  # far from uniform, so that losses of pairs differ
-        pad_token_id=0,
+        pad_token_id=PAD,
         bos_token_id=None,
         eos_token_id=1,
         **options,
@@ -100,7 +102,7 @@ def tiny_encoder_dir(tmp_path: Path, with_eos: bool = True) -> Path:
         intermediate_size=64,
         max_position_embeddings=256,
         initializer_range=0.2,
-        pad_token_id=0,
+        pad_token_id=PAD,
         num_labels=1,
     )
     model = BertForSequenceClassification(config)

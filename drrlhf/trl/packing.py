@@ -19,6 +19,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.modeling_layers import GenericForSequenceClassification
 
+from drrlhf import reward_inputs
+
 ATTENTION = "drrlhf_packed"
 # Keyword under which the lengths of the packed sequences travel to the attention layers.
 LENGTHS = "packed_lengths"
@@ -124,7 +126,7 @@ class PaddingFree:
         if "flash" in self.model.config._attn_implementation:
             row |= _flash_arguments(row.pop(LENGTHS), input_ids.device)
         if labels is None:
-            return self._scores(row, lengths, kwargs)
+            return self._scores(row, input_ids, kept, kwargs)
         labels = labels.clone()
         labels[:, 0] = -100  # nothing precedes a first token: before it lies another sequence
         outputs = self.model(**row, labels=labels[kept][None], **kwargs)
@@ -134,12 +136,16 @@ class PaddingFree:
                 setattr(outputs, name, _padded(found[0], kept))
         return outputs
 
-    def _scores(self, row: dict[str, Any], lengths: list[int], kwargs: dict[str, Any]) -> Any:
-        """A reward model's outputs, with the score of the last token of each sequence."""
+    def _scores(
+        self, row: dict[str, Any], input_ids: Tensor, kept: Tensor, kwargs: dict[str, Any]
+    ) -> Any:
+        """A reward model's outputs, with the scores that it would read in the padded batch."""
         with _listening(_head_of(self.model)) as heard:
             outputs = self.model(**row, **kwargs)
-        ends = torch.tensor(lengths, device=heard[-1].device).cumsum(0) - 1
-        outputs.logits = heard[-1][0][ends]
+        pad = reward_inputs.pad_token_id(self.model)
+        read = reward_inputs.score_positions(input_ids, pad).unsqueeze(1)
+        places = (kept.flatten().cumsum(0) - 1).view_as(kept)  # of each token in the packed row
+        outputs.logits = heard[-1][0][places.gather(1, read).squeeze(1)]
         return outputs
 
 
