@@ -17,6 +17,8 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
+    MixtralConfig,
+    MixtralForCausalLM,
     PreTrainedTokenizerFast,
 )
 
@@ -79,6 +81,25 @@ def tiny_llama_dir(tmp_path: Path, **options: Any) -> Path:
     return _save(
         LlamaForCausalLM(_llama_config(**options)), tiny_tokenizer(), tmp_path / "tiny-llama"
     )
+
+
+def tiny_mixtral_dir(tmp_path: Path) -> Path:
+    """A saved directory of a random mixture of four experts, with an auxiliary loss."""
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        vocab_size=len(SPECIAL) + len(WORDS),
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        num_local_experts=4,
+        output_router_logits=True,
+        router_aux_loss_coef=0.1,
+        initializer_range=0.2,
+        pad_token_id=PAD,
+    )
+    return _save(MixtralForCausalLM(config), tiny_tokenizer(), tmp_path / "tiny-mixtral")
 
 
 def tiny_reward_dir(tmp_path: Path) -> Path:
