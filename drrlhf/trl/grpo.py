@@ -297,10 +297,15 @@ class GRPOTrainer(SetMixin, trl.GRPOTrainer):
             return super()._compute_loss(model, weighed)
         return self._weighed_loss(model, inputs, factor)
 
-    def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
+    def _get_per_token_logps_and_entropies(
+        self, *args: Any, compute_entropy: bool = False, **kwargs: Any
+    ) -> Any:
         """TRL's, on our head: of the policy, the policy that sampled and the reference."""
-        with head.using(head.resolve(head.asked(self.args), self.accelerator.device.type)):
-            return super()._get_per_token_logps_and_entropies(*args, **kwargs)
+        which = head.resolve(head.asked(self.args), self.accelerator.device.type)
+        with head.using(which, extras=compute_entropy):
+            return super()._get_per_token_logps_and_entropies(
+                *args, compute_entropy=compute_entropy, **kwargs
+            )
 
     def _weighed_loss(self, model: Any, inputs: dict[str, Any], factor: Tensor) -> Tensor:
         """TRL's objective of a microbatch, its completions (B,) multiplied by `factor`."""
