@@ -274,7 +274,7 @@ def using(head: str, extras: bool = True) -> contextlib.AbstractContextManager[A
     Raises:
         RuntimeError: something else stands in the place of TRL's head (not for ``"trl"``).
     """
-    now = utils._ChunkedLogProbFunction
+    now: Any = utils._ChunkedLogProbFunction
     ours = isinstance(now, TokenLogprobHead)
     if head == "drrlhf" and not extras:
         return HeadPatch(TokenLogprobHead(now.memory_budget if ours else None, extras=False))
