@@ -3,27 +3,35 @@
 TRL's trainers hand a padded batch to the model and read padded outputs. `PaddingFree` stands in
 between: it takes the padding out, calls the model on one packed row, and lays the outputs of each
 token (or sequence) out as TRL expects them. Attention stays within a sequence: by flash attention
-where the model uses that, else sequence by sequence with PyTorch's.
+where the model uses that, else sequence by sequence with PyTorch's. What a model does outside
+of attention is not ours to know: before its first packed row it is probed (`probe`).
 """
 
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.modeling_layers import GenericForSequenceClassification
+
+from drrlhf.trl import probe
+from drrlhf.trl.probe import Numbers
 
 ATTENTION = "drrlhf_packed"
 # Keyword under which the lengths of the packed sequences travel to the attention layers.
 LENGTHS = "packed_lengths"
 # What TRL's fused head gives for each token.
 TOKEN_OUTPUTS = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
+# Models whose numbers a packed row has been seen to keep.
+_believed: weakref.WeakSet[PreTrainedModel] = weakref.WeakSet()
 
 
 def packed_attention(
@@ -88,6 +96,7 @@ def prepare(model: Any, argument: str) -> None:
             f"{remedy} for {type(base).__name__}: packing needs a causal text decoder, whose last "
             "token alone sees the whole sequence"
         )
+    _believed.discard(base)
     used = base.config._attn_implementation
     if "flash" in used or used == ATTENTION:
         return
@@ -100,10 +109,18 @@ def prepare(model: Any, argument: str) -> None:
 
 
 class PaddingFree:
-    """Stands in for a model: takes and gives padded tensors, and runs it on one packed row."""
+    """Stands in for a model: takes and gives padded tensors, and runs it on one packed row.
 
-    def __init__(self, model: Any) -> None:
+    The first row of a model is preceded by a probe: whether it gives sequences in a packed row the
+    numbers that it gives them alone, up to ``longest`` tokens (None: any number).
+
+    Raises:
+        ValueError: it does not, as models do that carry a state or a convolution along the row.
+    """
+
+    def __init__(self, model: Any, longest: int | None = None) -> None:
         self.model = model
+        self.longest = longest
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.model, name)
@@ -114,6 +131,20 @@ class PaddingFree:
         if labels is None and kwargs.get("fused_lm_head") is None and not _head_of(self.model):
             # logits that TRL only shows: padded, as it wants them
             return self.model(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+        base = next(m for m in self.model.modules() if isinstance(m, PreTrainedModel))
+        if base not in _believed:
+            options = {k: v for k, v in kwargs.items() if not isinstance(v, Tensor)}
+            self._probe(base, input_ids.device, labels is not None, options)
+            _believed.add(base)
+        return self._packed(input_ids, attention_mask, labels, kwargs)
+
+    def _packed(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        labels: Tensor | None,
+        kwargs: dict[str, Any],
+    ) -> Any:
         kept = attention_mask.bool()
         lengths = attention_mask.sum(1).tolist()
         row: dict[str, Any] = {
@@ -134,6 +165,45 @@ class PaddingFree:
                 setattr(outputs, name, _padded(found[0], kept))
         return outputs
 
+    def _probe(
+        self, base: PreTrainedModel, device: torch.device, labelled: bool, options: dict[str, Any]
+    ) -> None:
+        """ValueError if a packed row changes the model's numbers; `labelled` if these are those
+        of tokens, not scores."""
+
+        def numbers(outputs: Any, hidden: list[Tensor]) -> list[Numbers]:
+            found = outputs.log_probs if labelled else outputs.logits
+            parts = (
+                part[: len(h) - 1, None] if labelled else part.reshape(1, -1)
+                for part, h in zip(found, hidden, strict=True)
+            )
+            return [Numbers(p.float(), h.float()) for p, h in zip(parts, hidden, strict=True)]
+
+        def alone(ids: Tensor) -> tuple[list[Numbers], float]:
+            ids = ids.to(device)
+            labels = {"labels": ids} if labelled else {}
+            with _as_loaded(base), probe.listening(base.base_model) as heard:
+                outputs = self.model(
+                    input_ids=ids, attention_mask=torch.ones_like(ids), **labels, **options
+                )
+            return numbers(outputs, list(heard[-1].hidden)), heard[-1].unit
+
+        def together(sequences: list[Tensor]) -> list[Numbers]:
+            lengths = [len(ids) for ids in sequences]
+            ids = pad_sequence(sequences, batch_first=True).to(device)
+            mask = pad_sequence([torch.ones_like(ids) for ids in sequences], batch_first=True)
+            with probe.listening(base.base_model) as heard:
+                outputs = self._packed(ids, mask.to(device), ids if labelled else None, options)
+            return numbers(outputs, list(heard[-1].hidden[0].split(lengths)))
+
+        with probe.quietly(self.model, device):
+            words = probe.difference(base.config, alone, together, self.longest)
+        if words is not None:
+            raise ValueError(
+                f"padding_free: use padding_free=False for {type(base).__name__}, which does not "
+                f"give the sequences of a packed row the numbers that they have alone: {words}"
+            )
+
     def _scores(self, row: dict[str, Any], lengths: list[int], kwargs: dict[str, Any]) -> Any:
         """A reward model's outputs, with the score of the last token of each sequence."""
         with _listening(_head_of(self.model)) as heard:
@@ -141,6 +211,19 @@ class PaddingFree:
         ends = torch.tensor(lengths, device=heard[-1].device).cumsum(0) - 1
         outputs.logits = heard[-1][0][ends]
         return outputs
+
+
+@contextlib.contextmanager
+def _as_loaded(base: PreTrainedModel) -> Iterator[None]:
+    """The attention that the model had before `prepare`, for a while."""
+    if base.config._attn_implementation != ATTENTION:
+        yield
+        return
+    base.set_attn_implementation("sdpa")
+    try:
+        yield
+    finally:
+        base.set_attn_implementation(ATTENTION)
 
 
 def _padded(tokens: Tensor, kept: Tensor) -> Tensor:
