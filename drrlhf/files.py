@@ -79,6 +79,14 @@ def table(path: Path, measured: Sequence[str] = (), spared: Mapping[str, str] = 
     return made
 
 
+def array(values: Sequence[Any]) -> pa.Array:
+    """`pyarrow.array`, also of integers from 2**63 to 2**64 - 1."""
+    try:
+        return pa.array(values)
+    except OverflowError:
+        return pa.array(values, pa.uint64())
+
+
 def column(
     name: str, values: Sequence[Any], numbers: Sequence[int], where: Callable[[int], str]
 ) -> pa.Array:
@@ -89,7 +97,7 @@ def column(
         DataError: no type does: it names the first value that does not go with those before it.
     """
     try:
-        return _array(values)
+        return array(values)
     except _UNFIT as error:
         raise _unfit(name, values, numbers, where, error) from error
 
@@ -342,13 +350,6 @@ def _unreadable(source: str, number: int, batch: Any, error: Exception) -> DataE
 # ---- columns of one type -------------------------------------------------------------------------
 
 
-def _array(values: Sequence[Any]) -> pa.Array:
-    try:
-        return pa.array(values)
-    except OverflowError:
-        return pa.array(values, pa.uint64())
-
-
 def _unfit(
     name: str, values: Sequence[Any], numbers: Sequence[int], where: Callable[[int], str],
     error: Exception,
@@ -358,7 +359,7 @@ def _unfit(
     while unfit - fine > 1:
         middle = (fine + unfit) // 2
         try:
-            _array(values[:middle])
+            array(values[:middle])
             fine = middle
         except _UNFIT as found:
             unfit, error = middle, found
@@ -416,7 +417,7 @@ def _of_one_type(
 ) -> pa.Array:
     """As `column`, but values that no other type holds are names."""
     try:
-        return _array(values)
+        return array(values)
     except UnicodeEncodeError as error:
         raise _unfit(name, values, numbers, where, error) from error
     except _UNFIT:
