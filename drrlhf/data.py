@@ -2,21 +2,24 @@
 
 The format is TRL's: ``chosen`` and ``rejected``, with an explicit ``prompt`` or an implicit one
 (both completions then start with it), every value a string (standard) or a list of ``{"role",
-"content"}`` messages (conversational). Three optional columns are ours: ``group`` (for `dr.Group`),
-``margin`` (reward models) and ``weight`` (the nominal weight of the pair). Prompts for GRPO need
-``prompt`` alone; ``group`` and ``weight`` are the prompt's, and other columns are kept for the
-reward function.
+"content"}`` messages (conversational); a prompt that is a string beside whole conversations is that
+of both. Messages may call tools, and the columns ``tools`` and ``chat_template_kwargs`` go to the
+chat template. Three optional columns are ours: ``group`` (for `dr.Group`), ``margin`` (reward
+models) and ``weight`` (the nominal weight of the pair). Prompts for GRPO need ``prompt`` alone;
+``group`` and ``weight`` are the prompt's, and other columns are kept for the reward function.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import math
 import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +28,8 @@ import datasets
 from drrlhf import files
 from drrlhf.files import DataError, Row, Rows
 from drrlhf.files import short as _short
+from drrlhf.groups import is_group, named, of_values
+from drrlhf.groups import short as _short_names
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +37,10 @@ REQUIRED = ("chosen", "rejected")
 OPTIONAL = ("prompt", "group", "margin", "weight")
 PROMPT_REQUIRED, PROMPT_OPTIONAL = ("prompt",), ("group", "weight")
 KINDS = ("reward", "dpo")
+# Columns for the chat template, in rows that have them.
+TEMPLATE = ("tools", "chat_template_kwargs")
+# What chat templates read of a message beside its role and content.
+MESSAGE_FIELDS = {"tool_calls", "tool_call_id", "name", "reasoning_content", "thinking"}
 # A list of messages that pandas or a spreadsheet turned into its printed form.
 _WRITTEN_OUT = re.compile(r"""\s*\[\s*\{\s*['"](role|content)['"]\s*:""")
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -42,9 +51,11 @@ class PreferenceData:
     """Checked preference pairs.
 
     ``dataset`` holds ``chosen`` and ``rejected``, ``prompt`` where the source has one, and as the
-    source has them ``group`` (int64 ids), ``margin`` and ``weight`` (floats). ``group_names[i]`` is
-    the name of group ``i`` when the source names its groups; None when it has integers or no
-    groups.
+    source has them ``group`` (int64 numbers), ``margin`` and ``weight`` (floats), ``tools`` (JSON
+    text, as TRL takes it) and ``chat_template_kwargs``. ``group_names[i]`` is what the source calls
+    group ``i``, and the column is a `datasets.ClassLabel` of these names; None when it has the
+    numbers themselves or no groups. Messages with more than role and content are `datasets.Json`,
+    which adds no keys.
     """
 
     dataset: datasets.Dataset
@@ -57,14 +68,16 @@ def load_preference_data(
     split: str = "train",
     kind: str = "reward",
     group_names: Sequence[str] | None = None,
+    new_groups: bool = False,
     keep_columns: bool = False,
 ) -> PreferenceData:
     """Read and check preference pairs.
 
     ``source`` is a ``.jsonl``, ``.json`` (lines or one array), ``.csv`` or ``.parquet`` file, a
     local data set folder, or a name that `datasets.load_dataset` knows; ``split`` belongs to the
-    last two. String groups become their index in the sorted names, or in ``group_names`` when those
-    are given (pass the training set's names when reading an evaluation set). With ``kind="dpo"`` a
+    last two. Groups that are text, or integers other than 0 to G - 1, become their place among the
+    sorted distinct ones, or in ``group_names`` when those are given (pass the training set's names
+    when reading an evaluation set), to which ``new_groups=True`` adds. With ``kind="dpo"`` a
     ``margin`` column is left out. Other columns are left out with one logged line,
     or kept as they are with ``keep_columns=True``.
 
@@ -80,11 +93,15 @@ def load_preference_data(
     )
     for number, row in rows:
         columns.add(number, row)
-    return columns.finish(group_names)
+    return columns.finish(group_names, new_groups)
 
 
 def load_prompt_data(
-    source: str | Path, *, split: str = "train", group_names: Sequence[str] | None = None
+    source: str | Path,
+    *,
+    split: str = "train",
+    group_names: Sequence[str] | None = None,
+    new_groups: bool = False,
 ) -> PreferenceData:
     """Read and check prompts for GRPO: as `load_preference_data`, with ``prompt`` (a string, or
     messages) in place of a pair, and with every other column kept as it is."""
@@ -94,7 +111,12 @@ def load_prompt_data(
     )
     for number, row in rows:
         columns.add(number, row)
-    return columns.finish(group_names)
+    if columns.tools:
+        logger.warning(
+            "%s: column 'tools' goes to the reward function alone: GRPO writes prompts without it",
+            name,
+        )
+    return columns.finish(group_names, new_groups)
 
 
 # ---- where rows come from ------------------------------------------------------------------------
@@ -120,13 +142,20 @@ def _open(source: str, split: str) -> tuple[str, str, Rows]:
 
 
 def _csv_value(key: str, cell: str) -> Any:
-    """In CSV every cell is text. Of ours that hold numbers, the number if it is one; an empty cell
-    of these and of other columns is None."""
+    """In CSV every cell is text. Of margins and weights, the number if it is one; an empty cell of
+    these, of groups and of the user's own columns is None."""
     if key in (*REQUIRED, "prompt"):
         return cell
     if not cell.strip():
         return None
-    if key in ("group", "margin", "weight") and "_" not in cell:
+    return _csv_number(cell) if key in ("margin", "weight") else cell
+
+
+def _csv_number(cell: str) -> Any:
+    """The number that a cell holds; None when it is empty; else the text."""
+    if not cell.strip():
+        return None
+    if "_" not in cell:  # which Python reads over
         for number in (int, float):
             with contextlib.suppress(ValueError):
                 return number(cell)
@@ -145,7 +174,20 @@ def _read_datasets(source: str, path: Path, split: str) -> Rows:
             f"{source}: neither a data file here nor a data set whose split {split!r} "
             f"could be loaded: {error}"
         ) from error
-    yield from files.rows_of(source, data.with_format("arrow").iter(1000))
+    names = getattr(data.features.get("group"), "names", None)  # of a datasets.ClassLabel
+    found = (
+        enumerate(data, 1)
+        if "'Json'" in str(data.features.to_dict())  # to Arrow, that is text
+        else files.rows_of(source, data.with_format("arrow").iter(1000))
+    )
+    yield from ((number, _with_name(row, names)) for number, row in found)
+
+
+def _with_name(row: Row, names: Sequence[str] | None) -> Row:
+    """The row with its group's name in place of the number, where these have ``names``."""
+    if not names or row["group"] is None:
+        return row
+    return row | {"group": names[row["group"]]}
 
 
 # ---- what rows must hold -------------------------------------------------------------------------
@@ -174,6 +216,9 @@ class _Columns:
     columns: dict[str, list[Any]] = field(default_factory=dict)
     more: dict[str, list[Any]] = field(default_factory=dict)
     numbers: list[int] = field(default_factory=list)
+    template: dict[str, list[Any]] = field(default_factory=dict)
+    in_full: set[str] = field(default_factory=set)  # columns of messages with more than text
+    tools: bool = False
     left_out: set[str] = field(default_factory=set)
     skipped: set[str] = field(default_factory=set)
     conversational: bool = False
@@ -189,17 +234,22 @@ class _Columns:
         if not isinstance(row, dict):
             wanted = f"expected an object with {' and '.join(self.required)}"
             raise self.error(number, f"{wanted}; got {_short(row)}")
+        row = self.split_conversations(number, _decoded(row))
         # null and absent are one: that is what Parquet and data sets make of an absent value
         present = {key for key, value in row.items() if value is not None}
         self.skipped |= present & self.skip
         known = (*self.required, *self.optional)
         kept = [key for key in known if key in present and key not in self.skip]
+        self.tools |= "tools" in present
+        if self.required == REQUIRED:
+            known = (*known, *TEMPLATE)
         self.check_columns(number, kept, row)
         self.numbers.append(number)
         if self.keeps_more:
             self.add_more({key: row[key] for key in row if key in present - {*known}})
         else:
             self.left_out |= present - {*known}
+        self.add_template(number, row)
         for key in kept:
             self.columns[key].append(self.check_value(number, key, row[key]))
         if "chosen" in kept:
@@ -211,6 +261,71 @@ class _Columns:
             self.more.setdefault(key, [None] * (len(self.numbers) - 1))
         for key, values in self.more.items():
             values.append(row.get(key))
+
+    def split_conversations(self, number: int, row: Row) -> Row:
+        """A prompt that is a string beside two whole conversations becomes the messages that both
+        begin with, as TRL finds an implicit prompt."""
+        prompt, chosen, rejected = (row.get(key) for key in ("prompt", "chosen", "rejected"))
+        if not isinstance(chosen, list) or not isinstance(rejected, list):
+            return row
+        if not isinstance(prompt, str):
+            return row
+        shared = len(list(takewhile(lambda pair: pair[0] == pair[1], zip(chosen, rejected))))
+        shared = min(shared, len(chosen) - 1, len(rejected) - 1)
+        asked = (message["content"] for message in chosen[: max(shared, 0)] if _is_user(message))
+        if prompt.strip() not in (content.strip() for content in asked):
+            raise self.error(
+                number,
+                "'prompt' is a string beside messages, but 'chosen' and 'rejected' do not both "
+                f"begin with it as a user's message; got {_short(prompt)}",
+            )
+        parts = {
+            "prompt": chosen[:shared],
+            "chosen": chosen[shared:],
+            "rejected": rejected[shared:],
+        }
+        return row | parts
+
+    def add_template(self, number: int, row: Row) -> None:
+        """The columns for the chat template; None in rows that lack one."""
+        if self.required != REQUIRED:
+            return
+        checks = {"tools": self.check_tools, "chat_template_kwargs": self.check_template_kwargs}
+        for key, check in checks.items():
+            value = row.get(key)
+            found = None if value is None or key in self.skip else check(number, value)
+            if found is not None and not self.conversational:
+                self.left_out.add(f"{key} (the rows are plain text)")
+            elif found is not None or key in self.template:
+                values = self.template.setdefault(key, [])
+                values += [None] * (len(self.numbers) - 1 - len(values))
+                values.append(found)
+
+    def check_tools(self, number: int, value: Any) -> str | None:
+        found = _json(value) if isinstance(value, str) else self.without_nulls(value)
+        if not isinstance(found, list) or not all(isinstance(tool, dict) for tool in found):
+            wanted = "a list of tools' schemas, or that list as JSON text"
+            raise self.error(number, f"'tools' must be {wanted}; got {_short(value)}")
+        # JSON text: Arrow would give every schema the keys of all others.
+        text = json.dumps(found, ensure_ascii=False)
+        return self.check_unicode(number, "tools", text) if found else None
+
+    def check_template_kwargs(self, number: int, value: Any) -> Row:
+        found = _json(value) if isinstance(value, str) else self.without_nulls(value)
+        if not isinstance(found, dict):
+            wanted = "an object of arguments for the chat template"
+            raise self.error(
+                number, f"'chat_template_kwargs' must be {wanted}; got {_short(value)}"
+            )
+        return found
+
+    def without_nulls(self, value: Any) -> Any:
+        """What was written, where Arrow has given every object the keys of all others."""
+        if self.unit != "row":
+            return value
+        if isinstance(value, dict):
+            return {k: self.without_nulls(v) for k, v in value.items() if v is not None}
+        return [self.without_nulls(v) for v in value] if isinstance(value, list) else value
 
     def check_columns(self, number: int, kept: list[str], row: Row) -> None:
         if not set(self.required) <= set(kept):
@@ -266,27 +381,38 @@ class _Columns:
         if not messages and key not in REQUIRED:
             raise self.error(number, f"{key!r} holds no message; give at least one")
         if key in REQUIRED and not any(
-            message["role"] == "assistant" and message["content"].strip() for message in messages
+            message["role"] == "assistant"
+            and (message.get("tool_calls") or (message["content"] or "").strip())
+            for message in messages
         ):
             raise self.error(
                 number,
-                f"{key!r} is empty; a completion needs an assistant message with text: "
+                f"{key!r} is empty; a completion needs an assistant message with text or a call: "
                 "drop the row",
             )
+        if any(len(message) > 2 or message["content"] is None for message in messages):
+            self.in_full.add(key)
         return messages
 
     def check_message(self, number: int, key: str, message: Any) -> Row:
         fields = message if isinstance(message, dict) else {}
-        role, content = fields.get("role"), fields.get("content")
-        if not isinstance(role, str) or not isinstance(content, str):
-            wanted = "{'role': string, 'content': string}"
+        role, content, calls = (fields.get(name) for name in ("role", "content", "tool_calls"))
+        if not isinstance(role, str) or not (isinstance(content, str) or (calls and not content)):
+            wanted = "{'role': string, 'content': string}, content null beside tool_calls alone"
             raise self.error(
                 number, f"{key!r}: every message must be {wanted}; got {_short(message)}"
             )
-        if len(fields) > 2:
-            more = {name for name, value in fields.items() if value is not None}
-            self.left_out |= {f"{name} (of messages)" for name in more - {"role", "content"}}
-        return {"role": role, "content": self.check_unicode(number, key, content)}
+        if calls is not None and not isinstance(calls, list):
+            raise self.error(number, f"{key!r}: tool_calls must be a list; got {_short(calls)}")
+        given = {name for name, value in fields.items() if value is not None}
+        more = {k: self.without_nulls(v) for k, v in fields.items() if k in given & MESSAGE_FIELDS}
+        self.left_out |= {
+            f"{name} (of messages)" for name in given - {"role", "content"} - MESSAGE_FIELDS
+        }
+        if more:
+            self.check_unicode(number, key, json.dumps(more, ensure_ascii=False, default=str))
+        text = content if content is None else self.check_unicode(number, key, content)
+        return {"role": role, "content": text, **more}
 
     def check_unicode(self, number: int, key: str, text: str) -> str:
         try:
@@ -295,45 +421,61 @@ class _Columns:
             raise self.error(number, f"{key!r} is not valid Unicode: {error.reason}") from error
         return text
 
-    def finish(self, group_names: Sequence[str] | None) -> PreferenceData:
+    def finish(self, group_names: Sequence[str] | None, new_groups: bool) -> PreferenceData:
         if not self.numbers:
             raise DataError(f"{self.name}: empty; expected rows with {' and '.join(self.required)}")
         if "weight" in self.columns and not any(self.columns["weight"]):
             raise DataError(f"{self.name}: every 'weight' is 0: nothing to train on")
-        names = None
+        names, types = None, {}
         if "group" in self.columns:
-            if group_names is not None or isinstance(self.columns["group"][0], str):
-                names = self.name_groups(group_names)
-            else:
-                self.number_groups()
+            names = self.number_groups(group_names, new_groups)
+        if names is not None:
+            types["group"] = datasets.ClassLabel(names=names)
+        types |= {key: datasets.List(datasets.Json()) for key in self.in_full}
+        types |= self.finish_template()
         self.log_what_was_left_out()
-        typed = {
+        columns = self.columns | self.more
+        plain = {
             key: files.column(key, values, self.numbers, self.where)
-            for key, values in (self.columns | self.more).items()
+            for key, values in columns.items()
+            if key not in types
         }
-        return PreferenceData(datasets.Dataset.from_dict(typed), names)
+        return PreferenceData(_dataset(plain, {k: columns[k] for k in types}, types), names)
 
-    def name_groups(self, names: Sequence[str] | None) -> list[str]:
-        groups = list(zip(self.numbers, self.columns["group"], strict=True))
-        for number, value in groups:
-            if not isinstance(value, str) or not value.strip():
-                wanted = "a name, as it is in other rows" if names is None else "a name"
-                raise self.error(number, f"'group' must be {wanted}; got {_short(value)}")
-            if names is not None and value not in names:
-                raise self.error(
-                    number, f"'group' must be one of {', '.join(names)}; got {_short(value)}"
-                )
-        found = sorted({value for _, value in groups}) if names is None else list(names)
-        index = {name: i for i, name in enumerate(found)}
-        self.columns["group"] = [index[value] for _, value in groups]
-        return found
+    def finish_template(self) -> dict[str, Any]:
+        """Puts the columns for the chat template among the others; their types."""
+        for key, values in self.template.items():
+            values += [None] * (len(self.numbers) - len(values))
+            # TRL unpacks the arguments of every row, and None is no mapping.
+            empty: Any = {} if key == "chat_template_kwargs" else None
+            self.columns[key] = [empty if value is None else value for value in values]
+        types = {"tools": datasets.Value("string"), "chat_template_kwargs": datasets.Json()}
+        return {key: types[key] for key in self.template}
 
-    def number_groups(self) -> None:
-        for number, value in zip(self.numbers, self.columns["group"], strict=True):
-            if not _is_number(value) or not float(value).is_integer() or value < 0:
-                wanted = "an integer from 0 up (or a name, in every row)"
+    def number_groups(self, names: Sequence[str] | None, new_groups: bool) -> list[str] | None:
+        """Replaces the groups by their numbers; their names, None where these are the numbers."""
+        values = self.columns["group"]
+        if Path(self.name).suffix.lower() == ".csv":
+            values = _csv_groups(values)
+        text = isinstance(values[0], str)
+        for number, value in zip(self.numbers, values, strict=True):
+            if isinstance(value, str) is not text or not is_group(value):
+                wanted = "a name, as it is in other rows"
+                wanted = wanted if text else "an integer from 0 up (or a name, in every row)"
                 raise self.error(number, f"'group' must be {wanted}; got {_short(value)}")
-        self.columns["group"] = [int(value) for value in self.columns["group"]]
+        groups = of_values(values)
+        if names is not None:
+            found = [groups.label(number) for number in range(groups.count)]
+            new = [name for name in found if name not in names]
+            for number, value in zip(self.numbers, values, strict=True):
+                name = value if text else str(int(value))
+                if name in new and not new_groups:
+                    raise self.error(
+                        number, f"'group' must be one of {_short_names(names)}; got {_short(value)}"
+                    )
+            groups = named([*names, *new])
+        self.columns["group"] = [groups.number(value) for value in values]
+        return None if groups.names is None else list(groups.names)
 
     def log_what_was_left_out(self) -> None:
         if self.left_out:
@@ -347,6 +489,54 @@ class _Columns:
                 self.identical,
                 len(self.numbers),
             )
+
+
+def _dataset(
+    plain: dict[str, Any], more: dict[str, list[Any]], types: dict[str, Any]
+) -> datasets.Dataset:
+    """Arrow's columns, and ``more`` whose values are of ``types``, as a data set."""
+    parts = [datasets.Dataset.from_dict(plain)] if plain else []
+    if types:
+        parts.append(datasets.Dataset.from_dict(more, features=datasets.Features(types)))
+    return datasets.concatenate_datasets(parts, axis=1)
+
+
+def _decoded(row: Row) -> Row:
+    """The row with messages that `datasets.Json` keeps as text read."""
+    found = {
+        key: [_json(message) if isinstance(message, str) else message for message in row[key]]
+        for key in (*REQUIRED, "prompt")
+        if isinstance(row.get(key), list)
+    }
+    return row | found
+
+
+def _json(text: str) -> Any:
+    """What JSON text says; of text that is none, the text."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
+
+
+def _is_user(message: Any) -> bool:
+    is_message = isinstance(message, dict) and isinstance(message.get("content"), str)
+    return is_message and message.get("role") == "user"
+
+
+def _csv_groups(cells: list[str]) -> list[Any]:
+    """Cells of groups: numbers where every cell is one, as a spreadsheet writes it; else names.
+
+    A number that begins with 0, as postal codes do, is a name.
+    """
+    typed = [_csv_group(cell.strip()) for cell in cells]
+    return cells if any(isinstance(value, str) for value in typed) else typed
+
+
+def _csv_group(cell: str) -> Any:
+    if re.fullmatch(r"(0|[1-9][0-9]*)(\.0*)?", cell):
+        return int(cell.partition(".")[0])
+    return cell if re.fullmatch(r"0[0-9]+", cell) else _csv_number(cell)
 
 
 def _is_number(value: Any) -> bool:

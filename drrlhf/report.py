@@ -53,7 +53,6 @@ def plot_training(
     output_png: str | os.PathLike[str],
     *,
     title: str = "",
-    group_names: list[str] | None = None,
 ) -> Path:
     """Draw the curves of one run's ``metrics.jsonl`` as a PNG and return its path.
 
@@ -94,7 +93,7 @@ def plot_training(
     FigureCanvasAgg(figure)
     axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
     for axis, draw in zip(axes, panels, strict=True):
-        draw(axis, train, evaluations, groups, group_names)
+        draw(axis, train, evaluations, groups)
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
     axes[-1].set_xlabel("optimizer step")
@@ -208,16 +207,22 @@ def plot_rewards(result: dict[str, Any], output_png: str | os.PathLike[str]) -> 
 
 def group_columns(
     lines: list[Line], kinds: tuple[str, ...] = ("weight", "state")
-) -> dict[int, str]:
-    """{group id: column}, of the last of `kinds` that there is: as it stands the kept state of a
+) -> dict[str, str]:
+    """{group: column}, of the last of `kinds` that there is: as it stands the kept state of a
     group where there is one, else its weight in the batch."""
-    columns: dict[int, str] = {}
+    columns: dict[str, str] = {}
     for kind in kinds:
         for line in lines:
             for name in line:
-                if match := re.fullmatch(rf"group/(\d+)/{kind}", name):
-                    columns[int(match[1])] = name
-    return dict(sorted(columns.items()))
+                if match := re.fullmatch(rf"group/(.+)/{kind}", name):
+                    columns[match[1]] = name
+    return dict(sorted(columns.items(), key=lambda one: _order(one[0])))
+
+
+def _order(group: str) -> tuple[bool, int, str]:
+    """Numbers by their size, then names."""
+    number = group.isdecimal()
+    return not number, int(group) if number else 0, group
 
 
 def _curve(axis: Any, lines: list[Line], column: str, label: str, color: str, **style: Any) -> None:
@@ -288,27 +293,22 @@ def _draw_groups(
     axis: Any,
     train: list[Line],
     evaluations: list[Line],
-    groups: dict[int, str],
-    names: list[str] | None,
+    groups: dict[str, str],
 ) -> None:
-    _group_curves(axis, train, groups, names)
+    _group_curves(axis, train, groups)
     kept = next(iter(groups.values())).endswith("state")
     axis.set_ylabel("group weight" if kept else "group's share of\nthe batch's weight")
     axis.set_ylim(0, 1.05)  # weights of groups are shares of 1
 
 
-def _draw_group_rewards(
-    axis: Any, train: list[Line], evaluations: Any, groups: Any, names: list[str] | None
-) -> None:
-    _group_curves(axis, train, group_columns(train, ("reward",)), names)
+def _draw_group_rewards(axis: Any, train: list[Line], *_: Any) -> None:
+    _group_curves(axis, train, group_columns(train, ("reward",)))
     axis.set_ylabel("reward of\neach group")
 
 
-def _group_curves(
-    axis: Any, train: list[Line], columns: dict[int, str], names: list[str] | None
-) -> None:
+def _group_curves(axis: Any, train: list[Line], columns: dict[str, str]) -> None:
     for number, (group, column) in enumerate(columns.items()):
-        label = names[group] if names and group < len(names) else f"group {group}"
+        label = f"group {group}" if group.isdecimal() else group
         _curve(
             axis,
             train,

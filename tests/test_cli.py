@@ -98,8 +98,8 @@ def test_reward_model(place, tmp_path):
     lines = read_metrics(tmp_path / "out/metrics.jsonl")
     assert [line["step"] for line in lines if line["event"] == "train"] == [1, 2, 3, 4, 5, 6]
     assert [line["step"] for line in lines if line["event"] == "eval"] == [6]
-    # groups are numbered by the training set's names, of which this one has two: movie and tweets
-    assert "eval_group/2/weight" in lines[-1] and "eval_group/0/weight" not in lines[-1]
+    # of the training set's groups this one has two: movie and tweets
+    assert "eval_group/tweets/weight" in lines[-1] and "eval_group/amazon/weight" not in lines[-1]
     record = json.loads((tmp_path / "out/run.json").read_text())
     assert record["settings"]["ambiguity"] == "tv:0.1" and record["data"]["rows"] == 24
     assert record["data"]["group_names"] == ["amazon", "movie", "tweets"]
@@ -121,7 +121,7 @@ def test_dpo_with_adapters_and_groups_from_the_data(place, tmp_path):
     assert "dpo, ambiguity group:3" in result.output
     assert (tmp_path / "out/adapter_model.safetensors").is_file()
     assert not (tmp_path / "out/model.safetensors").exists()
-    assert "group/2/state" in read_metrics(tmp_path / "out/metrics.jsonl")[-1]
+    assert "group/tweets/state" in read_metrics(tmp_path / "out/metrics.jsonl")[-1]
 
 
 def test_the_set_and_the_learning_rate_reach_the_trainer(place, tmp_path):
@@ -138,7 +138,7 @@ def test_pairs_that_do_not_fit_are_counted(place, tmp_path):
     result = _train(place, "dpo", tmp_path / "out", "--max-length 5 --max-steps 1")
     assert "of 24 pairs left out: longer than --max-length 5 tokens" in result.output
     result = _run(_arguments(place, "dpo", tmp_path / "none", "--max-length 2"))
-    _refused(result, "no pair fits", "all 24", "raise --max-length")
+    _refused(result, "no pair fits", "all 24", "max_length=2 tokens")
 
 
 # ---- what is refused ---------------------------------------------------------------------------
@@ -275,7 +275,7 @@ def test_resume_refuses_another_run_and_names_the_difference(place, tmp_path):
         (f"{same} --learning-rate 0.1", ("learning_rate was 0.001, now 0.1",)),
         (f"{same} --seed 7 --beta 0.5", ("seed was 42, now 7", "beta was 0.1, now 0.5")),
         (f"{same} --data {other}", ("data sha256",)),
-        (f"{same} --model {place.reward}", ("model fingerprint",)),
+        (f"{same} --model {tiny_llama_dir(tmp_path, attention_dropout=0.1)}", ("model finger",)),
     ):
         _refused(_run(_arguments(place, "dpo", out, more)), *words)
     assert not (out / "checkpoint-3").exists()

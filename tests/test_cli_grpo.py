@@ -64,7 +64,7 @@ def test_a_run_leaves_model_record_curves_and_table(place):
     assert record["settings"]["reward"] == "my_reward:score"
     assert (place.root / "out" / "training.png").stat().st_size > 10_000
     last = [x for x in read_metrics(place.root / "out" / "metrics.jsonl") if x["event"] == "train"]
-    assert {"group/0/reward", "group/1/state", "robust/kept", "kl"} <= set(last[-1])
+    assert {"group/a/reward", "group/b/state", "robust/kept", "kl"} <= set(last[-1])
 
 
 def test_resuming_goes_on_to_the_same_numbers(place):

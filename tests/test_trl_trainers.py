@@ -28,6 +28,7 @@ from steps import away
 from transformers import AutoModelForCausalLM, HfArgumentParser
 
 import drrlhf as dr
+from drrlhf.groups import Groups
 from drrlhf.trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, seam
 from drrlhf.trl.columns import PairColumns
 from drrlhf.trl.state import STATE_FILE
@@ -375,9 +376,16 @@ def test_resume_with_another_objective_is_refused(llama, tmp_path):
     ("columns", "ambiguity", "message"),
     [
         ({}, "group:2", r"train_dataset has no column 'group'.*0 to 1"),
-        ({"group": [0, 1, 2, 1] * 2}, "group:2", r"'group' of train_dataset holds 2: .*\[0, 2\)"),
+        (
+            {"group": [0, 1, 2, 1] * 2},
+            "group:2",
+            r"train_dataset has 3 groups \(0 to 2\).*\[0, 2\)",
+        ),
         ({"group": [0, -1, 0, 1] * 2}, "group:2", r"holds -1"),
-        ({"group": ["a", "b"] * 4}, "group:2", r"holds 'a'"),
+        ({"group": ["a", "b", "c", "b"] * 2}, "group:2", r"has 3 groups \(a, b, c\)"),
+        ({"group": [7, 20240115] * 4}, "group:3", r"has 2 groups \(7, 20240115\).*\[0, 3\)"),
+        ({"group": ["a", None] * 4}, "group:2", r"holds None: expected text"),
+        ({"group": [0, 0.5] * 4}, "group", r"holds 0.5: expected an integer from 0 up"),
         ({"weight": [1.0, -0.5] * 4}, "erm", r"'weight' of train_dataset holds -0.5.*>= 0"),
         ({"weight": [1.0, float("nan")] * 4}, "tv:0.1", r"holds nan"),
         ({"weight": ["heavy"] * 8}, "erm", r"holds 'heavy'"),
@@ -400,7 +408,7 @@ def test_eval_data_needs_groups_too(llama, tmp_path):
 
 
 def test_streamed_values_are_checked_as_they_come():
-    collate = PairColumns(lambda examples: {}, num_groups=2)
+    collate = PairColumns(lambda examples: {}, Groups(2))
     with pytest.raises(ValueError, match=r"column 'group' holds 2: expected .*\[0, 2\)"):
         collate([{"group": 0}, {"group": 2}])
     with pytest.raises(ValueError, match="column 'group' holds None"):

@@ -7,6 +7,7 @@ from typing import Any
 
 from rich.console import Console
 
+from drrlhf import models
 from drrlhf.cli import reward_function, rundir
 
 KEPT_CHECKPOINTS = 2  # so that a broken newest one leaves one to go back to
@@ -48,7 +49,12 @@ def build(settings: rundir.Settings, data: Any, eval_data: Any, console: Console
         make, settings, console,
         args=config, processing_class=tokenizer, train_dataset=train, eval_dataset=held_out,
     )  # fmt: skip
-    _tell_left_out(len(data.dataset), len(trainer.train_dataset), config.max_length, console)
+    for what, part, kept in (
+        ("", data, trainer.train_dataset),
+        ("held-out ", eval_data, trainer.eval_dataset),
+    ):
+        if part is not None:
+            _tell_left_out(what, part, kept, config.max_length, console)
     return trainer, callbacks
 
 
@@ -94,12 +100,8 @@ def _made(make: Any, settings: rundir.Settings, console: Console, **arguments: A
         ProgressCallback(console),
     )
     # MetricsCallback comes last: it must see that a checkpoint was asked for, whoever asked.
-    trainer = make(
-        model=settings.model,
-        callbacks=list(callbacks[::-1]),
-        peft_config=_adapters(settings),
-        **arguments,
-    )
+    model, adapters = _start(settings)
+    trainer = make(model=model, callbacks=list(callbacks[::-1]), peft_config=adapters, **arguments)
     trainer.remove_callback(PrinterCallback)
     return trainer, callbacks
 
@@ -164,7 +166,7 @@ def _fitting_length(settings: rundir.Settings, tokenizer: Any, console: Console)
     from transformers import AutoConfig
 
     assert settings.max_length is not None
-    config = AutoConfig.from_pretrained(settings.model).get_text_config()
+    config = AutoConfig.from_pretrained(models.base_of(settings.model)).get_text_config()
     positions = getattr(config, "max_position_embeddings", None) or settings.max_length
     limit = min(positions, tokenizer.model_max_length)
     if limit < settings.max_length:
@@ -172,12 +174,23 @@ def _fitting_length(settings: rundir.Settings, tokenizer: Any, console: Console)
     return min(limit, settings.max_length)
 
 
-def _adapters(settings: rundir.Settings) -> Any:
+def _start(settings: rundir.Settings) -> tuple[Any, Any]:
+    """What to begin with: a model or where it lies, and the settings of new adapters, if any."""
+    if models.adapters_of(settings.model) is not None:
+        import torch
+        from transformers import set_seed
+
+        set_seed(settings.seed)  # a policy's adapters get a new head for rewards
+        kind = models.REWARD if settings.kind == "reward" else models.POLICY
+        return models.load(settings.model, kind, torch.float32, trainable=True), None
+    directory = Path(settings.model)
+    # In full: adapters name the model under them, and are read from other directories.
+    model = str(directory.resolve()) if directory.is_dir() else settings.model
     if not settings.lora:
-        return None
+        return model, None
     from peft import LoraConfig
 
-    return LoraConfig(
+    return model, LoraConfig(
         r=settings.lora_r,
         lora_alpha=2 * settings.lora_r,
         target_modules="all-linear",
@@ -185,12 +198,20 @@ def _adapters(settings: rundir.Settings) -> Any:
     )
 
 
-def _tell_left_out(rows: int, kept: int, max_length: int, console: Console) -> None:
-    if not kept:
-        raise ValueError(
-            f"no pair fits: all {rows} are longer than {max_length} tokens; raise --max-length"
-        )
-    if kept < rows:
+def _tell_left_out(what: str, data: Any, kept: Any, max_length: int, console: Console) -> None:
+    """What --max-length has left of a data set, and of its groups."""
+    rows, left = len(data.dataset), len(kept)
+    if left < rows:
         console.print(
-            f"{rows - kept} of {rows} pairs left out: longer than --max-length {max_length} tokens."
+            f"{rows - left} of {rows} {what}pairs left out: longer than --max-length "
+            f"{max_length} tokens."
         )
+    if "group" not in data.dataset.column_names:
+        return
+    names = data.group_names
+    for group in sorted(set(data.dataset.unique("group")) - set(kept.unique("group"))):
+        console.print(
+            f"Group {names[group] if names else group} has no {what}pair left: all of its are "
+            f"longer than --max-length {max_length} tokens.",
+            soft_wrap=True, highlight=False, markup=False,
+        )  # fmt: skip

@@ -21,8 +21,7 @@ def plot(output_dir: Path) -> Path | None:
     record = rundir.read_record(output_dir)
     settings = record["settings"]
     title = f"{settings['kind']}, ambiguity {settings['ambiguity']}, {settings['model']}"
-    names = record["data"]["group_names"]
-    return plot_training(metrics, output_dir / rundir.PLOT_FILE, title=title, group_names=names)
+    return plot_training(metrics, output_dir / rundir.PLOT_FILE, title=title)
 
 
 def report(output_dir: Path, record: dict[str, Any], console: Console) -> int:

@@ -7,28 +7,28 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from drrlhf import models
 
-def load(reward: str) -> Any:
-    """What TRL takes as a reward function.
+
+def find(reward: str) -> Any:
+    """The function, or the name of a reward model, that is meant.
 
     ``module:function`` is imported, from the working directory too; the function is called as
     TRL's: ``function(prompts, completions, **columns)`` gives a number, or None, for each. A
     directory (or hub name) is a sequence-classification model with one label, such as ``drrlhf
-    train reward`` leaves: its score of the prompt followed by the completion.
+    train reward`` leaves, whole or as adapters: its score of the prompt followed by the completion.
 
     Raises:
-        ValueError: there is no such module, function or directory.
+        ValueError: there is no such module, function or directory, or another kind of model in it.
     """
     path = Path(reward).expanduser()
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise ValueError(f"--reward {reward}: a directory without config.json is no model")
-        return str(path)
     module, colon, function = reward.partition(":")
-    if not colon:
-        if reward.startswith((".", "/", "~")) or reward.count("/") > 1:
+    if path.is_dir() or not colon:
+        if not path.is_dir() and models.is_path(reward):
             raise ValueError(f"--reward {reward}: no such directory")
-        return reward  # a hub name
+        name = str(path) if path.is_dir() else reward  # else a hub name
+        _check_model(reward, models.describe(name))
+        return name
     if str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
     try:
@@ -43,3 +43,29 @@ def load(reward: str) -> Any:
     if not callable(getattr(found, function, None)):
         raise ValueError(f"--reward {reward}: {module} has no function {function!r}")
     return getattr(found, function)
+
+
+def load(reward: str) -> Any:
+    """What TRL takes as a reward function: what `find` finds, adapters loaded and merged.
+
+    Raises:
+        ValueError: as `find`, or the model under adapters is not there.
+    """
+    found = find(reward)
+    if not isinstance(found, str) or models.adapters_of(found) is None:
+        return found
+    model = models.load(found, models.REWARD).merge_and_unload().eval()
+    model.config._name_or_path = found  # where TRL looks for the tokenizer
+    return model
+
+
+def _check_model(reward: str, described: models.Description) -> None:
+    if described.kind != models.REWARD:
+        raise ValueError(
+            f"--reward {reward}: expected a reward model (sequence classification), got "
+            f"{described.found}; train one with drrlhf train reward, or give module:function"
+        )
+    if described.labels not in (None, 1):
+        raise ValueError(
+            f"--reward {reward}: expected a reward model of one label, got {described.labels}"
+        )

@@ -13,12 +13,24 @@ from typing import Any
 
 from rich.console import Console
 
+from drrlhf import models
 from drrlhf.ambiguity import Group, parse_ambiguity
 from drrlhf.cli import _console, build, outcome, reward_function, rundir
+from drrlhf.groups import from_data, short, with_count
 from drrlhf.version import __version__
 
 NEEDED = ("trl", "transformers", "datasets", "accelerate", "matplotlib")
 INTERRUPTED = 128  # plus the signal's number, as shells report it
+# Learning rate by (kind, adapters only).
+LEARNING_RATES = {
+    ("reward", False): 1e-5,
+    ("reward", True): 1e-4,
+    ("dpo", False): 1e-6,
+    ("dpo", True): 1e-5,
+    ("grpo", False): 1e-6,
+    ("grpo", True): 1e-5,
+}
+LORA_R = 16
 
 
 def run(kind: str, options: dict[str, Any], console: Console, resume_command: str) -> int:
@@ -31,10 +43,11 @@ def run(kind: str, options: dict[str, Any], console: Console, resume_command: st
     try:
         with _console.user_errors():
             _check_options(options)
-            require(*(["peft"] if options["lora"] else []))
+            require()
             checkpoint = _check_directory(output_dir, options)
+            options = _with_model(kind, options, console)
             if kind == "grpo":
-                reward_function.load(options["reward"])
+                reward_function.find(options["reward"])
             data, eval_data, settings = _load(kind, options)
             record = _record(settings, data)
             if checkpoint:
@@ -69,12 +82,55 @@ def require(*more: str) -> None:
         )
 
 
+def _with_model(kind: str, options: dict[str, Any], console: Console) -> dict[str, Any]:
+    """The options with those settled that depend on the model, which must be of use for `kind`."""
+    name = options["model"]
+    described = models.describe(name)
+    if kind != "reward" and described.kind == models.REWARD:
+        raise ValueError(
+            f"--model {name}: a reward model ({described.found}), and train {kind} needs a causal "
+            "language model; a reward model goes to train reward, or to --reward of train grpo"
+        )
+    if kind == "reward" and described.labels not in (None, 1):
+        raise ValueError(
+            f"--model {name}: a classifier of {described.labels} labels, and a reward model has "
+            "one; give a reward model, or a base model, which gets a new head"
+        )
+    lora, rank = options["lora"], options["lora_r"]
+    if (adapters := described.adapters) is not None:
+        if lora is False:
+            raise ValueError(
+                f"--no-lora: --model {name} holds adapters, which are trained on; to train the "
+                "whole model, merge them into it first (merge_and_unload of peft)"
+            )
+        own = adapters.get("r")
+        if rank not in (None, own):
+            raise ValueError(
+                f"--lora-r {rank}: the adapters of --model {name} have rank {own}; leave it out"
+            )
+        lora, rank = True, own
+        console.print(f"Training on the adapters of {name}.", soft_wrap=True, highlight=False)
+    if kind == "reward" and described.kind != models.REWARD:
+        console.print(
+            f"{name} ({described.found}) is no reward model: its head is new and begins at random.",
+            soft_wrap=True, highlight=False,
+        )  # fmt: skip
+    if lora:
+        require("peft")
+    rate = options["learning_rate"]
+    return options | {
+        "lora": bool(lora),
+        "lora_r": LORA_R if rank is None else rank,
+        "learning_rate": LEARNING_RATES[kind, bool(lora)] if rate is None else rate,
+    }
+
+
 def _check_options(options: dict[str, Any]) -> None:
     if options["max_steps"] == 0 or options["max_steps"] < -1:
         raise ValueError(f"--max-steps must be >= 1, or -1 for off; got {options['max_steps']}")
     if options["max_steps"] == -1 and not options["epochs"] > 0:
         raise ValueError(f"--epochs must be > 0; got {options['epochs']}")
-    if not options["learning_rate"] > 0:
+    if options["learning_rate"] is not None and not options["learning_rate"] > 0:
         raise ValueError(f"--learning-rate must be > 0; got {options['learning_rate']}")
     if options["resume"] and options["overwrite"]:
         raise ValueError("--resume and --overwrite contradict each other: give one of them")
@@ -83,9 +139,11 @@ def _check_options(options: dict[str, Any]) -> None:
 def _check_directory(output_dir: Path, options: dict[str, Any]) -> Path | None:
     """Whether this run may use `output_dir` and `--model`; the checkpoint to go on from, if any."""
     model = options["model"]
-    is_path = model.startswith((".", "/", "~")) or model.count("/") > 1 or Path(model).exists()
+    is_path = models.is_path(model)
     if is_path and not Path(model).is_dir():
-        raise ValueError(f"--model {model}: no such directory; give one that holds config.json")
+        raise ValueError(
+            f"--model {model}: no such directory; give one that holds config.json, or adapters"
+        )
     if is_path and Path(model).resolve().is_relative_to(output_dir.resolve()):
         raise ValueError(
             f"--model {model} lies in --output-dir {output_dir}, where the trained model will be "
@@ -117,28 +175,60 @@ def _check_directory(output_dir: Path, options: dict[str, Any]) -> Path | None:
 def _load(kind: str, options: dict[str, Any]) -> tuple[Any, Any, rundir.Settings]:
     """Data of both sets, checked to the last row, and the settings with nothing left open."""
     ambiguity = options["ambiguity"].strip()
-    groups_from_data = ambiguity == "group" or ambiguity.startswith("group:step_size")
-    if not groups_from_data:
+    groups_from_data = from_data(ambiguity)
+    if groups_from_data:
+        with_count(ambiguity, 1)  # refuses what else is wrong
+    else:
         parse_ambiguity(ambiguity)
+    grouped = groups_from_data or isinstance(parse_ambiguity(ambiguity), Group)
+    by_pass_rate = options.get("group_by") == "pass_rate"
 
     from drrlhf.data import load_preference_data, load_prompt_data
 
-    def load(source: str, names: Any = None) -> Any:
+    def load(source: str, split: str | None, **groups: Any) -> Any:
+        chosen = {"split": split or "train"} | groups
         if kind == "grpo":
-            return load_prompt_data(source, group_names=names)
-        return load_preference_data(source, kind=kind, group_names=names)
+            return load_prompt_data(source, **chosen)
+        return load_preference_data(source, kind=kind, **chosen)
 
-    data, eval_data = load(options["data"]), None
-    if options["eval_data"]:
-        eval_data = load(options["eval_data"], data.group_names)
-    if options.get("group_by") != "pass_rate":
+    data, eval_data = load(options["data"], options["split"]), None
+    held_out = options["eval_data"] or (options["eval_split"] and options["data"])
+    if held_out:
+        # Groups that the adversary weighs are those of training; a metric may be of others.
+        data, eval_data = _same_groups(
+            data,
+            load(
+                held_out,
+                options["eval_split"],
+                group_names=_group_names(data),
+                new_groups=not grouped or by_pass_rate,
+            ),
+        )
+    if not by_pass_rate:
         ambiguity = _resolve(ambiguity, data, groups_from_data)
     elif groups_from_data:
         raise ValueError("--group-by pass_rate: say how many groups, as in --ambiguity group:4")
-    options = options | {"kind": kind, "ambiguity": ambiguity}
+    options = options | {"kind": kind, "ambiguity": ambiguity, "eval_data": held_out or None}
     options["dtype"] = options["dtype"] or _default_dtype()
     fields = {field.name for field in dataclasses.fields(rundir.Settings)}
     return data, eval_data, rundir.Settings(**{k: v for k, v in options.items() if k in fields})
+
+
+def _group_names(data: Any) -> list[str] | None:
+    """What the groups of loaded data are called; None without groups."""
+    if "group" not in data.dataset.column_names:
+        return None
+    return data.group_names or [str(g) for g in sorted(data.dataset.unique("group"))]
+
+
+def _same_groups(data: Any, eval_data: Any) -> tuple[Any, Any]:
+    """Both with the names of the evaluation data, which begin with those of the training data."""
+    names = eval_data.group_names
+    if names is None or "group" not in data.dataset.column_names:
+        return data, eval_data
+    feature = eval_data.dataset.features["group"]
+    named = data.dataset.cast_column("group", feature)
+    return dataclasses.replace(data, dataset=named, group_names=names), eval_data
 
 
 def _resolve(ambiguity: str, data: Any, groups_from_data: bool) -> str:
@@ -147,14 +237,13 @@ def _resolve(ambiguity: str, data: Any, groups_from_data: bool) -> str:
         return str(parse_ambiguity(ambiguity))
     if "group" not in data.dataset.column_names:
         raise ValueError(f"--ambiguity {ambiguity}: the data has no column 'group'; add one")
-    found = len(data.group_names or ()) or max(data.dataset.unique("group")) + 1
+    found = len(data.group_names or data.dataset.unique("group"))
     if groups_from_data:
-        rest = ambiguity.removeprefix("group").removeprefix(":")
-        ambiguity = f"group:{found}" + (f",{rest}" if rest else "")
+        return str(with_count(ambiguity, found))
     parsed = parse_ambiguity(ambiguity)
     assert isinstance(parsed, Group)
     if parsed.num_groups != found:
-        names = f" ({', '.join(data.group_names)})" if data.group_names else ""
+        names = f" ({short(data.group_names)})" if data.group_names else ""
         raise ValueError(
             f"--ambiguity {ambiguity}: the data has {found} groups{names}; write group:{found}, or "
             "group alone to take the number from the data"

@@ -16,6 +16,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from drrlhf.models import REFERENCE, has_reference
 from drrlhf.report import write_whole
 
 RUN_FILE = "run.json"
@@ -29,7 +30,10 @@ _TRACES = (*_OURS, *_MODEL, "*.gguf", "pytorch_model*.bin")
 
 # Changing these between the two halves of a run changes none of its numbers. `data` and `model`
 # are compared by content instead of by path.
-_FREE_ON_RESUME = {"output_dir", "data", "model", "eval_data", "save_steps", "logging_steps"}
+_FREE_ON_RESUME = {
+    "output_dir", "data", "split", "model", "eval_data", "eval_split", "save_steps",
+    "logging_steps",
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +78,8 @@ class Settings:
     clip_high: float | None = None
     group_by: str | None = None
     pass_threshold: float | None = None
+    split: str | None = None
+    eval_split: str | None = None
 
 
 def occupant(output_dir: Path) -> str | None:
@@ -90,6 +96,8 @@ def clear(output_dir: Path) -> None:
     for pattern in (*_OURS, *_MODEL, PLOT_FILE):
         for path in output_dir.glob(pattern):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
+    if has_reference(output_dir):
+        shutil.rmtree(output_dir / REFERENCE)
 
 
 def newest_checkpoint(output_dir: Path) -> Path | None:
@@ -187,6 +195,7 @@ def _comparable(record: dict[str, Any]) -> dict[str, Any]:
     settings = {k: v for k, v in record["settings"].items() if k not in _FREE_ON_RESUME}
     return settings | {
         "data sha256": record["data"]["sha256"],
+        "group names": record["data"]["group_names"],
         "model fingerprint": record["model_fingerprint"],
     }
 
@@ -200,6 +209,8 @@ def promote(checkpoint: Path, output_dir: Path) -> None:
     for path in checkpoint.iterdir():
         if path.is_file() and path.name not in training_only and path.suffix != ".pth":
             shutil.copy2(path, output_dir / path.name)
+    if has_reference(checkpoint):
+        shutil.copytree(checkpoint / REFERENCE, output_dir / REFERENCE, dirs_exist_ok=True)
 
 
 def now() -> str:

@@ -54,7 +54,7 @@ def stress(
         str | None,
         typer.Option(
             help="Directory of the model that a policy was trained from.",
-            show_default="for adapters the model under them",
+            show_default="for adapters what they began as: those in ref/, or the model under them",
         ),
     ] = None,
     beta: Annotated[
@@ -66,6 +66,10 @@ def stress(
             help="Preference pairs for --model: a .jsonl, .json, .csv or .parquet file, or a "
             "`datasets` name; columns beside chosen, rejected and prompt are attributes."
         ),
+    ] = None,
+    split: Annotated[
+        str | None,
+        typer.Option(help="Split of --data, a `datasets` name.", show_default="train"),
     ] = None,
     max_length: Annotated[
         int, typer.Option(min=2, help="Tokens of a text that --model reads at most.")
@@ -112,11 +116,11 @@ def stress(
     console = _console.console()
     try:
         with _console.user_errors():
-            _check_sources(scores or [], model or [], data, reference)
+            _check_sources(scores or [], model or [], data, reference, split)
             result = _stressed(
                 lambda: (
-                    _scored(model, reference, beta, max_length, dtype, str(data), prompt_column,
-                            max_nan, output_dir, console) if model
+                    _scored(model, reference, beta, max_length, dtype, str(data),
+                            split or "train", prompt_column, max_nan, output_dir, console) if model
                     else _read(scores or [], prompt_column, max_nan, console)
                 ),
                 require=require or [], floor=floor, ambiguity=ambiguity, resamples=resamples,
@@ -135,8 +139,9 @@ def stress(
 
 
 def _check_sources(
-    scores: list[Path], models: list[str], data: str | None, reference: str | None
-) -> None:
+    scores: list[Path], models: list[str], data: str | None, reference: str | None,
+    split: str | None,
+) -> None:  # fmt: skip
     if bool(scores) == bool(models):
         raise ValueError(
             "give --scores FILE, a file of scored pairs, or --model DIR with --data PAIRS"
@@ -145,6 +150,8 @@ def _check_sources(
         raise ValueError("--model and --data belong together: the model scores these pairs")
     if reference is not None and not models:
         raise ValueError("--reference belongs to --model, a policy; scores in a file need none")
+    if split is not None and data is None:
+        raise ValueError("--split belongs to --data, pairs for a --model")
 
 
 def _stressed(load: Callable[[], dict[str, Scores]], **options: Any) -> dict[str, Any]:
@@ -172,7 +179,7 @@ def _read(
 
 def _scored(
     models: list[str], reference: str | None, beta: float, max_length: int, dtype: Dtype, data: str,
-    prompt_column: str | None, max_nan: float, output_dir: Path, console: Console,
+    split: str, prompt_column: str | None, max_nan: float, output_dir: Path, console: Console,
 ) -> dict[str, Scores]:  # fmt: skip
     import pyarrow.parquet as pq
     import torch
@@ -201,7 +208,12 @@ def _scored(
             def show(what: str, done: int, total: int, bars: Any = bars, task: Any = task) -> None:
                 bars.update(task, description=what, completed=done, total=total)
 
-            table = score_table(judge, data, on_progress=show)
+            table = score_table(judge, data, split=split, on_progress=show)
+        if getattr(judge, "began_with_adapters", False):
+            console.print(
+                f"{name}: the reference is what its training began with, in {directory}/ref.",
+                soft_wrap=True, highlight=False, markup=False,
+            )  # fmt: skip
         # What took minutes is kept, whatever may be wrong with it: --scores reads it again.
         path = output_dir / f"{name.strip(os.sep).replace(os.sep, '_')}.scores.parquet"
         output_dir.mkdir(parents=True, exist_ok=True)

@@ -17,15 +17,6 @@ app = typer.Typer(
 )
 
 DEFAULT_AMBIGUITY = "tv:0.1"
-# Learning rate by (kind, adapters only).
-LEARNING_RATES = {
-    ("reward", False): 1e-5,
-    ("reward", True): 1e-4,
-    ("dpo", False): 1e-6,
-    ("dpo", True): 1e-5,
-    ("grpo", False): 1e-6,
-    ("grpo", True): 1e-5,
-}
 _RATES_TOLD = "reward 1e-5, dpo and grpo 1e-6; with --lora ten times that"
 _IN, _OPT, _OUT, _DEMO = "Input", "Optimisation", "Output", "Demo"
 
@@ -47,7 +38,26 @@ EvalData = Annotated[
     str | None,
     _option(panel=_IN, help="Held-out pairs, evaluated with every checkpoint and at the end."),
 ]
-Model = Annotated[str | None, _option(panel=_IN, help="Model directory, or a hub name.")]
+Split = Annotated[
+    str | None,
+    _option(panel=_IN, help="Split of --data, a `datasets` name.", show_default="train"),
+]
+EvalSplit = Annotated[
+    str | None,
+    _option(
+        panel=_IN,
+        help="Split of --eval-data; without that, of --data.",
+        show_default="train of --eval-data",
+    ),
+]
+Model = Annotated[
+    str | None,
+    _option(
+        panel=_IN,
+        help="Model directory, or a hub name. Adapters, as --lora leaves them, are trained on, and "
+        "what they were at the start is the reference.",
+    ),
+]
 Ambiguity = Annotated[
     str | None,
     _option(
@@ -88,8 +98,24 @@ LearningRate = Annotated[
 ]
 MaxLength = Annotated[int, _option(panel=_OPT, min=2, help="Longest sequence in tokens.")]
 Seed = Annotated[int, _option(panel=_OPT, min=0, help="Decides data order and new weights.")]
-Lora = Annotated[bool, _option("--lora/--no-lora", panel=_OPT, help="Train LoRA adapters only.")]
-LoraR = Annotated[int, _option(panel=_OPT, min=1, help="Rank of the adapters.")]
+Lora = Annotated[
+    bool | None,
+    _option(
+        "--lora/--no-lora",
+        panel=_OPT,
+        help="Train LoRA adapters only.",
+        show_default="lora where --model holds adapters",
+    ),
+]
+LoraR = Annotated[
+    int | None,
+    _option(
+        panel=_OPT,
+        min=1,
+        help="Rank of the adapters.",
+        show_default=f"{run.LORA_R}, or that of --model's",
+    ),
+]
 Dtype = Annotated[
     Literal["fp32", "bf16"] | None,
     _option(panel=_OPT, help="bf16 is autocast.", show_default="bf16 on a GPU, fp32 on the CPU"),
@@ -114,6 +140,8 @@ def reward(
     data: Data = None,
     model: Model = None,
     eval_data: EvalData = None,
+    split: Split = None,
+    eval_split: EvalSplit = None,
     ambiguity: Ambiguity = None,
     epochs: Epochs = 1.0,
     max_steps: MaxSteps = -1,
@@ -127,8 +155,8 @@ def reward(
         float, _option(panel=_OPT, min=0, help="Pulls the rewards of a pair towards mean 0.")
     ] = 0.0,
     seed: Seed = 42,
-    lora: Lora = False,
-    lora_r: LoraR = 16,
+    lora: Lora = None,
+    lora_r: LoraR = None,
     dtype: Dtype = None,
     output_dir: OutputDir = None,
     save_steps: SaveSteps = 500,
@@ -169,6 +197,8 @@ def dpo(
     data: Data = None,
     model: Model = None,
     eval_data: EvalData = None,
+    split: Split = None,
+    eval_split: EvalSplit = None,
     ambiguity: Ambiguity = None,
     beta: Annotated[float, _option(panel=_OPT, help="Strength of the pull to the start.")] = 0.1,
     loss_type: Annotated[
@@ -186,8 +216,8 @@ def dpo(
     learning_rate: LearningRate = None,
     max_length: MaxLength = 1024,
     seed: Seed = 42,
-    lora: Lora = False,
-    lora_r: LoraR = 16,
+    lora: Lora = None,
+    lora_r: LoraR = None,
     dtype: Dtype = None,
     precompute_ref: Annotated[
         bool,
@@ -245,10 +275,12 @@ def grpo(
         _option(
             panel=_IN,
             help="module:function, called as TRL's reward functions (prompts, completions and "
-            "columns by name), or the directory of a reward model.",
+            "columns by name), or the directory of a reward model, whole or as adapters.",
         ),
     ] = None,
     eval_data: EvalData = None,
+    split: Split = None,
+    eval_split: EvalSplit = None,
     ambiguity: Ambiguity = None,
     beta: Annotated[
         float, _option(panel=_OPT, min=0, help="Strength of the pull to the start.")
@@ -298,8 +330,8 @@ def grpo(
     robust_scope: RobustScope = "step",
     learning_rate: LearningRate = None,
     seed: Seed = 42,
-    lora: Lora = False,
-    lora_r: LoraR = 16,
+    lora: Lora = None,
+    lora_r: LoraR = None,
     dtype: Dtype = None,
     output_dir: OutputDir = None,
     save_steps: SaveSteps = 500,
@@ -344,8 +376,6 @@ def _train(ctx: typer.Context, kind: str) -> None:
             f"missing {', '.join(missing)} (or --demo); see {ctx.command_path} --help"
         )
     options["ambiguity"] = options["ambiguity"] or DEFAULT_AMBIGUITY
-    if options["learning_rate"] is None:
-        options["learning_rate"] = LEARNING_RATES[kind, options["lora"]]
     raise typer.Exit(run.run(kind, options, _console.console(), _resume_command(ctx)))
 
 

@@ -64,7 +64,10 @@ def _changed_answer(answer: Any, apply: Callable[[str], str]) -> Any:
     if isinstance(answer, str):
         lead = answer[: len(answer) - len(answer.lstrip())]  # what joins it to the prompt
         return lead + apply(answer[len(lead) :])
-    last = max(i for i, message in enumerate(answer) if message["role"] == "assistant")
+    texts = [i for i, one in enumerate(answer) if one["role"] == "assistant" and one["content"]]
+    if not texts:  # it only calls tools
+        return answer
+    last = texts[-1]
     content = apply(answer[last]["content"])
     return [*answer[:last], {**answer[last], "content": content}, *answer[last + 1 :]]
 

@@ -7,8 +7,7 @@ of that kind of model do, so a score here is the one that training saw.
 from __future__ import annotations
 
 import contextlib
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,14 +16,10 @@ import numpy as np
 import torch
 
 import drrlhf as dr
-from drrlhf import reward_inputs
+from drrlhf import models, reward_inputs
 from drrlhf.batching import by_length
 from drrlhf.stress.counterfactual import Row
 from drrlhf.stress.curves import Array
-
-ADAPTER = "adapter_config.json"
-_REWARD, _POLICY = "SequenceClassification", "CausalLM"
-_TASKS = {"SEQ_CLS": _REWARD, "CAUSAL_LM": _POLICY}
 
 
 class Text(NamedTuple):
@@ -99,24 +94,15 @@ class RewardModel(Judge):
         device: str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        if kind_of(directory) != _REWARD:
+        if models.kind_of(directory) != models.REWARD:
             raise ValueError(f"{directory}: expected a sequence-classification model")
         super().__init__(directory, max_length, device, dtype)
         labels = self.model.config.num_labels
         if labels != 1:
             raise ValueError(f"{directory}: expected a reward model of one label, got {labels}")
-        if (Path(directory) / ADAPTER).is_file():
-            # A trainer sets the pad token of its model, and saves it beside adapters only with the
-            # tokenizer.
-            self.model.config.get_text_config().pad_token_id = self.tokenizer.pad_token_id
 
     def _loaded(self, directory: str | Path, dtype: Any) -> Any:
-        from transformers import AutoModelForSequenceClassification
-
-        # A base model of adapters does not say how many labels it gets; a reward model has one.
-        labels = {"num_labels": 1} if (Path(directory) / ADAPTER).is_file() else {}
-        model = _load(AutoModelForSequenceClassification, directory, dtype, **labels)
-        return model.to(self.device).eval()
+        return models.load(directory, models.REWARD, dtype).to(self.device).eval()
 
     def _texts(self, row: Row) -> tuple[Text, Text]:
         return self._text(row, "chosen"), self._text(row, "rejected")
@@ -137,7 +123,8 @@ class Policy(Judge):
         beta (log p(answer | prompt) - log p_ref(answer | prompt))
 
     with the end token, or the chat template's, as part of the answer. The reference is the model in
-    ``reference``, or for adapters, without one, the model under them. Of a text longer than
+    ``reference``; without one, for adapters, those that their training began with, in ``ref``
+    beside them, or else the model under them. Of a text longer than
     ``max_length`` tokens the first ones are read; where the prompt alone is that long, the score is
     NaN.
 
@@ -157,9 +144,9 @@ class Policy(Judge):
         device: str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        if kind_of(directory) != _POLICY:
+        if models.kind_of(directory) != models.POLICY:
             raise ValueError(f"{directory}: expected a causal language model")
-        if reference is None and not (Path(directory) / ADAPTER).is_file():
+        if reference is None and models.adapters_of(directory) is None:
             raise ValueError(
                 f"{directory}: a policy's reward is its log-ratio to the model that it was trained "
                 "from; give that as reference (--reference DIR)"
@@ -168,12 +155,14 @@ class Policy(Judge):
             raise ValueError(f"beta must be > 0, got {beta!r}")
         super().__init__(directory, max_length, device, dtype)
         self.reference = None if reference is None else self._loaded(reference, dtype)
+        self.began_with_adapters = reference is None and models.has_reference(directory)
+        if self.began_with_adapters:
+            self.model.load_adapter(str(Path(directory) / models.REFERENCE), models.REFERENCE)
+            self.model.to(self.device).eval()
         self.beta = beta
 
     def _loaded(self, directory: str | Path, dtype: Any) -> Any:
-        from transformers import AutoModelForCausalLM
-
-        return _load(AutoModelForCausalLM, directory, dtype).to(self.device).eval()
+        return models.load(directory, models.POLICY, dtype).to(self.device).eval()
 
     def _texts(self, row: Row) -> tuple[Text, Text]:
         prompt, template = row.get("prompt") or "", reward_inputs.template_arguments(row)
@@ -204,17 +193,27 @@ class Policy(Judge):
             return dr.token_logprobs(logits[wanted], labels[wanted]).double()
 
         after = logps(self.model)
-        with self._without_adapters():
+        with self._as_it_began():
             before = logps(self.model if self.reference is None else self.reference)
         rewards = torch.zeros(len(batch), dtype=torch.float64, device=self.device)
         rows = torch.arange(len(batch), device=self.device)[:, None].expand_as(wanted)[wanted]
         rewards.index_add_(0, rows, self.beta * (after - before))
         return rewards.masked_fill(~wanted.any(1), torch.nan).cpu().numpy()
 
-    def _without_adapters(self) -> Any:
+    @contextlib.contextmanager
+    def _as_it_began(self) -> Iterator[None]:
+        """Inside, a model of adapters is the reference of their training."""
         if self.reference is not None:
-            return contextlib.nullcontext()
-        return self.model.disable_adapter()
+            yield
+        elif not self.began_with_adapters:
+            with self.model.disable_adapter():
+                yield
+        else:
+            self.model.set_adapter(models.REFERENCE)
+            try:
+                yield
+            finally:
+                self.model.set_adapter("default")
 
 
 def load_judge(
@@ -230,47 +229,11 @@ def load_judge(
     Raises:
         ValueError: neither of them is there, or a reference is given for a reward model.
     """
-    if kind_of(directory) == _POLICY:
+    if models.kind_of(directory) == models.POLICY:
         return Policy(directory, reference=reference, beta=beta, max_length=max_length, dtype=dtype)
     if reference is not None:
         raise ValueError(f"reference: {directory} is a reward model, which has none; leave it out")
     return RewardModel(directory, max_length=max_length, dtype=dtype)
-
-
-def kind_of(directory: str | Path) -> str:
-    """Whether a reward model or a policy lies in a directory, whole or as adapters.
-
-    Raises:
-        ValueError: neither.
-    """
-    from transformers import AutoConfig
-
-    folder = Path(directory)
-    if (adapter := folder / ADAPTER).is_file():
-        found = str(json.loads(adapter.read_text(encoding="utf-8")).get("task_type"))
-        kind = _TASKS.get(found)
-    elif (folder / "config.json").is_file():
-        found = (AutoConfig.from_pretrained(directory).architectures or ["?"])[0]
-        ends = {"ForSequenceClassification": _REWARD, "ForCausalLM": _POLICY, "HeadModel": _POLICY}
-        kind = next((kind for end, kind in ends.items() if found.endswith(end)), None)
-    else:
-        raise ValueError(f"{directory}: no directory with a config.json or {ADAPTER} in it")
-    if kind is None:
-        raise ValueError(
-            f"{directory}: expected a reward model (sequence classification) or a causal language "
-            f"model, got {found}"
-        )
-    return kind
-
-
-def _load(auto: Any, directory: str | Path, dtype: Any, **options: Any) -> Any:
-    if not (Path(directory) / ADAPTER).is_file():
-        return auto.from_pretrained(directory, dtype=dtype, **options)
-    from peft import PeftConfig, PeftModel
-
-    base = PeftConfig.from_pretrained(str(directory)).base_model_name_or_path
-    model = auto.from_pretrained(base, dtype=dtype, **options)
-    return PeftModel.from_pretrained(model, str(directory))
 
 
 def _common(one: Sequence[int], other: Sequence[int]) -> int:

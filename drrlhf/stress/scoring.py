@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,13 +10,13 @@ from typing import Any
 import pyarrow as pa
 
 from drrlhf import files
-from drrlhf.data import load_preference_data
+from drrlhf.data import TEMPLATE, load_preference_data
 from drrlhf.stress.counterfactual import Row, counterfactuals
 from drrlhf.stress.curves import Array
 from drrlhf.stress.models import Judge
 from drrlhf.stress.scores import Scores, from_table
 
-DROPPED = ("margin", "chosen", "rejected")
+DROPPED = ("margin", "chosen", "rejected", *TEMPLATE)
 # Told (what is scored, answers done, answers in all).
 Progress = Callable[[str, int, int], None]
 
@@ -71,6 +72,9 @@ def score_table(
     columns = {name: loaded.dataset[name][:] for name in kept}
     if loaded.group_names is not None:
         columns["group"] = [loaded.group_names[group] for group in columns["group"]]
+    if any(isinstance(prompt, list) for prompt in columns.get("prompt", ())):
+        # Text: messages that call tools have no common fields.
+        columns["prompt"] = [json.dumps(prompt, ensure_ascii=False) for prompt in columns["prompt"]]
     for side in ("chosen", "rejected"):
         columns[f"{side}_length"] = [_length(row[side]) for row in rows]
     arrays = {name: files.array(values) for name, values in columns.items()}
@@ -84,4 +88,4 @@ def _length(answer: Any) -> int:
     """Characters of an answer; of messages, of the assistant's."""
     if isinstance(answer, str):
         return len(answer)
-    return sum(len(message["content"]) for message in answer if message["role"] == "assistant")
+    return sum(len(one["content"] or "") for one in answer if one["role"] == "assistant")

@@ -48,11 +48,7 @@ class AmbiguityMixin(StepMixin):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         given = inspect.signature(super().__init__).bind(*args, **kwargs).arguments
         config = given.get("args")
-        self._read_set(config)
-        num_groups = self._num_groups
-        present = columns.check_dataset(given.get("train_dataset"), "train_dataset", num_groups)
-        columns.check_dataset(given.get("eval_dataset"), "eval_dataset", num_groups)
-        self._weighted = columns.WEIGHT in present
+        self._read_set(config, given)
         self._pass: Pass | None = None
         self._evaluated: list[Tensor] | None = None
         if config is not None:
@@ -66,7 +62,7 @@ class AmbiguityMixin(StepMixin):
             for model in (self.model, getattr(self, "ref_model", None)):
                 if model is not None:
                     packing.prepare(self.accelerator.unwrap_model(model), "padding_free")
-        self.data_collator = columns.PairColumns(self.data_collator, num_groups)
+        self.data_collator = columns.PairColumns(self.data_collator, self._numbered)
         self._make_states()
         self._check_setup()
         self._warn()
@@ -82,6 +78,21 @@ class AmbiguityMixin(StepMixin):
                 f"optimizer step's ({parts[0]} accumulation steps, {parts[1]} processes). The "
                 "objective depends on that number."
             )
+
+    def _prepare_dataset(
+        self, dataset: Any, processing_class: Any, args: Any, dataset_name: str
+    ) -> Any:
+        """TRL's; a dataset of which ``max_length`` leaves nothing is refused."""
+        prepared = super()._prepare_dataset(  # type: ignore[misc]
+            dataset, processing_class, args, dataset_name
+        )
+        rows = len(dataset) if hasattr(dataset, "__len__") else 0
+        if rows and not len(prepared):
+            raise ValueError(
+                f"the {dataset_name} dataset: no pair fits: all {rows} are longer than max_length="
+                f"{args.max_length} tokens, or their prompts are; raise it, or give shorter texts."
+            )
+        return prepared
 
     def _set_signature_columns_if_needed(self) -> None:
         fresh = self._signature_columns is None
@@ -162,7 +173,7 @@ class AmbiguityMixin(StepMixin):
         if self._adversarial or seen.nominal is not None:
             found |= pairs.summary(everyone, value.item())
         group_weights = None if self.group_state is None else self.group_state.weights
-        found |= pairs.by_group(everyone, group_weights)
+        found |= pairs.by_group(everyone, group_weights, self._label)
         metrics = self._metrics["train" if self.model.training else "eval"]
         for name, number in found.items():
             metrics[name].append(number)
@@ -207,7 +218,7 @@ class AmbiguityMixin(StepMixin):
                 output.metrics[f"{metric_key_prefix}_loss"] = risk.value.item()
         else:
             seen = seen._replace(weights=None)
-        found |= pairs.worst_group(seen) | pairs.by_group(seen, None)
+        found |= pairs.worst_group(seen) | pairs.by_group(seen, None, self._label)
         for name, number in found.items():
             self._metrics["eval"][name] = [number]
         return output

@@ -1,18 +1,21 @@
-"""The two columns that TRL does not know: ``group`` (int64 ids) and ``weight`` (float64).
+"""The two columns that TRL does not know: ``group`` and ``weight`` (float64).
 
 They ride in the batch beside TRL's own columns and are taken out again before the model sees it.
-``weight`` is the nominal weight of a pair (0 masks it), ``group`` its group.
+``weight`` is the nominal weight of a pair (0 masks it), ``group`` its group: in the batch the int64
+number of it, in the data that, a code, or text (`drrlhf.groups`).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any
 
 import torch
+
+from drrlhf.groups import Groups, is_integer, named, of_values, short
 
 GROUP, WEIGHT = "group", "weight"
 COLUMNS = (GROUP, WEIGHT)
@@ -22,23 +25,25 @@ COLUMNS = (GROUP, WEIGHT)
 class PairColumns:
     """A data collator around another: adds ``group`` and ``weight`` when the examples have them.
 
-    ``num_groups`` is the number of groups of the ambiguity set, None when it has none; only then
-    are group ids checked, and a ``group`` column that does not hold integers is left out.
+    ``groups`` are those of the ambiguity set, None when it has none: then a ``group`` column that
+    holds integers is taken as it is, and any other left out.
 
     Raises:
-        ValueError: (when called) a group id outside [0, num_groups), or a weight that is not a
+        ValueError: (when called) a group that is none of ``groups``, or a weight that is not a
             finite number >= 0.
     """
 
     collator: Callable[[list[dict[str, Any]]], Any]
-    num_groups: int | None = None
+    groups: Groups | None = None
 
     def __call__(self, examples: list[dict[str, Any]]) -> Any:
         extra = {}
         for name, dtype in ((GROUP, torch.int64), (WEIGHT, torch.float64)):
             if name in examples[0]:
                 values = [_plain(example.get(name)) for example in examples]
-                check_values(name, values, self.num_groups)
+                check_values(name, values, self.groups)
+                if name == GROUP and self.groups is not None:
+                    values = [self.groups.number(value) for value in values]
                 if name == WEIGHT or all(_is_integer(value) for value in values):
                     extra[name] = torch.tensor(values, dtype=dtype)
         batch = self.collator(examples)
@@ -54,34 +59,114 @@ def take(inputs: Any) -> tuple[dict[str, Any], torch.Tensor | None, torch.Tensor
     return rest, weight, group
 
 
-def check_dataset(dataset: Any, argument: str, num_groups: int | None) -> set[str]:
-    """Fail before any training on columns that cannot work; return those of ours that are there.
+def check_datasets(
+    given: Mapping[str, Any], num_groups: int | None
+) -> tuple[Groups | None, set[str]]:
+    """Fail before any training on columns that cannot work.
 
-    Every value of a map-style dataset is checked here, those of a streamed one as they come.
-    ``dataset`` may be a mapping of datasets, as ``eval_dataset`` may.
+    ``given`` are a trainer's arguments, of which ``train_dataset`` and ``eval_dataset`` are looked
+    at; ``num_groups`` is what the ambiguity set needs: None for no groups, 0 for as many as the
+    training data have. Every value of a map-style dataset is checked here, those of a streamed one
+    as they come.
+
+    Returns:
+        The groups that the training data have: of a set that needs them, or by the names of a
+        `datasets.ClassLabel`; and those of our columns that the training data have.
 
     Raises:
-        ValueError: ``num_groups`` is given and there is no ``group`` column; or as PairColumns.
+        ValueError: groups are needed and a dataset has no column of them, or of another number, or
+            the evaluation data have others than the training data; or as PairColumns.
     """
+    train, evaluation = given.get("train_dataset"), given.get("eval_dataset")
+    present = _present(train, "train_dataset", num_groups)
+    groups = _groups(train, num_groups) if GROUP in present else None
+    if train is not None and WEIGHT in present and hasattr(train, "unique"):
+        check_values(WEIGHT, train.unique(WEIGHT), None, " of train_dataset")
+    check_evaluation(evaluation, groups, num_groups)
+    return groups, present
+
+
+def check_evaluation(
+    dataset: Any, groups: Groups | None, num_groups: int | None, argument: str = "eval_dataset"
+) -> None:
+    """`check_datasets` for evaluation data, which may be a mapping of datasets."""
+    if hasattr(dataset, "items"):
+        for key, one in dataset.items():
+            check_evaluation(one, groups, num_groups, f"{argument}[{key!r}]")
+        return
+    check_names(dataset, groups, argument)
+    for name in _present(dataset, argument, num_groups):
+        if hasattr(dataset, "unique") and (name == WEIGHT or num_groups is not None):
+            check_values(name, dataset.unique(name), groups, f" of {argument}")
+
+
+def check_names(dataset: Any, groups: Groups | None, argument: str = "eval_dataset") -> None:
+    """ValueError where a dataset numbers the groups by other names than ``groups`` have."""
+    names = _class_names(dataset)
+    if groups is not None and names is not None and named(names) != named(groups.names or names):
+        raise ValueError(
+            f"column 'group' of {argument} numbers the groups {short(names)}, that of "
+            f"train_dataset {groups}: cast it with cast_column('group', "
+            "train_dataset.features['group'])."
+        )
+
+
+def _present(dataset: Any, argument: str, num_groups: int | None) -> set[str]:
+    """Those of our columns that a dataset has."""
     if dataset is None:
         return set()
-    if hasattr(dataset, "items"):
-        return set().union(
-            *(check_dataset(d, f"{argument}[{key!r}]", num_groups) for key, d in dataset.items())
-        )
     present = set(COLUMNS) & set(next(iter(dataset), {}))
     if num_groups is not None and GROUP not in present:
+        asked, ids = "group", ""
+        if num_groups:
+            asked, ids = f"group:{num_groups}", f", 0 to {num_groups - 1}, or its name"
         raise ValueError(
-            f"{argument} has no column 'group', which ambiguity='group:{num_groups}' needs: add "
-            f"one with the integer group of every pair, 0 to {num_groups - 1}."
+            f"{argument} has no column 'group', which ambiguity={asked!r} needs: add one with the "
+            f"group of every pair{ids}."
         )
-    for name in present:
-        if hasattr(dataset, "unique"):
-            check_values(name, dataset.unique(name), num_groups, f" of {argument}")
     return present
 
 
-def check_values(name: str, values: Iterable[Any], num_groups: int | None, where: str = "") -> None:
+def _groups(dataset: Any, num_groups: int | None) -> Groups | None:
+    """The groups of the training data, whose column ``group`` is there."""
+    names = _class_names(dataset)
+    if names is not None:
+        found = named(names, encoded=True)
+    elif num_groups is None:
+        return None
+    elif not hasattr(dataset, "unique"):
+        if not num_groups:
+            raise ValueError(
+                "train_dataset is streamed, so the number of its groups is not known beforehand: "
+                "write it, as in ambiguity='group:4', with integers from 0 in the column 'group', "
+                "or cast that column to a datasets.ClassLabel."
+            )
+        return Groups(num_groups)
+    else:
+        values = dataset.unique(GROUP)
+        if all(is_integer(value) and value < num_groups for value in values):
+            return Groups(num_groups)
+        try:
+            found = of_values(values)
+        except ValueError as error:
+            raise ValueError(f"column 'group' of train_dataset {error}. Correct it.") from None
+    if num_groups and num_groups != found.count:
+        raise ValueError(
+            f"column 'group' of train_dataset has {found.count} groups ({found}), but "
+            f"ambiguity='group:{num_groups}' expects integers in [0, {num_groups}), or "
+            f"{num_groups} different codes or names. Correct the column, or write "
+            "ambiguity='group', which takes their number from the data."
+        )
+    return found
+
+
+def _class_names(dataset: Any) -> list[str] | None:
+    """The names of a column ``group`` of datasets.ClassLabel."""
+    feature = (getattr(dataset, "features", None) or {}).get(GROUP)
+    return getattr(feature, "names", None)
+
+
+def check_values(name: str, values: Iterable[Any], groups: Groups | None, where: str = "") -> None:
     """ValueError naming the first value that a column of ours may not hold."""
     for value in values:
         if name == WEIGHT:
@@ -90,11 +175,14 @@ def check_values(name: str, values: Iterable[Any], num_groups: int | None, where
                     f"column 'weight'{where} holds {value!r}: expected a finite number >= 0 (0 "
                     "masks the pair). Correct the column, or rename it if it means something else."
                 )
-        elif num_groups is not None and not (_is_integer(value) and 0 <= value < num_groups):
-            raise ValueError(
-                f"column 'group'{where} holds {value!r}: expected an integer in [0, {num_groups})."
-                " Correct the column, or the number of groups of the ambiguity set."
-            )
+        elif groups is not None:
+            try:
+                groups.number(value)
+            except ValueError as error:
+                raise ValueError(
+                    f"column 'group'{where} holds {value!r}: {error}. Correct the column, or the "
+                    "groups of the training data."
+                ) from None
 
 
 def _plain(value: Any) -> Any:

@@ -10,6 +10,7 @@ from trl import RewardConfig as _TRLRewardConfig
 
 from drrlhf import parse_ambiguity
 from drrlhf.checks import check_choice
+from drrlhf.groups import from_data, with_count
 from drrlhf.trl.head import HEADS
 
 SCOPES = ("step", "microbatch")
@@ -17,7 +18,8 @@ GROUPINGS = ("column", "pass_rate")
 _HELP = (
     "The ambiguity set around the pairs of a step: erm (TRL's own objective), kl:RADIUS, "
     "kl:temperature=T (also with ,momentum=M), tv:RADIUS, chi2:RADIUS, chi2:penalty=C, "
-    "cvar:ALPHA or group:NUM_GROUPS, each optionally with ,trim=E."
+    "cvar:ALPHA or group:NUM_GROUPS, each optionally with ,trim=E; group alone takes the number of "
+    "groups from the training data."
 )
 
 
@@ -39,7 +41,10 @@ class _Ambiguous:
     )
 
     def __post_init__(self) -> None:
-        self.ambiguity = str(parse_ambiguity(self.ambiguity))
+        if from_data(self.ambiguity):
+            with_count(self.ambiguity, 1)  # refuses what else is wrong
+        else:
+            self.ambiguity = str(parse_ambiguity(self.ambiguity))
         check_choice("robust_scope", self.robust_scope, SCOPES)
         super().__post_init__()  # type: ignore[misc]
 
@@ -50,9 +55,10 @@ class DPOConfig(_Ambiguous, _TRLDPOConfig):
 
     ``ambiguity`` takes a string such as ``"tv:0.1"`` or an instance such as ``drrlhf.TV(0.1)``, and
     holds the canonical string afterwards, so that saving and parsing the configuration work as
-    before. ``robust_scope`` is what the adversary sees: ``"step"``, the pairs of the whole
-    optimizer step, over all processes and accumulated batches, as if they were one batch;
-    ``"microbatch"``, those of one device's batch. A run resumes with its own set unless
+    before; ``"group"``, or ``"group:step_size=0.1"``, takes the number of groups from the column
+    ``group`` of the training data. ``robust_scope`` is what the adversary sees: ``"step"``, the
+    pairs of the whole optimizer step, over all processes and accumulated batches, as if they were
+    one batch; ``"microbatch"``, those of one device's batch. A run resumes with its own set unless
     ``resume_with_changed_ambiguity``. ``label_smoothing`` also applies to ``loss_type="sigmoid"``
     (cDPO): TRL ignores it.
     ``padding_free``, which TRL 1.16 takes and ignores, runs the model on one packed row of tokens.

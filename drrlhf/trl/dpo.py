@@ -30,14 +30,14 @@ class DPOTrainer(AmbiguityMixin, trl.DPOTrainer):
     to ``loss_type="sigmoid"`` (cDPO), where TRL ignores it. Several ``loss_type`` are summed pair
     by pair with ``loss_weights`` (and WPO's ``use_weighting``), and the adversary weighs the sum;
     ``sft`` and a mixture-of-experts auxiliary loss are added outside the ambiguity set. Datasets
-    may have the columns ``group`` (int) and ``weight`` (>= 0). The log-probs come from the head
-    that ``args.head`` names, in training, evaluation and precomputation; other trainers in the
-    process keep theirs.
+    may have the columns ``group`` (numbers from 0, codes or text) and ``weight`` (>= 0). The
+    log-probs come from the head that ``args.head`` names, in training, evaluation and
+    precomputation; other trainers in the process keep theirs.
 
     Raises:
         ValueError: an unknown ``loss_type``; ``aot`` or ``aot_unpaired`` with weights; an
-            ambiguity set with no pair loss to act on; a Group set without a ``group`` column, an
-            id outside [0, num_groups), a weight that is not finite and >= 0, or what
+            ambiguity set with no pair loss to act on; a Group set without a ``group`` column or
+            with another number of groups, a weight that is not finite and >= 0, or what
             `AmbiguityMixin` refuses.
         RuntimeError: with our head, something other than TRL or drrlhf stands in the
             place of TRL's head.

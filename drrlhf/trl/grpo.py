@@ -40,20 +40,21 @@ class GRPOTrainer(SetMixin, trl.GRPOTrainer):
     stay TRL's. Completions whose prompt has weight 0 are left out of the forward pass. With
     ``ambiguity="erm"`` and no ``weight`` column everything is TRL's own.
 
-    Datasets may have the columns ``group`` (int) and ``weight`` (>= 0) of a prompt; with
+    Datasets may have the columns ``group`` (numbers from 0, codes or text) and ``weight`` (>= 0) of
+    a prompt; with
     ``args.group_by="pass_rate"`` a Group set's groups are instead the prompts' running pass rates,
     cut into equal parts of [0, 1]. Log-probs come from the head that ``args.head`` names.
 
     Metrics added: ``robust/reward``, the plain mean of V, and ``robust/worst_case_reward``;
     ``robust/effective_sample_size``, ``/max_weight``, ``/kept`` as in the other trainers, over
     prompts; ``robust/overflowed``, tokens whose importance ratio was clamped; and for each group
-    ``group/<g>/reward``, ``/weight`` and, for a Group set, ``/state`` (the reward with
-    ``ambiguity="erm"`` too). TRL's token metrics are over
+    ``group/<g>/reward``, ``/weight`` and, for a Group set, ``/state``, under the group's name in
+    the data (the reward with ``ambiguity="erm"`` too). TRL's token metrics are over
     the completions that kept weight. In evaluation the loss stays the plain one, and the
     ``robust/…`` metrics are over the whole evaluation set.
 
     Raises:
-        ValueError: a Group set without groups, an id outside [0, num_groups), a weight that is not
+        ValueError: a Group set without groups or with another number of them, a weight that is not
             finite and >= 0; an infinite reward; options of TRL's whose reference term cannot be
             weighed (with ``beta`` != 0), DeepSpeed with accumulation, or tensor parallelism.
     """
@@ -71,12 +72,8 @@ class GRPOTrainer(SetMixin, trl.GRPOTrainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         given = inspect.signature(super().__init__).bind(*args, **kwargs).arguments
         config = given.get("args")
-        self._read_set(config)
-        self._by_pass_rate = getattr(config, "group_by", "column") == "pass_rate"
-        needed = None if self._by_pass_rate else self._num_groups
-        present = columns.check_dataset(given.get("train_dataset"), "train_dataset", needed)
-        columns.check_dataset(given.get("eval_dataset"), "eval_dataset", needed)
-        self._weighted = columns.WEIGHT in present
+        self._by_column = getattr(config, "group_by", "column") != "pass_rate"
+        self._read_set(config, given)
         if config is not None:
             self._check_arguments(config)
         self._held: list[dict[str, Any]] = []
@@ -88,13 +85,13 @@ class GRPOTrainer(SetMixin, trl.GRPOTrainer):
             if isinstance(function, PreTrainedModel):  # TRL has set it to the tokenizer's
                 function.config.get_text_config().pad_token_id = pad
         self._make_states()
-        self.pass_rates = PassRates() if self._by_pass_rate else None
+        self.pass_rates = None if self._by_column else PassRates()
         self._check_setup()
 
     def _check_arguments(self, config: Any) -> None:
         super()._check_arguments(config)
         head.check(head.resolve(head.asked(config), config.device.type))
-        if self._by_pass_rate and not isinstance(self.ambiguity, Group):
+        if not self._by_column and not isinstance(self.ambiguity, Group):
             raise ValueError(
                 f"group_by='pass_rate' groups prompts for a Group set, got ambiguity="
                 f"{str(self.ambiguity)!r}: take ambiguity='group:NUM_GROUPS', or leave group_by."
@@ -187,7 +184,9 @@ class GRPOTrainer(SetMixin, trl.GRPOTrainer):
         device = self.accelerator.device
         if self.pass_rates is None:
             given = [row.get(columns.GROUP, -1) for row in inputs]
-            columns.check_values(columns.GROUP, given, self._num_groups)
+            if self._numbered is not None:
+                columns.check_values(columns.GROUP, given, self._numbered)
+                given = [self._numbered.number(group) for group in given]
             known = all(isinstance(group, int) for group in given)
             return torch.tensor(given if known else [-1] * len(given), device=device)
         identities = torch.tensor([prompts.identity(row["prompt"]) for row in inputs])
@@ -270,7 +269,7 @@ class GRPOTrainer(SetMixin, trl.GRPOTrainer):
     def _log_prompts(self, found: prompts.Prompts, risk: float | None, mode: str) -> None:
         """Metrics of all processes' prompts; without a risk they are not weighed."""
         state = None if self.group_state is None else self.group_state.weights
-        metrics = prompts.by_group(found, state)
+        metrics = prompts.by_group(found, state, self._label)
         if risk is not None:
             metrics |= prompts.summary(found, risk)
         for name, number in metrics.items():

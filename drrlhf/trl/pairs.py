@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -96,22 +96,26 @@ def _groups(pairs: Pairs) -> Iterator[tuple[int, Tensor]]:
                 yield g, rows
 
 
-def by_group(pairs: Pairs, state: Tensor | None) -> dict[str, float]:
-    """The ``group/…`` metrics: loss, accuracy, weight of each group present, and its state."""
+def by_group(
+    pairs: Pairs, state: Tensor | None, label: Callable[[int], str] = str
+) -> dict[str, float]:
+    """The ``group/…`` metrics: loss, accuracy, weight of each group present, and its state; group
+    g is called ``label(g)``."""
     metrics: dict[str, float] = {}
     for g, rows in _groups(pairs):
         if g < LOGGED_GROUPS:
-            metrics[f"group/{g}/loss"] = pairs.losses[rows].mean().item()
-            metrics[f"group/{g}/accuracy"] = pairs.correct[rows].double().mean().item()
+            name = f"group/{label(g)}"
+            metrics[f"{name}/loss"] = pairs.losses[rows].mean().item()
+            metrics[f"{name}/accuracy"] = pairs.correct[rows].double().mean().item()
             if pairs.weights is not None:
-                metrics[f"group/{g}/weight"] = pairs.weights[rows].sum().item()
-    return metrics | states(state)
+                metrics[f"{name}/weight"] = pairs.weights[rows].sum().item()
+    return metrics | states(state, label)
 
 
-def states(state: Tensor | None) -> dict[str, float]:
+def states(state: Tensor | None, label: Callable[[int], str] = str) -> dict[str, float]:
     """The kept weight of each group, where a Group set keeps any."""
     kept = [] if state is None else state[:LOGGED_GROUPS].tolist()
-    return {f"group/{g}/state": weight for g, weight in enumerate(kept)}
+    return {f"group/{label(g)}/state": weight for g, weight in enumerate(kept)}
 
 
 def worst_group(pairs: Pairs) -> dict[str, Any]:

@@ -7,7 +7,7 @@ shuffling, splitting and buffering.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -66,16 +66,20 @@ def summary(prompts: Prompts, risk: float) -> dict[str, float]:
     return own | unevenness(prompts.weights, prompts.present)
 
 
-def by_group(prompts: Prompts, state: Tensor | None) -> dict[str, float]:
-    """The ``group/…`` metrics: reward and weight of each group present, and its state."""
+def by_group(
+    prompts: Prompts, state: Tensor | None, label: Callable[[int], str] = str
+) -> dict[str, float]:
+    """The ``group/…`` metrics: reward and weight of each group present, and its state; group g is
+    called ``label(g)``."""
     metrics: dict[str, float] = {}
     for g in prompts.groups.unique().tolist():
         rows = (prompts.groups == g) & prompts.present
         if 0 <= g < LOGGED_GROUPS and rows.any():
-            metrics[f"group/{g}/reward"] = prompts.values[rows].mean().item()
+            name = f"group/{label(g)}"
+            metrics[f"{name}/reward"] = prompts.values[rows].mean().item()
             if prompts.weights is not None:
-                metrics[f"group/{g}/weight"] = prompts.weights[rows].sum().item()
-    return metrics | states(state)
+                metrics[f"{name}/weight"] = prompts.weights[rows].sum().item()
+    return metrics | states(state, label)
 
 
 def identity(prompt: Any) -> int:

@@ -19,10 +19,10 @@ class RewardTrainer(AmbiguityMixin, trl.RewardTrainer):
 
     The centring term of ``center_rewards_coefficient`` is part of each pair's loss, so that the
     adversary weighs it too. With ``ambiguity="erm"`` the numbers are TRL's. Datasets may have the
-    columns ``group`` (int) and ``weight`` (>= 0) beside TRL's ``margin``.
+    columns ``group`` (numbers from 0, codes or text) and ``weight`` (>= 0) beside TRL's ``margin``.
 
     Raises:
-        ValueError: a Group set without a ``group`` column, an id outside [0, num_groups), a
+        ValueError: a Group set without a ``group`` column or with another number of groups, a
             weight that is not finite and >= 0, a ``data_collator`` that pads with what the model
             does not skip, or what `AmbiguityMixin` refuses.
     """

@@ -1,7 +1,8 @@
-"""The ambiguity set of a trainer: its states, what it can be asked for, what checkpoints keep."""
+"""The ambiguity set of a trainer: its groups and states, what it can be asked for, checkpoints."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,10 @@ import torch
 from accelerate.utils import DistributedType
 
 from drrlhf import ERM, Group, GroupState, NormaliserState, parse_ambiguity
-from drrlhf.trl import state
+from drrlhf.groups import Groups, from_data, with_count
+from drrlhf.trl import columns, state
+
+GROUPS = "groups"  # a checkpoint's fact: what the data call the groups, in order
 
 
 class SetMixin:
@@ -22,11 +26,27 @@ class SetMixin:
     robust_scope: str
     group_state: GroupState | None
     normaliser_state: NormaliserState | None
+    _groups: Groups | None  # of the column, where the set needs it or its values have names
     _weighted: bool
     _members = "pairs"  # what the adversary weighs, in messages
+    _by_column = True  # whether the groups of a Group set are those of the column
 
-    def _read_set(self, config: Any) -> None:
-        self.ambiguity = parse_ambiguity(getattr(config, "ambiguity", "erm"))
+    def _read_set(self, config: Any, given: Mapping[str, Any]) -> None:
+        """The set of a configuration, and what the datasets among the arguments have for it."""
+        asked = getattr(config, "ambiguity", "erm")
+        counted = from_data(asked)
+        if counted and not self._by_column:
+            raise ValueError(
+                f"ambiguity={asked!r} counts the groups of the column 'group', which "
+                "group_by='pass_rate' does not use: write how many, as in 'group:4'."
+            )
+        self.ambiguity = None if counted else parse_ambiguity(asked)
+        needed = 0 if counted else self._num_groups if self._by_column else None
+        self._groups, present = columns.check_datasets(given, needed)
+        if counted:
+            assert self._groups is not None
+            self.ambiguity = with_count(asked, self._groups.count)
+        self._weighted = columns.WEIGHT in present
         self.robust_scope = getattr(config, "robust_scope", "step")
 
     def _make_states(self) -> None:
@@ -59,6 +79,16 @@ class SetMixin:
         together = self._reweighing and (self.robust_scope == "step" or self._streaming)
         several = self.accelerator.num_processes > 1
         return torch.distributed.group.WORLD if together and several else None
+
+    @property
+    def _numbered(self) -> Groups | None:
+        """The groups whose numbers the adversary needs; None where the column is only logged."""
+        return self._groups if self._by_column and self._num_groups is not None else None
+
+    def _label(self, group: int) -> str:
+        """What the metrics call a group."""
+        named = self._by_column and self._groups is not None
+        return self._groups.label(group) if named else str(group)  # type: ignore[union-attr]
 
     # -- checks --------------------------------------------------------------------------------
 
@@ -102,6 +132,13 @@ class SetMixin:
                     "robust_scope='microbatch'."
                 )
 
+    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """TRL's; a dataset that numbers the groups otherwise than the training data is refused."""
+        parts = eval_dataset.items() if hasattr(eval_dataset, "items") else [("", eval_dataset)]
+        for _, part in parts:
+            columns.check_names(part, self._groups)
+        return super().evaluate(eval_dataset, *args, **kwargs)  # type: ignore[misc]
+
     # -- checkpoints ---------------------------------------------------------------------------
 
     def _states(self) -> dict[str, torch.nn.Module]:
@@ -110,7 +147,9 @@ class SetMixin:
 
     def _facts(self) -> dict[str, str]:
         per_rank = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
-        return {
+        numbered = self._numbered
+        groups = {} if numbered is None else {GROUPS: numbered.described()}
+        return groups | {
             "ambiguity": str(self.ambiguity),
             "robust_scope": self.robust_scope,
             "processes": str(self.args.world_size),
@@ -141,6 +180,12 @@ class SetMixin:
                 f"{folder}: saved with ambiguity={before['ambiguity']!r}, resumed with "
                 f"{now['ambiguity']!r}: another objective from here on. Resume with the saved "
                 "one, or say resume_with_changed_ambiguity=True to begin the new set's state anew."
+            )
+        if before.get(GROUPS, now.get(GROUPS)) != now.get(GROUPS):
+            raise ValueError(
+                f"{folder}: its groups are {before[GROUPS]}, those of train_dataset "
+                f"{now[GROUPS]}: the kept weights would be given to others. Resume with the data "
+                "of the saved run, or start a new run from the checkpoint's model."
             )
         if self._reweighing:
             for name in ("robust_scope", "processes", f"{self._members} per step"):
