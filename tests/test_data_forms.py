@@ -48,7 +48,7 @@ def test_cells_of_csv_are_numbers_only_where_all_are(tmp_path):
     assert csv("1.0", "0.0", "0") == ([1, 0, 0], None)
     assert csv("00501", "501") == ([0, 1], ["00501", "501"])
     assert csv(2**53, 2**53 + 1) == ([0, 1], [str(2**53), str(2**53 + 1)])
-    with pytest.raises(DataError, match=r"line 3: 'group' must be an integer from 0 up.*got -1.0"):
+    with pytest.raises(DataError, match=r"line 3: 'group' must be an integer from 0 up.*got -1"):
         csv("0", "-1")
     with pytest.raises(DataError, match="line 3: no 'group', but one in line 2"):
         csv("0", " ")
