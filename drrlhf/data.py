@@ -11,23 +11,23 @@ models) and ``weight`` (the nominal weight of the pair). Prompts for GRPO need `
 
 from __future__ import annotations
 
-import csv
-import functools
-import io
+import contextlib
 import json
 import logging
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 import datasets
-import pyarrow as pa
-import pyarrow.parquet as pq
 
+from drrlhf import files
+from drrlhf.files import DataError, Row, Rows
+from drrlhf.files import short as _short
 from drrlhf.groups import is_group, named, of_values, short
 
 logger = logging.getLogger(__name__)
@@ -43,13 +43,6 @@ MESSAGE_FIELDS = {"tool_calls", "tool_call_id", "name", "reasoning_content", "th
 # A list of messages that pandas or a spreadsheet turned into its printed form.
 _WRITTEN_OUT = re.compile(r"""\s*\[\s*\{\s*['"](role|content)['"]\s*:""")
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-
-Row = dict[str, Any]
-Rows = Iterator[tuple[int, Row]]
-
-
-class DataError(ValueError):
-    """Preference data that cannot be trained on; the message names the file and the line or row."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +86,7 @@ def load_preference_data(
     """
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {', '.join(KINDS)}; got {kind!r}")
-    name, unit, rows = _open(str(source), split, REQUIRED)
+    name, unit, rows = _open(str(source), split)
     columns = _Columns(
         name, unit, skip={"margin"} if kind == "dpo" else set(), keeps_more=keep_columns
     )
@@ -111,7 +104,7 @@ def load_prompt_data(
 ) -> PreferenceData:
     """Read and check prompts for GRPO: as `load_preference_data`, with ``prompt`` (a string, or
     messages) in place of a pair, and with every other column kept as it is."""
-    name, unit, rows = _open(str(source), split, PROMPT_REQUIRED)
+    name, unit, rows = _open(str(source), split)
     columns = _Columns(
         name, unit, set(), required=PROMPT_REQUIRED, optional=PROMPT_OPTIONAL, keeps_more=True
     )
@@ -125,146 +118,45 @@ def load_prompt_data(
     return columns.finish(group_names, new_groups)
 
 
-# ---- where rows come from: each reader yields (1-based line or row, {column: value}) -------------
+# ---- where rows come from ------------------------------------------------------------------------
 
 
-def _open(source: str, split: str, required: Sequence[str]) -> tuple[str, str, Rows]:
-    """The name to print, the unit that its numbers count, and the rows."""
+def _open(source: str, split: str) -> tuple[str, str, Rows]:
+    """The name to print, what the rows' numbers count, and the rows with their numbers."""
     path = Path(source).expanduser()
-    reader = _READERS.get(path.suffix.lower())
-    if reader is _read_csv:
-        reader = functools.partial(_read_csv, required=required)
-    if path.is_dir():
+    is_file = path.is_file() or path.suffix.lower() in files.SUFFIXES
+    if path.is_dir() or (not is_file and _HUB_NAME.fullmatch(source)):
         return source, "row", _read_datasets(source, path, split)
-    if path.is_file() and reader is None:
-        suffixes = ", ".join(_READERS)
-        raise DataError(f"{source}: unknown suffix {path.suffix!r}; expected one of {suffixes}")
-    if reader is None and _HUB_NAME.fullmatch(source):
-        return source, "row", _read_datasets(source, path, split)
-    if not path.is_file() or reader is None:
+    if not path.is_file():
         raise DataError(f"{source}: no such file; give the path of a data file or a data set name")
     if split != "train":
         raise DataError(
             f"{source}: split={split!r} was asked for, but a file holds one split only; "
             "leave split out and give each split its own file"
         )
-    return source, "row" if path.suffix.lower() == ".parquet" else "line", reader(path)
+    unit, rows = files.rows(path)
+    if path.suffix.lower() == ".csv":
+        rows = ((number, {key: _csv_value(key, row[key]) for key in row}) for number, row in rows)
+    return source, unit, rows
 
 
-def _read_json(path: Path) -> Rows:
-    with path.open("rb") as file:
-        head = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
-    return _read_json_array(path) if head.startswith(b"[") else _read_jsonl(path)
-
-
-def _read_jsonl(path: Path) -> Rows:
-    # Bytes, split at \n alone: U+2028 and its like inside a string must not shift the line numbers.
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                yield number, _parse_json(path, number, line)
-
-
-def _read_json_array(path: Path) -> Rows:
-    text = _decode(path, 1, path.read_bytes())
-    try:
-        json.loads(text)  # the whole is well-formed; below only finds the line of each row
-    except json.JSONDecodeError as error:
-        raise _broken_json(path, error.lineno, error) from error
-    decoder, space, line, last = json.JSONDecoder(), re.compile(r"[\s,]*"), 1, 0
-    at = _skip(space, text, text.index("[") + 1)
-    while not text.startswith("]", at):
-        line, last = line + text.count("\n", last, at), at
-        row, at = decoder.raw_decode(text, at)
-        yield line, row
-        at = _skip(space, text, at)
-
-
-def _skip(space: re.Pattern[str], text: str, at: int) -> int:
-    match = space.match(text, at)
-    return match.end() if match else at
-
-
-def _parse_json(path: Path, number: int, line: bytes) -> Row:
-    try:
-        return json.loads(_decode(path, number, line))
-    except json.JSONDecodeError as error:
-        raise _broken_json(path, number, error) from error
-
-
-def _broken_json(path: Path, line: int, error: json.JSONDecodeError) -> DataError:
-    return DataError(f"{path}: line {line}: broken JSON: {error.msg} (column {error.colno})")
-
-
-def _decode(path: Path, number: int, data: bytes) -> str:
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = number + data.count(b"\n", 0, error.start)
-        raise DataError(f"{path}: line {line}: not UTF-8 ({error.reason})") from error
-
-
-def _read_csv(path: Path, required: Sequence[str] = REQUIRED) -> Rows:
-    text = _decode(path, 1, path.read_bytes())
-    limit = csv.field_size_limit(max(len(text), 1))  # a completion may be longer than the default
-    reader, start = csv.reader(io.StringIO(text, newline=""), strict=True), 1
-    try:
-        header = next(reader, [])
-        _check_csv_header(path, header, required)
-        start = reader.line_num + 1
-        for fields in reader:
-            if fields:
-                yield start, _csv_row(path, start, header, fields)
-            start = reader.line_num + 1  # a quoted field may hold line breaks
-    except csv.Error as error:
-        raise DataError(f"{path}: line {start}: broken CSV: {error}") from error
-    finally:
-        csv.field_size_limit(limit)
-
-
-def _csv_row(path: Path, line: int, header: list[str], fields: list[str]) -> Row:
-    if len(fields) != len(header):
-        raise DataError(
-            f"{path}: line {line}: {len(fields)} fields, but the header names {len(header)} "
-            "columns; quote fields that hold commas or line breaks"
-        )
-    row: Row = dict(zip(header, fields, strict=True))
-    for key in ("margin", "weight"):
-        if key in row:
-            row[key] = _csv_number(row[key])
-    if "group" in row:
-        row["group"] = row["group"] if row["group"].strip() else None
-    return row
+def _csv_value(key: str, cell: str) -> Any:
+    """In CSV every cell is text. Of ours that hold numbers, the number if it is one; an empty cell
+    of these and of other columns is None."""
+    if key in (*REQUIRED, "prompt"):
+        return cell
+    if not cell.strip():
+        return None
+    return _csv_number(cell) if key in ("margin", "weight") else cell
 
 
 def _csv_number(cell: str) -> Any:
-    """In CSV every cell is a string: the number it holds; None when empty; else the string."""
-    if not cell.strip():
-        return None
-    try:
-        return float(cell)
-    except ValueError:
-        return cell
-
-
-def _check_csv_header(path: Path, header: list[str], required: Sequence[str]) -> None:
-    doubled = {name for name in header if header.count(name) > 1}
-    if doubled & {*REQUIRED, *OPTIONAL}:
-        raise DataError(f"{path}: line 1: column {min(doubled)!r} is there more than once")
-    if header and not set(required) <= set(header):
-        raise _missing_column(f"{path}: line 1", header, required, _OPTIONAL_OF[tuple(required)])
-
-
-def _read_parquet(path: Path) -> Rows:
-    try:
-        file = pq.ParquetFile(path)
-        number = 0
-        for batch in file.iter_batches():
-            for row in batch.to_pylist():
-                number += 1
-                yield number, row
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path}: cannot be read as Parquet: {error}") from error
+    """The number that a cell holds; else its text."""
+    if "_" not in cell:
+        for number in (int, float):
+            with contextlib.suppress(ValueError):
+                return number(cell)
+    return cell
 
 
 def _read_datasets(source: str, path: Path, split: str) -> Rows:
@@ -281,13 +173,10 @@ def _read_datasets(source: str, path: Path, split: str) -> Rows:
         ) from error
     names = getattr(data.features.get("group"), "names", None)  # of a datasets.ClassLabel
     if "'Json'" in str(data.features.to_dict()):  # to Arrow, that is text
-        yield from ((number, _with_name(row, names)) for number, row in enumerate(data, 1))
-        return
-    number = 0
-    for batch in data.with_format("arrow").iter(1000):
-        for row in batch.to_pylist():
-            number += 1
-            yield number, _with_name(row, names)
+        rows: Rows = iter(enumerate(data, 1))
+    else:
+        rows = files.rows_of(source, data.with_format("arrow").iter(1000))
+    yield from ((number, _with_name(row, names)) for number, row in rows)
 
 
 def _with_name(row: Row, names: Sequence[str] | None) -> Row:
@@ -297,18 +186,7 @@ def _with_name(row: Row, names: Sequence[str] | None) -> Row:
     return row | {"group": names[row["group"]]}
 
 
-_READERS: dict[str, Callable[[Path], Rows]] = {
-    ".jsonl": _read_jsonl,
-    ".json": _read_json,
-    ".csv": _read_csv,
-    ".parquet": _read_parquet,
-}
-
-
 # ---- what rows must hold -------------------------------------------------------------------------
-
-
-_OPTIONAL_OF = {REQUIRED: OPTIONAL, PROMPT_REQUIRED: PROMPT_OPTIONAL}
 
 
 def _missing_column(
@@ -332,6 +210,7 @@ class _Columns:
     optional: tuple[str, ...] = OPTIONAL
     keeps_more: bool = False
     columns: dict[str, list[Any]] = field(default_factory=dict)
+    more: dict[str, list[Any]] = field(default_factory=dict)
     numbers: list[int] = field(default_factory=list)
     template: dict[str, list[Any]] = field(default_factory=dict)
     in_full: set[str] = field(default_factory=set)  # columns of messages with more than text
@@ -360,13 +239,13 @@ class _Columns:
         self.tools |= "tools" in present
         if self.required == REQUIRED:
             known = (*known, *TEMPLATE)
-        if self.keeps_more:
-            kept += [key for key in row if key in present and key not in known]
-        else:
-            self.left_out |= present - {*known}
         self.check_columns(number, kept, row)
         self.numbers.append(number)
         self.add_template(number, row)
+        if self.keeps_more:
+            self.add_more({key: row[key] for key in row if key in present - {*known}})
+        else:
+            self.left_out |= present - {*known}
         for key in kept:
             self.columns[key].append(self.check_value(number, key, row[key]))
         if "chosen" in kept:
@@ -437,6 +316,13 @@ class _Columns:
             return {k: self.without_nulls(v) for k, v in value.items() if v is not None}
         return [self.without_nulls(v) for v in value] if isinstance(value, list) else value
 
+    def add_more(self, row: Row) -> None:
+        """Columns of the user's own; None in rows that lack one."""
+        for key in row:
+            self.more.setdefault(key, [None] * (len(self.numbers) - 1))
+        for key, values in self.more.items():
+            values.append(row.get(key))
+
     def check_columns(self, number: int, kept: list[str], row: Row) -> None:
         if not set(self.required) <= set(kept):
             present = [key for key in row if row[key] is not None]
@@ -452,8 +338,6 @@ class _Columns:
     def check_value(self, number: int, key: str, value: Any) -> Any:
         if key == "group":
             return value  # checked at the end, when it is known whether groups are named
-        if key not in (*self.required, *self.optional):
-            return value  # for the reward function, whatever it is
         if key in ("margin", "weight"):
             return self.check_number(number, key, value)
         if isinstance(value, str) is self.conversational:
@@ -546,7 +430,11 @@ class _Columns:
         types |= {key: datasets.List(datasets.Json()) for key in self.in_full}
         types |= self.finish_template()
         self.log_what_was_left_out()
-        return PreferenceData(_dataset(self.columns, types), names)
+        columns = {
+            key: values if key in types else files.column(key, values, self.numbers, self.where)
+            for key, values in (self.columns | self.more).items()
+        }
+        return PreferenceData(_dataset(columns, types), names)
 
     def finish_template(self) -> dict[str, Any]:
         """Puts the columns for the chat template among the others; their types."""
@@ -646,14 +534,11 @@ def _csv_group(cell: str) -> Any:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return abs(value) <= sys.float_info.max
+    return isinstance(value, float)
 
 
 def _kind(value: Any) -> str:
     kinds = {"str": "a string", "list": "a list"}
     return kinds.get(type(value).__name__, f"of type {type(value).__name__}")
-
-
-def _short(value: Any, limit: int = 60) -> str:
-    text = repr(value)
-    return text if len(text) <= limit else text[: limit - 3] + "..."
