@@ -57,9 +57,9 @@ def score_positions(input_ids: Tensor, pad_token_id: int | None) -> Tensor:
     return (places * (input_ids != pad_token_id)).amax(1)
 
 
-def padded(ids: Sequence[Sequence[int]], filling: int, device: Any) -> dict[str, Tensor]:
+def padded(ids: Sequence[Any], filling: int, device: Any) -> dict[str, Tensor]:
     """``input_ids`` and ``attention_mask`` (n, L) of sequences, filled up on the right."""
-    rows = [torch.tensor(one) for one in ids]
+    rows = [torch.as_tensor(one) for one in ids]
 
     def laid_out(tensors: list[Tensor], value: int) -> Tensor:
         return torch.nn.utils.rnn.pad_sequence(tensors, True, value).to(device)

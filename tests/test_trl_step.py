@@ -301,15 +301,15 @@ def launched(launcher, place, **arguments):
 
 
 @pytest.mark.parametrize(
-    ("launcher", "method", "ambiguity", "accumulation"),
+    ("launcher", "method", "ambiguity", "accumulation", "packed"),
     [
-        ("torchrun", "dpo", "cvar:0.3", 2),
-        ("torchrun", "reward", "group:3,step_size=0.5", 2),
-        ("accelerate", "dpo", "tv:0.2", 1),
+        ("torchrun", "dpo", "cvar:0.3", 2, False),
+        ("torchrun", "reward", "group:3,step_size=0.5", 2, True),
+        ("accelerate", "dpo", "tv:0.2", 1, True),
     ],
 )
 def test_two_ranks_equal_one_process(
-    models, tmp_path, launcher, method, ambiguity, accumulation
+    models, tmp_path, launcher, method, ambiguity, accumulation, packed
 ):  # fmt: skip
     arguments = {
         "method": method, "model": models[method], "folder": str(tmp_path / "out"),
@@ -317,7 +317,7 @@ def test_two_ranks_equal_one_process(
     }  # fmt: skip
     size = 4 // accumulation
     cut = {"per_device_train_batch_size": size, "gradient_accumulation_steps": accumulation}
-    found = launched(launcher, tmp_path, **arguments, **cut)
+    found = launched(launcher, tmp_path, **arguments, **cut, padding_free=packed)
     whole = steps.run(**arguments, **WHOLE)
     for rank in range(2):
         for step in range(2):
