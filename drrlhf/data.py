@@ -28,8 +28,7 @@ import datasets
 from drrlhf import files
 from drrlhf.files import DataError, Row, Rows
 from drrlhf.files import short as _short
-from drrlhf.groups import is_group, named, of_values
-from drrlhf.groups import short as _short_names
+from drrlhf.groups import is_group, named, of_values, short
 
 logger = logging.getLogger(__name__)
 
@@ -142,8 +141,8 @@ def _open(source: str, split: str) -> tuple[str, str, Rows]:
 
 
 def _csv_value(key: str, cell: str) -> Any:
-    """In CSV every cell is text. Of margins and weights, the number if it is one; an empty cell of
-    these, of groups and of the user's own columns is None."""
+    """In CSV every cell is text. Of ours that hold numbers, the number if it is one; an empty cell
+    of these and of other columns is None."""
     if key in (*REQUIRED, "prompt"):
         return cell
     if not cell.strip():
@@ -152,10 +151,8 @@ def _csv_value(key: str, cell: str) -> Any:
 
 
 def _csv_number(cell: str) -> Any:
-    """The number that a cell holds; None when it is empty; else the text."""
-    if not cell.strip():
-        return None
-    if "_" not in cell:  # which Python reads over
+    """The number that a cell holds; else its text."""
+    if "_" not in cell:
         for number in (int, float):
             with contextlib.suppress(ValueError):
                 return number(cell)
@@ -175,12 +172,11 @@ def _read_datasets(source: str, path: Path, split: str) -> Rows:
             f"could be loaded: {error}"
         ) from error
     names = getattr(data.features.get("group"), "names", None)  # of a datasets.ClassLabel
-    found = (
-        enumerate(data, 1)
-        if "'Json'" in str(data.features.to_dict())  # to Arrow, that is text
-        else files.rows_of(source, data.with_format("arrow").iter(1000))
-    )
-    yield from ((number, _with_name(row, names)) for number, row in found)
+    if "'Json'" in str(data.features.to_dict()):  # to Arrow, that is text
+        rows: Rows = iter(enumerate(data, 1))
+    else:
+        rows = files.rows_of(source, data.with_format("arrow").iter(1000))
+    yield from ((number, _with_name(row, names)) for number, row in rows)
 
 
 def _with_name(row: Row, names: Sequence[str] | None) -> Row:
@@ -245,22 +241,15 @@ class _Columns:
             known = (*known, *TEMPLATE)
         self.check_columns(number, kept, row)
         self.numbers.append(number)
+        self.add_template(number, row)
         if self.keeps_more:
             self.add_more({key: row[key] for key in row if key in present - {*known}})
         else:
             self.left_out |= present - {*known}
-        self.add_template(number, row)
         for key in kept:
             self.columns[key].append(self.check_value(number, key, row[key]))
         if "chosen" in kept:
             self.identical += self.columns["chosen"][-1] == self.columns["rejected"][-1]
-
-    def add_more(self, row: Row) -> None:
-        """Columns of the user's own; None in rows that lack one."""
-        for key in row:
-            self.more.setdefault(key, [None] * (len(self.numbers) - 1))
-        for key, values in self.more.items():
-            values.append(row.get(key))
 
     def split_conversations(self, number: int, row: Row) -> Row:
         """A prompt that is a string beside two whole conversations becomes the messages that both
@@ -326,6 +315,13 @@ class _Columns:
         if isinstance(value, dict):
             return {k: self.without_nulls(v) for k, v in value.items() if v is not None}
         return [self.without_nulls(v) for v in value] if isinstance(value, list) else value
+
+    def add_more(self, row: Row) -> None:
+        """Columns of the user's own; None in rows that lack one."""
+        for key in row:
+            self.more.setdefault(key, [None] * (len(self.numbers) - 1))
+        for key, values in self.more.items():
+            values.append(row.get(key))
 
     def check_columns(self, number: int, kept: list[str], row: Row) -> None:
         if not set(self.required) <= set(kept):
@@ -434,13 +430,11 @@ class _Columns:
         types |= {key: datasets.List(datasets.Json()) for key in self.in_full}
         types |= self.finish_template()
         self.log_what_was_left_out()
-        columns = self.columns | self.more
-        plain = {
-            key: files.column(key, values, self.numbers, self.where)
-            for key, values in columns.items()
-            if key not in types
+        columns = {
+            key: values if key in types else files.column(key, values, self.numbers, self.where)
+            for key, values in (self.columns | self.more).items()
         }
-        return PreferenceData(_dataset(plain, {k: columns[k] for k in types}, types), names)
+        return PreferenceData(_dataset(columns, types), names)
 
     def finish_template(self) -> dict[str, Any]:
         """Puts the columns for the chat template among the others; their types."""
@@ -471,7 +465,7 @@ class _Columns:
                 name = value if text else str(int(value))
                 if name in new and not new_groups:
                     raise self.error(
-                        number, f"'group' must be one of {_short_names(names)}; got {_short(value)}"
+                        number, f"'group' must be one of {short(names)}; got {_short(value)}"
                     )
             groups = named([*names, *new])
         self.columns["group"] = [groups.number(value) for value in values]
@@ -491,14 +485,14 @@ class _Columns:
             )
 
 
-def _dataset(
-    plain: dict[str, Any], more: dict[str, list[Any]], types: dict[str, Any]
-) -> datasets.Dataset:
-    """Arrow's columns, and ``more`` whose values are of ``types``, as a data set."""
-    parts = [datasets.Dataset.from_dict(plain)] if plain else []
+def _dataset(columns: dict[str, list[Any]], types: dict[str, Any]) -> datasets.Dataset:
+    """The columns as a data set; those in ``types`` of that type, the others of Arrow's choice."""
+    chosen = {key: values for key, values in columns.items() if key not in types}
+    parts = [datasets.Dataset.from_dict(chosen)] if chosen else []
     if types:
-        parts.append(datasets.Dataset.from_dict(more, features=datasets.Features(types)))
-    return datasets.concatenate_datasets(parts, axis=1)
+        typed = {key: columns[key] for key in types}
+        parts.append(datasets.Dataset.from_dict(typed, features=datasets.Features(types)))
+    return datasets.concatenate_datasets(parts, axis=1).select_columns(list(columns))
 
 
 def _decoded(row: Row) -> Row:

@@ -327,7 +327,7 @@ REWARD = ("--reward", "operator:add")
 def training(tmp_path):
     """The options of a run whose model cannot be loaded."""
     (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "config.json").write_text("{}")
+    (tmp_path / "model" / "config.json").write_text('{"model_type": "llama"}')
     return "--model", tmp_path / "model", "--output-dir", tmp_path / "out"
 
 
