@@ -368,11 +368,20 @@ def test_broken_files_are_one_line_in_every_command(tmp_path, suffix, text, mess
         ([{"scores_chosen": [1], "scores_rejected": 2},
           {"scores_chosen": 1, "scores_rejected": [2]}],
          "row 1: column 'scores_chosen' must hold numbers, but holds string: '[1]'"),
+        ([{"scores": [1, 2]}, {"scores": 3}],
+         "row 2: column 'scores' must hold a list of numbers for each prompt, but holds '3'"),
+        ([{"scores": [1, 2]}, {"scores": [1, "a"]}],
+         "row 2: column 'scores' must hold a list of numbers for each prompt, but holds '[1, "),
+        ([{"scores": [None, 2]}, {"scores": ["1", "a"]}],
+         "row 2: column 'scores' must hold a list of numbers for each prompt, but holds '["),
+        ([{"scores": ["1", "2"]}, {"scores": ["3", "a"]}],
+         "row 2: column 'scores' must hold numbers, but holds string: 'a'"),
     ],
 )  # fmt: skip
 def test_wrong_scores_name_their_row(tmp_path, rows, message):
-    given = [{"margin": 1.0 - 2 * i} | row for i, row in enumerate(rows)]
-    path = lines(tmp_path / "s.jsonl", given)
+    if "scores" not in rows[0]:
+        rows = [{"margin": 1.0 - 2 * i} | row for i, row in enumerate(rows)]
+    path = lines(tmp_path / "s.jsonl", rows)
     done = run("stress", "--scores", path, "--output-dir", tmp_path / "out")
     if message is None:
         assert done.exit_code == 0, done.output
