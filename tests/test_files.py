@@ -325,9 +325,10 @@ REWARD = ("--reward", "operator:add")
 
 
 def training(tmp_path):
-    """The options of a run whose model cannot be loaded."""
+    """The options of a run whose model has no weights."""
     (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "config.json").write_text("{}")
+    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
     return "--model", tmp_path / "model", "--output-dir", tmp_path / "out"
 
 
@@ -341,7 +342,7 @@ def one_red_line(result, path, message):
 
 @pytest.mark.parametrize(("suffix", "text", "message"), BROKEN.values(), ids=BROKEN)
 def test_broken_files_are_one_line_in_every_command(tmp_path, suffix, text, message):
-    """Data is read before the model, which is none."""
+    """Data is read before the model, which cannot be loaded."""
     path = tmp_path / f"a{suffix}"
     path.write_text(text, encoding="utf-8", errors="surrogateescape")
     model = training(tmp_path)
