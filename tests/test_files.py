@@ -325,9 +325,10 @@ REWARD = ("--reward", "operator:add")
 
 
 def training(tmp_path):
-    """The options of a run whose model cannot be loaded."""
+    """The options of a run whose model has no weights."""
     (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "config.json").write_text('{"model_type": "llama"}')
+    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
     return "--model", tmp_path / "model", "--output-dir", tmp_path / "out"
 
 
@@ -341,7 +342,7 @@ def one_red_line(result, path, message):
 
 @pytest.mark.parametrize(("suffix", "text", "message"), BROKEN.values(), ids=BROKEN)
 def test_broken_files_are_one_line_in_every_command(tmp_path, suffix, text, message):
-    """Data is read before the model, which is none."""
+    """Data is read before the model, which cannot be loaded."""
     path = tmp_path / f"a{suffix}"
     path.write_text(text, encoding="utf-8", errors="surrogateescape")
     model = training(tmp_path)
@@ -368,11 +369,20 @@ def test_broken_files_are_one_line_in_every_command(tmp_path, suffix, text, mess
         ([{"scores_chosen": [1], "scores_rejected": 2},
           {"scores_chosen": 1, "scores_rejected": [2]}],
          "row 1: column 'scores_chosen' must hold numbers, but holds string: '[1]'"),
+        ([{"scores": [1, 2]}, {"scores": 3}],
+         "row 2: column 'scores' must hold a list of numbers for each prompt, but holds '3'"),
+        ([{"scores": [1, 2]}, {"scores": [1, "a"]}],
+         "row 2: column 'scores' must hold a list of numbers for each prompt, but holds '[1, "),
+        ([{"scores": [None, 2]}, {"scores": ["1", "a"]}],
+         "row 2: column 'scores' must hold a list of numbers for each prompt, but holds '["),
+        ([{"scores": ["1", "2"]}, {"scores": ["3", "a"]}],
+         "row 2: column 'scores' must hold numbers, but holds string: 'a'"),
     ],
 )  # fmt: skip
 def test_wrong_scores_name_their_row(tmp_path, rows, message):
-    given = [{"margin": 1.0 - 2 * i} | row for i, row in enumerate(rows)]
-    path = lines(tmp_path / "s.jsonl", given)
+    if "scores" not in rows[0]:
+        rows = [{"margin": 1.0 - 2 * i} | row for i, row in enumerate(rows)]
+    path = lines(tmp_path / "s.jsonl", rows)
     done = run("stress", "--scores", path, "--output-dir", tmp_path / "out")
     if message is None:
         assert done.exit_code == 0, done.output

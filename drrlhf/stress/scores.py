@@ -14,7 +14,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -169,14 +169,10 @@ def _margins(
     """chosen minus rejected (n,), the row of the table (n,) that each pair is of, and the columns
     that they came from."""
     names, rows = set(table.column_names), np.arange(table.num_rows)
-    redundant = names & {*MARGIN}
     for chosen, rejected in zip(CHOSEN, REJECTED, strict=True):
         if {chosen, rejected} <= names:
-            return (
-                _difference(table, chosen, rejected, source),
-                rows,
-                {chosen, rejected, *redundant},
-            )
+            used = {chosen, rejected, *(names & {*MARGIN})}
+            return _difference(table, chosen, rejected, source), rows, used
     for name in MARGIN:
         if name in names:
             return _numbers(table[name], name, source), rows, {name}
@@ -199,12 +195,15 @@ def _each_with_each(table: pa.Table, source: str) -> tuple[NDArray[np.float64], 
     """Of every row each right answer with each wrong one: margins (n,) and rows (n,). A row without
     scores is one pair whose margin is not known."""
     if not _is_list(table[SCORES].type):
+        row = _first(table[SCORES], lambda value: not _reads_as_numbers(value))
         raise DataError(
-            f"{source}: column {SCORES!r} must hold a list for each prompt, but holds "
-            f"{table[SCORES].type}; call single scores chosen_reward and rejected_reward"
+            f"{source}: row {row + 1}: column {SCORES!r} must hold a list of numbers for each "
+            f"prompt, but holds {short(table[SCORES][row].as_py())}; call single scores "
+            "chosen_reward and rejected_reward"
         )
     sizes, flat = _lists(table[SCORES])
-    scores, starts = _numbers(flat, SCORES, source), np.cumsum(sizes) - sizes
+    scores = _numbers(flat, SCORES, source, np.arange(len(sizes)).repeat(sizes))
+    starts = np.cumsum(sizes) - sizes
     right = np.ones(len(sizes))
     if CORRECT in table.column_names:
         right = _numbers(table[CORRECT], CORRECT, source)
@@ -226,29 +225,37 @@ def _each_with_each(table: pa.Table, source: str) -> tuple[NDArray[np.float64], 
     return np.concatenate(margins)[order], np.concatenate(rows)[order]
 
 
-def _numbers(column: pa.ChunkedArray, name: str, source: str) -> NDArray[np.float64]:
-    """A column (n,) as float64; missing is NaN, and a list of one number is that number."""
+def _numbers(
+    column: pa.ChunkedArray, name: str, source: str, rows: NDArray[np.int64] | None = None
+) -> NDArray[np.float64]:
+    """A column (n,) as float64; missing is NaN, and a list of one number is that number. ``rows``
+    (n,) are the rows of the table that its values are of, if not one each."""
+    rows = np.arange(len(column)) if rows is None else rows
     if _is_list(column.type):
         sizes, flat = _lists(column)
         if (sizes > 1).any():
             raise DataError(
-                f"{source}: row {int((sizes > 1).argmax()) + 1}: column {name!r} holds lists of "
+                f"{source}: row {rows[(sizes > 1).argmax()] + 1}: column {name!r} holds lists of "
                 "several scores; give a row for each pair of answers, and a prompt_id that they "
                 f"share, or a column {SCORES!r}, right answers first"
             )
         numbers = np.full(len(column), np.nan)
-        numbers[sizes == 1] = _numbers(flat, name, source)
+        numbers[sizes == 1] = _numbers(flat, name, source, rows[sizes == 1])
         return numbers
     if pa.types.is_dictionary(column.type):
         column = column.cast(column.type.value_type)
     if not _is_number(column.type) and not pa.types.is_null(column.type):
-        odd = (i for i, value in enumerate(column) if not _reads_as_number(value.as_py()))
-        row = next(odd, 0)
+        odd = _first(column, lambda value: not _reads_as_number(value))
         raise DataError(
-            f"{source}: row {row + 1}: column {name!r} must hold numbers, but holds {column.type}: "
-            f"{short(column[row].as_py())}"
+            f"{source}: row {rows[odd] + 1}: column {name!r} must hold numbers, but holds "
+            f"{column.type}: {short(column[odd].as_py())}"
         )
     return column.cast(pa.float64(), safe=False).to_numpy()
+
+
+def _first(column: pa.ChunkedArray, is_odd: Callable[[Any], bool]) -> int:
+    """The first odd value that is not missing; 0 if all are of the same wrong type."""
+    return next((i for i, one in enumerate(column) if one.is_valid and is_odd(one.as_py())), 0)
 
 
 def _lists(column: pa.ChunkedArray) -> tuple[NDArray[np.int64], pa.ChunkedArray]:
@@ -271,9 +278,18 @@ def _are_scores(kind: pa.DataType) -> bool:
 
 def _reads_as_number(value: Any) -> bool:
     try:
-        return value is None or float(value) is not None
+        return float(value) is not None
     except (TypeError, ValueError):
         return False
+
+
+def _reads_as_numbers(text: Any) -> bool:
+    """Whether text is what became of a list of numbers beside values of other types."""
+    try:
+        value = json.loads(text)
+    except (TypeError, ValueError):
+        return False
+    return isinstance(value, list) and all(one is None or _reads_as_number(one) for one in value)
 
 
 def _some(rows: NDArray[np.int64]) -> str:
