@@ -325,4 +325,17 @@ def test_numbers_in_a_layout_may_differ_by_rounding_alone(value, wrong):
 
     words = probe.difference(config, alone, together, 20)
     assert (words is not None) == wrong
-    assert words is None or f"an output is {value:g} there and 1 alone" in words
+    assert words is None or f"a log-prob or score is {value:g} there and 1 alone" in words
+
+
+def test_unit_of_rounding():
+    cpu, high = torch.device("cpu"), torch.backends.mkldnn.matmul.fp32_precision
+    assert probe.unit_of(torch.float32, cpu) == 2.0**-24
+    assert probe.unit_of(torch.bfloat16, cpu) == 2.0**-8
+    with torch.autocast("cpu", torch.bfloat16):
+        assert probe.unit_of(torch.float32, cpu) == 2.0**-8
+    torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+    try:
+        assert probe.unit_of(torch.float32, cpu) == 2.0**-8
+    finally:
+        torch.backends.mkldnn.matmul.fp32_precision = high
