@@ -130,7 +130,7 @@ def unit_of(dtype: torch.dtype, device: torch.device) -> float:
         backend = torch.backends.mkldnn if device.type == "cpu" else torch.backends.cuda
         narrower = {"tf32": torch.float16, "bf16": torch.bfloat16}  # tf32 has as many bits
         dtype = narrower.get(backend.matmul.fp32_precision, dtype)
-    return torch.finfo(dtype).eps / 2
+    return max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps) / 2  # compared in float32
 
 
 @contextlib.contextmanager
