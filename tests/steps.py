@@ -9,6 +9,7 @@ from trl_fixtures import quiet, tiny_pairs, tiny_tokenizer  # isort: skip (settl
 
 import torch
 import trl
+from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from drrlhf.trl import (
@@ -21,6 +22,12 @@ from drrlhf.trl import (
 )
 
 
+def whole(tensors: list[torch.Tensor]) -> torch.Tensor:
+    """A copy of all the numbers (N,) of tensors, which may be spread over the ranks."""
+    full = (t.full_tensor() if isinstance(t, DTensor) else t for t in tensors)
+    return torch.cat([tensor.detach().flatten() for tensor in full])
+
+
 class Gradients(TrainerCallback):
     """Keeps the gradient that each optimizer step is about to take."""
 
@@ -29,7 +36,7 @@ class Gradients(TrainerCallback):
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         found = [p.grad for p in model.parameters() if p.requires_grad]
-        self.steps.append(torch.cat([g.flatten() for g in found if g is not None]).clone())
+        self.steps.append(whole([g for g in found if g is not None]))
 
 
 def away(path: str) -> Any:
@@ -89,7 +96,7 @@ def trainer(
         model=away(model) if method == "dpo" else model,
         args=config(folder, **arguments),
         train_dataset=tiny_pairs(pairs) if data is None else data,
-        callbacks=[Gradients()],
+        callbacks=[Gradients(), *own.pop("callbacks", [])],
         **{"processing_class": tiny_tokenizer()} | own,
     )
     if kind in (GRPOTrainer, trl.GRPOTrainer):
@@ -107,7 +114,7 @@ def run(method: str, model: str, folder: str, **options: Any) -> dict[str, Any]:
     return {
         "gradients": gradients.steps,
         "logs": logs,
-        "parameters": torch.cat([p.detach().flatten() for p in made.model.parameters()]),
+        "parameters": whole(list(made.model.parameters())),
     }
 
 

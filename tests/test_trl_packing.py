@@ -254,14 +254,15 @@ def test_models_that_change_in_a_packed_row_are_refused(name, scale):
 
 
 @pytest.mark.parametrize(("name", "right"), [("Mistral", True), ("Jamba", False)])
-@pytest.mark.parametrize("form", ["bfloat16", "autocast", "lora", "reward"])
+@pytest.mark.parametrize("form", ["float64", "bfloat16", "autocast", "lora", "reward"])
 def test_probed_as_it_is_trained(name, right, form):
-    model = made(name, "ForSequenceClassification" if form == "reward" else "ForCausalLM")
+    kind = "ForSequenceClassification" if form == "reward" else "ForCausalLM"
+    model = made(name, kind, num_experts=1)  # products of several are not made for float64
     if form == "reward":
         model.score.weight.data.zero_()  # every score is 0
     else:
         add_fused_lm_head(model)
-    model = model.bfloat16() if form == "bfloat16" else model
+    model = model.to(getattr(torch, form)) if form in ("float64", "bfloat16") else model
     if form == "lora":  # its B is 0 at first
         model = get_peft_model(model, LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
     packing.prepare(model, "padding_free")
@@ -302,6 +303,22 @@ def test_sequences_up_to_the_longest_are_probed():
             seen_by(model, longest)
 
 
+def test_what_is_right_is_the_attention_that_the_model_came_with():
+    def doubled(module, query, key, value, *args, **kwargs):
+        return packing.packed_attention(module, query, key, 2 * value, *args, **kwargs)
+
+    model = made("Mistral")
+    add_fused_lm_head(model)
+    packing.prepare(model, "padding_free")
+    transformers.AttentionInterface.register(packing.ATTENTION, doubled)
+    try:
+        with pytest.raises(ValueError, match="Mistral"):
+            seen_by(model)
+    finally:
+        transformers.AttentionInterface.register(packing.ATTENTION, packing.packed_attention)
+    assert seen_by(model).log_probs.shape == (2, 2)  # a refused model is tried again
+
+
 def test_tokens_of_the_probe():
     config = MistralConfig(vocab_size=9, pad_token_id=0, bos_token_id=None, eos_token_id=[1, 8])
     found = set(probe.tokens(config, 10, 10).flatten().tolist())
@@ -325,4 +342,17 @@ def test_numbers_in_a_layout_may_differ_by_rounding_alone(value, wrong):
 
     words = probe.difference(config, alone, together, 20)
     assert (words is not None) == wrong
-    assert words is None or f"an output is {value:g} there and 1 alone" in words
+    assert words is None or f"a log-prob or score is {value:g} there and 1 alone" in words
+
+
+def test_unit_of_rounding():
+    cpu, high = torch.device("cpu"), torch.backends.mkldnn.matmul.fp32_precision
+    assert probe.unit_of(torch.float32, cpu) == 2.0**-24
+    assert probe.unit_of(torch.bfloat16, cpu) == 2.0**-8
+    with torch.autocast("cpu", torch.bfloat16):
+        assert probe.unit_of(torch.float32, cpu) == 2.0**-8
+    torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+    try:
+        assert probe.unit_of(torch.float32, cpu) == 2.0**-8
+    finally:
+        torch.backends.mkldnn.matmul.fp32_precision = high

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-# Lengths of the short sequences in turn, and how many there are. Two neighbours are always as long.
+# Lengths of the short sequences in turn, and how many there are.
 SHORT = (4, 6)
 COUNT = 6
 # Windows of attention are 128 to 4096 tokens wide in most models that have any.
@@ -97,7 +97,7 @@ def tolerance(unit: float) -> float:
 def _words(name: str, alone: Tensor, together: Tensor) -> str:
     apart = (together - alone).abs().nan_to_num(torch.inf)
     place = divmod(int(apart.argmax()), apart.size(1))
-    what = {"outputs": "an output", "hidden": "a hidden state"}[name]
+    what = {"outputs": "a log-prob or score", "hidden": "a hidden state"}[name]
     return f"{what} is {float(together[place]):.6g} there and {float(alone[place]):.6g} alone"
 
 
@@ -126,10 +126,11 @@ def unit_of(dtype: torch.dtype, device: torch.device) -> float:
     """The unit of rounding of products in `dtype` under autocast and the precision as set."""
     if torch.is_autocast_enabled(device.type):
         dtype = torch.get_autocast_dtype(device.type)
-    if dtype is torch.float32 and torch.get_float32_matmul_precision() != "highest":
-        tf32 = torch.get_float32_matmul_precision() == "high"
-        dtype = torch.float16 if tf32 else torch.bfloat16  # of as many bits
-    return torch.finfo(dtype).eps / 2
+    if dtype is torch.float32:
+        backend = torch.backends.mkldnn if device.type == "cpu" else torch.backends.cuda
+        narrower = {"tf32": torch.float16, "bf16": torch.bfloat16}  # tf32 has as many bits
+        dtype = narrower.get(backend.matmul.fp32_precision, dtype)
+    return max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps) / 2  # compared in float32
 
 
 @contextlib.contextmanager
@@ -151,7 +152,8 @@ def listening(backbone: torch.nn.Module) -> Iterator[list[Heard]]:
 
 @contextlib.contextmanager
 def quietly(model: torch.nn.Module, device: torch.device) -> Iterator[None]:
-    """Evaluation mode, no gradients; afterwards modes and random numbers as they were before."""
+    """Evaluation mode, no gradients, nothing compiled (a graph would keep what listens to it);
+    afterwards modes and random numbers as they were before."""
     modes = {module: module.training for module in model.modules()}
     generators = (
         torch.random.fork_rng([])
@@ -160,7 +162,7 @@ def quietly(model: torch.nn.Module, device: torch.device) -> Iterator[None]:
     )
     try:
         model.eval()
-        with torch.no_grad(), generators:
+        with torch.no_grad(), generators, torch.compiler.set_stance("force_eager"):
             yield
     finally:
         for module, training in modes.items():
