@@ -1,5 +1,6 @@
 # make demo    robust and plain reward models on real preferences, one table and one plot
 # make test    the whole test suite
+# make test-sanitizers  the C++ core and CPU kernels under ASan, UBSan and valgrind; not part of CI
 # make test-gpu  the tests of the ops on a GPU, and a few under compute-sanitizer
 # make test-cuda-build  the whole extension built and linked against a CUDA torch; no GPU needed
 # make bench-gpu  every op and whole DPO steps of a 1B model, on a GPU, beside the peers installed
@@ -22,7 +23,7 @@ TESTS_OF_OPS := $(patsubst %,tests/test_%.py,robust_risk preference_loss reward_
 CXX_FILES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu tests/emulated/*.h)
 EMULATED := build/emulated/ops_cuda.so
 
-.PHONY: demo test test-cuda-build test-gpu bench-gpu lint format bench clean
+.PHONY: demo test test-sanitizers test-cuda-build test-gpu bench-gpu lint format bench clean
 .DELETE_ON_ERROR:
 
 # torch comes first and alone, so that nothing else decides which build of it is installed.
@@ -49,6 +50,9 @@ test: $(VENV)/.test
 	$(BIN)/python tests/emulated/build.py $(EMULATED)
 	OMP_NUM_THREADS=1 DRRLHF_FILL=1 DRRLHF_EMULATED=$(abspath $(EMULATED)) \
 	  $(BIN)/python -m pytest -n 2 $(TESTS_OF_OPS)
+
+test-sanitizers: $(VENV)/.test
+	$(BIN)/python tests/sanitizers/run.py $(TESTS_OF_OPS)
 
 test-cuda-build: $(VENV)/.test
 	$(BIN)/python -m pytest -m cuda_build tests/test_cuda.py

@@ -1,16 +1,24 @@
 """What a process of the tests does otherwise for interpreted Triton kernels (TRITON_INTERPRET=1),
 for CUDA kernels built for the host (DRRLHF_EMULATED=FILE.so), on a GPU
 (DRRLHF_TEST_DEVICE=cuda), where every tensor that a test makes is made, and with fresh memory
-filled with NaN (DRRLHF_FILL=1), so that whatever reads what nothing wrote is found.
+filled with NaN (DRRLHF_FILL=1), so that whatever reads what nothing wrote is found; with another
+build of the extension (DRRLHF_EXTENSION=FILE), such as tests/sanitizers makes.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import sys
 from collections import defaultdict
 
 import pytest
 import torch
+
+if extension := os.environ.get("DRRLHF_EXTENSION"):
+    spec = importlib.util.spec_from_file_location("drrlhf._C", extension)
+    sys.modules["drrlhf._C"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules["drrlhf._C"])
 
 from drrlhf import backends
 
@@ -45,7 +53,8 @@ def pytest_collection_modifyitems(config, items):
     dropped = set()
     if "cuda_build" not in config.getoption("-m"):
         dropped = {item for item in items if item.get_closest_marker("cuda_build")}
-    if FILL or os.environ.get("TRITON_INTERPRET") == "1" or os.environ.get("DRRLHF_EMULATED"):
+    modes = ("DRRLHF_FILL", "TRITON_INTERPRET", "DRRLHF_EMULATED")
+    if any(os.environ.get(mode, "0") != "0" for mode in modes):
         by_test = defaultdict(list)
         for item in items:
             by_test[item.nodeid.split("[")[0]].append(item)
