@@ -1,6 +1,7 @@
 # make demo    robust and plain reward models on real preferences, one table and one plot
 # make test    the whole test suite
 # make test-gpu  the tests of the ops on a GPU, and a few under compute-sanitizer
+# make test-kill  100 times kill -9 in the middle of training, and what --resume makes of it (minutes)
 # make test-cuda-build  the whole extension built and linked against a CUDA torch; no GPU needed
 # make bench-gpu  every op and whole DPO steps of a 1B model, on a GPU, beside the peers installed
 # make lint    every checker;  make format  what they can mend themselves
@@ -21,7 +22,7 @@ TESTS_OF_OPS := $(patsubst %,tests/test_%.py,robust_risk preference_loss reward_
 CXX_FILES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu tests/emulated/*.h)
 EMULATED := build/emulated/ops_cuda.so
 
-.PHONY: demo test test-cuda-build test-gpu bench-gpu lint format bench clean
+.PHONY: demo test test-kill test-cuda-build test-gpu bench-gpu lint format bench clean
 .DELETE_ON_ERROR:
 
 # torch comes first and alone, so that nothing else decides which build of it is installed.
@@ -46,6 +47,9 @@ test: $(VENV)/.test
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 $(TESTS_OF_OPS)
 	$(BIN)/python tests/emulated/build.py $(EMULATED)
 	OMP_NUM_THREADS=1 DRRLHF_EMULATED=$(abspath $(EMULATED)) $(BIN)/python -m pytest -n 2 $(TESTS_OF_OPS)
+
+test-kill: $(VENV)/.test
+	$(BIN)/python tests/kill.py --kills 100
 
 test-cuda-build: $(VENV)/.test
 	$(BIN)/python -m pytest -m cuda_build tests/test_cuda.py
