@@ -70,7 +70,7 @@ def score(prompts, completions, bonus, **_):
 LIMIT = 300  # seconds for one attempt
 
 
-def material(place: Path) -> None:
+def material(place: Path) -> int:
     """Models, with dropout where the trainer leaves it on, and data, in `place`."""
     place.mkdir(parents=True)
     for made, name in (
@@ -91,6 +91,7 @@ def material(place: Path) -> None:
         lines = "".join(json.dumps(row) + "\n" for row in rows)
         (place / f"{name}.jsonl").write_text(lines, encoding="utf-8")
     (place / "kill_reward.py").write_text(REWARD, encoding="utf-8")
+    return 0
 
 
 # ---- one attempt -------------------------------------------------------------------------------
@@ -147,38 +148,53 @@ def _count_operations(folder: Path, moment: Moment | None) -> Callable[[], int]:
     return lambda: seen
 
 
+def in_a_fork(work: Callable[[], int]) -> int:
+    """The exit status that `work` gives in a process of its own; negative: the signal that ended
+    it, 70: an exception."""
+    child = os.fork()
+    if not child:
+        status = 70
+        try:
+            status = work()
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
 def attempt(place: Path, command: str, moment: Moment | None = None) -> Ended:
     """Run ``drrlhf train command`` in `place`, in a process of its own that is killed at `moment`.
 
     What it prints and its number of file operations are left in `place`.
     """
-    start = time.monotonic()
-    child = os.fork()
-    if not child:
-        status = 70  # an exception, whose traceback is in the log
+
+    def work() -> int:
+        os.chdir(place)
+        sys.path.insert(0, str(place))
+        log = os.open("log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        sys.stdout, sys.stderr = (os.fdopen(n, "w", 1, closefd=False) for n in (1, 2))
+        operations = _count_operations(place / "out", moment)
+        timed = moment is not None and moment.operation is None
+        _die(max(moment.seconds, 1e-4) if timed else LIMIT)
         try:
-            os.chdir(place)
-            sys.path.insert(0, str(place))
-            log = os.open("log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-            os.dup2(log, 1)
-            os.dup2(log, 2)
-            sys.stdout, sys.stderr = (os.fdopen(n, "w", 1, closefd=False) for n in (1, 2))
-            operations = _count_operations(place / "out", moment)
-            if moment is None or moment.operation is None:
-                _die(LIMIT if moment is None else max(moment.seconds, 1e-4))
-            try:
-                app(["train", *command.split()], prog_name="drrlhf")
-            except SystemExit as end:
-                status = end.code if isinstance(end.code, int) else int(end.code is not None)
-            Path("operations").write_text(str(operations()))
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            sys.stderr.flush()
-            os._exit(status)
-    _, raw = os.waitpid(child, 0)
-    log = (place / "log").read_text(errors="replace")
-    return Ended(os.waitstatus_to_exitcode(raw), time.monotonic() - start, log)
+            app(["train", *command.split()], prog_name="drrlhf")
+        except SystemExit as end:
+            status = end.code if isinstance(end.code, int) else int(end.code is not None)
+        (place / "operations").write_text(str(operations()))
+        return status
+
+    start = time.monotonic()
+    status = in_a_fork(work)
+    seconds = time.monotonic() - start
+    log = place / "log"
+    output = log.read_text(errors="replace") if log.exists() else ""
+    assert seconds < LIMIT, f"{command}: not done after {LIMIT} seconds\n{output}"
+    return Ended(status, seconds, output)
 
 
 # ---- what is left ------------------------------------------------------------------------------
@@ -362,7 +378,9 @@ def main() -> int:
     console = Console(stderr=True)
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
     place = Path(tempfile.mkdtemp(prefix="drrlhf-kill-")).resolve()
-    material(place / "material")
+    # In a fork too: a lock that is made here would be shared by all attempts, and stay locked when
+    # one of them is killed.
+    assert in_a_fork(lambda: material(place / "material")) == 0
     with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
         task = progress.add_task("undisturbed", total=len(options.runs))
         runs = []
