@@ -16,9 +16,10 @@ BENCH ?=
 PEERS ?= liger-kernel==0.8.5 cut-cross-entropy==25.1.1 sqwash==0.1.0 dro==0.4.3
 BIN := $(VENV)/bin
 # Every Triton kernel, interpreted on the CPU, and every CUDA kernel, built for the host: the tests of
-# the ops twice more.
+# the ops twice more; and once more where fresh memory is NaN, as it is in those two.
 TESTS_OF_OPS := $(patsubst %,tests/test_%.py,robust_risk preference_loss reward_loss token_logprobs \
-  linear_token_logprobs sequence_logprobs linear_preference_loss policy_loss kernels many_pairs)
+  linear_token_logprobs sequence_logprobs linear_preference_loss policy_loss kernels many_pairs \
+  zero_sizes transforms)
 CXX_FILES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu tests/emulated/*.h)
 EMULATED := build/emulated/ops_cuda.so
 
@@ -44,9 +45,11 @@ demo: $(VENV)/.trl
 
 test: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
-	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 $(TESTS_OF_OPS)
+	OMP_NUM_THREADS=1 DRRLHF_FILL=1 $(BIN)/python -m pytest -n 2 -k "cpp or reference" $(TESTS_OF_OPS)
+	OMP_NUM_THREADS=1 DRRLHF_FILL=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 $(TESTS_OF_OPS)
 	$(BIN)/python tests/emulated/build.py $(EMULATED)
-	OMP_NUM_THREADS=1 DRRLHF_EMULATED=$(abspath $(EMULATED)) $(BIN)/python -m pytest -n 2 $(TESTS_OF_OPS)
+	OMP_NUM_THREADS=1 DRRLHF_FILL=1 DRRLHF_EMULATED=$(abspath $(EMULATED)) \
+	  $(BIN)/python -m pytest -n 2 $(TESTS_OF_OPS)
 
 test-kill: $(VENV)/.test
 	$(BIN)/python tests/kill.py --kills 100

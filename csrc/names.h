@@ -1,14 +1,13 @@
 // The words by which ops are told what to compute, as numbers that kernels switch on.
 #pragma once
 
-#include <c10/util/Exception.h>
-
 #include <array>
 #include <string_view>
 
 #include "core/dual_search.h"
 #include "core/pair_losses.h"
 #include "core/policy_loss.h"
+#include "message.h"
 
 namespace drrlhf {
 
@@ -18,7 +17,7 @@ Enum by_name(const char* argument, std::string_view name,
   for (std::size_t i = 0; i < N; ++i) {
     if (names[i] == name) return static_cast<Enum>(i);
   }
-  TORCH_CHECK_VALUE(false, argument, ": unknown '", name, "'");
+  DRRLHF_CHECK_VALUE(false, argument, ": unknown '", name, "'");
 }
 
 inline constexpr std::array<std::string_view, 9> kKinds = {

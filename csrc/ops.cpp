@@ -14,6 +14,7 @@
 #include "cpu/losses.h"
 #include "cpu/memory.h"
 #include "cpu/policy_loss.h"
+#include "message.h"
 #include "names.h"
 #include "schemas.h"
 
@@ -22,9 +23,9 @@ namespace {
 
 // (n,) as contiguous float64, checked against n.
 Tensor load(const char* name, const Tensor& x, std::int64_t n) {
-  TORCH_CHECK_VALUE(x.dim() == 1 && x.numel() == n, name, ": expected shape (", n, "), got ",
-                    x.sizes());
-  TORCH_CHECK_VALUE(x.device().is_cpu(), name, ": expected a CPU tensor, got ", x.device());
+  DRRLHF_CHECK_VALUE(x.dim() == 1 && x.numel() == n, name, ": expected shape (", n, "), got ",
+                     x.sizes());
+  DRRLHF_CHECK_VALUE(x.device().is_cpu(), name, ": expected a CPU tensor, got ", x.device());
   return x.to(at::kDouble).contiguous();
 }
 
@@ -51,9 +52,9 @@ Adversary load_adversary(const OptionalTensor& nominal, const OptionalTensor& gr
   if (result.nominal.has_value()) {
     const double* p = pointer(result.nominal);
     for (std::int64_t i = 0; i < n; ++i) {
-      TORCH_CHECK_VALUE(p[i] >= 0 && p[i] < kInfinity,
-                        "nominal: expected finite weights >= 0 (0 masks a pair), got ", p[i],
-                        " at index ", i, "; drop or clamp it");
+      DRRLHF_CHECK_VALUE(p[i] >= 0 && p[i] < kInfinity,
+                         "nominal: expected finite weights >= 0 (0 masks a pair), got ", p[i],
+                         " at index ", i, "; drop or clamp it");
     }
   }
   auto& arguments = result.arguments;
@@ -64,10 +65,10 @@ Adversary load_adversary(const OptionalTensor& nominal, const OptionalTensor& gr
                0};
   result.group_weights = at::empty({0}, at::kDouble);
   if (arguments.set.kind == Kind::kGroup) {
-    TORCH_CHECK_VALUE(groups.has_value() && group_weights.has_value(),
-                      "groups: Group needs group ids and group weights");
-    TORCH_CHECK_VALUE(groups->dim() == 1 && groups->numel() == n, "groups: expected shape (", n,
-                      "), got ", groups->sizes());
+    DRRLHF_CHECK_VALUE(groups.has_value() && group_weights.has_value(),
+                       "groups: Group needs group ids and group weights");
+    DRRLHF_CHECK_VALUE(groups->dim() == 1 && groups->numel() == n, "groups: expected shape (", n,
+                       "), got ", groups->sizes());
     result.groups = groups->to(at::kLong).contiguous();
     result.group_weights = group_weights->to(at::kDouble).clone();
     arguments.groups = result.groups.const_data_ptr<std::int64_t>();
@@ -75,9 +76,9 @@ Adversary load_adversary(const OptionalTensor& nominal, const OptionalTensor& gr
     arguments.num_groups = static_cast<int>(result.group_weights.numel());
     for (std::int64_t i = 0; i < n; ++i) {
       const std::int64_t g = arguments.groups[i];
-      TORCH_CHECK_VALUE(g >= 0 && g < arguments.num_groups, "groups: expected ids in [0, ",
-                        arguments.num_groups, ") for Group(num_groups=", arguments.num_groups,
-                        "), got ", g, " at index ", i, "; raise num_groups or fix the column");
+      DRRLHF_CHECK_VALUE(g >= 0 && g < arguments.num_groups, "groups: expected ids in [0, ",
+                         arguments.num_groups, ") for Group(num_groups=", arguments.num_groups,
+                         "), got ", g, " at index ", i, "; raise num_groups or fix the column");
     }
   }
   return result;
@@ -190,8 +191,8 @@ NineTensors sequence_preference_loss(
     double trim) {
   const SequenceSums sums = sequence_sums(logps, labels, cu_seqlens, ignore_index);
   const std::int64_t sequences = sums.total.numel(), n = sequences / 2;
-  TORCH_CHECK_VALUE(sequences % 2 == 0,
-                    "labels: expected an even number of stacked sequences, got ", sequences);
+  DRRLHF_CHECK_VALUE(sequences % 2 == 0,
+                     "labels: expected an even number of stacked sequences, got ", sequences);
   const auto chosen = [&](const Tensor& x) { return x.narrow(0, 0, n); };
   const auto rejected = [&](const Tensor& x) { return x.narrow(0, n, n); };
   OptionalTensor ref_chosen, ref_rejected;
@@ -245,13 +246,13 @@ NineTensors policy_loss(const Tensor& logps, const OptionalTensor& old_logps,
                               max_completion_length};
   const Tensor gain = load("rewards", rewards, n), shift = load("advantages", advantages, n);
   const OptionalTensor factors = load("sequence_weights", sequence_weights, n);
-  TORCH_CHECK_VALUE(prompt_ids.dim() == 1 && prompt_ids.numel() == n,
-                    "prompt_ids: expected shape (", n, "), got ", prompt_ids.sizes());
+  DRRLHF_CHECK_VALUE(prompt_ids.dim() == 1 && prompt_ids.numel() == n,
+                     "prompt_ids: expected shape (", n, "), got ", prompt_ids.sizes());
   const Tensor ids = prompt_ids.to(at::kLong).contiguous();
   const auto* id = ids.const_data_ptr<std::int64_t>();
   for (std::int64_t s = 0; s < n; ++s) {
-    TORCH_CHECK_VALUE(id[s] >= 0 && id[s] < m, "prompt_ids: expected ids in [0, ", m, "), got ",
-                      id[s], " at index ", s, "; number the prompts from 0 or raise num_prompts");
+    DRRLHF_CHECK_VALUE(id[s] >= 0 && id[s] < m, "prompt_ids: expected ids in [0, ", m, "), got ",
+                       id[s], " at index ", s, "; number the prompts from 0 or raise num_prompts");
   }
   Adversary adversary = load_adversary(nominal, groups, group_weights, m, kind, a, b, trim);
   const double* p = pointer(adversary.nominal);
@@ -264,8 +265,8 @@ NineTensors policy_loss(const Tensor& logps, const OptionalTensor& old_logps,
   }
   std::int64_t present = 0;
   for (std::int64_t i = 0; i < m; ++i) {
-    TORCH_CHECK_VALUE(completions[i] > 0, "prompt_ids: expected every prompt of 0 to ", m - 1,
-                      ", got none of prompt ", i, "; number the prompts without gaps");
+    DRRLHF_CHECK_VALUE(completions[i] > 0, "prompt_ids: expected every prompt of 0 to ", m - 1,
+                       ", got none of prompt ", i, "; number the prompts without gaps");
     loss[i] /= completions[i];
     present += p == nullptr || p[i] != 0;
   }

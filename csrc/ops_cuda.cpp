@@ -9,6 +9,7 @@
 #include <mutex>
 
 #include "cuda/kernels.h"
+#include "message.h"
 #include "names.h"
 #include "schemas.h"
 
@@ -63,18 +64,18 @@ class Call {
   Stream stream() const { return stream_; }
 
   void check(Failure failure) const {
-    TORCH_CHECK(failure == nullptr, op_, ": the kernel could not be launched: ", failure);
+    DRRLHF_CHECK(failure == nullptr, op_, ": the kernel could not be launched: ", failure);
   }
 
   const Tensor& contiguous(const char* name, const Tensor& x) {
-    TORCH_CHECK_VALUE(x.device() == device_, name, ": expected it on ", device_, ", got ",
-                      x.device());
+    DRRLHF_CHECK_VALUE(x.device() == device_, name, ": expected it on ", device_, ", got ",
+                       x.device());
     return held_.emplace_back(x.contiguous());
   }
 
   // n numbers of a floating dtype; others are converted.
   Numbers numbers(const char* name, const Tensor& x, std::int64_t n) {
-    TORCH_CHECK_VALUE(x.numel() == n, name, ": expected ", n, " numbers, got shape ", x.sizes());
+    DRRLHF_CHECK_VALUE(x.numel() == n, name, ": expected ", n, " numbers, got shape ", x.sizes());
     const bool known = dtype_of(x.scalar_type()) != Dtype::kNone;
     const Tensor& held = contiguous(name, known ? x : x.to(at::kDouble));
     return {held.const_data_ptr(), dtype_of(held.scalar_type())};
@@ -85,7 +86,7 @@ class Call {
   }
 
   Integers integers(const char* name, const Tensor& x, std::int64_t n) {
-    TORCH_CHECK_VALUE(x.numel() == n, name, ": expected ", n, " integers, got shape ", x.sizes());
+    DRRLHF_CHECK_VALUE(x.numel() == n, name, ": expected ", n, " integers, got shape ", x.sizes());
     const bool known = x.scalar_type() == at::kLong || x.scalar_type() == at::kInt;
     const Tensor& held = contiguous(name, known ? x : x.to(at::kLong));
     return {held.const_data_ptr(), held.scalar_type() == at::kLong};
@@ -93,7 +94,7 @@ class Call {
 
   // float32 (n,) contiguous.
   const float* floats(const char* name, const Tensor& x, std::int64_t n) {
-    TORCH_CHECK_VALUE(x.numel() == n, name, ": expected ", n, " numbers, got shape ", x.sizes());
+    DRRLHF_CHECK_VALUE(x.numel() == n, name, ": expected ", n, " numbers, got shape ", x.sizes());
     return contiguous(name, x.to(at::kFloat)).const_data_ptr<float>();
   }
 
@@ -116,7 +117,7 @@ int blocks_of_device(const at::Device& device) {
   const std::lock_guard<std::mutex> lock(mutex);
   int& blocks = known.at(static_cast<std::size_t>(device.has_index() ? device.index() : 0));
   if (blocks == 0) blocks = cooperative_blocks();
-  TORCH_CHECK(blocks > 0, "drrlhf: the CUDA device does not say how many blocks it runs at once");
+  DRRLHF_CHECK(blocks > 0, "drrlhf: the CUDA device does not say how many blocks it runs at once");
   return blocks;
 }
 
@@ -136,8 +137,8 @@ Scene scene(Call& call, const Tensor& like, const OptionalTensor& nominal,
   const auto doubles = like.options().dtype(at::kDouble);
   result.after = at::empty({0}, doubles);
   if (adversary.set.kind == Kind::kGroup) {
-    TORCH_CHECK_VALUE(groups.has_value() && group_weights.has_value(),
-                      "groups: Group needs group ids and group weights");
+    DRRLHF_CHECK_VALUE(groups.has_value() && group_weights.has_value(),
+                       "groups: Group needs group ids and group weights");
     const Tensor& before = call.contiguous("group_weights", group_weights->to(at::kDouble));
     result.after = n > 0 ? at::empty_like(before) : before.clone();
     adversary.groups = call.integers("groups", *groups, n);
@@ -260,14 +261,14 @@ Sequences sequences_of(Call& call, const Tensor& labels, const OptionalTensor& c
   q.ignore_index = ignore_index;
   q.labels = call.integers("labels", labels, q.tokens);
   if (cu_seqlens.has_value()) {
-    TORCH_CHECK_VALUE(cu_seqlens->dim() == 1 && cu_seqlens->numel() >= 1 && labels.dim() == 1,
-                      "cu_seqlens: expected shape (S+1,) and labels (T,), got ",
-                      cu_seqlens->sizes(), " and ", labels.sizes());
+    DRRLHF_CHECK_VALUE(cu_seqlens->dim() == 1 && cu_seqlens->numel() >= 1 && labels.dim() == 1,
+                       "cu_seqlens: expected shape (S+1,) and labels (T,), got ",
+                       cu_seqlens->sizes(), " and ", labels.sizes());
     q.boundaries = call.integers("cu_seqlens", *cu_seqlens, cu_seqlens->numel());
     q.count = cu_seqlens->numel() - 1;
   } else {
-    TORCH_CHECK_VALUE(labels.dim() == 2, "labels: expected padded (B, L), got ", labels.sizes(),
-                      "; packed (T,) needs cu_seqlens");
+    DRRLHF_CHECK_VALUE(labels.dim() == 2, "labels: expected padded (B, L), got ", labels.sizes(),
+                       "; packed (T,) needs cu_seqlens");
     q.count = labels.size(0);
     q.length = labels.size(1);
   }
@@ -283,8 +284,8 @@ NineTensors sequence_preference_loss(
     double trim) {
   Call call("sequence_preference_loss", logps);
   const Sequences q = sequences_of(call, labels, cu_seqlens, ignore_index);
-  TORCH_CHECK_VALUE(q.count % 2 == 0, "labels: expected an even number of stacked sequences, got ",
-                    q.count);
+  DRRLHF_CHECK_VALUE(q.count % 2 == 0, "labels: expected an even number of stacked sequences, got ",
+                     q.count);
   const std::int64_t n = q.count / 2;
   const Scene s = scene(call, logps, nominal, groups, group_weights, n, kind, a, b, trim);
   const Answer answer(logps, n);
@@ -379,18 +380,21 @@ LogitTransform transform_of(double temperature, std::optional<double> softcap, d
           static_cast<float>(1.0 / temperature)};
 }
 
-// x (..., V) as (n, V) with neighbouring entries; a view where there is one.
-Tensor as_rows(const Tensor& x) {
+// x (..., V), V >= 1, as (n, V) with neighbouring entries; a view where there is one.
+Tensor as_rows(const char* name, const Tensor& x) {
+  DRRLHF_CHECK_VALUE(x.dim() >= 1 && x.size(-1) >= 1, name,
+                     ": expected a last dimension of at least 1, got ", x.sizes());
   const Tensor rows = x.reshape({-1, x.size(-1)});
   return rows.stride(1) == 1 ? rows : rows.contiguous();
 }
 
 Logits logits_of(const Tensor& rows, std::int64_t first = 0) {
   const Dtype dtype = dtype_of(rows.scalar_type());
-  TORCH_CHECK_VALUE(dtype != Dtype::kNone && dtype != Dtype::kDouble,
-                    "logits: expected float32, bfloat16 or float16, got ", rows.scalar_type());
-  TORCH_CHECK_VALUE(rows.size(0) < std::int64_t(1) << 31, "logits: expected fewer than 2^31 rows, ",
-                    "got ", rows.size(0), "; split the batch");
+  DRRLHF_CHECK_VALUE(dtype != Dtype::kNone && dtype != Dtype::kDouble,
+                     "logits: expected float32, bfloat16 or float16, got ", rows.scalar_type());
+  DRRLHF_CHECK_VALUE(rows.size(0) < std::int64_t(1) << 31,
+                     "logits: expected fewer than 2^31 rows, ", "got ", rows.size(0),
+                     "; split the batch");
   return {rows.const_data_ptr(), dtype, rows.size(0), rows.size(1), rows.stride(0), first};
 }
 
@@ -398,7 +402,7 @@ SevenTensors token_logprobs(const Tensor& logits, const Tensor& labels, std::int
                             double temperature, std::optional<double> softcap,
                             std::int64_t outputs) {
   Call call("token_logprobs", logits);
-  const Tensor x = as_rows(logits);
+  const Tensor x = as_rows("logits", logits);
   const TokenTensors result(labels, outputs);
   if (labels.numel() > 0) {
     call.check(token_logprobs_cuda(logits_of(x), call.integers("labels", labels, x.size(0)),
@@ -462,7 +466,7 @@ Tensor token_logprobs_backward(const Tensor& logits, const Tensor& labels,
                                std::optional<double> softcap) {
   const Tensor out = at::empty(logits.sizes(), logits.options());
   token_gradient(logits, labels, grad, grad_entropy, logp, lse, lse_tail, entropy, ignore_index,
-                 temperature, softcap, as_rows(logits), out.view({-1, logits.size(-1)}));
+                 temperature, softcap, as_rows("logits", logits), out.view({-1, logits.size(-1)}));
   return out;
 }
 
@@ -471,7 +475,7 @@ void token_logprobs_backward_(Tensor logits, const Tensor& labels, const Optiona
                               const Tensor& lse, const Tensor& lse_tail, const Tensor& entropy,
                               std::int64_t ignore_index, double temperature,
                               std::optional<double> softcap) {
-  const Tensor x = as_rows(logits);
+  const Tensor x = as_rows("logits", logits);
   token_gradient(logits, labels, grad, grad_entropy, logp, lse, lse_tail, entropy, ignore_index,
                  temperature, softcap, x, x);
   if (x.const_data_ptr() != logits.const_data_ptr()) logits.copy_(x.view(logits.sizes()));
@@ -480,15 +484,17 @@ void token_logprobs_backward_(Tensor logits, const Tensor& labels, const Optiona
 // What the forward of linear_token_logprobs keeps, as drrlhf.reference numbers it.
 enum class Keep : std::int64_t { kNothing = 0, kHidden = 1, kRows = 4 };
 
-// out = a b^T in float32: what the product accumulated, not rounded to the dtype of a and b.
-void product(Tensor& out, const Tensor& a, const Tensor& b) {
+// out = a b; float32 where out is: what the product accumulated, not rounded to the dtype of a and
+// b.
+void product(Tensor out, const Tensor& a, const Tensor& b) {
 #if defined(DRRLHF_EMULATED)
-  out.copy_(at::mm(a.to(at::kFloat), b.to(at::kFloat).t()));
+  // In float32, for oneDNN's narrow products on AMX read what lies behind the rows of `a`.
+  out.copy_(at::mm(a.to(at::kFloat), b.to(at::kFloat)));
 #else
-  if (a.scalar_type() == at::kFloat) {
-    at::mm_out(out, a, b.t());
+  if (out.scalar_type() == a.scalar_type()) {
+    at::mm_out(out, a, b);
   } else {
-    at::mm_out(out, a, b.t(), at::kFloat);
+    at::mm_out(out, a, b, at::kFloat);
   }
 #endif
 }
@@ -501,12 +507,14 @@ class LinearHead {
              const Tensor& labels, std::int64_t ignore_index, const LogitTransform& transform,
              std::int64_t workspace)
       : call_(call),
-        hidden_(as_rows(hidden).contiguous()),
+        hidden_(as_rows("hidden", hidden).contiguous()),
         weight_(weight),
         bias_(bias),
         ignore_index_(ignore_index),
         transform_(transform),
         workspace_(workspace) {
+    DRRLHF_CHECK_VALUE(weight.dim() == 2 && weight.size(0) >= 1,
+                       "weight: expected shape (V, D) with V >= 1, got ", weight.sizes());
     labels_ = call.integers("labels", labels, tokens());
   }
 
@@ -537,7 +545,7 @@ class LinearHead {
 
   // Logits of some tokens and some entries of the vocabulary, before `transform`.
   void multiply(Tensor out, std::int64_t token, std::int64_t first) const {
-    product(out, hidden_.narrow(0, token, out.size(0)), weight_.narrow(0, first, out.size(1)));
+    product(out, hidden_.narrow(0, token, out.size(0)), weight_.narrow(0, first, out.size(1)).t());
     if (bias_.has_value()) out.add_(bias_->narrow(0, first, out.size(1)));
   }
 
@@ -603,8 +611,8 @@ EightTensors linear_token_logprobs(const Tensor& hidden, const Tensor& weight,
   const std::int64_t tokens = head.tokens();
   const auto keeps = static_cast<Keep>(keep);
   const std::int64_t vocabulary = head.vocabulary();
-  TORCH_CHECK_VALUE(keeps == Keep::kNothing || keeps == Keep::kHidden || keeps == Keep::kRows,
-                    "keep: expected 0, 1 or 4, got ", keep);
+  DRRLHF_CHECK_VALUE(keeps == Keep::kNothing || keeps == Keep::kHidden || keeps == Keep::kRows,
+                     "keep: expected 0, 1 or 4, got ", keep);
   if (keeps == Keep::kHidden) kept = at::empty(head.hidden().sizes(), hidden.options());
   if (keeps == Keep::kRows) {
     kept = at::zeros({tokens, LinearHead::padded(vocabulary)}, hidden.options());
@@ -622,8 +630,7 @@ EightTensors linear_token_logprobs(const Tensor& hidden, const Tensor& weight,
     } else {
       const Tensor gradients = head.as_gradient(space).narrow(1, 0, vocabulary);
       head.differentiate(logits, token, result, gradients);
-      Tensor rows = kept.narrow(0, token, count);
-      at::mm_out(rows, gradients, weight);
+      product(kept.narrow(0, token, count), gradients, weight);
     }
   }
   if (keeps == Keep::kHidden) kept = kept.view(hidden.sizes());
@@ -659,7 +666,9 @@ std::tuple<Tensor, Tensor, Tensor> linear_token_logprobs_backward(
     if (by_logp && static_cast<Keep>(keep) == Keep::kHidden) {
       d_hidden = head.scaled(kept, factor_of_kept());
     } else if (rows_kept) {
-      d_hidden = head.scaled(at::mm(rows, weight), factor_of_kept());
+      const Tensor products = at::empty(head.hidden().sizes(), hidden.options());
+      product(products, rows, weight);
+      d_hidden = head.scaled(products, factor_of_kept());
     } else {
       d_hidden = at::empty(head.hidden().sizes(), hidden.options());
       const Tensor room = head.room(head.rows_at_once(), vocabulary);
@@ -669,8 +678,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_token_logprobs_backward(
         const Tensor gradients = head.as_gradient(space).narrow(1, 0, vocabulary);
         head.multiply(logits, token, 0);
         head.differentiate(logits, token, 0, upstream, gradients);
-        Tensor part = d_hidden.narrow(0, token, count);
-        at::mm_out(part, gradients, weight);
+        product(d_hidden.narrow(0, token, count), gradients, weight);
       }
     }
     d_hidden = d_hidden.view(hidden.sizes());
@@ -706,8 +714,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_token_logprobs_backward(
       head.differentiate(logits, 0, first, upstream, part);
     }
     if (need_weight) {
-      Tensor out = d_weight.narrow(0, first, count);
-      at::mm_out(out, part.t(), factors);
+      product(d_weight.narrow(0, first, count), part.t(), factors);
     }
     if (need_bias) {
       const Tensor terms = rows_kept ? head.scaled(part, by) : part;

@@ -10,21 +10,21 @@ reward function.
 
 from __future__ import annotations
 
-import csv
-import functools
-import io
-import json
+import contextlib
 import logging
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import datasets
-import pyarrow as pa
-import pyarrow.parquet as pq
+
+from drrlhf import files
+from drrlhf.files import DataError, Row, Rows
+from drrlhf.files import short as _short
 
 logger = logging.getLogger(__name__)
 
@@ -35,13 +35,6 @@ KINDS = ("reward", "dpo")
 # A list of messages that pandas or a spreadsheet turned into its printed form.
 _WRITTEN_OUT = re.compile(r"""\s*\[\s*\{\s*['"](role|content)['"]\s*:""")
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-
-Row = dict[str, Any]
-Rows = Iterator[tuple[int, Row]]
-
-
-class DataError(ValueError):
-    """Preference data that cannot be trained on; the message names the file and the line or row."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +74,7 @@ def load_preference_data(
     """
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {', '.join(KINDS)}; got {kind!r}")
-    name, unit, rows = _open(str(source), split, REQUIRED)
+    name, unit, rows = _open(str(source), split)
     columns = _Columns(
         name, unit, skip={"margin"} if kind == "dpo" else set(), keeps_more=keep_columns
     )
@@ -95,7 +88,7 @@ def load_prompt_data(
 ) -> PreferenceData:
     """Read and check prompts for GRPO: as `load_preference_data`, with ``prompt`` (a string, or
     messages) in place of a pair, and with every other column kept as it is."""
-    name, unit, rows = _open(str(source), split, PROMPT_REQUIRED)
+    name, unit, rows = _open(str(source), split)
     columns = _Columns(
         name, unit, set(), required=PROMPT_REQUIRED, optional=PROMPT_OPTIONAL, keeps_more=True
     )
@@ -104,144 +97,40 @@ def load_prompt_data(
     return columns.finish(group_names)
 
 
-# ---- where rows come from: each reader yields (1-based line or row, {column: value}) -------------
+# ---- where rows come from ------------------------------------------------------------------------
 
 
-def _open(source: str, split: str, required: Sequence[str]) -> tuple[str, str, Rows]:
-    """The name to print, the unit that its numbers count, and the rows."""
+def _open(source: str, split: str) -> tuple[str, str, Rows]:
+    """The name to print, what the rows' numbers count, and the rows with their numbers."""
     path = Path(source).expanduser()
-    reader = _READERS.get(path.suffix.lower())
-    if reader is _read_csv:
-        reader = functools.partial(_read_csv, required=required)
-    if path.is_dir():
+    is_file = path.is_file() or path.suffix.lower() in files.SUFFIXES
+    if path.is_dir() or (not is_file and _HUB_NAME.fullmatch(source)):
         return source, "row", _read_datasets(source, path, split)
-    if path.is_file() and reader is None:
-        suffixes = ", ".join(_READERS)
-        raise DataError(f"{source}: unknown suffix {path.suffix!r}; expected one of {suffixes}")
-    if reader is None and _HUB_NAME.fullmatch(source):
-        return source, "row", _read_datasets(source, path, split)
-    if not path.is_file() or reader is None:
+    if not path.is_file():
         raise DataError(f"{source}: no such file; give the path of a data file or a data set name")
     if split != "train":
         raise DataError(
             f"{source}: split={split!r} was asked for, but a file holds one split only; "
             "leave split out and give each split its own file"
         )
-    return source, "row" if path.suffix.lower() == ".parquet" else "line", reader(path)
+    unit, rows = files.rows(path)
+    if path.suffix.lower() == ".csv":
+        rows = ((number, {key: _csv_value(key, row[key]) for key in row}) for number, row in rows)
+    return source, unit, rows
 
 
-def _read_json(path: Path) -> Rows:
-    with path.open("rb") as file:
-        head = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
-    return _read_json_array(path) if head.startswith(b"[") else _read_jsonl(path)
-
-
-def _read_jsonl(path: Path) -> Rows:
-    # Bytes, split at \n alone: U+2028 and its like inside a string must not shift the line numbers.
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                yield number, _parse_json(path, number, line)
-
-
-def _read_json_array(path: Path) -> Rows:
-    text = _decode(path, 1, path.read_bytes())
-    try:
-        json.loads(text)  # the whole is well-formed; below only finds the line of each row
-    except json.JSONDecodeError as error:
-        raise _broken_json(path, error.lineno, error) from error
-    decoder, space, line, last = json.JSONDecoder(), re.compile(r"[\s,]*"), 1, 0
-    at = _skip(space, text, text.index("[") + 1)
-    while not text.startswith("]", at):
-        line, last = line + text.count("\n", last, at), at
-        row, at = decoder.raw_decode(text, at)
-        yield line, row
-        at = _skip(space, text, at)
-
-
-def _skip(space: re.Pattern[str], text: str, at: int) -> int:
-    match = space.match(text, at)
-    return match.end() if match else at
-
-
-def _parse_json(path: Path, number: int, line: bytes) -> Row:
-    try:
-        return json.loads(_decode(path, number, line))
-    except json.JSONDecodeError as error:
-        raise _broken_json(path, number, error) from error
-
-
-def _broken_json(path: Path, line: int, error: json.JSONDecodeError) -> DataError:
-    return DataError(f"{path}: line {line}: broken JSON: {error.msg} (column {error.colno})")
-
-
-def _decode(path: Path, number: int, data: bytes) -> str:
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = number + data.count(b"\n", 0, error.start)
-        raise DataError(f"{path}: line {line}: not UTF-8 ({error.reason})") from error
-
-
-def _read_csv(path: Path, required: Sequence[str] = REQUIRED) -> Rows:
-    text = _decode(path, 1, path.read_bytes())
-    limit = csv.field_size_limit(max(len(text), 1))  # a completion may be longer than the default
-    reader, start = csv.reader(io.StringIO(text, newline=""), strict=True), 1
-    try:
-        header = next(reader, [])
-        _check_csv_header(path, header, required)
-        start = reader.line_num + 1
-        for fields in reader:
-            if fields:
-                yield start, _csv_row(path, start, header, fields)
-            start = reader.line_num + 1  # a quoted field may hold line breaks
-    except csv.Error as error:
-        raise DataError(f"{path}: line {start}: broken CSV: {error}") from error
-    finally:
-        csv.field_size_limit(limit)
-
-
-def _csv_row(path: Path, line: int, header: list[str], fields: list[str]) -> Row:
-    if len(fields) != len(header):
-        raise DataError(
-            f"{path}: line {line}: {len(fields)} fields, but the header names {len(header)} "
-            "columns; quote fields that hold commas or line breaks"
-        )
-    row: Row = dict(zip(header, fields, strict=True))
-    for key in ("group", "margin", "weight"):
-        if key in row:
-            row[key] = _csv_number(row[key])
-    return row
-
-
-def _csv_number(cell: str) -> Any:
-    """In CSV every cell is a string: the number it holds; None when empty; else the string."""
+def _csv_value(key: str, cell: str) -> Any:
+    """In CSV every cell is text. Of ours that hold numbers, the number if it is one; an empty cell
+    of these and of other columns is None."""
+    if key in (*REQUIRED, "prompt"):
+        return cell
     if not cell.strip():
         return None
-    try:
-        return float(cell)
-    except ValueError:
-        return cell
-
-
-def _check_csv_header(path: Path, header: list[str], required: Sequence[str]) -> None:
-    doubled = {name for name in header if header.count(name) > 1}
-    if doubled & {*REQUIRED, *OPTIONAL}:
-        raise DataError(f"{path}: line 1: column {min(doubled)!r} is there more than once")
-    if header and not set(required) <= set(header):
-        raise _missing_column(f"{path}: line 1", header, required, _OPTIONAL_OF[tuple(required)])
-
-
-def _read_parquet(path: Path) -> Rows:
-    try:
-        file = pq.ParquetFile(path)
-        number = 0
-        for batch in file.iter_batches():
-            for row in batch.to_pylist():
-                number += 1
-                yield number, row
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path}: cannot be read as Parquet: {error}") from error
+    if key in ("group", "margin", "weight") and "_" not in cell:
+        for number in (int, float):
+            with contextlib.suppress(ValueError):
+                return number(cell)
+    return cell
 
 
 def _read_datasets(source: str, path: Path, split: str) -> Rows:
@@ -256,25 +145,10 @@ def _read_datasets(source: str, path: Path, split: str) -> Rows:
             f"{source}: neither a data file here nor a data set whose split {split!r} "
             f"could be loaded: {error}"
         ) from error
-    number = 0
-    for batch in data.with_format("arrow").iter(1000):
-        for row in batch.to_pylist():
-            number += 1
-            yield number, row
-
-
-_READERS: dict[str, Callable[[Path], Rows]] = {
-    ".jsonl": _read_jsonl,
-    ".json": _read_json,
-    ".csv": _read_csv,
-    ".parquet": _read_parquet,
-}
+    yield from files.rows_of(source, data.with_format("arrow").iter(1000))
 
 
 # ---- what rows must hold -------------------------------------------------------------------------
-
-
-_OPTIONAL_OF = {REQUIRED: OPTIONAL, PROMPT_REQUIRED: PROMPT_OPTIONAL}
 
 
 def _missing_column(
@@ -298,6 +172,7 @@ class _Columns:
     optional: tuple[str, ...] = OPTIONAL
     keeps_more: bool = False
     columns: dict[str, list[Any]] = field(default_factory=dict)
+    more: dict[str, list[Any]] = field(default_factory=dict)
     numbers: list[int] = field(default_factory=list)
     left_out: set[str] = field(default_factory=set)
     skipped: set[str] = field(default_factory=set)
@@ -319,16 +194,23 @@ class _Columns:
         self.skipped |= present & self.skip
         known = (*self.required, *self.optional)
         kept = [key for key in known if key in present and key not in self.skip]
-        if self.keeps_more:
-            kept += [key for key in row if key in present and key not in known]
-        else:
-            self.left_out |= present - {*known}
         self.check_columns(number, kept, row)
         self.numbers.append(number)
+        if self.keeps_more:
+            self.add_more({key: row[key] for key in row if key in present - {*known}})
+        else:
+            self.left_out |= present - {*known}
         for key in kept:
             self.columns[key].append(self.check_value(number, key, row[key]))
         if "chosen" in kept:
             self.identical += self.columns["chosen"][-1] == self.columns["rejected"][-1]
+
+    def add_more(self, row: Row) -> None:
+        """Columns of the user's own; None in rows that lack one."""
+        for key in row:
+            self.more.setdefault(key, [None] * (len(self.numbers) - 1))
+        for key, values in self.more.items():
+            values.append(row.get(key))
 
     def check_columns(self, number: int, kept: list[str], row: Row) -> None:
         if not set(self.required) <= set(kept):
@@ -345,8 +227,6 @@ class _Columns:
     def check_value(self, number: int, key: str, value: Any) -> Any:
         if key == "group":
             return value  # checked at the end, when it is known whether groups are named
-        if key not in (*self.required, *self.optional):
-            return value  # for the reward function, whatever it is
         if key in ("margin", "weight"):
             return self.check_number(number, key, value)
         if isinstance(value, str) is self.conversational:
@@ -427,7 +307,11 @@ class _Columns:
             else:
                 self.number_groups()
         self.log_what_was_left_out()
-        return PreferenceData(datasets.Dataset.from_dict(self.columns), names)
+        typed = {
+            key: files.column(key, values, self.numbers, self.where)
+            for key, values in (self.columns | self.more).items()
+        }
+        return PreferenceData(datasets.Dataset.from_dict(typed), names)
 
     def name_groups(self, names: Sequence[str] | None) -> list[str]:
         groups = list(zip(self.numbers, self.columns["group"], strict=True))
@@ -466,14 +350,11 @@ class _Columns:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return abs(value) <= sys.float_info.max
+    return isinstance(value, float)
 
 
 def _kind(value: Any) -> str:
     kinds = {"str": "a string", "list": "a list"}
     return kinds.get(type(value).__name__, f"of type {type(value).__name__}")
-
-
-def _short(value: Any, limit: int = 60) -> str:
-    text = repr(value)
-    return text if len(text) <= limit else text[: limit - 3] + "..."

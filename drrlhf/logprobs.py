@@ -122,7 +122,7 @@ def token_logprobs(
         outputs: names of `TokenLogprobs` wanted besides the log-probs, from the same pass.
         inplace_backward: write the gradient over the logits, which are then spent: no second
             tensor of their size. They must not be a leaf; a second backward raises. Compiled
-            graphs plan their own memory and ignore it.
+            graphs plan their own memory and ignore it, as `torch.func` does.
 
     Returns:
         (...), float32, or float64 for float64 logits; a `TokenLogprobs` of such if `outputs` names
@@ -140,7 +140,7 @@ def token_logprobs(
     check_device("labels", labels, "logits", logits)
     _check_labels(labels, tuple(logits.shape[:-1]), logits.shape[-1], ignore_index)
     op: Any = ops.token_logprobs
-    if inplace_backward and not torch.compiler.is_compiling():
+    if inplace_backward and not torch.compiler.is_compiling() and not ops.transformed():
         if logits.is_leaf and logits.requires_grad:
             raise ValueError(
                 "inplace_backward: expected logits that an operation made, got a leaf tensor, "
@@ -247,6 +247,10 @@ def linear_token_logprobs(
             f"weight: expected shape (V, D) with D = {hidden.shape[-1] if hidden.dim() else '?'} "
             f"as hidden {tuple(hidden.shape)}, got {tuple(weight.shape)}"
         )
+    if 0 in weight.shape:
+        raise ValueError(
+            f"weight: expected shape (V, D) with V >= 1 and D >= 1, got {tuple(weight.shape)}"
+        )
     if bias is not None and tuple(bias.shape) != (weight.shape[0],):
         raise ValueError(f"bias: expected shape ({weight.shape[0]},), got {tuple(bias.shape)}")
     if not logit_scale != 0:
@@ -258,7 +262,7 @@ def linear_token_logprobs(
     for name, tensor in (("weight", weight), ("bias", bias), ("labels", labels)):
         check_device(name, tensor, "hidden", hidden)
     _check_labels(labels, tuple(hidden.shape[:-1]), weight.shape[0], ignore_index)
-    if torch.is_autocast_enabled(hidden.device.type):
+    if not hidden.is_meta and torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
     elif hidden.dtype != weight.dtype:

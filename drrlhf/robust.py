@@ -162,6 +162,14 @@ def check_adversary(first: Tensor, parsed: Parsed, options: Options, like: str) 
     return Adversary(nominal, groups, weights, (kind, step_size, float(options.update), trim))
 
 
+def summable(nominal: Tensor | None) -> Tensor | None:
+    """Nominal weights (n,) whose sum is finite, in the same ratios: they come to 1 in any case."""
+    if nominal is None or not nominal.numel() or not nominal.is_floating_point():
+        return nominal
+    p = nominal.double()
+    return p * torch.where(p.amax() > 2.0**960, 2.0**-64, 1.0)  # exact
+
+
 def _check_state_device(name: str, state: Tensor, like: str, first: Tensor) -> None:
     if state.device != first.device:
         raise ValueError(
@@ -194,7 +202,7 @@ def evaluate_worst_case(
     check()
     parsed = parse(options.ambiguity)
     adversary = check_adversary(first, parsed, options, like)
-    out = evaluate(adversary)
+    out = evaluate(adversary._replace(nominal=summable(adversary.nominal)))
     if options.check_finite:
         _require_finite(out.losses, adversary.nominal)
     _store(options, out.stepped)
@@ -273,7 +281,7 @@ def solve_across_ranks(
     if options.check_finite:
         _require_finite(pairs.losses, pairs.nominal, pairs.place)
     value, weights, dual, stepped = ops.robust_risk(
-        pairs.losses, pairs.nominal, pairs.groups, state, *adversary.encoded
+        pairs.losses, summable(pairs.nominal), pairs.groups, state, *adversary.encoded
     )
     _store(options, stepped)
     if parsed.momentum is not None:

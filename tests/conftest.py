@@ -1,6 +1,7 @@
 """What a process of the tests does otherwise for interpreted Triton kernels (TRITON_INTERPRET=1),
-for CUDA kernels built for the host (DRRLHF_EMULATED=FILE.so), and on a GPU
-(DRRLHF_TEST_DEVICE=cuda), where every tensor that a test makes is made.
+for CUDA kernels built for the host (DRRLHF_EMULATED=FILE.so), on a GPU
+(DRRLHF_TEST_DEVICE=cuda), where every tensor that a test makes is made, and with fresh memory
+filled with NaN (DRRLHF_FILL=1), so that whatever reads what nothing wrote is found.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import os
 from collections import defaultdict
 
+import pytest
 import torch
 
 from drrlhf import backends
@@ -16,9 +18,12 @@ from drrlhf import backends
 # host a millisecond. DRRLHF_MOST=1000 runs all.
 MOST = 5 if os.environ.get("TRITON_INTERPRET") == "1" else 24
 MOST = int(os.environ.get("DRRLHF_MOST", MOST))
+FILL = os.environ.get("DRRLHF_FILL") == "1"
 
 
 def pytest_configure(config):
+    if FILL:
+        torch.use_deterministic_algorithms(True)
     if os.environ.get("TRITON_INTERPRET") == "1":
         # numpy says of infinities and NaN what kernels keep quiet about.
         config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning")
@@ -36,11 +41,11 @@ def pytest_configure(config):
 
 def pytest_collection_modifyitems(config, items):
     """Leaves out what takes minutes unless it is asked for by its mark; of a test with many
-    parameter sets, runs as many as MOST, evenly spread, when interpreted or emulated."""
+    parameter sets, runs as many as MOST, evenly spread, in another mode than the usual."""
     dropped = set()
     if "cuda_build" not in config.getoption("-m"):
         dropped = {item for item in items if item.get_closest_marker("cuda_build")}
-    if os.environ.get("TRITON_INTERPRET") == "1" or os.environ.get("DRRLHF_EMULATED"):
+    if FILL or os.environ.get("TRITON_INTERPRET") == "1" or os.environ.get("DRRLHF_EMULATED"):
         by_test = defaultdict(list)
         for item in items:
             by_test[item.nodeid.split("[")[0]].append(item)
@@ -51,3 +56,13 @@ def pytest_collection_modifyitems(config, items):
         dropped |= set(items) - kept
     config.hook.pytest_deselected(items=list(dropped))
     items[:] = [item for item in items if item not in dropped]
+
+
+@pytest.fixture
+def fresh_memory_is_nan():
+    """What DRRLHF_FILL=1 does to all tests, for one of them."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(before)

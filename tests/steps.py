@@ -89,9 +89,8 @@ def trainer(
         model=away(model) if method == "dpo" else model,
         args=config(folder, **arguments),
         train_dataset=tiny_pairs(pairs) if data is None else data,
-        processing_class=tiny_tokenizer(),
         callbacks=[Gradients()],
-        **own,
+        **{"processing_class": tiny_tokenizer()} | own,
     )
     if kind in (GRPOTrainer, trl.GRPOTrainer):
         made._generate_single_turn = written

@@ -294,7 +294,7 @@ def test_bad_rows_of_parquet_are_named_with_their_row(tmp_path):
 
 
 BAD_CSV = {
-    "header": ("chosen,text", "a,b", "line 1: missing column 'rejected'; found: chosen, text"),
+    "header": ("chosen,text", "a,b", "line 2: missing column 'rejected'; found: chosen, text"),
     "doubled": (
         "chosen,rejected,chosen",
         "a,b,c",

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from three_ways import BACKENDS
+from three_ways import BACKENDS, assert_differentiable_once
 
 import drrlhf as dr
 from drrlhf import backends
@@ -83,3 +83,8 @@ def test_compiles_and_opcheck(backend):
     torch.testing.assert_close(ours, eager)
     arguments = (c, r, None, None, None, None, 0.1, "tv", 0.3, 0.0, 0.0)
     torch.library.opcheck(torch.ops.drrlhf.reward_loss.default, arguments)
+
+
+def test_double_backward_is_refused(backend):
+    leaves = [x.requires_grad_() for x in torch.randn(2, 4).unbind()]
+    assert_differentiable_once(dr.reward_loss(*leaves, ambiguity="tv:0.2").loss, *leaves)

@@ -578,3 +578,16 @@ def test_backends_agree_to_rounding(text):
         size = np.abs(problem.losses).max() or 1.0
         assert abs(one.value.item() - two.value.item()) <= 1e-10 * size, problem
         torch.testing.assert_close(one.weights, two.weights, atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize("ambiguity", ["erm", "tv:0.2", "kl:0.5", "cvar:0.3,temperature=0.5"])
+def test_weights_whose_sum_overflows(backend, ambiguity):
+    """Only ratios matter: also of weights whose sum is no float64, or that are subnormal."""
+    losses, ratios = (
+        torch.tensor([0.5, -1.0, 2.0, 0.0]),
+        torch.tensor([1.0, 2.0, 0.0, 2.0]).double(),
+    )
+    wanted = dr.robust_risk(losses, ambiguity, nominal=ratios)
+    for size in (2.0**1022, 2.0**-1070):
+        found = dr.robust_risk(losses, ambiguity, nominal=ratios * size)
+        assert torch.equal(found.weights, wanted.weights) and found.value == wanted.value

@@ -9,7 +9,7 @@ import torch
 from three_ways import BACKENDS, assert_no_worse
 
 import drrlhf as dr
-from drrlhf import backends, ops
+from drrlhf import backends
 
 
 @pytest.fixture(params=BACKENDS)
@@ -211,7 +211,7 @@ def test_opcheck(backend, packed, mean):
     labels = (labels[inside] if packed else labels).int()
     cu = cu.int() if packed else None
     arguments = (torch.randn(labels.shape, requires_grad=True), labels, cu, -100, mean)
-    torch.library.opcheck(ops.sequence_logprobs, arguments)
+    torch.library.opcheck(torch.ops.drrlhf.sequence_logprobs.default, arguments)
     arguments = (torch.randn(5, requires_grad=True), labels, cu, -100, mean)
     torch.library.opcheck(torch.ops.drrlhf.sequence_logprobs_backward.default, arguments)
 

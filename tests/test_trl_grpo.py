@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("trl")
 
-from trl_fixtures import tiny_llama_dir, tiny_pairs  # isort: skip (settles the environment)
+from trl_fixtures import tiny_llama_dir, tiny_mixtral_dir, tiny_pairs  # isort: skip (settles the environment)
 
 import steps
 import torch
@@ -84,6 +84,29 @@ def test_weights_reach_every_completion(run, monkeypatch, loss_type):
     assert_same_steps(ours, run(**options))
     plain = run(**(options | {"ambiguity": "erm"}))
     assert (ours["gradients"][0] - plain["gradients"][0]).abs().max() > 1e-3
+
+
+def test_the_auxiliary_loss_of_experts_is_over_all_completions(tmp_path, monkeypatch):
+    """TRL's own loss takes it over all of them, whatever their advantages."""
+    model = str(tiny_mixtral_dir(tmp_path))
+    options = {"ambiguity": "cvar:0.25", "beta": 0.0, "loss_type": "grpo", **WHOLE}
+    ours = steps.run("grpo", model, str(tmp_path / "out"), **options)
+    monkeypatch.setattr(grpo, "_beyond", lambda config: ["everything"])
+    theirs = steps.run("grpo", model, str(tmp_path / "out"), **options)
+    assert ours["logs"][0]["robust/kept"] == 0.25
+    assert ours["logs"][0]["aux_loss"] == pytest.approx(theirs["logs"][0]["aux_loss"], rel=1e-5)
+    assert_same_steps(ours, theirs)
+
+
+def test_only_ratios_of_weights_matter(run):
+    ratios = [1.0, 0.5, 0.0, 2.0] * 2
+    for ambiguity in ("erm", "kl:0.3"):
+        found, wanted = (
+            run(ambiguity=ambiguity, data=tiny_pairs(8, weight=[size * w for w in ratios]), **PARTS)
+            for size in (1e-300, 1.0)
+        )
+        assert_same_steps(found, wanted)
+        assert robust(found["logs"][0]) == pytest.approx(robust(wanted["logs"][0]), rel=1e-6)
 
 
 @pytest.mark.parametrize("ambiguity", SETS)

@@ -15,6 +15,7 @@ from trl_fixtures import (  # isort: skip  (first: it settles the environment)
     tiny_tokenizer,
 )
 
+import steps
 import torch
 import trl
 from peft import LoraConfig
@@ -652,3 +653,20 @@ def test_a_device_without_a_kernel_gets_trls(llama, tmp_path, calls):
     assert not calls
     train_dpo(llama, tmp_path, ours, max_steps=1)
     assert calls
+
+
+@pytest.mark.parametrize("method", ["dpo", "grpo"])
+def test_the_reference_is_asked_for_log_probs_alone(tmp_path, monkeypatch, method):
+    """With adapters it is the policy's own model, which TRL prepared to give its metrics."""
+    asked, function = [], head.linear_token_logprobs
+
+    def spy(*arguments, **options):
+        asked.append((torch.is_grad_enabled(), options["outputs"]))
+        return function(*arguments, **options)
+
+    monkeypatch.setattr(head, "linear_token_logprobs", spy)
+    lora = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    options = {"ambiguity": "tv:0.1", "beta": 0.1, "trainer_peft_config": lora}
+    steps.run(method, str(tiny_llama_dir(tmp_path)), str(tmp_path / "out"), **options)
+    extras = ("entropy",) if method == "grpo" else ("entropy", "mean_logit", "is_top1")
+    assert set(asked) == {(False, ()), (True, extras)}

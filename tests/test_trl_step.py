@@ -120,6 +120,18 @@ def test_nominal_weights_alone_are_those_of_the_step(run):
     assert_same_step(run(data=data, **PARTS), run(data=data, **WHOLE))
 
 
+@pytest.mark.parametrize("ambiguity", ["erm", "kl:0.3"])
+@pytest.mark.parametrize("method", ["dpo", "reward"])
+def test_only_ratios_of_weights_matter(run, method, ambiguity):
+    """Also of weights that no float32 holds."""
+    ratios = [1.0, 5.0, 0.0, 0.5, 2.0, 2.0, 0.1, 1.0]
+    found, wanted = (
+        run(method, ambiguity=ambiguity, data=tiny_pairs(8, weight=[size * w for w in ratios]))
+        for size in (1e-300, 1.0)
+    )
+    assert_same_step(found, wanted)
+
+
 def test_plain_training_is_left_alone(run, models, tmp_path):
     trainer = steps.trainer("dpo", models["dpo"], str(tmp_path), **PARTS)
     trainer._whole_step = None  # would fail if it were called
@@ -289,15 +301,15 @@ def launched(launcher, place, **arguments):
 
 
 @pytest.mark.parametrize(
-    ("launcher", "method", "ambiguity", "accumulation"),
+    ("launcher", "method", "ambiguity", "accumulation", "packed"),
     [
-        ("torchrun", "dpo", "cvar:0.3", 2),
-        ("torchrun", "reward", "group:3,step_size=0.5", 2),
-        ("accelerate", "dpo", "tv:0.2", 1),
+        ("torchrun", "dpo", "cvar:0.3", 2, False),
+        ("torchrun", "reward", "group:3,step_size=0.5", 2, True),
+        ("accelerate", "dpo", "tv:0.2", 1, True),
     ],
 )
 def test_two_ranks_equal_one_process(
-    models, tmp_path, launcher, method, ambiguity, accumulation
+    models, tmp_path, launcher, method, ambiguity, accumulation, packed
 ):  # fmt: skip
     arguments = {
         "method": method, "model": models[method], "folder": str(tmp_path / "out"),
@@ -305,7 +317,7 @@ def test_two_ranks_equal_one_process(
     }  # fmt: skip
     size = 4 // accumulation
     cut = {"per_device_train_batch_size": size, "gradient_accumulation_steps": accumulation}
-    found = launched(launcher, tmp_path, **arguments, **cut)
+    found = launched(launcher, tmp_path, **arguments, **cut, padding_free=packed)
     whole = steps.run(**arguments, **WHOLE)
     for rank in range(2):
         for step in range(2):

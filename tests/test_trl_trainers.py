@@ -12,6 +12,7 @@ import pytest
 pytest.importorskip("trl")
 
 from trl_fixtures import (  # isort: skip  (first: it settles the environment)
+    PAD,
     quiet,
     tiny_llama_dir,
     tiny_pairs,
@@ -173,8 +174,9 @@ def test_weight_column_is_the_nominal_weight(llama, tmp_path):
     trainer = dpo(away(llama), tmp_path, tiny_pairs(8, weight=[1.0, 2.0, 3.0, 4.0] * 2))
     batch = first_batch(trainer)
     losses = dpo_losses_by_hand(trainer.model, trainer.ref_model, batch).detach()
-    p = batch["weight"] / batch["weight"].sum()
-    assert batch["weight"].dtype == torch.float32 and len(set(p.tolist())) > 1
+    assert batch["weight"].dtype == torch.float64
+    p = (batch["weight"] / batch["weight"].sum()).float()
+    assert len(set(p.tolist())) > 1
     torch.testing.assert_close(gradient(trainer, batch)[0], (p * losses).sum(), rtol=1e-5, atol=0)
     logged = trainer._metrics["train" if trainer.model.training else "eval"]["robust/mean_loss"]
     assert logged[-1] == pytest.approx((p * losses).sum().item(), rel=1e-5)
@@ -238,7 +240,7 @@ def test_a_collator_of_the_users_own_is_wrapped(llama, tmp_path):
 
     def collator(examples):
         calls.append(len(examples))
-        return DataCollatorForPreference(pad_token_id=0)(examples)
+        return DataCollatorForPreference(pad_token_id=PAD)(examples)
 
     trainer = dpo(
         llama, tmp_path, tiny_pairs(8, group=[0, 1] * 4), {"data_collator": collator},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+import pytest
 import torch
 
 from drrlhf import backends
@@ -108,3 +109,16 @@ def assert_no_worse(ours, theirs, truth, what=""):
             f"{what}: {name} error {a:.3g}, plain PyTorch's {b:.3g}, ratio {a / b:.2f}, at most "
             f"{factor} allowed"
         )
+
+
+def assert_differentiable_once(value, *inputs):
+    """The gradient of `value` () may be asked for with its graph; its own derivative, by an input
+    or by what `value` is multiplied with, is an error and not a silent 0."""
+    factor = torch.tensor(1.5, dtype=value.dtype, requires_grad=True)
+    gradients = torch.autograd.grad(value * factor, inputs, create_graph=True)
+    plain = torch.autograd.grad(value, inputs, retain_graph=True)
+    for gradient, once in zip(gradients, plain):
+        torch.testing.assert_close(gradient, once * 1.5)
+        for again in (*inputs, factor):
+            with pytest.raises(RuntimeError, match="no double backward"):
+                torch.autograd.grad(gradient.sum(), again, retain_graph=True)

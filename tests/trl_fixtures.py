@@ -17,10 +17,14 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
+    MixtralConfig,
+    MixtralForCausalLM,
     PreTrainedTokenizerFast,
 )
 
-SPECIAL = ["<pad>", "<eos>", "<unk>", "<|system|>", "<|user|>", "<|assistant|>"]
+ROLES = ["<|system|>", "<|user|>", "<|assistant|>"]
+SPECIAL = ["<unk>", "<eos>", *ROLES, "<pad>"]
+PAD = SPECIAL.index("<pad>")  # not 0: a row filled up with zeros must not look padded
 TEXT = "how was the film the book was not very good but i love it so do we yes really great story"
 WORDS = [*dict.fromkeys(TEXT.split()), *(f"w{i}" for i in range(175))]
 CHAT_TEMPLATE = (
@@ -39,7 +43,7 @@ def tiny_tokenizer(with_eos: bool = True) -> PreTrainedTokenizerFast:
         pad_token="<pad>",
         eos_token="<eos>" if with_eos else None,
         unk_token="<unk>",
-        additional_special_tokens=SPECIAL[3:],
+        additional_special_tokens=ROLES,
         chat_template=CHAT_TEMPLATE,
         model_max_length=256,
     )
@@ -55,7 +59,7 @@ def _llama_config(**options: Any) -> LlamaConfig:
         num_key_value_heads=1,
         max_position_embeddings=256,
         initializer_range=0.2,  # far from uniform, so that losses of pairs differ
-        pad_token_id=0,
+        pad_token_id=PAD,
         bos_token_id=None,
         eos_token_id=1,
         **options,
@@ -79,6 +83,25 @@ def tiny_llama_dir(tmp_path: Path, **options: Any) -> Path:
     )
 
 
+def tiny_mixtral_dir(tmp_path: Path) -> Path:
+    """A saved directory of a random mixture of four experts, with an auxiliary loss."""
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        vocab_size=len(SPECIAL) + len(WORDS),
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        num_local_experts=4,
+        output_router_logits=True,
+        router_aux_loss_coef=0.1,
+        initializer_range=0.2,
+        pad_token_id=PAD,
+    )
+    return _save(MixtralForCausalLM(config), tiny_tokenizer(), tmp_path / "tiny-mixtral")
+
+
 def tiny_reward_dir(tmp_path: Path) -> Path:
     """A saved directory of a random Llama reward model (one label) with its tokenizer."""
     torch.manual_seed(0)
@@ -100,7 +123,7 @@ def tiny_encoder_dir(tmp_path: Path, with_eos: bool = True) -> Path:
         intermediate_size=64,
         max_position_embeddings=256,
         initializer_range=0.2,
-        pad_token_id=0,
+        pad_token_id=PAD,
         num_labels=1,
     )
     model = BertForSequenceClassification(config)

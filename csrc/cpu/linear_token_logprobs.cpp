@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "../core/platform.h"
+#include "../message.h"
 #include "logprobs.h"
 #include "memory.h"
 
@@ -479,24 +480,29 @@ void multiply_by_hidden(const Tensor& gradient, const Tensor& hidden, Tensor res
 
 // bias (rows,) = sum over tokens of gradient (rows, tokens) times factor (tokens,), if not empty.
 void sum_tokens(const Tensor& gradient, const std::vector<float>& factor, Tensor bias) {
-  AT_DISPATCH_FLOATING_TYPES_AND2(
-      at::kBFloat16, at::kHalf, gradient.scalar_type(), "sum_tokens", [&] {
-        const scalar_t* from = gradient.const_data_ptr<scalar_t>();
-        const std::int64_t n = gradient.size(1), stride = gradient.stride(0);
-        Tensor sums = at::empty({gradient.size(0)}, at::kFloat);
-        float* to = sums.mutable_data_ptr<float>();
-        at::parallel_for(0, gradient.size(0), 64, [&](std::int64_t begin, std::int64_t end) {
-          for (std::int64_t v = begin; v < end; ++v) {
-            double sum = 0;
-            for (std::int64_t j = 0; j < n; ++j) {
-              const double g = static_cast<float>(from[v * stride + j]);
-              sum += factor.empty() ? g : g * factor[j];
-            }
-            to[v] = static_cast<float>(sum);
-          }
-        });
-        bias.copy_(sums);
-      });
+  const std::int64_t n = gradient.size(1), stride = gradient.stride(0);
+  Tensor sums = at::empty({gradient.size(0)}, at::kFloat);
+  float* to = sums.mutable_data_ptr<float>();
+  const auto sum = [&](const auto* from) {
+    at::parallel_for(0, gradient.size(0), 64, [&](std::int64_t begin, std::int64_t end) {
+      for (std::int64_t v = begin; v < end; ++v) {
+        double sum = 0;
+        for (std::int64_t j = 0; j < n; ++j) {
+          const double g = static_cast<float>(from[v * stride + j]);
+          sum += factor.empty() ? g : g * factor[j];
+        }
+        to[v] = static_cast<float>(sum);
+      }
+    });
+  };
+  if (gradient.scalar_type() == at::kBFloat16) {
+    sum(gradient.const_data_ptr<at::BFloat16>());
+  } else if (gradient.scalar_type() == at::kHalf) {
+    sum(gradient.const_data_ptr<at::Half>());
+  } else {
+    sum(gradient.const_data_ptr<float>());
+  }
+  bias.copy_(sums);
 }
 
 at::ScalarType product_dtype(at::ScalarType dtype) {
@@ -515,22 +521,23 @@ std::int64_t tokens_per_pass(std::int64_t tokens, std::int64_t vocabulary, std::
 
 void check_head(const Tensor& hidden, const Head& head, const Tensor& labels) {
   const Tensor& weight = head.weight;
-  TORCH_CHECK_VALUE(hidden.dim() >= 1 && weight.dim() == 2 && hidden.size(-1) == weight.size(1),
-                    "weight: expected shape (V, D) with the D of hidden ", hidden.sizes(), ", got ",
-                    weight.sizes());
-  TORCH_CHECK_VALUE(hidden.scalar_type() == weight.scalar_type() && weight.device().is_cpu(),
-                    "weight: expected ", hidden.scalar_type(), " on the CPU as hidden, got ",
-                    weight.scalar_type(), " on ", weight.device());
-  TORCH_CHECK_VALUE(weight.size(0) >= 1, "weight: expected V >= 1, got ", weight.sizes());
-  TORCH_CHECK_VALUE(
+  DRRLHF_CHECK_VALUE(hidden.dim() >= 1 && weight.dim() == 2 && hidden.size(-1) == weight.size(1),
+                     "weight: expected shape (V, D) with the D of hidden ", hidden.sizes(),
+                     ", got ", weight.sizes());
+  DRRLHF_CHECK_VALUE(hidden.scalar_type() == weight.scalar_type() && weight.device().is_cpu(),
+                     "weight: expected ", hidden.scalar_type(), " on the CPU as hidden, got ",
+                     weight.scalar_type(), " on ", weight.device());
+  DRRLHF_CHECK_VALUE(weight.size(0) >= 1 && weight.size(1) >= 1,
+                     "weight: expected V >= 1 and D >= 1, got ", weight.sizes());
+  DRRLHF_CHECK_VALUE(
       !head.bias.has_value() || (head.bias->dim() == 1 && head.bias->device().is_cpu() &&
                                  head.bias->numel() == weight.size(0)),
       "bias: expected a CPU tensor of shape (", weight.size(0), ")");
 }
 
 void check_keep(Keep keep) {
-  TORCH_CHECK_VALUE(keep == Keep::kNothing || keep == Keep::kHidden || keep == Keep::kSlab,
-                    "keep: expected 0, 1 or 2, got ", static_cast<std::int64_t>(keep));
+  DRRLHF_CHECK_VALUE(keep == Keep::kNothing || keep == Keep::kHidden || keep == Keep::kSlab,
+                     "keep: expected 0, 1 or 2, got ", static_cast<std::int64_t>(keep));
 }
 
 // Copies the columns `place` of a packed slab (V, counted), or all of them if null, to rows of
@@ -546,8 +553,6 @@ void gather_columns(const Tensor& slab, std::int64_t begin, std::int64_t end,
         const T* row = from + v * stride;
         T* target = to + (v - begin) * out_stride;
         for (std::size_t j = 0; j < place.size(); ++j) target[j] = row[place[j]];
-        // Products take tokens in pairs; the last one's partner counts for nothing.
-        if (place.size() % 2 != 0) target[place.size()] = 0;
       }
     });
   };
@@ -556,6 +561,15 @@ void gather_columns(const Tensor& slab, std::int64_t begin, std::int64_t end,
   } else {
     copy(static_cast<std::uint16_t*>(out));
   }
+}
+
+// Room for transposed gradients (rows, tokens), 0 behind the last token. Products that read whole
+// registers multiply what lies there by 0, oneDNN's on AMX for one; 0 times NaN would be NaN.
+Tensor gradient_room(std::int64_t rows, std::int64_t tokens, at::ScalarType dtype) {
+  const std::int64_t stride = stride_for(tokens);
+  Tensor room = empty_on_huge_pages({rows, stride}, dtype);
+  room.narrow(1, tokens, stride - tokens).zero_();
+  return room;
 }
 
 // The slab (V, counted) at the front of what the forward kept.
@@ -676,7 +690,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_token_logprobs_backward_cpu(
   const std::int64_t expected = keep == Keep::kHidden ? total * width
                                 : keep == Keep::kSlab ? total * vocabulary
                                                       : 0;
-  TORCH_CHECK_VALUE(
+  DRRLHF_CHECK_VALUE(
       keep == Keep::kNothing || (kept.scalar_type() == dtype && kept.is_contiguous() &&
                                  kept.device().is_cpu() && kept.numel() == expected),
       "kept: expected what the forward kept, got ", kept.sizes(), " of ", kept.scalar_type());
@@ -772,7 +786,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_token_logprobs_backward_cpu(
                : tokens_per_pass(n, vocabulary, workspace, at::elementSize(made));
     Tensor buffer;
     if (!in_one && n > 0) {
-      buffer = empty_on_huge_pages({vocabulary, stride_for(std::min(n, pass))}, made);
+      buffer = gradient_room(vocabulary, std::min(n, pass), made);
     }
     for (std::int64_t start = 0; start < n; start += pass) {
       const std::int64_t count = std::min(pass, n - start);
@@ -819,7 +833,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_token_logprobs_backward_cpu(
     const bool in_one = has_slab && whole;
     const std::int64_t block = in_one ? vocabulary : std::min(vocabulary, std::max(fit, kTileRows));
     Tensor buffer;
-    if (!in_one) buffer = empty_on_huge_pages({block, stride}, made);
+    if (!in_one) buffer = gradient_room(block, n, made);
     std::optional<LogitTiles> logits;
     if (!has_slab) logits.emplace(tokens, head);
     std::optional<WeightGradient> product_of_tiles;

@@ -3,6 +3,7 @@
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 
+#include "../message.h"
 #include "sequences.h"
 
 namespace drrlhf {
@@ -238,10 +239,11 @@ Tensor scaled(const Tensor& slopes, const Tensor& factors, const Sequences& sequ
 PolicySums policy_sums(const PolicyTokens& tokens, const Tensor& advantages,
                        const PolicyOptions& options) {
   const Sequences sequences("logps", tokens.logps, tokens.cu_seqlens);
-  TORCH_CHECK_VALUE(tokens.logps.device().is_cpu() && advantages.numel() == sequences.count,
-                    "advantages: expected shape (", sequences.count, "), got ", advantages.sizes());
+  DRRLHF_CHECK_VALUE(tokens.logps.device().is_cpu() && advantages.numel() == sequences.count,
+                     "advantages: expected shape (", sequences.count, "), got ",
+                     advantages.sizes());
   for (const auto* x : {&tokens.old_logps, &tokens.ref_logps, &tokens.entropy, &tokens.mask}) {
-    TORCH_CHECK_VALUE(
+    DRRLHF_CHECK_VALUE(
         !x->has_value() || ((*x)->device().is_cpu() && (*x)->sizes() == tokens.logps.sizes()),
         "policy_loss: expected CPU tensors of shape ", tokens.logps.sizes(), " as logps");
   }
@@ -254,9 +256,9 @@ PolicySums policy_sums(const PolicyTokens& tokens, const Tensor& advantages,
 Tensor policy_loss_backward(const Tensor& grad, const Tensor& slopes, const Tensor& coefficients,
                             const OptionalTensor& cu_seqlens) {
   const Sequences sequences("slopes", slopes, cu_seqlens);
-  TORCH_CHECK_VALUE(slopes.device().is_cpu() && coefficients.numel() == sequences.count,
-                    "coefficients: expected shape (", sequences.count, "), got ",
-                    coefficients.sizes());
+  DRRLHF_CHECK_VALUE(slopes.device().is_cpu() && coefficients.numel() == sequences.count,
+                     "coefficients: expected shape (", sequences.count, "), got ",
+                     coefficients.sizes());
   const Tensor factors = (grad * coefficients).to(slopes.scalar_type()).contiguous();
   if (slopes.scalar_type() == at::kDouble) {
     return scaled<double>(slopes.contiguous(), factors, sequences);

@@ -1,5 +1,6 @@
 #include <ATen/ATen.h>
 
+#include "../message.h"
 #include "logprobs.h"
 #include "sequences.h"
 
@@ -8,9 +9,9 @@ namespace drrlhf {
 SequenceSums sequence_sums(const Tensor& logps, const Tensor& labels,
                            const OptionalTensor& cu_seqlens, std::int64_t ignore_index) {
   const Sequences sequences("labels", labels, cu_seqlens);
-  TORCH_CHECK_VALUE(logps.device().is_cpu() && logps.sizes() == labels.sizes(),
-                    "labels: expected a CPU tensor of shape ", logps.sizes(), " as logps, got ",
-                    labels.sizes());
+  DRRLHF_CHECK_VALUE(logps.device().is_cpu() && logps.sizes() == labels.sizes(),
+                     "labels: expected a CPU tensor of shape ", logps.sizes(), " as logps, got ",
+                     labels.sizes());
   const Tensor x = logps.to(at::kDouble).contiguous(), y = labels.to(at::kLong).contiguous();
   SequenceSums sums = {at::zeros({sequences.count}, at::kDouble),
                        at::zeros({sequences.count}, at::kDouble)};
@@ -32,9 +33,9 @@ SequenceSums sequence_sums(const Tensor& logps, const Tensor& labels,
 Tensor spread_to_tokens(const Tensor& per_sequence, const Tensor& labels,
                         const OptionalTensor& cu_seqlens, std::int64_t ignore_index, bool mean) {
   const Sequences sequences("labels", labels, cu_seqlens);
-  TORCH_CHECK_VALUE(per_sequence.device().is_cpu() && per_sequence.dim() == 1 &&
-                        per_sequence.numel() == sequences.count,
-                    "grad: expected shape (", sequences.count, "), got ", per_sequence.sizes());
+  DRRLHF_CHECK_VALUE(per_sequence.device().is_cpu() && per_sequence.dim() == 1 &&
+                         per_sequence.numel() == sequences.count,
+                     "grad: expected shape (", sequences.count, "), got ", per_sequence.sizes());
   const Tensor g = per_sequence.to(at::kDouble).contiguous(), y = labels.to(at::kLong).contiguous();
   Tensor result = at::zeros(labels.sizes(), at::kDouble);
   const double* from = g.const_data_ptr<double>();

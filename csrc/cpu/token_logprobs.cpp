@@ -1,12 +1,13 @@
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 
+#include "../message.h"
 #include "logprobs.h"
 
 namespace drrlhf {
 
 Storage storage_of(const char* argument, const Tensor& x) {
-  TORCH_CHECK_VALUE(x.device().is_cpu(), argument, ": expected a CPU tensor, got ", x.device());
+  DRRLHF_CHECK_VALUE(x.device().is_cpu(), argument, ": expected a CPU tensor, got ", x.device());
   switch (x.scalar_type()) {
     case at::kFloat:
       return Storage::kFloat;
@@ -15,21 +16,21 @@ Storage storage_of(const char* argument, const Tensor& x) {
     case at::kHalf:
       return Storage::kHalf;
     default:
-      TORCH_CHECK_VALUE(false, argument, ": expected float32, bfloat16 or float16, got ",
-                        x.scalar_type());
+      DRRLHF_CHECK_VALUE(false, argument, ": expected float32, bfloat16 or float16, got ",
+                         x.scalar_type());
   }
 }
 
 Tensor checked_labels(const Tensor& labels, at::IntArrayRef shape, std::int64_t vocabulary,
                       std::int64_t ignore_index) {
-  TORCH_CHECK_VALUE(labels.device().is_cpu() && labels.sizes() == shape,
-                    "labels: expected a CPU tensor of shape ", shape, ", got ", labels.sizes());
+  DRRLHF_CHECK_VALUE(labels.device().is_cpu() && labels.sizes() == shape,
+                     "labels: expected a CPU tensor of shape ", shape, ", got ", labels.sizes());
   Tensor checked = labels.to(at::kLong).contiguous();
   const std::int64_t* y = checked.const_data_ptr<std::int64_t>();
   for (std::int64_t i = 0; i < checked.numel(); ++i) {
-    TORCH_CHECK_VALUE(y[i] == ignore_index || (y[i] >= 0 && y[i] < vocabulary),
-                      "labels: expected values in [0, ", vocabulary,
-                      ") or ignore_index=", ignore_index, ", got ", y[i], " at position ", i);
+    DRRLHF_CHECK_VALUE(y[i] == ignore_index || (y[i] >= 0 && y[i] < vocabulary),
+                       "labels: expected values in [0, ", vocabulary,
+                       ") or ignore_index=", ignore_index, ", got ", y[i], " at position ", i);
   }
   return checked;
 }
@@ -40,8 +41,8 @@ Transform transform_of(double temperature, std::optional<double> softcap, double
 }
 
 Tensor per_token(const char* argument, const Tensor& x, std::int64_t tokens) {
-  TORCH_CHECK_VALUE(x.device().is_cpu() && x.numel() == tokens, argument,
-                    ": expected a CPU tensor of ", tokens, " numbers, got ", x.sizes());
+  DRRLHF_CHECK_VALUE(x.device().is_cpu() && x.numel() == tokens, argument,
+                     ": expected a CPU tensor of ", tokens, " numbers, got ", x.sizes());
   return x.to(at::kFloat).contiguous();
 }
 

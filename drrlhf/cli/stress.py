@@ -242,7 +242,7 @@ def _print(result: dict[str, Any], console: Console) -> None:
     floor = result["settings"]["floor"]
     for name, model in result["models"].items():
         if model["dropped"]:
-            console.print(f"{name}: {model['dropped']} rows without a finite score were left out.")
+            console.print(f"{name}: {model['dropped']} pairs without a finite score were left out.")
         radii = ", ".join(said_radius(*one) for one in model["robustness_radius"].items())
         console.print(f"{name}: accuracy stays at {floor:.0%} up to {radii}", highlight=False)
         for sentence in [*model["notes"], *model["adversary"]["sentences"]]:

@@ -103,12 +103,14 @@ def _table(found: dict[str, Any]) -> Table:
 
 
 def _said(found: dict[str, Any]) -> list[str]:
-    chance, groups = found["bootstrap"], found["groups"]
+    chance, groups, alone = found["bootstrap"], found["groups"], found["pairs_without_prompt"]
     said = [
         f"Mean loss {found['mean_loss']:.4f} over {found['pairs']:,} pairs of "
         f"{found['prompts']:,} prompts; by chance alone it may reach {chance['target']:.4f} "
         f"(the {chance['quantile']:.0%} quantile of bootstrap samples)."
     ]
+    if alone:
+        said.append(f"{alone:,} of these pairs have no prompt id: each is a prompt of its own.")
     if groups is None:
         return [*said, "Chance is not shift: --group-by says what other groups cost."]
     said += [

@@ -1,5 +1,6 @@
 """Ops registered with torch.library: one file each holds its schema, fake and autograd."""
 
+from drrlhf.ops.library import transformed
 from drrlhf.ops.linear_token_logprobs import linear_token_logprobs
 from drrlhf.ops.policy_loss import policy_loss
 from drrlhf.ops.preference_loss import preference_loss
@@ -13,4 +14,5 @@ from drrlhf.ops.token_logprobs import token_logprobs
 __all__ = [
     "InPlaceTokenLogprobs", "linear_token_logprobs", "policy_loss", "preference_loss",
     "reward_loss", "robust_risk", "sequence_logprobs", "sequence_preference_loss", "token_logprobs",
+    "transformed",
 ]  # fmt: skip

@@ -29,16 +29,62 @@ def define(name: str, schema: str, fake: Callable[..., Any]) -> Any:
     return getattr(torch.ops.drrlhf, name).default
 
 
-def autograd(name: str, backward: Callable[..., Any], setup: Callable[..., None]) -> None:
-    """Register the backward of `drrlhf::name`."""
-    torch.library.register_autograd(f"drrlhf::{name}", backward, setup_context=setup, lib=LIBRARY)
+def transformed() -> bool:
+    """Whether `torch.func` transforms what runs: grad, vjp, jacrev, vmap ..."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
-def first_order_only(op: str) -> None:
-    """Refuse create_graph=True: these gradients were made in the forward pass, as constants."""
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+def autograd(op: Any, backward: Callable[..., Any], setup: Callable[..., None]) -> Any:
+    """Register the backward of the overload `op`; returns the op for callers.
+
+    What torch.library makes of a backward cannot be transformed by torch.func, an
+    autograd.Function that sets its context up apart from its forward can: there it takes over.
+    """
+    torch.library.register_autograd(op, backward, setup_context=setup, lib=LIBRARY)
+    parts = {
+        "forward": staticmethod(lambda *arguments: op(*arguments)),
+        "setup_context": staticmethod(lambda ctx, inputs, output: setup(ctx, inputs, output)),
+        "backward": staticmethod(backward),
+        "generate_vmap_rule": True,
+    }
+    function: Any = type(f"{op._opname}_transformed", (torch.autograd.Function,), parts)
+
+    def call(*arguments: Any) -> Any:
+        return function.apply(*arguments) if transformed() else op(*arguments)
+
+    return call
+
+
+def first_order_only(op: str, gradients: tuple, *sources: Tensor | None) -> tuple:
+    """`gradients`, of which the derivative by any of `sources` is refused.
+
+    They were made in the forward pass, as constants: their derivative would be 0 without a word.
+    It is the second derivative that raises, not create_graph=True: torch.func always asks for it.
+    """
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return gradients
+    made = [x for x in gradients if x is not None]
+    found = iter(_FirstOrder.apply(op, len(made), *made, *sources))
+    return tuple(None if x is None else next(found) for x in gradients)
+
+
+class _FirstOrder(torch.autograd.Function):
+    """The first `count` of some tensors, whose derivative by any of them is an error."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(op: str, count: int, *tensors: Tensor | None) -> tuple:
+        return tensors[:count]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.op = inputs[0]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
         raise RuntimeError(
-            f"drrlhf.{op} has no double backward: its gradients are computed in the forward pass. "
-            "Drop create_graph=True, or build second derivatives from drrlhf.pair_losses and "
+            f"drrlhf.{ctx.op} has no double backward: its gradients are computed in the forward "
+            "pass. Differentiate once, or build second derivatives from drrlhf.pair_losses and "
             "drrlhf.robust_risk"
         )

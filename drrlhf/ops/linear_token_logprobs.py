@@ -51,18 +51,19 @@ def _backward(ctx: Any, grad: Tensor | None, lse: Any, tail: Any, grad_entropy: 
               *unused: Any) -> tuple:  # fmt: skip
     if grad is None and grad_entropy is None:
         return (None,) * 11
-    first_order_only("linear_token_logprobs")
     hidden, weight, bias, labels, *rest = ctx.saved_tensors
     needs = tuple(bool(need) for need in ctx.needs_input_grad[:3])
     found = linear_token_logprobs_backward(
         hidden, weight, bias, labels, grad, grad_entropy, *rest, *ctx.options, *ctx.keep, *needs
     )
-    return tuple(x if need else None for x, need in zip(found, needs)) + (None,) * 8
+    gradients = tuple(x if need else None for x, need in zip(found, needs))
+    sources = (hidden, weight, bias, grad, grad_entropy)
+    return first_order_only("linear_token_logprobs", gradients, *sources) + (None,) * 8
 
 
 _HEAD = "Tensor hidden, Tensor weight, Tensor? bias, Tensor labels"
 _OPTIONS = "int ignore_index, float temperature, float? softcap, float logit_scale"
-linear_token_logprobs = define(
+_OP = define(
     "linear_token_logprobs",
     f"({_HEAD}, {_OPTIONS}, int outputs, int keep, int workspace) -> "
     "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
@@ -75,4 +76,4 @@ linear_token_logprobs_backward = define(
     "bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)",
     _fake_backward,
 )
-autograd("linear_token_logprobs", _backward, _setup)
+linear_token_logprobs = autograd(_OP, _backward, _setup)

@@ -35,18 +35,21 @@ def _fake_backward(grad, slopes, coefficients, cu_seqlens):
 def _setup(ctx: Any, inputs: Any, output: Any) -> None:
     ctx.dtype = inputs[0].dtype
     ctx.save_for_backward(output[7], output[6], inputs[5])
-    ctx.mark_non_differentiable(*output[1:])
+    # Not the coefficients and slopes: whoever differentiates them must meet an error.
+    ctx.mark_non_differentiable(*output[1:6], output[8])
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, grad: Tensor | None, *unused: Any) -> tuple:
     if grad is None:
         return (None,) * _INPUTS
-    first_order_only("policy_loss")
-    return (policy_loss_backward(grad, *ctx.saved_tensors).to(ctx.dtype),) + (None,) * (_INPUTS - 1)
+    slopes, coefficients, cu_seqlens = ctx.saved_tensors
+    found = policy_loss_backward(grad, slopes, coefficients, cu_seqlens).to(ctx.dtype)
+    only = first_order_only("policy_loss", (found,), grad, slopes, coefficients)
+    return only + (None,) * (_INPUTS - 1)
 
 
-policy_loss = define(
+_OP = define(
     "policy_loss",
     "(Tensor logps, Tensor? old_logps, Tensor? ref_logps, Tensor? entropy, Tensor? mask, "
     "Tensor? cu_seqlens, Tensor advantages, Tensor rewards, Tensor prompt_ids, "
@@ -62,4 +65,4 @@ policy_loss_backward = define(
     "(Tensor grad, Tensor slopes, Tensor coefficients, Tensor? cu_seqlens) -> Tensor",
     _fake_backward,
 )
-autograd("policy_loss", _backward, _setup)
+policy_loss = autograd(_OP, _backward, _setup)

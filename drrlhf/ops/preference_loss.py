@@ -29,16 +29,17 @@ def _backward(ctx: Any, grad: Tensor | None, *unused: Any) -> tuple:
     d_chosen, d_rejected = ctx.saved_tensors
     if grad is None:
         return (None,) * 20
-    first_order_only("preference_loss")
     chosen = (grad * d_chosen).to(d_chosen.dtype)
     rejected = (grad * d_rejected).to(d_rejected.dtype)
     # A log-ratio is a difference, so a trained reference gets the negative.
     ref_chosen = -chosen if ctx.needs_input_grad[2] else None
     ref_rejected = -rejected if ctx.needs_input_grad[3] else None
-    return (chosen, rejected, ref_chosen, ref_rejected) + (None,) * 16
+    gradients = (chosen, rejected, ref_chosen, ref_rejected)
+    only = first_order_only("preference_loss", gradients, grad, d_chosen, d_rejected)
+    return only + (None,) * 16
 
 
-preference_loss = define(
+_OP = define(
     "preference_loss",
     "(Tensor chosen_logps, Tensor rejected_logps, Tensor? ref_chosen_logps, "
     "Tensor? ref_rejected_logps, Tensor? chosen_lengths, Tensor? rejected_lengths, "
@@ -48,4 +49,4 @@ preference_loss = define(
     "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _fake,
 )
-autograd("preference_loss", _backward, _setup)
+preference_loss = autograd(_OP, _backward, _setup)

@@ -28,16 +28,15 @@ def _backward(ctx: Any, grad: Tensor | None, *unused: Any) -> tuple:
     d_chosen, d_rejected = ctx.saved_tensors
     if grad is None:
         return (None,) * 11
-    first_order_only("reward_loss")
-    chosen = (grad * d_chosen).to(d_chosen.dtype)
-    return (chosen, (grad * d_rejected).to(d_rejected.dtype)) + (None,) * 9
+    gradients = tuple((grad * d).to(d.dtype) for d in (d_chosen, d_rejected))
+    return first_order_only("reward_loss", gradients, grad, d_chosen, d_rejected) + (None,) * 9
 
 
-reward_loss = define(
+_OP = define(
     "reward_loss",
     "(Tensor chosen_rewards, Tensor rejected_rewards, Tensor? margin, Tensor? nominal, "
     "Tensor? groups, Tensor? group_weights, float center_coefficient, str kind, float a, float b, "
     "float trim) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _fake,
 )
-autograd("reward_loss", _backward, _setup)
+reward_loss = autograd(_OP, _backward, _setup)

@@ -37,10 +37,10 @@ def _backward(ctx: Any, grad_value: Tensor | None, *unused: Any) -> tuple:
     return grad, None, None, None, None, None, None, None
 
 
-robust_risk = define(
+_OP = define(
     "robust_risk",
     "(Tensor losses, Tensor? nominal, Tensor? groups, Tensor? group_weights, str kind, float a, "
     "float b, float trim) -> (Tensor, Tensor, Tensor, Tensor)",
     _fake,
 )
-autograd("robust_risk", _backward, _setup)
+robust_risk = autograd(_OP, _backward, _setup)

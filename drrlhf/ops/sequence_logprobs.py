@@ -41,9 +41,7 @@ def _backward_backward(ctx: Any, grad: Tensor) -> tuple:
 
 
 _REST = "Tensor labels, Tensor? cu_seqlens, int ignore_index, bool mean) -> Tensor"
-sequence_logprobs = define("sequence_logprobs", f"(Tensor logps, {_REST}", _fake)
-sequence_logprobs_backward = define(
-    "sequence_logprobs_backward", f"(Tensor grad, {_REST}", _fake_backward
-)
-autograd("sequence_logprobs", _backward, _setup)
-autograd("sequence_logprobs_backward", _backward_backward, _setup)
+_OP = define("sequence_logprobs", f"(Tensor logps, {_REST}", _fake)
+_BACKWARD_OP = define("sequence_logprobs_backward", f"(Tensor grad, {_REST}", _fake_backward)
+sequence_logprobs = autograd(_OP, _backward, _setup)
+sequence_logprobs_backward = autograd(_BACKWARD_OP, _backward_backward, _setup)

@@ -26,7 +26,8 @@ def _setup(ctx: Any, inputs: Any, output: Any) -> None:
     logps, labels, cu_seqlens, *_ = inputs
     ctx.dtype, ctx.ignore_index = logps.dtype, inputs[7]
     ctx.save_for_backward(output[8], labels, cu_seqlens)
-    ctx.mark_non_differentiable(*output[1:])
+    # Not the last, the gradient: whoever differentiates it must meet an error.
+    ctx.mark_non_differentiable(*output[1:8])
     ctx.set_materialize_grads(False)
 
 
@@ -34,12 +35,12 @@ def _backward(ctx: Any, grad: Tensor | None, *unused: Any) -> tuple:
     d_sums, labels, cu_seqlens = ctx.saved_tensors
     if grad is None:
         return (None,) * 19
-    first_order_only("linear_preference_loss")
     d = sequence_logprobs_backward(grad * d_sums, labels, cu_seqlens, ctx.ignore_index, False)
-    return (d.to(ctx.dtype),) + (None,) * 18
+    only = first_order_only("linear_preference_loss", (d.to(ctx.dtype),), grad, d_sums)
+    return only + (None,) * 18
 
 
-sequence_preference_loss = define(
+_OP = define(
     "sequence_preference_loss",
     "(Tensor logps, Tensor labels, Tensor? cu_seqlens, Tensor? ref_logps, Tensor? nominal, "
     "Tensor? groups, Tensor? group_weights, int ignore_index, str loss_type, float beta, "
@@ -48,4 +49,4 @@ sequence_preference_loss = define(
     "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _fake,
 )
-autograd("sequence_preference_loss", _backward, _setup)
+sequence_preference_loss = autograd(_OP, _backward, _setup)

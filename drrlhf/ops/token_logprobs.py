@@ -50,13 +50,14 @@ def _backward(ctx: Any, grad: Tensor | None, lse: Any, tail: Any, grad_entropy: 
               *unused: Any) -> tuple:  # fmt: skip
     if grad is None and grad_entropy is None:
         return (None,) * 6
-    first_order_only("token_logprobs")
     logits, labels, *statistics = ctx.saved_tensors
     arguments = (labels, grad, grad_entropy, *statistics, *ctx.options)
-    return (token_logprobs_backward(logits, *arguments),) + (None,) * 5
+    found = token_logprobs_backward(logits, *arguments)
+    only = first_order_only("token_logprobs", (found,), logits, grad, grad_entropy)
+    return only + (None,) * 5
 
 
-token_logprobs = define(
+_OP = define(
     "token_logprobs",
     "(Tensor logits, Tensor labels, int ignore_index, float temperature, float? softcap, "
     "int outputs) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
@@ -72,7 +73,7 @@ token_logprobs_backward = define(
 token_logprobs_backward_ = define(
     "token_logprobs_backward_", f"(Tensor(a!) logits, {_BACKWARD} -> ()", lambda *arguments: None
 )
-autograd("token_logprobs", _backward, _setup)
+token_logprobs = autograd(_OP, _backward, _setup)
 
 
 class InPlace(torch.autograd.Function):
@@ -92,8 +93,8 @@ class InPlace(torch.autograd.Function):
         grad_entropy = others[2]
         if grad is None and grad_entropy is None:
             return (None,) * 6
-        first_order_only("token_logprobs")
         logits, labels, *statistics = ctx.saved_tensors
         token_logprobs_backward_(logits, labels, grad, grad_entropy, *statistics, *ctx.options)
         torch.autograd.graph.increment_version(logits)  # which the C++ kernel does not do
-        return (logits.detach(),) + (None,) * 5
+        only = first_order_only("token_logprobs", (logits.detach(),), logits, grad, grad_entropy)
+        return only + (None,) * 5

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 import drrlhf as dr
+from drrlhf import reward_inputs
 from drrlhf.batching import by_length
 from drrlhf.stress.counterfactual import Row
 from drrlhf.stress.curves import Array
@@ -45,8 +46,6 @@ class Judge:
 
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.tokenizer: Any = AutoTokenizer.from_pretrained(directory)
-        if self.tokenizer.pad_token is None:
-            self.tokenizer.pad_token = self.tokenizer.eos_token
         self.model = self._loaded(directory, dtype)
         self.max_length, self.cut = max_length, 0
 
@@ -74,24 +73,8 @@ class Judge:
         raise NotImplementedError
 
     def _ids(self, row: Row, side: str) -> list[int]:
-        prompt, answer = row.get("prompt"), row[side]
-        if isinstance(answer, str):
-            end = self.tokenizer.eos_token or ""
-            text = (prompt or "") + answer
-            return self.tokenizer(text if text.endswith(end) else text + end)["input_ids"]
-        return self._chat([*(prompt or []), *answer])
-
-    def _chat(self, messages: Sequence[Any], **options: Any) -> list[int]:
-        return self.tokenizer.apply_chat_template(messages, return_dict=True, **options)[
-            "input_ids"
-        ]
-
-    def _padded(self, batch: Sequence[Text]) -> Any:
-        return self.tokenizer.pad(
-            {"input_ids": [list(text.ids) for text in batch]},
-            return_tensors="pt",
-            padding_side="right",
-        ).to(self.device)
+        template = reward_inputs.template_arguments(row)
+        return reward_inputs.reward_ids(self.tokenizer, row.get("prompt"), row[side], **template)
 
 
 class RewardModel(Judge):
@@ -122,8 +105,10 @@ class RewardModel(Judge):
         labels = self.model.config.num_labels
         if labels != 1:
             raise ValueError(f"{directory}: expected a reward model of one label, got {labels}")
-        if self.model.config.pad_token_id is None:
-            self.model.config.pad_token_id = self.tokenizer.pad_token_id
+        if (Path(directory) / ADAPTER).is_file():
+            # A trainer sets the pad token of its model, and saves it beside adapters only with the
+            # tokenizer.
+            self.model.config.get_text_config().pad_token_id = self.tokenizer.pad_token_id
 
     def _loaded(self, directory: str | Path, dtype: Any) -> Any:
         from transformers import AutoModelForSequenceClassification
@@ -141,9 +126,9 @@ class RewardModel(Judge):
         self.cut += len(ids) > self.max_length
         return Text(tuple(ids[-self.max_length :]), 0)
 
-    @torch.inference_mode()
     def _score(self, batch: Sequence[Text]) -> Array:
-        return self.model(**self._padded(batch)).logits[:, 0].double().cpu().numpy()
+        ids = [text.ids for text in batch]
+        return reward_inputs.scores(self.model, ids, self.device).double().cpu().numpy()
 
 
 class Policy(Judge):
@@ -191,11 +176,13 @@ class Policy(Judge):
         return _load(AutoModelForCausalLM, directory, dtype).to(self.device).eval()
 
     def _texts(self, row: Row) -> tuple[Text, Text]:
-        prompt = row.get("prompt") or ""
+        prompt, template = row.get("prompt") or "", reward_inputs.template_arguments(row)
         before = (
             self.tokenizer(prompt)["input_ids"]
             if isinstance(prompt, str)
-            else self._chat(prompt, add_generation_prompt=True)
+            else reward_inputs.reward_ids(
+                self.tokenizer, prompt, [], **template, add_generation_prompt=True
+            )
         )
         both = [self._ids(row, side) for side in ("chosen", "rejected")]
         # Tokens may merge where prompt and answer meet: the answer begins where they part.
@@ -206,7 +193,7 @@ class Policy(Judge):
 
     @torch.inference_mode()
     def _score(self, batch: Sequence[Text]) -> Array:
-        padded = self._padded(batch)
+        padded = reward_inputs.padded([text.ids for text in batch], 0, self.device)
         starts = torch.tensor([text.start for text in batch], device=self.device)
         places = torch.arange(1, padded["input_ids"].shape[1], device=self.device)
         wanted = (places >= starts[:, None]) & padded["attention_mask"][:, 1:].bool()

@@ -66,10 +66,11 @@ def suggest_radius(
         seed: of the resampling.
 
     Returns:
-        "pairs", "prompts", "mean_loss"; "bootstrap" with "target" and "sets" {family: set as text};
-        "groups" (None without ``group_by``) with "column", "sets", "decided_by" {family: group},
-        "too_small", and "each", the suggestion of every group. Radii are rounded up to two digits;
-        a set is None where no reweighting of these pairs costs enough.
+        "pairs", "prompts", "pairs_without_prompt" (each a prompt of its own), "mean_loss";
+        "bootstrap" with "target" and "sets" {family: set as text}; "groups" (None without
+        ``group_by``) with "column", "sets", "decided_by" {family: group}, "too_small", and "each",
+        the suggestion of every group. Radii are rounded up to two digits; a set is None where no
+        reweighting of these pairs costs enough.
 
     Raises:
         ValueError: an unknown attribute or family, no two large enough groups, or an option out of
@@ -90,6 +91,7 @@ def suggest_radius(
         "source": scores.source,
         "pairs": len(scores),
         "prompts": len(np.unique(scores.prompts)),
+        "pairs_without_prompt": scores.without_prompt,
         "mean_loss": float(losses.mean()),
         "bootstrap": {
             "quantile": quantile,

@@ -104,12 +104,17 @@ def _model(
     sample = curves.Sample(
         scores.margin, lambda codes, size: resample.counts(blocks, codes, size), draws
     )
-    prompts = len(np.unique(scores.prompts))
+    prompts, alone = len(np.unique(scores.prompts)), scores.without_prompt
     return {
         "source": scores.source,
         "pairs": len(scores),
         "prompts": prompts,
+        "pairs_without_prompt": alone,
         "notes": [
+            f"{alone:,} of {len(scores):,} pairs have no prompt id: each is a prompt of its own."
+        ]
+        * (alone > 0)
+        + [
             f"Only {prompts} different prompts: bands and intervals rest on these, and are rough; "
             'if pairs stand for themselves, say so with prompt column "none".'
         ]

@@ -1,9 +1,12 @@
 """Scored pairs from a file: margins, the prompt of each pair, and columns of attributes.
 
 A file is JSONL, JSON, CSV or Parquet with a row a pair: ``chosen_reward`` and ``rejected_reward``,
-or ``margin``, their difference. RewardBench's names (``scores_chosen``, ``scores_rejected``) are
-known too. ``margin@NAME`` is the margin after a change NAME of the text. Every other column is an
-attribute if its values can be: a name, a number, true or false.
+or ``margin``, their difference. What RewardBench writes is known too: ``scores_chosen`` and
+``scores_rejected``; ``chosen`` and ``rejected``, where these are numbers; and RewardBench 2's
+``scores``, a list for each prompt of which the first ``num_correct`` (1 without that column) belong
+to right answers: each of them with each of the wrong ones is a pair. ``margin@NAME`` is the margin
+after a change NAME of the text. Every other column is an attribute if its values can be: a name, a
+number, true or false.
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,18 +22,18 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.csv
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from drrlhf.data import DataError
+from drrlhf import files
+from drrlhf.files import DataError, is_text, short
 
 CHOSEN = ("chosen_reward", "scores_chosen", "chosen_score", "score_chosen", "chosen_rewards")
 REJECTED = tuple(name.replace("chosen", "rejected") for name in CHOSEN)
 MARGIN = ("margin", "score_margin", "reward_margin")
+SCORES, CORRECT = "scores", "num_correct"
 PROMPTS = ("prompt_id", "prompt", "question_id", "id")
 # What says again what the scores say.
-RESULTS = ("results", "correct", "is_correct", "num_correct")
+RESULTS = ("results", "correct", "is_correct", CORRECT)
 TEXTS = ("prompt", "chosen", "rejected")
 POSITION = "chosen_position"
 CHANGED = "margin@"
@@ -54,13 +57,14 @@ class Scores:
     """Scored pairs, those without a finite score already left out.
 
     ``margin`` (n,) float64 is the chosen reward minus the rejected one; ``prompts`` (n,) int64 in
-    [0, number of prompts) says which pairs share a prompt. ``longer`` (n,) float64 is the length of
-    the chosen answer minus that of the rejected one, in characters, where lengths are known;
-    ``position`` (n,) is 0 where the chosen answer stood first and 1 where it stood second.
-    ``counterfactuals`` are the margins (n,) of the same pairs after a change, NaN where it changed
-    nothing.
-    ``ignored`` says of each unused column why; ``rows`` is the number of rows that were read and
-    ``dropped`` counts, of these, the ones whose score was NaN or infinite.
+    [0, number of prompts) says which pairs share a prompt; ``without_prompt`` counts the pairs
+    whose prompt is missing or empty, each of which is a prompt of its own. ``longer`` (n,) float64
+    is the length of the chosen answer minus that of the rejected one, in characters, where lengths
+    are known; ``position`` (n,) is 0 where the chosen answer stood first and 1 where it stood
+    second. ``counterfactuals`` are the margins (n,) of the same pairs after a change, NaN where it
+    changed nothing.
+    ``ignored`` says of each unused column why; ``rows`` is the number of pairs that were read and
+    ``dropped`` counts, of these, the ones whose score was missing, NaN or infinite.
     """
 
     margin: NDArray[np.float64]
@@ -73,6 +77,7 @@ class Scores:
     source: str = "scores"
     rows: int = 0
     dropped: int = 0
+    without_prompt: int = 0
 
     def __len__(self) -> int:
         return len(self.margin)
@@ -88,7 +93,8 @@ def load_scores(
     """Read and check a file of scored pairs.
 
     ``prompt_column`` names the column by which pairs belong together (default: the first there is
-    of `PROMPTS`); without one, or with "none", every row is a prompt of its own. Up to a share
+    of `PROMPTS`); without one, or with "none", every row is a prompt of its own, as is a row in
+    which it is missing or empty. Up to a share
     ``max_nan`` of the scores may be NaN or infinite: those rows are left out and counted. Where
     accuracy is asked for, pairs that are ``all_right`` have nothing to tell and are refused.
 
@@ -96,9 +102,10 @@ def load_scores(
         DataError: a missing file or column, a broken file, scores that are not numbers, too many
             that are not finite, none that differ, or no wrong (or no right) pair.
     """
-    path = Path(source).expanduser()
+    # A prompt's text may be most of a file, and with an id at hand it says nothing more.
+    spared = {"prompt": "prompt_id"} if prompt_column != "prompt" else {}
     return from_table(
-        _read(path),
+        files.table(Path(source).expanduser(), measured=("chosen", "rejected"), spared=spared),
         str(source),
         prompt_column=prompt_column,
         max_nan=max_nan,
@@ -119,23 +126,26 @@ def from_table(
         raise ValueError(f"max_nan must lie in [0, 1), got {max_nan!r}")
     if not table.num_rows:
         raise DataError(f"{source}: empty; expected a row for each scored pair")
-    margin, used = _margin(table, source)
+    margin, rows, used = _margins(table, source)
     finite = np.isfinite(margin)
     dropped = int(len(margin) - finite.sum())
     if dropped > max_nan * len(margin):
         raise DataError(
             f"{source}: {dropped} of {len(margin)} scores are NaN or infinite or missing "
-            f"({_some_rows(~finite)}); at most a share of {max_nan:g} may be: score those pairs "
+            f"({_some(rows[~finite])}); at most a share of {max_nan:g} may be: score those pairs "
             "again, drop them, or raise --max-nan"
         )
-    if dropped:
-        table, margin = table.filter(pa.array(finite)), margin[finite]
+    read, margin, rows = len(margin), margin[finite], rows[finite]
     _check_margins(margin, source, all_right)
     prompt = _prompt_column(table, source, prompt_column)
-    prompts = np.arange(len(margin)) if prompt is None else _codes(table[prompt])[0]
+    prompts, missing = _prompts(table, prompt)
+    if dropped or read != table.num_rows:
+        table = table.take(pa.array(rows))
     longer = _longer(table, source)
     after = [name for name in table.column_names if name.startswith(CHANGED)]
-    counterfactuals = {name.removeprefix(CHANGED): _numbers(table, name, source) for name in after}
+    counterfactuals = {
+        name.removeprefix(CHANGED): _numbers(table[name], name, source) for name in after
+    }
     attributes, ignored = _attributes(
         table, {*used, *RESULTS, *TEXTS, *LENGTHS, *after, POSITION, prompt}
     )
@@ -145,145 +155,131 @@ def from_table(
             ("chosen is shorter", "equally long", "chosen is longer"),
         )
     return Scores(
-        margin, prompts, attributes, longer, _position(table), counterfactuals, ignored, source,
-        len(finite), dropped,
+        margin, np.unique(prompts[rows], return_inverse=True)[1], attributes, longer,
+        _position(table), counterfactuals, ignored, source, read, dropped, int(missing[rows].sum()),
     )  # fmt: skip
-
-
-# ---- files ---------------------------------------------------------------------------------------
-
-
-def _read(path: Path) -> pa.Table:
-    reader = _READERS.get(path.suffix.lower())
-    if not path.is_file():
-        raise DataError(f"{path}: no such file; give a file of scored pairs")
-    if reader is None:
-        known = ", ".join(_READERS)
-        raise DataError(f"{path}: unknown suffix {path.suffix!r}; expected one of {known}")
-    try:
-        table = reader(path)
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path}: cannot be read: {error}") from error
-    doubled = {name for name in table.column_names if table.column_names.count(name) > 1}
-    if doubled:
-        raise DataError(f"{path}: column {min(doubled)!r} is there more than once")
-    return table
-
-
-def _read_jsonl(path: Path) -> pa.Table:
-    """Lines of objects, or one array of them, or RewardBench's object of columns."""
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 ({error.reason} at byte {error.start})") from error
-    stripped = text.lstrip()
-    if path.suffix.lower() == ".json" and stripped.startswith(("[", "{")):
-        try:
-            whole = json.loads(stripped)
-        except json.JSONDecodeError:
-            whole = None  # lines after all
-        if isinstance(whole, dict) and all(isinstance(v, list) for v in whole.values()):
-            return _table_of(whole)
-        if isinstance(whole, list):
-            return _rows_to_table(path, list(enumerate(whole, 1)))
-    rows = []
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            try:
-                rows.append((number, json.loads(line)))
-            except json.JSONDecodeError as error:
-                where = f"line {number}: broken JSON: {error.msg} (column {error.colno})"
-                raise DataError(f"{path}: {where}") from error
-    return _rows_to_table(path, rows)
-
-
-def _rows_to_table(path: Path, rows: Sequence[tuple[int, Any]]) -> pa.Table:
-    columns: dict[str, list[Any]] = {}
-    for count, (number, row) in enumerate(rows):
-        if not isinstance(row, dict):
-            raise DataError(f"{path}: line {number}: expected an object, got {str(row)[:60]!r}")
-        for name in row.keys() - columns.keys():
-            columns[name] = [None] * count
-        for name, values in columns.items():
-            values.append(row.get(name))
-    return _table_of(columns)
-
-
-def _table_of(columns: Mapping[str, list[Any]]) -> pa.Table:
-    return pa.table({str(name): _array(values) for name, values in columns.items()})
-
-
-def _array(values: list[Any]) -> pa.Array:
-    try:
-        return pa.array(values)
-    except (pa.ArrowInvalid, pa.ArrowTypeError):  # numbers and names in one column: all are names
-        return pa.array([None if v is None else v if isinstance(v, str) else json.dumps(v)
-                         for v in values])  # fmt: skip
-
-
-def _read_parquet(path: Path) -> pa.Table:
-    """All columns, but of the answers only how long they are: texts may be most of the file."""
-    with pq.ParquetFile(path) as file:
-        kinds = {one.name: one.type for one in file.schema_arrow}
-        answers = [name for name in ("chosen", "rejected") if _is_text(kinds.get(name, pa.null()))]
-        spare = {"prompt"} if "prompt_id" in kinds else set()
-        table = file.read(columns=[name for name in kinds if name not in {*answers, *spare}])
-        for name in answers if not {*LENGTHS} & kinds.keys() else []:
-            lengths = [pc.utf8_length(one[name]) for one in file.iter_batches(columns=[name])]
-            table = table.append_column(f"{name}_length", pa.chunked_array(lengths))
-    return table
-
-
-_READERS = {
-    ".jsonl": _read_jsonl,
-    ".json": _read_jsonl,
-    ".csv": pyarrow.csv.read_csv,
-    ".parquet": _read_parquet,
-}
 
 
 # ---- scores --------------------------------------------------------------------------------------
 
 
-def _margin(table: pa.Table, source: str) -> tuple[NDArray[np.float64], set[str]]:
-    """chosen minus rejected (n,), and the columns that it came from."""
-    names = set(table.column_names)
+def _margins(
+    table: pa.Table, source: str
+) -> tuple[NDArray[np.float64], NDArray[np.int64], set[str]]:
+    """chosen minus rejected (n,), the row of the table (n,) that each pair is of, and the columns
+    that they came from."""
+    names, rows = set(table.column_names), np.arange(table.num_rows)
+    redundant = names & {*MARGIN}
     for chosen, rejected in zip(CHOSEN, REJECTED, strict=True):
-        if chosen in names and rejected in names:
-            difference = _numbers(table, chosen, source) - _numbers(table, rejected, source)
-            return difference, {chosen, rejected, *(names & {*MARGIN})}
+        if {chosen, rejected} <= names:
+            return (
+                _difference(table, chosen, rejected, source),
+                rows,
+                {chosen, rejected, *redundant},
+            )
     for name in MARGIN:
         if name in names:
-            return _numbers(table, name, source), {name}
+            return _numbers(table[name], name, source), rows, {name}
+    if {"chosen", "rejected"} <= names and _are_scores(table["chosen"].type):
+        return _difference(table, "chosen", "rejected", source), rows, set()
+    if SCORES in names:
+        return *_each_with_each(table, source), {SCORES}
     raise DataError(
         f"{source}: no scores; found columns: {', '.join(sorted(names))}; needed: chosen_reward "
-        f"and rejected_reward (or {CHOSEN[1]} and {REJECTED[1]}), or margin, their difference"
+        f"and rejected_reward (or {CHOSEN[1]} and {REJECTED[1]}), or margin, their difference, or "
+        f"{SCORES}, a list for each prompt, those of right answers first"
     )
 
 
-def _numbers(table: pa.Table, name: str, source: str) -> NDArray[np.float64]:
+def _difference(table: pa.Table, first: str, second: str, source: str) -> NDArray[np.float64]:
+    return _numbers(table[first], first, source) - _numbers(table[second], second, source)
+
+
+def _each_with_each(table: pa.Table, source: str) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """Of every row each right answer with each wrong one: margins (n,) and rows (n,). A row without
+    scores is one pair whose margin is not known."""
+    if not _is_list(table[SCORES].type):
+        raise DataError(
+            f"{source}: column {SCORES!r} must hold a list for each prompt, but holds "
+            f"{table[SCORES].type}; call single scores chosen_reward and rejected_reward"
+        )
+    sizes, flat = _lists(table[SCORES])
+    scores, starts = _numbers(flat, SCORES, source), np.cumsum(sizes) - sizes
+    right = np.ones(len(sizes))
+    if CORRECT in table.column_names:
+        right = _numbers(table[CORRECT], CORRECT, source)
+    wrong = (sizes > 0) & ~((right >= 1) & (right < sizes) & (right % 1 == 0))
+    if wrong.any():
+        row = int(wrong.argmax())
+        raise DataError(
+            f"{source}: row {row + 1}: {sizes[row]} scores, of which {right[row]:g} are of right "
+            f"answers ({CORRECT}); expected at least one right and one wrong answer: drop the row"
+        )
+    absent = np.flatnonzero(sizes == 0)
+    margins, rows = [np.full(len(absent), np.nan)], [absent]
+    for size, first in {*zip(sizes[sizes > 0].tolist(), right[sizes > 0].astype(int).tolist())}:
+        alike = np.flatnonzero((sizes == size) & (right == first))
+        these = scores[starts[alike, None] + np.arange(size)]
+        margins.append((these[:, :first, None] - these[:, None, first:]).ravel())
+        rows.append(alike.repeat(first * (size - first)))
+    order = np.argsort(np.concatenate(rows), kind="stable")
+    return np.concatenate(margins)[order], np.concatenate(rows)[order]
+
+
+def _numbers(column: pa.ChunkedArray, name: str, source: str) -> NDArray[np.float64]:
     """A column (n,) as float64; missing is NaN, and a list of one number is that number."""
-    column = table[name]
-    if pa.types.is_list(column.type):
-        if not pc.all(pc.equal(pc.list_value_length(column), 1)).as_py():
+    if _is_list(column.type):
+        sizes, flat = _lists(column)
+        if (sizes > 1).any():
             raise DataError(
-                f"{source}: column {name!r} holds lists of several scores; give a row for each "
-                "pair of answers, and a prompt_id that they share"
+                f"{source}: row {int((sizes > 1).argmax()) + 1}: column {name!r} holds lists of "
+                "several scores; give a row for each pair of answers, and a prompt_id that they "
+                f"share, or a column {SCORES!r}, right answers first"
             )
-        column = pc.list_flatten(column)
+        numbers = np.full(len(column), np.nan)
+        numbers[sizes == 1] = _numbers(flat, name, source)
+        return numbers
+    if pa.types.is_dictionary(column.type):
+        column = column.cast(column.type.value_type)
     if not _is_number(column.type) and not pa.types.is_null(column.type):
-        raise DataError(f"{source}: column {name!r} must hold numbers, but holds {column.type}")
-    return column.cast(pa.float64()).to_numpy()
+        odd = (i for i, value in enumerate(column) if not _reads_as_number(value.as_py()))
+        row = next(odd, 0)
+        raise DataError(
+            f"{source}: row {row + 1}: column {name!r} must hold numbers, but holds {column.type}: "
+            f"{short(column[row].as_py())}"
+        )
+    return column.cast(pa.float64(), safe=False).to_numpy()
+
+
+def _lists(column: pa.ChunkedArray) -> tuple[NDArray[np.int64], pa.ChunkedArray]:
+    """How long each list (n,) is, 0 where it is missing, and what they hold, one after another."""
+    sizes = pc.fill_null(pc.list_value_length(column), 0)
+    return sizes.to_numpy().astype(np.int64), pc.list_flatten(column)
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return hasattr(kind, "value_field") and not pa.types.is_map(kind)
 
 
 def _is_number(kind: pa.DataType) -> bool:
-    return pa.types.is_floating(kind) or pa.types.is_integer(kind)
+    return pa.types.is_floating(kind) or pa.types.is_integer(kind) or pa.types.is_decimal(kind)
 
 
-def _some_rows(wrong: NDArray[np.bool_]) -> str:
-    rows = np.flatnonzero(wrong)[: NAMED_ROWS + 1] + 1
-    more = ", ..." if len(rows) > NAMED_ROWS else ""
-    return "rows " + ", ".join(map(str, rows[:NAMED_ROWS])) + more
+def _are_scores(kind: pa.DataType) -> bool:
+    return _are_scores(kind.value_type) if _is_list(kind) else _is_number(kind)
+
+
+def _reads_as_number(value: Any) -> bool:
+    try:
+        return value is None or float(value) is not None
+    except (TypeError, ValueError):
+        return False
+
+
+def _some(rows: NDArray[np.int64]) -> str:
+    """The first few of the rows, counted from 1."""
+    named = [str(row + 1) for row in np.unique(rows)[: NAMED_ROWS + 1]]
+    return "rows " + ", ".join(named[:NAMED_ROWS]) + ", ..." * (len(named) > NAMED_ROWS)
 
 
 def _check_margins(margin: NDArray[np.float64], source: str, all_right: bool) -> None:
@@ -314,32 +310,45 @@ def _prompt_column(table: pa.Table, source: str, asked: str | None) -> str | Non
     return asked or next((name for name in PROMPTS if name in table.column_names), None)
 
 
-def _codes(column: pa.ChunkedArray) -> tuple[NDArray[np.int64], list[Any]]:
+def _prompts(table: pa.Table, name: str | None) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    """The code of each row's prompt and whether it has none, (rows,) each: such a row, one whose
+    prompt is null, NaN or blank, is a prompt of its own."""
+    if name is None:
+        return np.arange(table.num_rows), np.zeros(table.num_rows, bool)
+    codes, values = _codes(table[name])
+    if is_text(values.type):
+        blank = pc.match_substring_regex(values.cast(pa.large_string()), r"^\s*$")
+        blank = blank.to_numpy(zero_copy_only=False)
+    elif pa.types.is_floating(values.type):
+        blank = pc.is_nan(values).to_numpy(zero_copy_only=False)
+    else:
+        blank = np.zeros(len(values), bool)
+    missing = np.append(blank, True)[codes]
+    return np.where(missing, len(values) + np.arange(len(codes)), codes), missing
+
+
+def _codes(column: pa.ChunkedArray) -> tuple[NDArray[np.int64], pa.Array]:
     """(n,) codes, -1 for missing, and the values that they stand for."""
-    if pa.types.is_nested(column.type):
-        column = pa.chunked_array([pa.array([json.dumps(v) for v in column.to_pylist()])])
-    encoded = column if pa.types.is_dictionary(column.type) else column.dictionary_encode()
-    encoded = encoded.unify_dictionaries().combine_chunks()
-    if isinstance(encoded, pa.ChunkedArray):
-        encoded = encoded.chunk(0)
+    if pa.types.is_nested(column.type):  # such as messages: null where there are none
+        texts = [json.dumps(value, default=str) if value else None for value in column.to_pylist()]
+        column = pa.chunked_array([pa.array(texts, pa.string())])
+    if pa.types.is_dictionary(column.type):  # whose values may be there more than once
+        column = column.cast(column.type.value_type)
+    encoded = column.combine_chunks().dictionary_encode()
     codes = pc.fill_null(encoded.indices.cast(pa.int64()), -1).to_numpy()
-    return codes, encoded.dictionary.to_pylist()
+    return codes, encoded.dictionary
 
 
 def _longer(table: pa.Table, source: str) -> NDArray[np.float64] | None:
     names = set(table.column_names)
     if {*LENGTHS} <= names:
-        return _numbers(table, "chosen_length", source) - _numbers(table, "rejected_length", source)
+        return _difference(table, *LENGTHS, source)
     if not {"chosen", "rejected"} <= names:
         return None
-    if not all(_is_text(table[name].type) for name in ("chosen", "rejected")):
+    if not all(is_text(table[name].type) for name in ("chosen", "rejected")):
         return None
     sizes = [pc.utf8_length(table[name]).cast(pa.float64()) for name in ("chosen", "rejected")]
     return pc.subtract(*sizes).to_numpy()
-
-
-def _is_text(kind: pa.DataType) -> bool:
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
 
 
 def _position(table: pa.Table) -> NDArray[np.float64] | None:
@@ -348,7 +357,7 @@ def _position(table: pa.Table) -> NDArray[np.float64] | None:
         return None
     codes, values = _codes(table[POSITION])
     places = {"0": 0, "first": 0, "a": 0, "1": 1, "second": 1, "b": 1}
-    numbers = [places.get(str(value).lower(), np.nan) for value in values]
+    numbers = [places.get(str(value).lower(), np.nan) for value in values.to_pylist()]
     return np.array([*numbers, np.nan])[codes]
 
 
@@ -372,13 +381,13 @@ def _attribute(column: pa.ChunkedArray) -> Attribute | str:
     if pa.types.is_nested(column.type) or pa.types.is_null(column.type):
         return f"of type {column.type}"
     if _is_number(column.type) and pc.count_distinct(column).as_py() > 2 * QUARTERS:
-        return _quarters(column.cast(pa.float64()).to_numpy())
+        return _quarters(column.cast(pa.float64(), safe=False).to_numpy())
     codes, values = _codes(column)
     if len(values) < 2:
         return "constant"
     if len(values) > MAX_NAMES:
         return f"{len(values)} different values, more than {MAX_NAMES}"
-    return Attribute(codes, tuple(str(value) for value in values))
+    return Attribute(codes, tuple(str(value) for value in values.to_pylist()))
 
 
 def _quarters(values: NDArray[np.float64]) -> Attribute | str:

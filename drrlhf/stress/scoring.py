@@ -8,6 +8,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from drrlhf import files
 from drrlhf.data import load_preference_data
 from drrlhf.stress.counterfactual import Row, counterfactuals
 from drrlhf.stress.curves import Array
@@ -72,7 +73,8 @@ def score_table(
         columns["group"] = [loaded.group_names[group] for group in columns["group"]]
     for side in ("chosen", "rejected"):
         columns[f"{side}_length"] = [_length(row[side]) for row in rows]
-    table = pa.table(columns | {"margin": margin})
+    arrays = {name: files.array(values) for name, values in columns.items()}
+    table = pa.table(arrays | {"margin": margin})
     for what, new in after.items():
         table = table.append_column(f"margin@{what}", pa.array(new))
     return table

@@ -91,7 +91,9 @@ class AmbiguityMixin(StepMixin):
 
     def _runner(self, model: Any) -> Any:
         """What to call for the outputs of a padded batch."""
-        return packing.PaddingFree(model) if self._padding_free else model
+        if not self._padding_free:
+            return model
+        return packing.PaddingFree(model, self.args.max_length)
 
     # -- the reduction -------------------------------------------------------------------------
 

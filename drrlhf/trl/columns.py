@@ -1,4 +1,4 @@
-"""The two columns that TRL does not know: ``group`` (int64 ids) and ``weight`` (float32).
+"""The two columns that TRL does not know: ``group`` (int64 ids) and ``weight`` (float64).
 
 They ride in the batch beside TRL's own columns and are taken out again before the model sees it.
 ``weight`` is the nominal weight of a pair (0 masks it), ``group`` its group.
@@ -35,7 +35,7 @@ class PairColumns:
 
     def __call__(self, examples: list[dict[str, Any]]) -> Any:
         extra = {}
-        for name, dtype in ((GROUP, torch.int64), (WEIGHT, torch.float32)):
+        for name, dtype in ((GROUP, torch.int64), (WEIGHT, torch.float64)):
             if name in examples[0]:
                 values = [_plain(example.get(name)) for example in examples]
                 check_values(name, values, self.num_groups)

@@ -96,7 +96,7 @@ class DPOTrainer(AmbiguityMixin, trl.DPOTrainer):
 
     # The columns must not reach the model here either: `evaluate` precomputes with our collator.
     def compute_ref_log_probs(self, model: Any, inputs: Any) -> Any:
-        with head.using(self._head()):
+        with head.using(self._head(), extras=False):
             return super().compute_ref_log_probs(self._runner(model), columns.take(inputs)[0])
 
     def _compute_loss(self, model: Any, inputs: Any, return_outputs: bool) -> Any:

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 import trl
 from torch import Tensor
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from drrlhf import Group, policy_loss, robust_risk
+from drrlhf import Group, policy_loss, reward_inputs, robust_risk
 from drrlhf.policy import PolicyLoss
 from drrlhf.reference import POLICY_LOSS_TYPES
 from drrlhf.trl import columns, head, prompts
@@ -61,6 +62,7 @@ class GRPOTrainer(SetMixin, trl.GRPOTrainer):
     _members = "completions"
     num_generations: Any
     reward_func_names: Any
+    chat_template_kwargs: Any
     _signature_columns: Any
     num_generations_eval: Any
     _calls_left = 0
@@ -80,7 +82,11 @@ class GRPOTrainer(SetMixin, trl.GRPOTrainer):
         self._held: list[dict[str, Any]] = []
         self._prompts_met = 0
         self._rewards: Tensor | None = None
+        pads = _pad_token_ids(given.get("reward_funcs"))
         super().__init__(*args, **kwargs)
+        for function, pad in zip(self.reward_funcs, pads):  # an environment adds one
+            if isinstance(function, PreTrainedModel):  # TRL has set it to the tokenizer's
+                function.config.get_text_config().pad_token_id = pad
         self._make_states()
         self.pass_rates = PassRates() if self._by_pass_rate else None
         self._check_setup()
@@ -111,9 +117,35 @@ class GRPOTrainer(SetMixin, trl.GRPOTrainer):
 
     # -- from completions to what is known of their prompts ------------------------------------
 
-    def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
-        self._rewards = super()._calculate_rewards(*args, **kwargs)
+    def _calculate_rewards(self, inputs: list[dict[str, Any]], *args: Any, **kwargs: Any) -> Tensor:
+        functions = [
+            self._as_function(function, tokenizer, inputs)
+            if isinstance(function, torch.nn.Module)
+            and isinstance(tokenizer, PreTrainedTokenizerBase)
+            else function
+            for function, tokenizer in zip(
+                self.reward_funcs, self.reward_processing_classes, strict=True
+            )
+        ]
+        with overridden(self, reward_funcs=functions):
+            self._rewards = super()._calculate_rewards(inputs, *args, **kwargs)
         return self._rewards
+
+    def _as_function(self, model: Any, tokenizer: Any, inputs: list[dict[str, Any]]) -> Any:
+        """A reward model as a function that reads texts as its training did. TRL reads standard
+        texts without the special tokens and the end token that its ``RewardTrainer`` adds."""
+
+        def rewards(prompts: list[Any], completions: list[Any], **_: Any) -> list[float]:
+            ids = [
+                reward_inputs.reward_ids(
+                    tokenizer, prompt, completion,
+                    **reward_inputs.template_arguments(row) | self.chat_template_kwargs,
+                )
+                for row, prompt, completion in zip(inputs, prompts, completions, strict=True)
+            ]  # fmt: skip
+            return reward_inputs.scores(model, ids, self.accelerator.device).tolist()
+
+        return rewards
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         output = super()._generate_and_score_completions(inputs)
@@ -135,7 +167,7 @@ class GRPOTrainer(SetMixin, trl.GRPOTrainer):
         facts = {
             prompts.PROMPT: numbers[mine],
             prompts.VALUE: values,
-            prompts.NOMINAL: torch.tensor(nominal, device=device),
+            prompts.NOMINAL: torch.tensor(nominal, device=device, dtype=torch.float64),
             prompts.GROUP: self._groups_of(inputs, rewards),
         }
         if self.model.training and not self._reweighing:  # else the step logs them, weighed
@@ -268,10 +300,15 @@ class GRPOTrainer(SetMixin, trl.GRPOTrainer):
             return super()._compute_loss(model, weighed)
         return self._weighed_loss(model, inputs, factor)
 
-    def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
+    def _get_per_token_logps_and_entropies(
+        self, *args: Any, compute_entropy: bool = False, **kwargs: Any
+    ) -> Any:
         """TRL's, on our head: of the policy, the policy that sampled and the reference."""
-        with head.using(head.resolve(head.asked(self.args), self.accelerator.device.type)):
-            return super()._get_per_token_logps_and_entropies(*args, **kwargs)
+        which = head.resolve(head.asked(self.args), self.accelerator.device.type)
+        with head.using(which, extras=compute_entropy):
+            return super()._get_per_token_logps_and_entropies(
+                *args, compute_entropy=compute_entropy, **kwargs
+            )
 
     def _weighed_loss(self, model: Any, inputs: dict[str, Any], factor: Tensor) -> Tensor:
         """TRL's objective of a microbatch, its completions (B,) multiplied by `factor`."""
@@ -279,7 +316,8 @@ class GRPOTrainer(SetMixin, trl.GRPOTrainer):
         if "tool_mask" in inputs:
             mask = mask * inputs["tool_mask"]
         count, tokens = len(factor), mask.sum()
-        if all(inputs.get(name) is None for name in MULTIMODAL):
+        # The experts' auxiliary loss is no prompt's, and is taken over all completions.
+        if not self.aux_loss_enabled and all(inputs.get(name) is None for name in MULTIMODAL):
             kept = factor.nonzero().flatten()
             kept = kept if len(kept) else torch.zeros(1, dtype=torch.long, device=factor.device)
             inputs = {
@@ -383,6 +421,17 @@ class GRPOTrainer(SetMixin, trl.GRPOTrainer):
     def _states(self) -> dict[str, torch.nn.Module]:
         states = super()._states()
         return states if self.pass_rates is None else states | {"pass_rates": self.pass_rates}
+
+
+def _pad_token_ids(reward_funcs: Any) -> list[int | None]:
+    """The pad token that each reward model was saved with; None for functions."""
+    if not isinstance(reward_funcs, list):
+        reward_funcs = [] if reward_funcs is None else [reward_funcs]
+    configs = [
+        AutoConfig.from_pretrained(one) if isinstance(one, str) else getattr(one, "config", None)
+        for one in reward_funcs
+    ]
+    return [None if one is None else one.get_text_config().pad_token_id for one in configs]
 
 
 def _beyond(config: Any) -> list[str]:

@@ -43,9 +43,11 @@ class TokenLogprobHead:
     """What stands in for TRL's ``ChunkedLogProbFunction``: `apply` takes and gives the same.
 
     ``memory_budget`` is that of `drrlhf.linear_token_logprobs`, in bytes; None is its default.
+    Without ``extras`` it gives log-probs alone, whatever else the model was prepared for.
     """
 
     memory_budget: int | None = None
+    extras: bool = True
 
     def apply(
         self,
@@ -84,7 +86,7 @@ class TokenLogprobHead:
         """
         for name in outputs:
             check_choice("outputs", name, ("log_probs", *_OUTPUTS))
-        wanted = tuple(_OUTPUTS[name] for name in outputs if name != "log_probs")
+        wanted = tuple(_OUTPUTS[name] for name in outputs if self.extras and name != "log_probs")
         device = hidden.device.type
         autocast = torch.is_autocast_enabled(device)
         dtype = torch.get_autocast_dtype(device) if autocast else hidden.dtype
@@ -262,15 +264,20 @@ def resolve(head: str, device: str) -> str:
     return "drrlhf" if compiled else "trl"
 
 
-def using(head: str) -> contextlib.AbstractContextManager[Any]:
+def using(head: str, extras: bool = True) -> contextlib.AbstractContextManager[Any]:
     """A ``with`` block in which TRL's models use ``head``, as `resolve` gives it.
 
-    A head of ours that is in place already serves ``"drrlhf"`` with its budget.
+    A head of ours that is in place already serves ``"drrlhf"`` with its budget. Without ``extras``
+    it gives log-probs alone: a policy with adapters is the reference too, and what TRL prepared it
+    to say of each token for its metrics is not read there.
 
     Raises:
         RuntimeError: something else stands in the place of TRL's head (not for ``"trl"``).
     """
-    ours = isinstance(utils._ChunkedLogProbFunction, TokenLogprobHead)
+    now: Any = utils._ChunkedLogProbFunction
+    ours = isinstance(now, TokenLogprobHead)
+    if head == "drrlhf" and not extras:
+        return HeadPatch(TokenLogprobHead(now.memory_budget if ours else None, extras=False))
     if ours == (head == "drrlhf"):
         return contextlib.nullcontext()
     return HeadPatch(TokenLogprobHead() if head == "drrlhf" else ChunkedLogProbFunction)

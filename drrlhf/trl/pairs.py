@@ -60,11 +60,19 @@ def summary(pairs: Pairs, value: float) -> dict[str, float]:
     weight.
     """
     assert pairs.nominal is not None and pairs.weights is not None
-    unmasked = pairs.nominal > 0
-    p = pairs.nominal
-    plain = torch.where(unmasked, p * pairs.losses, 0).sum() / p.sum().clamp_min(1e-30)
-    own = {"robust/value": value, "robust/mean_loss": plain.item()}
-    return own | unevenness(pairs.weights, unmasked)
+    own = {
+        "robust/value": value,
+        "robust/mean_loss": nominal_mean(pairs.losses, pairs.nominal),
+    }
+    return own | unevenness(pairs.weights, pairs.nominal > 0)
+
+
+def nominal_mean(values: Tensor, nominal: Tensor) -> float:
+    """The mean of values (n,) by nominal weights (n,), of which only ratios matter; 0 where all of
+    them are masked."""
+    p = nominal.double()
+    p = p / p.amax() if len(p) and p.any() else p
+    return (torch.where(p > 0, p * values, 0).sum() / p.sum().clamp_min(1)).item()
 
 
 def unevenness(q: Tensor, unmasked: Tensor) -> dict[str, float]:

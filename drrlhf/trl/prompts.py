@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from trl.trainer.utils import RepeatSampler
 
-from drrlhf.trl.pairs import LOGGED_GROUPS, states, unevenness
+from drrlhf.trl.pairs import LOGGED_GROUPS, nominal_mean, states, unevenness
 
 # Columns (B,) of a prepared batch: the prompt's number, mean reward, nominal weight and group, and
 # the factor of the completion's contribution once it is known.
@@ -79,9 +79,8 @@ def summary(prompts: Prompts, risk: float) -> dict[str, float]:
     """The ``robust/…`` metrics: reward is the nominal mean of V, worst_case_reward minus the risk;
     the others as `pairs.summary`, over prompts."""
     assert prompts.weights is not None
-    p = prompts.nominal
-    mean = (p * prompts.values).sum() / p.sum().clamp_min(1e-30)
-    own = {"robust/reward": mean.item(), "robust/worst_case_reward": -risk}
+    mean = nominal_mean(prompts.values, prompts.nominal)
+    own = {"robust/reward": mean, "robust/worst_case_reward": -risk}
     return own | unevenness(prompts.weights, prompts.present)
 
 

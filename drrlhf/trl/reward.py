@@ -8,7 +8,7 @@ from typing import Any
 import trl
 from torch import Tensor
 
-from drrlhf import reward_loss
+from drrlhf import reward_inputs, reward_loss
 from drrlhf.trl import columns
 from drrlhf.trl.base import AmbiguityMixin
 from drrlhf.trl.seam import Recorder
@@ -23,10 +23,22 @@ class RewardTrainer(AmbiguityMixin, trl.RewardTrainer):
 
     Raises:
         ValueError: a Group set without a ``group`` column, an id outside [0, num_groups), a
-            weight that is not finite and >= 0, or what `AmbiguityMixin` refuses.
+            weight that is not finite and >= 0, a ``data_collator`` that pads with what the model
+            does not skip, or what `AmbiguityMixin` refuses.
     """
 
     __signature__ = inspect.signature(trl.RewardTrainer)
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        collator, pad = self.data_collator, reward_inputs.pad_token_id(self.model)
+
+        def checked(examples: list[dict[str, Any]]) -> Any:
+            batch = collator(examples)
+            reward_inputs.check_padding(batch, pad)
+            return batch
+
+        self.data_collator = checked
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from drrlhf.trl import columns
 
-# Tensors (2n, L), and what fills them up: what lies under a 0 of the mask is never read.
-SEQUENCES = {"input_ids": 0, "attention_mask": 0, "completion_mask": 0, "token_type_ids": 0}
+# Tensors (2n, L).
+SEQUENCES = ("input_ids", "attention_mask", "completion_mask", "token_type_ids")
 # Tensors (n,).
 PAIRS = ("ref_chosen_logps", "ref_rejected_logps", "margin", *columns.COLUMNS)
 
@@ -27,8 +27,10 @@ def count(batch: Mapping[str, Any]) -> int:
 
 
 def separable(batch: Mapping[str, Any]) -> bool:
-    """Whether `select` knows every entry of the batch."""
-    return all(name in SEQUENCES or name in PAIRS for name in batch)
+    """Whether `select` knows every entry of the batch, and its padding is on the right."""
+    known = all(name in SEQUENCES or name in PAIRS for name in batch)
+    mask = batch["attention_mask"]
+    return known and bool((mask[:, 1:] <= mask[:, :-1]).all())
 
 
 def lengths(batch: Mapping[str, Any]) -> Tensor:
@@ -37,17 +39,21 @@ def lengths(batch: Mapping[str, Any]) -> Tensor:
 
 
 def select(
-    batches: Sequence[Mapping[str, Any]], pairs: Sequence[tuple[int, int]]
+    batches: Sequence[Mapping[str, Any]], pairs: Sequence[tuple[int, int]], pad_token_id: int
 ) -> dict[str, Any]:
-    """One batch of the pairs [(batch, row), ...], padded on the right to the longest of them."""
+    """One batch of the pairs [(batch, row), ...], padded on the right to the longest of them.
+
+    ``pad_token_id`` must be the model's: a classifier finds the last token of a row by it.
+    """
     longest = max(int(lengths(batches[b])[row]) for b, row in pairs)
     merged: dict[str, Any] = {}
     for name in batches[0]:
         if name in PAIRS:
             merged[name] = torch.stack([batches[b][name][row] for b, row in pairs])
             continue
+        filling = pad_token_id if name == "input_ids" else 0
         sides = [
-            _fitted(batches[b][name][row + side * count(batches[b])], longest, SEQUENCES[name])
+            _fitted(batches[b][name][row + side * count(batches[b])], longest, filling)
             for side in (0, 1)
             for b, row in pairs
         ]

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from drrlhf import ERM, robust_risk
+from drrlhf import ERM, reward_inputs, robust_risk
 from drrlhf.trl import pairs, rows
 from drrlhf.trl.pairs import Pairs
 from drrlhf.trl.seam import overridden
@@ -212,11 +212,16 @@ class StepMixin(SetMixin):
             if isinstance(chosen, int):
                 batch = dict(batches[chosen])
             else:
-                batch = rows.select(batches, chosen)
+                batch = rows.select(batches, chosen, self._pad_token_id)
             if generators is not None:
                 generators.restore(self.accelerator.device)
             known = Pass(weights, self._ranks, 1 / len(batches))
             self._known_weights(model, batch, known, last=i == len(plan) - 1)
+
+    @property
+    def _pad_token_id(self) -> int:
+        """What fills rows up; 0 where the model has no pad token, and so none that it looks for."""
+        return reward_inputs.pad_token_id(self.model) or 0
 
     def _known_weights(self, model: Any, batch: Any, known: Pass, last: bool) -> Tensor:
         """Forward and backward of a microbatch with fixed weights; its loss ()."""

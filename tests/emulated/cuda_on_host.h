@@ -22,10 +22,9 @@
 #define __host__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
-// Blocks that run together have a copy each.
-#define DRRLHF_SHARED(Type, name)  \
-  static Type name##_of_blocks[8]; \
-  Type& name = name##_of_blocks[emulated::machine.running->block]
+#define DRRLHF_SHARED(Type, name)                       \
+  static emulated::SharedMemory<Type> name##_of_blocks; \
+  Type& name = name##_of_blocks.of[emulated::machine.running->block]
 
 using std::max;
 using std::min;
@@ -56,7 +55,16 @@ struct Meeting {  // of a block or a warp
   std::uint64_t generation = 0;
 };
 
+struct Memory {
+  void* data;
+  std::size_t bytes;
+
+  // Shared memory is anything when a block begins; as a floating number these bits are NaN.
+  void spoil() const { std::memset(data, 0xff, bytes); }
+};
+
 struct Machine {
+  std::vector<Memory> shared;  // of every kernel that has run
   std::vector<std::unique_ptr<Fiber>> fibers;
   std::vector<Meeting> blocks, warps;
   std::vector<std::uint64_t> mail;  // what each thread shows to its warp
@@ -68,6 +76,17 @@ struct Machine {
 
 inline Machine machine;
 inline std::mutex one_kernel_at_a_time;
+
+// Blocks that run together have a copy each.
+template <class Type>
+struct SharedMemory {
+  Type of[8];
+
+  SharedMemory() {
+    machine.shared.push_back({of, sizeof of});
+    machine.shared.back().spoil();
+  }
+};
 
 inline void enter() {
   machine.body();
@@ -102,6 +121,7 @@ inline void run_blocks(unsigned first, unsigned count, int threads) {
   machine.blocks.assign(count, {});
   machine.warps.assign(count * threads / kLanesOfWarp, {});
   machine.mail.assign(count * threads, 0);
+  for (const Memory& memory : machine.shared) memory.spoil();
   while (machine.fibers.size() < std::size_t(count) * threads) {
     machine.fibers.push_back(std::make_unique<Fiber>());
     machine.fibers.back()->stack.resize(64 * 1024);

@@ -1,0 +1,110 @@
+"""What a reward model is given, and where it reads its score.
+
+A sequence classifier of transformers scores the last token that is not its pad token, whatever the
+attention mask says. With pad = eos, as for tokenizers without a pad token of their own, that is the
+token before the end; with another filling than its pad token it is some token of the padding.
+Training, stress test and GRPO's rewards ask this module, so that a text has one score everywhere.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def reward_ids(tokenizer: Any, prompt: Any, answer: Any, **template: Any) -> list[int]:
+    """Tokens of a prompt followed by an answer, as TRL's ``RewardTrainer`` makes them.
+
+    A standard answer (a string) ends with the end token, where the tokenizer has one; messages are
+    laid out by the chat template. ``template`` goes to `apply_chat_template`.
+    """
+    if isinstance(answer, str):
+        end = tokenizer.eos_token or ""
+        text = (prompt or "") + answer
+        return tokenizer(text if text.endswith(end) else text + end)["input_ids"]
+    messages = [*(prompt or []), *answer]
+    return tokenizer.apply_chat_template(messages, return_dict=True, **template)["input_ids"]
+
+
+def template_arguments(row: Mapping[str, Any]) -> dict[str, Any]:
+    """What the columns ``tools`` (a list, or its JSON) and ``chat_template_kwargs`` of a row say to
+    the chat template."""
+    tools = row.get("tools")
+    tools = json.loads(tools) if isinstance(tools, str) else tools
+    return {"tools": tools or None, **(row.get("chat_template_kwargs") or {})}
+
+
+def pad_token_id(model: Any) -> int | None:
+    """The id that a classifier skips when it looks for the last token; None: it skips nothing."""
+    return _text_config(model).pad_token_id
+
+
+def score_positions(input_ids: Tensor, pad_token_id: int | None) -> Tensor:
+    """Where a sequence classifier reads the score of each row: (n,) positions in (n, L) tokens.
+
+    It is the last token that is not ``pad_token_id``, the first one where every token is, and the
+    last one of the row without a pad token
+    (``transformers.modeling_layers.GenericForSequenceClassification``).
+    """
+    n, length = input_ids.shape
+    if pad_token_id is None:
+        return torch.full((n,), length - 1, device=input_ids.device)
+    places = torch.arange(length, device=input_ids.device)
+    return (places * (input_ids != pad_token_id)).amax(1)
+
+
+def padded(ids: Sequence[Any], filling: int, device: Any) -> dict[str, Tensor]:
+    """``input_ids`` and ``attention_mask`` (n, L) of sequences, filled up on the right."""
+    rows = [torch.as_tensor(one) for one in ids]
+
+    def laid_out(tensors: list[Tensor], value: int) -> Tensor:
+        return torch.nn.utils.rnn.pad_sequence(tensors, True, value).to(device)
+
+    return {
+        "input_ids": laid_out(rows, filling),
+        "attention_mask": laid_out([torch.ones_like(row) for row in rows], 0),
+    }
+
+
+@torch.inference_mode()
+def scores(model: Any, ids: Sequence[Sequence[int]], device: Any) -> Tensor:
+    """The scores (n,) that a classifier of one label gives sequences, in one padded batch: each is
+    the one that the sequence has alone."""
+    config = _text_config(model)
+    own = config.pad_token_id
+    # Without a pad token a classifier reads the last token of a row, and takes no batch.
+    filling = _ends_none(ids) if own is None else own
+    try:
+        config.pad_token_id = filling
+        return model(**padded(ids, filling, device)).logits[:, 0]
+    finally:
+        config.pad_token_id = own
+
+
+def check_padding(batch: Mapping[str, Any], pad_token_id: int | None) -> None:
+    """ValueError where a batch of several rows is filled up with what the model does not skip."""
+    ids = batch["input_ids"]
+    filling = ids[batch["attention_mask"] == 0]
+    if pad_token_id is not None and not bool((filling == pad_token_id).all()):
+        wrong = int(filling[filling != pad_token_id][0])
+        raise ValueError(
+            f"data_collator: it pads with token {wrong}, and the model scores the last token that "
+            f"is not its pad token {pad_token_id}: it would score padding. Let the collator pad "
+            f"with {pad_token_id}, or set config.pad_token_id of the model to {wrong}."
+        )
+
+
+def _ends_none(ids: Sequence[Sequence[int]]) -> int:
+    """The smallest token id with which no sequence ends."""
+    ends = {one[-1] for one in ids}
+    return next(i for i in range(len(ends) + 1) if i not in ends)
+
+
+def _text_config(model: Any) -> Any:
+    while hasattr(model, "module"):  # wrapped for several processes
+        model = model.module
+    return model.config.get_text_config()
