@@ -190,7 +190,9 @@ def _interrupted(monkeypatch, moment, function, *arguments):
 
 
 @pytest.mark.slow
-def test_killed_runs():
+def test_killed_runs(request):
+    if "slow" not in request.config.getoption("markexpr"):
+        pytest.skip("10 seconds; run with -m slow")
     run = Path(__file__).parent / "kill.py", "--kills", "3", "--runs", "reward, group"
     command = [sys.executable, *map(str, run)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
