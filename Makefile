@@ -2,6 +2,7 @@
 # make test    the whole test suite
 # make test-sanitizers  the C++ core and CPU kernels under ASan, UBSan and valgrind; not part of CI
 # make test-gpu  the tests of the ops on a GPU, and a few under compute-sanitizer
+# make test-kill  100 times kill -9 in the middle of training, and what --resume makes of it (minutes)
 # make test-cuda-build  the whole extension built and linked against a CUDA torch; no GPU needed
 # make bench-gpu  every op and whole DPO steps of a 1B model, on a GPU, beside the peers installed
 # make lint    every checker;  make format  what they can mend themselves
@@ -23,7 +24,7 @@ TESTS_OF_OPS := $(patsubst %,tests/test_%.py,robust_risk preference_loss reward_
 CXX_FILES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu tests/emulated/*.h)
 EMULATED := build/emulated/ops_cuda.so
 
-.PHONY: demo test test-sanitizers test-cuda-build test-gpu bench-gpu lint format bench clean
+.PHONY: demo test test-sanitizers test-kill test-cuda-build test-gpu bench-gpu lint format bench clean
 .DELETE_ON_ERROR:
 
 # torch comes first and alone, so that nothing else decides which build of it is installed.
@@ -53,6 +54,9 @@ test: $(VENV)/.test
 
 test-sanitizers: $(VENV)/.test
 	$(BIN)/python tests/sanitizers/run.py $(TESTS_OF_OPS)
+
+test-kill: $(VENV)/.test
+	$(BIN)/python tests/kill.py --kills 100
 
 test-cuda-build: $(VENV)/.test
 	$(BIN)/python -m pytest -m cuda_build tests/test_cuda.py

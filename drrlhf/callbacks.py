@@ -27,7 +27,7 @@ from rich.progress import (
 )
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from drrlhf.report import read_metrics
+from drrlhf.report import read_metrics, write_whole
 
 
 class MetricsCallback(TrainerCallback):
@@ -55,11 +55,11 @@ class MetricsCallback(TrainerCallback):
         if lines:
             self._seconds_before = lines[-1]["seconds"]
             tokens = [line["num_tokens"] for line in lines if "num_tokens" in line]
-            self._tokens_before = tokens[-1] if tokens else 0.0
+            # Less what the trainer's state brings along: of that the trainer itself counts on.
+            self._tokens_before = (tokens[-1] if tokens else 0.0) - state.num_input_tokens_seen
         if state.is_world_process_zero:
-            part = self.path.with_suffix(".part")
-            part.write_text("".join(map(_json_line, lines)), encoding="utf-8")
-            os.replace(part, self.path)
+            text = "".join(map(_json_line, lines))
+            write_whole(self.path, lambda part: part.write_text(text, encoding="utf-8"))
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

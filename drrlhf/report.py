@@ -20,11 +20,25 @@ Line = dict[str, Any]
 
 
 def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
-    """Let ``write`` fill a file beside ``path`` and move it into place at once: a reader never sees
-    half a file."""
+    """Let ``write`` fill a file beside ``path``, and move that into place when it is on the disk.
+
+    Whatever ends the process, or the machine: a reader finds the old file or the new one. A process
+    that is killed leaves ``.NAME.PID.part`` behind.
+    """
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    write(part)
-    os.replace(part, path)
+    try:
+        write(part)
+        with part.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _save(figure: Any, output_png: str | os.PathLike[str]) -> Path:
+    path = Path(output_png)
+    write_whole(path, lambda part: figure.savefig(part, format="png", dpi=130))
+    return path
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
@@ -99,8 +113,7 @@ def plot_training(
     axes[-1].set_xlabel("optimizer step")
     axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.suptitle(title, fontsize="medium")
-    figure.savefig(output_png, dpi=130)
-    return Path(output_png)
+    return _save(figure, output_png)
 
 
 def plot_comparison(result: dict[str, Any], output_png: str | os.PathLike[str]) -> Path:
@@ -141,8 +154,7 @@ def plot_comparison(result: dict[str, Any], output_png: str | os.PathLike[str]) 
     figure.suptitle(
         f"DPO on {result['model']}, {steps} steps, one seed\n{result['data']}", fontsize=9
     )
-    figure.savefig(output_png, dpi=130)
-    return Path(output_png)
+    return _save(figure, output_png)
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
@@ -201,8 +213,7 @@ def plot_rewards(result: dict[str, Any], output_png: str | os.PathLike[str]) -> 
         f"{result['data']}",
         fontsize=8,
     )
-    figure.savefig(output_png, dpi=130)
-    return Path(output_png)
+    return _save(figure, output_png)
 
 
 def group_columns(

@@ -118,11 +118,20 @@ def run(method: str, model: str, folder: str, **options: Any) -> dict[str, Any]:
     }
 
 
+def outcome(**keywords: Any) -> dict[str, Any] | str:
+    """What `run` gives, or the text of its refusal."""
+    try:
+        return run(**keywords)
+    except ValueError as error:
+        return str(error)
+
+
 if __name__ == "__main__":  # torchrun steps.py OUT ARGUMENTS, also accelerate launch
     out, arguments = sys.argv[1:]
     torch.set_num_threads(1)
     keywords = torch.load(arguments, weights_only=False)
-    found = run(**keywords)
+    several = keywords.get("runs")
+    found = [outcome(**each) for each in several] if several else run(**keywords)
     rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
     torch.save(found, f"{out}.{rank}")
     if torch.distributed.is_initialized():  # gloo aborts where a peer leaves before it is done

@@ -13,6 +13,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from safetensors import safe_open
+from safetensors.torch import save_file
 from trl_fixtures import tiny_encoder_dir, tiny_llama_dir, tiny_pairs
 from typer.testing import CliRunner
 
@@ -68,7 +70,7 @@ def _refused(result, *words: str) -> str:
 
 def _numbers(out: Path) -> list[dict]:
     """The metric lines without what a clock decides."""
-    clock = ("seconds", "runtime", "per_second")
+    clock = ("seconds", "runtime", "per_second", "step_time")
     return [
         {name: value for name, value in line.items() if not name.endswith(clock)}
         for line in read_metrics(out / "metrics.jsonl")
@@ -278,6 +280,11 @@ def test_resume_refuses_another_run_and_names_the_difference(place, tmp_path):
         (f"{same} --model {tiny_llama_dir(tmp_path, attention_dropout=0.1)}", ("model finger",)),
     ):
         _refused(_run(_arguments(place, "dpo", out, more)), *words)
+    saved = out / "checkpoint-2" / "drrlhf_state.safetensors"
+    with safe_open(saved, "pt") as file:
+        facts = file.metadata()
+    save_file({}, saved, facts | {"processes": "2"})
+    _refused(_run(_arguments(place, "dpo", out, same)), "saved with processes: 2, resumed with 1")
     assert not (out / "checkpoint-3").exists()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 from matplotlib.figure import Figure
@@ -115,6 +116,23 @@ def test_read_metrics_drops_a_cut_off_end_and_names_a_broken_line(tmp_path):
     with pytest.raises(ValueError, match=r"m\.jsonl, line 2: not valid JSON"):
         read_metrics(path)
     assert read_metrics(tmp_path / "absent.jsonl") == []
+
+
+def test_a_picture_that_cannot_be_finished_leaves_the_old_one(tmp_path, monkeypatch):
+    metrics, picture = _write(tmp_path / "m.jsonl", _lines(2)), tmp_path / "m.png"
+    picture.write_text("old")
+
+    def half(figure, target, **_):
+        Path(target).write_text("half")
+        raise OSError("no space")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Figure, "savefig", half)
+        with pytest.raises(OSError, match="no space"):
+            plot_training(metrics, picture)
+    assert picture.read_text() == "old" and len(list(tmp_path.iterdir())) == 2
+    plot_training(metrics, picture)
+    assert picture.read_bytes().startswith(b"\x89PNG") and len(list(tmp_path.iterdir())) == 2
 
 
 def test_nothing_to_plot_is_said(tmp_path):

@@ -170,7 +170,7 @@ def test_another_number_of_processes_is_refused_on_resume(make, models, tmp_path
     trainer = make(**options, max_steps=2)
     monkeypatch.setattr(type(trainer.args), "world_size", 2)
     with pytest.raises(ValueError, match=r"saved with processes: 1, resumed with 2"):
-        trainer._same_question(tmp_path / "out" / "checkpoint-1")
+        trainer.check_resume(tmp_path / "out" / "checkpoint-1")
 
 
 def test_no_set_is_no_state(make):

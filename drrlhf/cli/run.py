@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib.util
+import os
 import platform
 import signal
 from importlib import metadata
@@ -53,10 +54,12 @@ def run(kind: str, options: dict[str, Any], console: Console, resume_command: st
             if checkpoint:
                 record = _continued(output_dir, record, checkpoint)
             if checkpoint and _finished(checkpoint):
-                rundir.promote(checkpoint, output_dir)
-                return outcome.report(output_dir, record, console)
+                return _finish(output_dir, record, console) if _first_process() else 0
             trainer, callbacks = build.build(settings, data, eval_data, console)
+            if checkpoint:
+                trainer.check_resume(checkpoint)
             if trainer.is_world_process_zero():
+                rundir.sweep(output_dir)
                 if options["overwrite"]:
                     rundir.clear(output_dir)
                 rundir.write_record(output_dir, record)
@@ -291,6 +294,11 @@ def _continued(output_dir: Path, record: dict[str, Any], checkpoint: Path) -> di
     }
 
 
+def _first_process() -> bool:
+    """Whether this is the first of those that a launcher started, before torch.distributed is."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def _finished(checkpoint: Path) -> bool:
     state = rundir.checkpoint_state(checkpoint)
     return state["global_step"] >= state["max_steps"]
@@ -322,8 +330,16 @@ def _train(
         progress.stop()
     if at_once or trainer.state.global_step < trainer.state.max_steps:
         return _stopped(output_dir, interrupt.signum, console, resume_command)
-    trainer.save_model()
-    return outcome.report(output_dir, record, console) if trainer.is_world_process_zero() else 0
+    return _finish(output_dir, record, console) if trainer.is_world_process_zero() else 0
+
+
+def _finish(output_dir: Path, record: dict[str, Any], console: Console) -> int:
+    """The model of the last checkpoint, which is whole, and the report."""
+    checkpoint = rundir.newest_checkpoint(output_dir)
+    assert checkpoint is not None  # the trainer saves after its last step
+    rundir.sweep(output_dir)
+    rundir.promote(checkpoint, output_dir)
+    return outcome.report(output_dir, record, console)
 
 
 def _stopped(output_dir: Path, signum: int, console: Console, resume_command: str) -> int:

@@ -13,6 +13,7 @@ import datetime
 import hashlib
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -88,16 +89,27 @@ def occupant(output_dir: Path) -> str | None:
     return next(found, None)
 
 
-def clear(output_dir: Path) -> None:
-    """Remove an earlier run: record, curves, checkpoints, and its model.
+def sweep(output_dir: Path) -> None:
+    """Remove what a killed process was still writing there, or removing."""
+    for path in output_dir.glob(".*.part"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
-    A model that stayed would be taken for the new run's where that one saves adapters only.
+
+def clear(output_dir: Path) -> None:
+    """Remove an earlier run: checkpoints, curves, its model, and at last its record.
+
+    A model that stayed would be taken for the new run's where that one saves adapters only. A
+    checkpoint goes at once, and the record, which says that all this may be removed, goes last: a
+    process killed in between leaves a run that can be continued or overwritten.
     """
-    for pattern in (*_OURS, *_MODEL, PLOT_FILE):
-        for path in output_dir.glob(pattern):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    for path in output_dir.glob("checkpoint-*"):
+        if path.is_dir():
+            shutil.rmtree(path.rename(output_dir / f".{path.name}.part"))
     if has_reference(output_dir):
-        shutil.rmtree(output_dir / REFERENCE)
+        shutil.rmtree((output_dir / REFERENCE).rename(output_dir / f".{REFERENCE}.part"))
+    for pattern in (*_MODEL, PLOT_FILE, METRICS_FILE, RUN_FILE):
+        for path in output_dir.glob(pattern):
+            path.unlink()
 
 
 def newest_checkpoint(output_dir: Path) -> Path | None:
@@ -201,14 +213,15 @@ def _comparable(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def promote(checkpoint: Path, output_dir: Path) -> None:
-    """Copy model and tokenizer of a finished run's last checkpoint to `output_dir`."""
+    """Copy model and tokenizer of a finished run's last checkpoint to `output_dir`, file by file
+    whole."""
     training_only = (
         "optimizer.pt", "scheduler.pt", "trainer_state.json", "training_args.bin",
         "drrlhf_state.safetensors",
     )  # fmt: skip
-    for path in checkpoint.iterdir():
+    for path in sorted(checkpoint.iterdir()):
         if path.is_file() and path.name not in training_only and path.suffix != ".pth":
-            shutil.copy2(path, output_dir / path.name)
+            write_whole(output_dir / path.name, partial(shutil.copy2, path))
     if has_reference(checkpoint):
         shutil.copytree(checkpoint / REFERENCE, output_dir / REFERENCE, dirs_exist_ok=True)
 

@@ -42,7 +42,7 @@ from drrlhf.callbacks import MetricsCallback, ProgressCallback
 from drrlhf.demo.embeddings import fast_dtype
 from drrlhf.demo.material import cache_dir, fetch
 from drrlhf.demo.sentiment import DERIVED, preference_rows
-from drrlhf.report import plot_comparison, read_metrics
+from drrlhf.report import plot_comparison, read_metrics, write_whole
 from drrlhf.trl import DPOConfig, DPOTrainer
 
 SEEN, RARE, UNSEEN = "movie", "tweets", ("amazon", "nyt")
@@ -95,7 +95,8 @@ def run(
         "domains": {name: domains.get(name, "unseen") for name in held_out},
     }
     output_dir = Path(output_dir)
-    (output_dir / "dpo.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    text = json.dumps(result, indent=2) + "\n"
+    write_whole(output_dir / "dpo.json", lambda part: part.write_text(text, encoding="utf-8"))
     plot_comparison(result, output_dir / "dpo.png")
     console.print(table(result))
     console.print(f"Written: {output_dir / 'dpo.json'}, {output_dir / 'dpo.png'}", soft_wrap=True)

@@ -38,7 +38,7 @@ from drrlhf.demo.dpo import LAYERS, RARE, RARE_SHARE, SEEN, UNSEEN, cut_model
 from drrlhf.demo.embeddings import fast_dtype
 from drrlhf.demo.material import fetch
 from drrlhf.demo.sentiment import load_split, preference_rows
-from drrlhf.report import mean_and_error, plot_rewards, read_metrics
+from drrlhf.report import mean_and_error, plot_rewards, read_metrics, write_whole
 from drrlhf.trl import GRPOConfig, GRPOTrainer, RewardConfig, RewardTrainer
 
 DOMAINS = (SEEN, RARE, *UNSEEN)
@@ -96,7 +96,7 @@ def run(
         "domains": {domain: shares.get(domain, "unseen") for domain in DOMAINS},
     }
     text = json.dumps(result, indent=2) + "\n"
-    (output_dir / "grpo.json").write_text(text, encoding="utf-8")
+    write_whole(output_dir / "grpo.json", lambda part: part.write_text(text, encoding="utf-8"))
     plot_rewards(result, output_dir / "grpo.png")
     console.print(table(result))
     console.print(f"Written: {output_dir / 'grpo.json'}, {output_dir / 'grpo.png'}", soft_wrap=True)

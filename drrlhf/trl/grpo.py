@@ -16,7 +16,7 @@ from drrlhf import Group, policy_loss, reward_inputs, robust_risk
 from drrlhf.policy import PolicyLoss
 from drrlhf.reference import POLICY_LOSS_TYPES
 from drrlhf.trl import columns, head, prompts
-from drrlhf.trl.prompts import FACTOR, PassRates
+from drrlhf.trl.prompts import FACTOR, PassRates, PromptSampler
 from drrlhf.trl.seam import overridden
 from drrlhf.trl.sets import SetMixin
 
@@ -108,6 +108,9 @@ class GRPOTrainer(SetMixin, trl.GRPOTrainer):
         super()._set_signature_columns_if_needed()
         if fresh:
             self._signature_columns += columns.COLUMNS
+
+    def _get_train_sampler(self, dataset: Any = None) -> PromptSampler:
+        return PromptSampler.like(super()._get_train_sampler(dataset))
 
     # -- from completions to what is known of their prompts ------------------------------------
 

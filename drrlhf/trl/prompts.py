@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from trl.trainer.utils import RepeatSampler
 
 from drrlhf.trl.pairs import LOGGED_GROUPS, nominal_mean, states, unevenness
 
@@ -21,6 +22,23 @@ PROMPT, VALUE, NOMINAL, GROUP, FACTOR = (
     f"drrlhf_{name}" for name in ("prompt", "value", "nominal", "group", "factor")
 )
 COLUMNS = (PROMPT, VALUE, NOMINAL, GROUP)
+
+
+class PromptSampler(RepeatSampler):
+    """TRL's, whose order in an epoch does not depend on whether the earlier ones were drawn here:
+    a run that was resumed goes on in the order of an uninterrupted one."""
+
+    @classmethod
+    def like(cls, other: Any) -> PromptSampler:
+        cut = (other.data_source, other.mini_repeat_count, other.batch_size, other.repeat_count)
+        return cls(*cut, shuffle=other.shuffle, seed=other.seed)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called before every epoch; TRL's draws one permutation for each, from one generator."""
+        if self.shuffle and self.seed is not None:
+            self.generator.manual_seed(self.seed)
+            for _ in range(epoch):
+                torch.randperm(self.num_samples, generator=self.generator)
 
 
 class Prompts(NamedTuple):

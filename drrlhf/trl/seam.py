@@ -73,6 +73,21 @@ _METHODS: tuple[tuple[str, str, tuple[str, ...], frozenset[str]], ...] = (
     ),
     (
         "trl.trainer.grpo_trainer:GRPOTrainer",
+        "_get_train_sampler",
+        ("self", "dataset"),
+        frozenset({"RepeatSampler"}),
+    ),
+    (
+        "trl.trainer.utils:RepeatSampler",
+        "__init__",
+        (
+            *("self", "data_source", "mini_repeat_count", "batch_size", "repeat_count"),
+            *("shuffle", "seed"),
+        ),
+        frozenset({"generator", "num_samples"}),
+    ),
+    (
+        "trl.trainer.grpo_trainer:GRPOTrainer",
         "training_step",
         ("self", "model", "inputs", "num_items_in_batch"),
         frozenset({"_step"}),
@@ -115,6 +130,13 @@ _METHODS: tuple[tuple[str, str, tuple[str, ...], frozenset[str]], ...] = (
             "metric_key_prefix",
         ),
         frozenset(),
+    ),
+    (
+        "transformers.trainer:Trainer",
+        "_save_checkpoint",
+        ("self", "model", "trial"),
+        frozenset({"_get_output_dir", "_push_from_checkpoint", "rotate_checkpoints"})
+        | frozenset({"save_to_json", "best_model_checkpoint"}),
     ),
     (
         "transformers.trainer:Trainer",

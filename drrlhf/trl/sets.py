@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import DistributedType
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from drrlhf import ERM, Group, GroupState, NormaliserState, parse_ambiguity
 from drrlhf.groups import Groups, from_data, with_count
 from drrlhf.trl import columns, state
+from drrlhf.trl.seam import overridden
 
 GROUPS = "groups"  # a checkpoint's fact: what the data call the groups, in order
+
+
+def _later(folder: str) -> None:
+    """Stands in for the push to a hub of a checkpoint that has no name yet."""
 
 
 class SetMixin:
@@ -22,12 +30,15 @@ class SetMixin:
     args: Any
     accelerator: Any
     model: Any
+    state: Any
     ambiguity: Any
     robust_scope: str
     group_state: GroupState | None
     normaliser_state: NormaliserState | None
     _groups: Groups | None  # of the column, where the set needs it or its values have names
     _weighted: bool
+    _get_output_dir: Any
+    _push_from_checkpoint: Any
     _members = "pairs"  # what the adversary weighs, in messages
     _by_column = True  # whether the groups of a Group set are those of the column
 
@@ -141,6 +152,30 @@ class SetMixin:
 
     # -- checkpoints ---------------------------------------------------------------------------
 
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """TRL's, into a hidden folder; it is called checkpoint-N when everything lies in it."""
+        folder = Path(self._get_output_dir(trial))
+        unfinished = folder / state.UNFINISHED
+        if self.args.should_save and unfinished.exists():  # of a process that was killed
+            shutil.rmtree(unfinished)
+        self.accelerator.wait_for_everyone()
+        with overridden(
+            self, _get_output_dir=lambda trial: str(unfinished), _push_from_checkpoint=_later
+        ):
+            super()._save_checkpoint(model, trial)  # type: ignore[misc]
+        self.accelerator.wait_for_everyone()
+        checkpoint = folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        if self.args.should_save:
+            written = unfinished / checkpoint.name
+            if self.state.best_model_checkpoint == str(written):
+                self.state.best_model_checkpoint = str(checkpoint)
+                self.state.save_to_json(str(written / TRAINER_STATE_NAME))
+            best = self.state.best_model_checkpoint
+            state.put_in_place(written, checkpoint, self.args.save_total_limit, best)
+        self.accelerator.wait_for_everyone()
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(checkpoint))
+
     def _states(self) -> dict[str, torch.nn.Module]:
         states = {"group_state": self.group_state, "normaliser_state": self.normaliser_state}
         return {name: module for name, module in states.items() if module is not None}
@@ -165,11 +200,17 @@ class SetMixin:
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
-        if checkpoint is not None and self._same_question(Path(checkpoint)):
+        if checkpoint is not None and self.check_resume(Path(checkpoint)):
             state.load(Path(checkpoint), self._states())
 
-    def _same_question(self, folder: Path) -> bool:
-        """Whether the checkpoint's run had this objective; ValueError where that is not allowed."""
+    def check_resume(self, folder: Path) -> bool:
+        """Whether the run that saved the checkpoint in ``folder`` had this objective.
+
+        Raises:
+            ValueError: it had another ambiguity set and ``resume_with_changed_ambiguity`` is not
+                set, or its steps were made of other batches: another ``robust_scope``, number of
+                processes or size of a step.
+        """
         now = self._facts()
         # TRL's own checkpoints say nothing, and are of its own objective.
         before = state.facts(folder) or {"ambiguity": "erm"}

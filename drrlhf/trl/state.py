@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers.trainer_utils import sort_checkpoints
 
 STATE_FILE = "drrlhf_state.safetensors"
+UNFINISHED = ".checkpoint.part"  # where a checkpoint is written, until it is whole
 
 
 def save(folder: Path, states: Mapping[str, nn.Module], facts: Mapping[str, str]) -> None:
@@ -20,6 +23,25 @@ def save(folder: Path, states: Mapping[str, nn.Module], facts: Mapping[str, str]
         for key, tensor in module.state_dict().items()
     }
     save_file(tensors, folder / STATE_FILE, metadata=dict(facts))
+
+
+def put_in_place(written: Path, checkpoint: Path, limit: int | None, best: str | None) -> None:
+    """Give the folder `written` its name, and remove its own folder and older checkpoints.
+
+    Of the checkpoints there, as many as `limit` stay, at least this one and `best`. Each comes and
+    goes by one renaming: whatever ends the process leaves none in part.
+    """
+    unfinished = written.parent
+    if checkpoint.exists():
+        checkpoint.rename(unfinished / "replaced")
+    written.rename(checkpoint)
+    if limit is not None and limit > 0:
+        found = sort_checkpoints(str(checkpoint.parent), use_mtime=True)
+        spared = {str(checkpoint), best} & set(found)
+        old = [name for name in found if name not in spared]
+        for name in old[: max(0, len(found) - max(limit, len(spared)))]:
+            Path(name).rename(unfinished / Path(name).name)
+    shutil.rmtree(unfinished)
 
 
 def facts(folder: Path) -> dict[str, str] | None:
