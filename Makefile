@@ -22,6 +22,8 @@ TESTS_OF_OPS := $(patsubst %,tests/test_%.py,robust_risk preference_loss reward_
   linear_token_logprobs sequence_logprobs linear_preference_loss policy_loss kernels many_pairs \
   zero_sizes transforms)
 CXX_FILES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu tests/emulated/*.h)
+# Tests that share what takes long to make go to one worker.
+SIDE_BY_SIDE := -n 2 --dist loadgroup
 EMULATED := build/emulated/ops_cuda.so
 
 .PHONY: demo test test-sanitizers test-kill test-cuda-build test-gpu bench-gpu lint format bench clean
@@ -45,12 +47,12 @@ demo: $(VENV)/.trl
 	$(BIN)/drrlhf train reward --demo $(if $(QUICK),--quick) --output-dir demo
 
 test: $(VENV)/.test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
-	OMP_NUM_THREADS=1 DRRLHF_FILL=1 $(BIN)/python -m pytest -n 2 -k "cpp or reference" $(TESTS_OF_OPS)
-	OMP_NUM_THREADS=1 DRRLHF_FILL=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 $(TESTS_OF_OPS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(SIDE_BY_SIDE)
+	OMP_NUM_THREADS=1 DRRLHF_FILL=1 $(BIN)/python -m pytest $(SIDE_BY_SIDE) -k "cpp or reference" $(TESTS_OF_OPS)
+	OMP_NUM_THREADS=1 DRRLHF_FILL=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest $(SIDE_BY_SIDE) $(TESTS_OF_OPS)
 	$(BIN)/python tests/emulated/build.py $(EMULATED)
 	OMP_NUM_THREADS=1 DRRLHF_FILL=1 DRRLHF_EMULATED=$(abspath $(EMULATED)) \
-	  $(BIN)/python -m pytest -n 2 $(TESTS_OF_OPS)
+	  $(BIN)/python -m pytest $(SIDE_BY_SIDE) $(TESTS_OF_OPS)
 
 test-sanitizers: $(VENV)/.test
 	$(BIN)/python tests/sanitizers/run.py $(TESTS_OF_OPS)

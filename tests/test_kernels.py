@@ -20,6 +20,10 @@ kernels_only = pytest.mark.skipif(not SLOW, reason="needs TRITON_INTERPRET=1 or 
 interpreted_only = pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1")
 
 
+# Every variant takes a second to compile: a second worker would do all of it again.
+of_one_worker = pytest.mark.xdist_group("compiled")
+
+
 @pytest.fixture(scope="module", params=[80, 90, 100])
 def compiled(request):
     """Every variant of `drrlhf.bench.ahead_of_time` for one architecture."""
@@ -30,17 +34,20 @@ def compiled(request):
     return request.param, [ahead_of_time.build(v, request.param) for v in ahead_of_time.variants()]
 
 
+@of_one_worker
 def test_no_default_configuration_spills(compiled):
     _, builds = compiled
     assert {b.variant.name: b.spills for b in builds if b.spills} == {}
 
 
+@of_one_worker
 def test_shared_memory_fits_the_chip(compiled):
     arch, builds = compiled
     room = {80: 163, 90: 227, 100: 227}[arch] * 1024
     assert {b.variant.name: b.shared for b in builds if b.shared > room} == {}
 
 
+@of_one_worker
 def test_products_use_matrix_instructions(compiled):
     arch, builds = compiled
     wanted = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}[arch]
@@ -51,6 +58,7 @@ def test_products_use_matrix_instructions(compiled):
     assert [b.variant.name for b in products if "cp.async.cg.shared" not in b.ptx] == []
 
 
+@of_one_worker
 def test_bandwidth_bound_kernels_load_16_bytes(compiled):
     _, builds = compiled
     streams = [b for b in builds if b.variant.streams]
