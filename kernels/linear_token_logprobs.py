@@ -357,11 +357,13 @@ def finish_kernel(
         tl.store(squares_ptr + rows, log_squares.to(tl.float32), mask=live)
     if STORE:
         labels = tl.load(labels_ptr + rows, mask=live, other=-1).to(tl.int64)
-        rest = -expm1(-logp.to(tl.float64)) * tl.load(slope_ptr + slots, mask=live, other=0.0)
+        # Not of the rounded log p: its rounding, |log p| units, would be that of the whole row.
+        precise = u - log_sum
+        rest = -expm1(-precise) * tl.load(slope_ptr + slots, mask=live, other=0.0)
         p_own = ratios_ptr + here.to(tl.int64) * ratios_stride + labels
         inside = live & (labels >= 0) & (labels < vocabulary)
         tl.store(p_own, narrow(rest.to(tl.float32), ratios_ptr), mask=inside)
-        divided = -tl.exp(logp.to(tl.float64)).to(tl.float32) * unit
+        divided = -tl.exp(precise).to(tl.float32) * unit
         # NaN is not improbable: it stays seen.
         tl.store(factor_ptr + slots, tl.where(logp < IMPROBABLE, 1.0, divided), mask=live)
 
@@ -547,16 +549,24 @@ def bias_gradient_kernel(
 
 @triton.jit
 def factors_kernel(
-    logp_ptr, a_ptr, rows_ptr, count_ptr, out_ptr, unit, HALF: tl.constexpr, ROWS: tl.constexpr,
+    logp_ptr, lse_ptr, tail_ptr, t_ptr, a_ptr, rows_ptr, count_ptr, out_ptr, unit,
+    HALF: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """By listed token, what turns its row of ratios into a d logp / d logits."""
+    """By listed token, what turns its row of ratios into a d logp / d logits.
+
+    t: the labels' logits in the list's order, as the forward had them: log p is not taken as it
+    was rounded, since its rounding would be that of the whole row.
+    """
     here = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     live = here < tl.load(count_ptr)
     rows = tl.load(rows_ptr + here, mask=live, other=0)
     logp = tl.load(logp_ptr + rows, mask=live, other=0.0)
     factor = tl.load(a_ptr + rows, mask=live, other=0.0).to(tl.float32)
     if not HALF:
-        divided = -tl.exp(logp.to(tl.float64)).to(tl.float32) * unit
+        lse = tl.load(lse_ptr + rows, mask=live, other=0.0).to(tl.float64)
+        t = tl.load(t_ptr + here, mask=live, other=0.0).to(tl.float64)
+        precise = t - lse - tl.load(tail_ptr + rows, mask=live, other=0.0).to(tl.float64)
+        divided = -tl.exp(precise).to(tl.float32) * unit
         factor *= tl.where(logp < IMPROBABLE, 1.0, divided)
     tl.store(out_ptr + here, factor, mask=live)
 
@@ -923,9 +933,10 @@ def linear_token_logprobs_backward(
     if keep == KEEP_RATIOS and b is None:
         assert a is not None
         factor = torch.empty_like(statistics[0])
+        of_labels, _ = _label_logits(head, tokens)
         with on(h):
             factors_kernel[(triton.cdiv(n, 256),)](
-                logp, a, tokens.rows, tokens.number, factor, head.unit,
+                logp, lse, lse_tail, of_labels, a, tokens.rows, tokens.number, factor, head.unit,
                 HALF=h.dtype == torch.float16, ROWS=256, num_warps=4,
             )  # fmt: skip
         if need_hidden:

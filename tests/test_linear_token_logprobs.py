@@ -128,7 +128,8 @@ def test_no_less_accurate_than_plain_pytorch(backend, dtype, shape):
     as many as fit."""
     if backend == "reference" and shape[0] % 2 == 0:
         pytest.skip("the reference has no blocks whose edges need a look")
-    seeds = min(3 if SLOW and shape[0] > 1 else 20, 2 + 1000 // shape[0])
+    # One token has few numbers: its pooled ratio is 1.8 by luck over 20 problems, 1.03 over 1000.
+    seeds = 100 if shape[0] == 1 else min(3 if SLOW else 20, 2 + 1000 // shape[0])
     cases = [problem(*shape, dtype, seed=seed) for seed in range(seeds)]
     keeps = ["nothing"] if backend == "reference" else KEEPS
     # The library multiplies a single row by another routine, of another error.
