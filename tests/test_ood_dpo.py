@@ -61,13 +61,20 @@ def test_before_training_nothing_is_preferred(material):
         assert marks["nll"] == pytest.approx(0.6931, abs=1e-3)
 
 
-def test_training_learns_alike_for_a_seed_and_otherwise_for_a_method():
+def test_training_is_alike_for_a_seed_and_otherwise_for_a_method():
     scenario, settings = shifts.DPO_SCENARIOS[0], replace(SETTINGS, epochs=8)
     plain, again = (dpo.one(scenario, 1, "erm", settings) for _ in range(2))
     assert plain == again
-    assert plain["test"]["movie/in"]["accuracy"] > 0.7
     for method in ("tv", "group"):
         assert dpo.one(scenario, 1, method, settings)["test"] != plain["test"]
+
+
+def test_training_learns():
+    """Which words are liked, in the domain trained on. Forty pairs of twenty texts judge one random
+    model by luck, so five are trained; untrained ones have accuracy 1/2."""
+    settings = replace(SETTINGS, pairs=192, epochs=4, lr=0.01)
+    found = [dpo.one(shifts.DPO_SCENARIOS[0], seed, "erm", settings)["test"] for seed in range(5)]
+    assert sum(test["movie/in"]["accuracy"] for test in found) / len(found) > 0.6
 
 
 def test_test_texts_are_few_and_never_trained_on(material):
