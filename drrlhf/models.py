@@ -106,6 +106,19 @@ def base_of(name: str | Path) -> str:
     return base
 
 
+def pad_token_id_of(name: str | Path) -> int | None:
+    """The pad token that a saved reward model was trained with.
+
+    Its configuration says it. A trainer sets it on the model in memory, and saves it beside
+    adapters only with the tokenizer.
+    """
+    from transformers import AutoConfig, AutoTokenizer
+
+    if adapters_of(name) is not None:
+        return AutoTokenizer.from_pretrained(name).pad_token_id
+    return AutoConfig.from_pretrained(name).get_text_config().pad_token_id
+
+
 def load(name: str | Path, kind: str, dtype: Any = None, *, trainable: bool = False) -> Any:
     """A model of a kind: a whole one of transformers, or a ``PeftModel`` of adapters on theirs.
 
@@ -131,10 +144,7 @@ def load(name: str | Path, kind: str, dtype: Any = None, *, trainable: bool = Fa
     finally:
         transformers.logging.set_verbosity(noise)
     if kind == REWARD:
-        # A trainer sets the pad token of its model, and saves it beside adapters only with the
-        # tokenizer.
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
-        model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+        model.config.get_text_config().pad_token_id = pad_token_id_of(name)
     config = peft.PeftConfig.from_pretrained(str(name))
     config.inference_mode = not trainable
     task = next(task for task, one in _TASKS.items() if one == kind)

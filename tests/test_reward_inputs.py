@@ -19,6 +19,7 @@ import numpy as np
 import steps
 import torch
 import transformers
+from peft import LoraConfig
 from trl.trainer.reward_trainer import DataCollatorForPreference
 
 from drrlhf import reward_inputs
@@ -195,3 +196,23 @@ def test_stress_and_grpo_pay_what_training_saw(tmp_path, make, form):
             asked, [row["prompt"] for row in asked], data[side][:], [[1]] * len(asked)
         )
         np.testing.assert_allclose(paid[:, 0].tolist(), wanted, atol=1e-5)
+
+
+def test_grpo_reads_adapters_as_training_did(tmp_path):
+    """Their directory has no configuration: the tokenizer beside them says the pad token."""
+    lora = LoraConfig(task_type="SEQ_CLS", target_modules=["q_proj"], init_lora_weights=False)
+    trainer = steps.trainer(
+        "reward", str(tiny_reward_dir(tmp_path)), str(tmp_path / "out"), tiny_pairs(4),
+        trainer_processing_class=pads_with_eos(), trainer_peft_config=lora,
+    )  # fmt: skip
+    trainer.save_model(str(tmp_path / "saved"))
+    chosen, _ = as_trained(trainer, trainer.model.eval())
+    policy = steps.trainer(
+        "grpo", str(tiny_llama_dir(tmp_path)), str(tmp_path / "policy"), tiny_pairs(4),
+        trainer_reward_funcs=str(tmp_path / "saved"),
+    )  # fmt: skip
+    asked = [{"prompt": row["prompt"]} for row in tiny_pairs(4)]
+    paid = policy._calculate_rewards(
+        asked, [row["prompt"] for row in asked], tiny_pairs(4)["chosen"][:], [[1]] * 4
+    )
+    np.testing.assert_allclose(paid[:, 0].tolist(), chosen, atol=1e-5)

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 import trl
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from drrlhf import Group, policy_loss, reward_inputs, robust_risk
+from drrlhf import Group, models, policy_loss, reward_inputs, robust_risk
 from drrlhf.policy import PolicyLoss
 from drrlhf.reference import POLICY_LOSS_TYPES
 from drrlhf.trl import columns, head, prompts
@@ -426,11 +426,14 @@ def _pad_token_ids(reward_funcs: Any) -> list[int | None]:
     """The pad token that each reward model was saved with; None for functions."""
     if not isinstance(reward_funcs, list):
         reward_funcs = [] if reward_funcs is None else [reward_funcs]
-    configs = [
-        AutoConfig.from_pretrained(one) if isinstance(one, str) else getattr(one, "config", None)
+    return [
+        models.pad_token_id_of(one)
+        if isinstance(one, str)
+        else reward_inputs.pad_token_id(one)
+        if isinstance(one, PreTrainedModel)
+        else None
         for one in reward_funcs
     ]
-    return [None if one is None else one.get_text_config().pad_token_id for one in configs]
 
 
 def _beyond(config: Any) -> list[str]:
