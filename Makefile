@@ -63,10 +63,14 @@ test-kill: $(VENV)/.test
 test-cuda-build: $(VENV)/.test
 	$(BIN)/python -m pytest -m cuda_build tests/test_cuda.py
 
-# In an environment that has a CUDA torch: nothing is installed here.
+# In an environment that has a CUDA torch: nothing is installed here. A backend at a time, with as
+# many processes as leave two cores to the device's own work.
 test-gpu:
-	DRRLHF_TEST_DEVICE=cuda $(PYTHON) -m pytest $(TESTS_OF_OPS)
-	for tool in memcheck racecheck; do DRRLHF_TEST_DEVICE=cuda PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
+	status=0; for backend in triton cuda; do \
+	  DRRLHF_TEST_DEVICE=cuda DRRLHF_TEST_BACKEND=$$backend OMP_NUM_THREADS=1 $(PYTHON) -m pytest \
+	  -n $$(( $$(nproc) > 3 ? $$(nproc) - 2 : 1 )) $(TESTS_OF_OPS) || status=1; done; exit $$status
+	for tool in memcheck racecheck; do DRRLHF_TEST_DEVICE=cuda DRRLHF_TEST_BACKEND=cuda \
+	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
 	  compute-sanitizer --tool $$tool --error-exitcode 1 --target-processes all \
 	  $(PYTHON) -m pytest -x -k "saturat or ties or opcheck" $(TESTS_OF_OPS) || exit 1; done
 

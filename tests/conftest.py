@@ -38,8 +38,12 @@ def pytest_configure(config):
         config.addinivalue_line("filterwarnings", "ignore::UserWarning:triton")
     if (device := os.environ.get("DRRLHF_TEST_DEVICE", "cpu")) != "cpu":
         torch.set_default_device(device)
-        generator = torch.Generator
-        torch.Generator = lambda where=device: generator(where)
+
+        class Generator(torch.Generator):  # a type still: libraries annotate with it
+            def __new__(cls, where=device):
+                return super().__new__(cls, where)
+
+        torch.Generator = Generator
     if library := os.environ.get("DRRLHF_EMULATED"):
         torch.ops.load_library(library)
         backends.LIBRARIES["cuda"] = "drrlhf_emulated"

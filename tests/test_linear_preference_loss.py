@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from three_ways import ASYNCHRONOUS, BACKENDS, assert_differentiable_once, assert_no_worse
+from three_ways import ASYNCHRONOUS, BACKENDS, DEVICE, assert_differentiable_once, assert_no_worse
 
 import drrlhf as dr
 from drrlhf import backends, reference
@@ -343,7 +343,7 @@ def test_narrow_dtypes(backend, dtype):
 def test_autocast(backend):
     problem = Problem(dtype=torch.float32)
     hidden, weight = problem.trained()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
         inside = problem.ours()
     narrow = dr.linear_preference_loss(
         hidden.bfloat16(), weight.bfloat16(), problem.labels, problem.ref_logps

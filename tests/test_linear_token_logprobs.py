@@ -8,6 +8,7 @@ import pytest
 import torch
 from three_ways import (
     BACKENDS,
+    DEVICE,
     EMULATED,
     INTERPRETED,
     LAYOUTS,
@@ -458,7 +459,7 @@ def test_autocast_takes_its_dtype_and_keeps_float32_logits(backend, trained):
     found = []
     for autocast in (True, False):
         h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_(trained)
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        with torch.autocast(DEVICE, dtype=torch.bfloat16, enabled=autocast):
             narrow = (h, w) if autocast else (h.bfloat16(), w.bfloat16())
             logps = dr.linear_token_logprobs(*narrow, labels, bias=bias)
             # A backward inside of autocast too, which must not narrow its products.
@@ -473,7 +474,7 @@ def test_autocast_narrows_no_product_of_the_op(backend):
     """Told float32, it multiplies float32, whatever surrounds it."""
     data = problem(40, 16, 70)
     for keep in KEEPS:
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast(DEVICE, dtype=torch.bfloat16):
             inside = outcome(data, kernel(keep), False, {})
         outside = outcome(data, kernel(keep), False, {})
         for a, b in zip((*inside[0], *inside[1]), (*outside[0], *outside[1])):
@@ -735,7 +736,7 @@ def test_compiles_under_autocast(backend):
     hidden.requires_grad_()
 
     def step(h):
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast(DEVICE, dtype=torch.bfloat16):
             return dr.linear_token_logprobs(h, weight, labels).sum()
 
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")(hidden)

@@ -13,6 +13,7 @@ from drrlhf.reference import IMPORTANCE_LEVELS, POLICY_LOSS_TYPES
 from tests.three_ways import (
     ASYNCHRONOUS,
     BACKENDS,
+    DEVICE,
     ON_GPU,
     SLOW,
     assert_differentiable_once,
@@ -20,7 +21,6 @@ from tests.three_ways import (
 )
 
 SETS = ["tv:0.2", "kl:0.1", "chi2:0.5", "cvar:0.3", "kl:temperature=-1", "tv:0.2,trim=0.1"]
-DEVICE = "cuda" if ON_GPU else "cpu"
 
 
 @pytest.fixture(params=BACKENDS, autouse=True)

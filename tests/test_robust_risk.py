@@ -225,7 +225,7 @@ def test_primal_equals_dual(backend, text):
         if max(np.abs(l)) > 1e3 and "e=" in text:
             continue  # np.exp of the naive formulas above has no digits there
         risk = solve(problem, ambiguity)
-        value, q, size = risk.value.item(), risk.weights.numpy(), np.abs(l).max() or 1.0
+        value, q, size = risk.value.item(), risk.weights.cpu().numpy(), np.abs(l).max() or 1.0
         gain, outside = primal(ambiguity, q, l, p)
         assert (q >= 0).all() and abs(q.sum() - 1) < 1e-12
         assert outside < 1e-9, (problem, q)

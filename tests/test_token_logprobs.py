@@ -9,6 +9,7 @@ import pytest
 import torch
 from three_ways import (
     BACKENDS,
+    DEVICE,
     LAYOUTS,
     OUTPUTS,
     SLOW,
@@ -426,7 +427,7 @@ def test_autocast_changes_nothing(backend):
     """Log-softmax is a float32 operation under autocast, and this one always is."""
     logits, labels, upstream = problem(5, 40)
     logits.requires_grad_()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
         inside = dr.token_logprobs(logits, labels)
         (gradient,) = torch.autograd.grad(inside, logits, upstream)
     outside = dr.token_logprobs(logits, labels)

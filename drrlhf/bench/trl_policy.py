@@ -53,7 +53,7 @@ def trl_policy_loss(
         max_completion_length=max_completion_length, accelerator=_Alone(),
         _entropy_bonus_enabled=False, _metrics={"train": defaultdict(list)},
     )  # fmt: skip
-    prompts = torch.ones(len(logps), 1, dtype=torch.long)
+    prompts = torch.ones(len(logps), 1, dtype=torch.long, device=logps.device)
     inputs: dict[str, Any] = {
         "prompt_ids": prompts, "prompt_mask": prompts, "completion_mask": mask,
         "completion_ids": mask, "advantages": advantages, "num_items_in_batch": mask.sum(),
