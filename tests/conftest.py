@@ -1,8 +1,9 @@
 """What a process of the tests does otherwise for interpreted Triton kernels (TRITON_INTERPRET=1),
 for CUDA kernels built for the host (DRRLHF_EMULATED=FILE.so), on a GPU
-(DRRLHF_TEST_DEVICE=cuda), where every tensor that a test makes is made, and with fresh memory
-filled with NaN (DRRLHF_FILL=1), so that whatever reads what nothing wrote is found; with another
-build of the extension (DRRLHF_EXTENSION=FILE), such as tests/sanitizers makes.
+(DRRLHF_TEST_DEVICE=cuda and the backend under test in DRRLHF_TEST_BACKEND), where every tensor that
+a test makes is made, and with fresh memory filled with NaN (DRRLHF_FILL=1), so that whatever reads
+what nothing wrote is found; with another build of the extension (DRRLHF_EXTENSION=FILE), such as
+tests/sanitizers makes.
 """
 
 from __future__ import annotations
