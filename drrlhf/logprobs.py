@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, overload
 import torch
 from torch import Tensor
 
-from drrlhf import backends, ops, reference
+from drrlhf import head_memory, ops, reference
 from drrlhf.checks import check_choice, check_device, check_floating, check_integer, check_value
 
 
@@ -150,42 +150,6 @@ def token_logprobs(
     return _result(op(logits, labels, ignore_index, float(temperature), softcap, bits), outputs)
 
 
-class Room(NamedTuple):
-    """Bytes that the head may hold at a time, and how many of them for logits on their way."""
-
-    budget: int
-    workspace: int
-
-
-# Unless the caller says otherwise. Products gain nothing from more rows than these hold; a GPU
-# needs more of them to be busy.
-ROOM_ON_CPU = Room(256 * 2**20, 48 * 2**20)
-ROOM_ON_GPU = Room(576 * 2**20, 512 * 2**20)
-
-
-def _slab_kind(device: str) -> int:
-    """The form in which the backend that serves the head keeps the softmax of all tokens."""
-    forms = {"triton": reference.KEEP_RATIOS, "cuda": reference.KEEP_ROWS}
-    return forms.get(backends.serving("linear_token_logprobs", device), reference.KEEP_SLAB)
-
-
-# A graph is traced for the backend that serves then, as torch.compiler.assume_constant_result says.
-_slab_kind._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-def _plan(
-    tokens: int, head: Tensor, need_hidden: bool, need_head: bool, memory_budget: int | None
-) -> tuple[int, int]:
-    """What the forward keeps for the backward, and the bytes it may use for logits."""
-    room = ROOM_ON_CPU if head.device.type == "cpu" else ROOM_ON_GPU
-    budget = room.budget if memory_budget is None else memory_budget
-    workspace = min(budget, room.workspace)
-    slab = tokens * head.shape[0] * head.element_size()
-    if need_head and slab + workspace <= budget:
-        return _slab_kind(head.device.type), workspace
-    return (reference.KEEP_HIDDEN if need_hidden else reference.KEEP_NOTHING), workspace
-
-
 @overload
 def linear_token_logprobs(  # type: ignore[overload-overlap]
     hidden: Tensor, weight: Tensor, labels: Tensor, *, bias: Tensor | None = ...,
@@ -226,11 +190,11 @@ def linear_token_logprobs(
         weight: (V, D) output head, of the hidden states' dtype; bias (V,).
         labels: (...), any integer dtype; `ignore_index` gives exactly 0 and no gradient.
         outputs: names of `TokenLogprobs` wanted besides the log-probs, from the same pass.
-        memory_budget: bytes to hold beside the inputs, the gradients, and copies of the counted
-            rows of `hidden`; default 256 MiB, on a GPU 576 MiB. Of it at most 48 MiB (512 MiB) are
-            logits on their way. The softmax of a trained head, tokens V itemsize bytes, is kept if
-            it fits in the rest, and computed again otherwise. One row of logits, on a GPU one row
-            of tiles, is always held.
+        memory_budget: bytes to hold beside the inputs, the gradients, float32 sums of those of
+            `hidden`, and copies of its counted rows; default 256 MiB, on a GPU 576 MiB. Of it at
+            most 48 MiB (512 MiB) are logits on their way. The softmax of a trained head, tokens V
+            itemsize bytes, is kept if it fits in the rest, and computed again otherwise. One row
+            of logits, on a GPU one row of tiles, is always held.
 
     Returns:
         (...), float32, or float64 for float64 inputs; a `TokenLogprobs` of such if `outputs` names
@@ -272,7 +236,7 @@ def linear_token_logprobs(
     learning = torch.is_grad_enabled()
     need_head = learning and (weight.requires_grad or (bias is not None and bias.requires_grad))
     need_hidden = learning and hidden.requires_grad
-    plan = _plan(labels.numel(), weight, need_hidden, need_head, memory_budget)
+    plan = head_memory.plan(labels.numel(), weight, need_hidden, need_head, memory_budget)
     found = ops.linear_token_logprobs(
         hidden, weight, bias, labels, ignore_index, float(temperature), softcap,
         float(logit_scale), bits, *plan,

@@ -9,6 +9,32 @@ from drrlhf.kernels.launch import INTERPRETED
 ROUNDS = tl.constexpr(INTERPRETED)
 
 
+LOG2E = tl.constexpr(1.4426950408889634)
+# ln 2 in two float32: a multiple of the first by a small integer is exact.
+LN2_HIGH, LN2_LOW = tl.constexpr(0.693359375), tl.constexpr(-2.12194440e-4)
+
+
+@triton.jit
+def exp(x):
+    """exp(x) in float32: the hardware's exponential is off by two units, this by less than one.
+
+    x = k ln 2 + r with |r| <= ln 2 / 2, and the series of exp(r) to r^7.
+    """
+    x = tl.where(x < -200.0, -200.0, x)  # 0 from there on, and a difference with -inf is none
+    k = tl.floor(x * LOG2E + 0.5)
+    r = tl.fma(k, -LN2_LOW, tl.fma(k, -LN2_HIGH, x))
+    s = tl.fma(r, 1.0 / 5040, 1.0 / 720)
+    s = tl.fma(s, r, 1.0 / 120)
+    s = tl.fma(s, r, 1.0 / 24)
+    s = tl.fma(s, r, 1.0 / 6)
+    s = tl.fma(s, r, 0.5)
+    e = tl.fma(r * r, s, r) + 1.0
+    # In two factors: 2^128 is no float32, and exp(88.7) is.
+    half = tl.floor(k * 0.5)
+    e = e * tl.exp2(half) * tl.exp2(k - half)
+    return tl.where(x > 89.0, float("inf"), e)
+
+
 @triton.jit
 def log1p(x):
     """log(1 + x): what rounding 1 + x loses comes back as a factor (Kahan)."""
@@ -47,13 +73,19 @@ def number(parameters, i: tl.constexpr):
 
 
 @triton.jit
-def narrow(x, ptr):
-    """x in the dtype of ptr, float32 rounded to nearest: the interpreter truncates by itself."""
-    if ROUNDS and ptr.dtype.element_ty == tl.bfloat16 and x.dtype == tl.float32:
+def rounded(x, dtype: tl.constexpr):
+    """x in a dtype, float32 rounded to nearest: the interpreter truncates by itself."""
+    if ROUNDS and dtype == tl.bfloat16 and x.dtype == tl.float32:
         bits = x.to(tl.uint32, bitcast=True)
-        rounded = (bits + (((bits >> 16) & 1) + 0x7FFF)) & 0xFFFF0000
-        x = tl.where(x == x, rounded.to(tl.float32, bitcast=True), x)
-    return x.to(ptr.dtype.element_ty)
+        bits = (bits + (((bits >> 16) & 1) + 0x7FFF)) & 0xFFFF0000
+        x = tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
+    return x.to(dtype)
+
+
+@triton.jit
+def narrow(x, ptr):
+    """x in the dtype of ptr, see `rounded`."""
+    return rounded(x, ptr.dtype.element_ty)
 
 
 @triton.jit

@@ -115,22 +115,25 @@ def fold(
 def finish(t, reference, total):
     """log p, log-sum-exp as two float32, and what the other statistics need, all (rows,).
 
-    The last three, float64: the label's logit and the log-sum-exp relative to the reference, and
-    the sum that it is the log of.
+    The last four, float64: the label's logit relative to the reference, log p, the log-sum-exp
+    relative to the reference, and the sum that it is the log of.
     """
     t64, r = t.to(tl.float64), reference.to(tl.float64)
     u = t64 - r
     others = total.to(tl.float64)
-    own = tl.exp(u)
-    whole = others + own
-    log_sum = tl.where(u == 0, log1p(others), tl.log(whole))
+    whole = others + tl.exp(u)
+    # From the sum of the others alone where the label is not lost among them.
+    near = u > -30.0
+    beyond = log1p(others * tl.exp(tl.where(near, -u, 0.0)))
+    log_whole = tl.log(whole)
     # What has no answer must stay seen: the label's logit infinite, or every logit -infinity.
     lost = (t != t) | (t > LARGEST) | ((t < -LARGEST) & (others == 0))
-    log_sum = tl.where(lost, float("nan"), log_sum)
-    logp = (u - log_sum).to(tl.float32)
+    below = tl.where(lost, float("nan"), tl.where(near, -beyond, u - log_whole))
+    log_sum = tl.where(lost, float("nan"), tl.where(near, u + beyond, log_whole))
+    logp = below.to(tl.float32)
     lse = (r + log_sum).to(tl.float32)
     tail = ((r - lse.to(tl.float64)) + log_sum).to(tl.float32)
-    return logp, lse, tail, u, log_sum, whole
+    return logp, lse, tail, u, below, log_sum, whole
 
 
 @triton.jit

@@ -1,72 +1,84 @@
-"""Tiles of matrix products: their sizes, and how a size is chosen.
+"""Tiles of matrix products: their sizes, the order in which programs take them, their launch.
 
-The default is a table, so that a first call compiles one kernel. DRRLHF_AUTOTUNE=1 times every size
-of `SEARCH` once for each kernel, width, vocabulary and dtype, and keeps the choice on disk.
+Operands come in blocks: by tensor descriptors where a GPU has TMA (sm_90 and later), by pointers
+elsewhere. What is read outside of a tensor is 0, and what would be written there is dropped, so no
+kernel masks an operand. As many programs run as there are processors, each takes every so-many-th
+tile, and loading the next tile begins before the last one is finished.
 """
 
 from __future__ import annotations
 
 import functools
-import os
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 import triton
 import triton.language as tl
 from drrlhf.kernels.launch import INTERPRETED, on
+from drrlhf.kernels.numerics import narrow, rounded
 from torch import Tensor
-
-AUTOTUNE = os.environ.get("DRRLHF_AUTOTUNE", "0") not in ("", "0")
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 
 class Tile(NamedTuple):
-    """Rows and columns of a product's tile, the depth of one step, warps, and pipeline stages."""
+    """Rows and columns of a product's tile, the depth of one step, warps, and pipeline stages.
+
+    group: blocks of rows whose tiles are taken together, column by column, for the cache's sake.
+    """
 
     rows: int
     columns: int
     depth: int
     warps: int
     stages: int
+    group: int
+
+    def looked_up(self) -> Tile:
+        """For blocks whose places are loaded first, a step that shares the stages with theirs."""
+        return self._replace(stages=2 * self.stages - 1)
 
     def options(self) -> dict[str, int]:
         """As arguments of a launch."""
         return {
-            "BM": self.rows, "BN": self.columns, "BK": self.depth, "num_warps": self.warps,
-            "num_stages": self.stages,
+            "BM": self.rows, "BN": self.columns, "BK": self.depth, "GROUP": self.group,
+            "num_warps": self.warps, "num_stages": self.stages,
         }  # fmt: skip
 
 
-SEARCH = (
-    Tile(128, 256, 64, 8, 3),
-    Tile(128, 256, 64, 8, 4),
-    Tile(128, 128, 64, 4, 4),
-    Tile(128, 128, 64, 8, 3),
-    Tile(64, 256, 64, 8, 4),
-    Tile(64, 128, 64, 4, 4),
-)
-FLOAT32 = Tile(64, 64, 32, 4, 2)
-MANY_REGISTERS = Tile(64, 128, 64, 8, 3)  # where much follows the product
-SMALL_MEMORY = Tile(128, 128, 64, 8, 3)  # sm_80 and sm_86 to sm_120, with 100 to 164 KiB
-LARGE_MEMORY = Tile(128, 256, 64, 8, 3)  # sm_90 and sm_100, with 227 KiB
-TINY = Tile(64, 128, 32, 4, 1)  # interpreted: small problems have edges too
+FLOAT32 = Tile(64, 64, 32, 4, 2, 8)
+TINY = Tile(64, 128, 32, 4, 1, 2)  # interpreted: small problems have edges too
+SMALL_MEMORY = Tile(128, 128, 64, 8, 3, 8)  # sm_80 and sm_86 to sm_120, with 100 to 164 KiB
+# sm_90 and sm_100, with 227 KiB. Of these an H100 measured 128x128, 64x256, 256x128, depths of 128,
+# two to four stages, groups of 8 to 64, and 4 warps, each slower; see CONTRIBUTING.
+LARGE_MEMORY = Tile(128, 256, 64, 8, 4, 8)
+# Larger tiles of so much work spill on sm_100, or do not compile (Triton 3.9).
+TENSOR_MEMORY = Tile(64, 128, 64, 8, 3, 8)
+# What is stored passes through shared memory, and an operand read across its rows likes three.
+THREE_STAGES = LARGE_MEMORY._replace(stages=3)
+# Rows of a list are rounded up to whole blocks of so many; every tile's rows divide it.
+BLOCK_ROWS = 128
 
 
 def default_tile(
-    dtype: torch.dtype, capability: tuple[int, int] | None, heavy: bool = False
+    dtype: torch.dtype,
+    capability: tuple[int, int] | None,
+    three_stages: bool = False,
+    small: bool = False,
 ) -> Tile:
     """The tile of products in `dtype`; capability: of an NVIDIA GPU, None for others.
 
-    heavy: optional statistics, an entropy's gradient, a bias or a softcap follow the product.
+    three_stages: the kernel stores its tile in a narrow dtype, or reads an operand across its rows.
+    small: more follows the product than a large tile leaves registers for.
     """
     if INTERPRETED:
         return TINY
     if dtype == torch.float32:
         return FLOAT32
-    if heavy:
-        return MANY_REGISTERS
-    large = capability is not None and capability[0] in (9, 10)
-    return LARGE_MEMORY if large else SMALL_MEMORY
+    if small and capability is not None and capability[0] == 10:
+        return TENSOR_MEMORY
+    if small or capability is None or capability[0] not in (9, 10):
+        return SMALL_MEMORY
+    return THREE_STAGES if three_stages else LARGE_MEMORY
 
 
 @functools.cache
@@ -79,23 +91,14 @@ def _properties(device: torch.device) -> tuple[tuple[int, int] | None, int]:
     return capability, found.multi_processor_count
 
 
-def tile_for(x: Tensor, heavy: bool = False) -> Tile:
-    """The default tile for products of x's dtype on its device, see `default_tile`."""
-    return default_tile(x.dtype, _properties(x.device)[0], heavy)
+def tile_for(x: Tensor, three_stages: bool = False, small: bool = False) -> Tile:
+    """The tile for products of x's dtype on its device, see `default_tile`."""
+    return default_tile(x.dtype, _properties(x.device)[0], three_stages, small)
 
 
-def splits_of(x: Tensor, row_blocks: int, tiles: int) -> int:
-    """Into how many parts to split `tiles` tiles of the vocabulary, each row block's loop.
-
-    The fewest that keep the processors equally busy: parts of all row blocks run side by side.
-    """
-    processors = _properties(x.device)[1]
-
-    def longest(splits: int) -> int:
-        return triton.cdiv(row_blocks * splits, processors) * triton.cdiv(tiles, splits)
-
-    most = min(tiles, max(1, triton.cdiv(4 * processors, row_blocks)))
-    return min(range(1, most + 1), key=lambda splits: (longest(splits), splits))
+def processors_of(x: Tensor) -> int:
+    """Multiprocessors of x's device."""
+    return _properties(x.device)[1]
 
 
 def precision_of(x: Tensor) -> str:
@@ -103,33 +106,48 @@ def precision_of(x: Tensor) -> str:
     return "tf32" if torch.get_float32_matmul_precision() != "highest" else "ieee"
 
 
-@functools.cache
-def _tuned(kernel: Any) -> Any:
-    configs = [
-        triton.Config(
-            {"BM": t.rows, "BN": t.columns, "BK": t.depth},
-            num_warps=t.warps,
-            num_stages=t.stages,
-        )
-        for t in SEARCH
-    ]
-    return triton.autotune(configs, key=["width", "vocabulary"], cache_results=True)(kernel)
+def aligned_columns(x: Tensor, columns: int) -> int:
+    """Columns rounded up, so that rows of x's dtype begin on multiples of 16 bytes."""
+    whole = 16 // x.element_size()
+    return triton.cdiv(columns, whole) * whole
 
 
-def launch(
-    kernel: Any, grid: Callable[[int, int], tuple[int, ...]], x: Tensor, tile: Tile,
-    *arguments: Any, tunable: bool = True, **options: Any,
-) -> None:  # fmt: skip
-    """Runs a kernel of tiles on x's device, with `tile` or with what tuning finds.
+def describable(x: Tensor) -> Tensor:
+    """x (rows, columns), or a copy whose rows a descriptor can take: they must lie on 16 bytes."""
+    size = x.element_size()
+    if x.stride(1) == 1 and x.stride(0) * size % 16 == 0 and x.data_ptr() % 16 == 0:
+        # A row that is broadcast has stride 0, which describes no tensor.
+        if x.stride(0) >= x.shape[1] or x.shape[0] == 1:
+            return x
+    room = x.new_empty(x.shape[0], aligned_columns(x, x.shape[1]))[:, : x.shape[1]]
+    return room.copy_(x)
 
-    grid: programs for a number of rows and columns of a tile. tunable: not where a second run would
-    add to what the first one wrote.
-    """
+
+def describes(device: torch.device) -> bool:
+    """Whether blocks move by descriptors there."""
+    capability = _properties(device)[0]
+    return INTERPRETED or (capability is not None and capability >= (9, 0))
+
+
+Blocks: TypeAlias = TensorDescriptor | tuple[Tensor, int, int, int]
+
+
+def blocks_of(x: Tensor, rows: int, columns: int) -> Blocks:
+    """`describable` x as an argument of `load_block` and `store_block`, in blocks of this size."""
+    # One row has any stride; a descriptor wants that of whole 16 bytes.
+    stride = x.stride(0) if x.shape[0] > 1 else aligned_columns(x, x.shape[1])
+    if describes(x.device):
+        return TensorDescriptor(x, list(x.shape), [stride, 1], [rows, columns])
+    return x, stride, *x.shape
+
+
+def launch(kernel: Any, most: int, x: Tensor, tile: Tile, *arguments: Any, **options: Any) -> None:
+    """Runs a kernel that takes at most `most` tiles on x's device, one program a processor."""
+    programs = max(1, min(most, processors_of(x)))
     with on(x):
-        if AUTOTUNE and tunable and not INTERPRETED and x.dtype != torch.float32:
-            _tuned(kernel)[lambda meta: grid(meta["BM"], meta["BN"])](*arguments, **options)
-        else:
-            kernel[grid(tile.rows, tile.columns)](*arguments, **options, **tile.options())
+        kernel[(programs,)](
+            *arguments, programs, DESCRIBED=describes(x.device), **options, **tile.options()
+        )
 
 
 # The interpreter multiplies the bits of bfloat16 as if they were integers.
@@ -142,3 +160,57 @@ def multiply(left, right, total, PRECISION: tl.constexpr):
     if WIDENS:
         left, right = left.to(tl.float32), right.to(tl.float32)
     return tl.dot(left, right, total, input_precision=PRECISION)
+
+
+@triton.jit
+def load_block(x, row, column, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DESCRIBED: tl.constexpr):
+    """A block of `blocks_of`, 0 outside of the tensor."""
+    if DESCRIBED:
+        return x.load([row, column])
+    else:
+        ptr, stride, rows, columns = x
+        o_row = row + tl.arange(0, ROWS)
+        o_column = column + tl.arange(0, COLUMNS)
+        p = ptr + (o_row.to(tl.int64) * stride)[:, None] + o_column[None, :]
+        mask = (o_row < rows)[:, None] & (o_column < columns)[None, :]
+        return tl.load(p, mask=mask, other=0.0)
+
+
+@triton.jit
+def store_block(x, row, column, value, DESCRIBED: tl.constexpr):
+    """float32 value to a block of `blocks_of`, where that lies inside of the tensor."""
+    if DESCRIBED:
+        x.store([row, column], rounded(value, x.dtype))
+    else:
+        ptr, stride, rows, columns = x
+        o_row = row + tl.arange(0, value.shape[0])
+        o_column = column + tl.arange(0, value.shape[1])
+        p = ptr + (o_row.to(tl.int64) * stride)[:, None] + o_column[None, :]
+        mask = (o_row < rows)[:, None] & (o_column < columns)[None, :]
+        tl.store(p, narrow(value, ptr), mask=mask)
+
+
+@triton.jit
+def place_of(tile, row_blocks, column_blocks, GROUP: tl.constexpr):
+    """Row block and column block of a tile: GROUP row blocks at a time, column by column."""
+    in_group = GROUP * column_blocks
+    first = tile // in_group * GROUP
+    size = tl.minimum(row_blocks - first, GROUP)
+    return first + (tile % in_group) % size, (tile % in_group) // size
+
+
+PIECES = tl.constexpr(4)
+
+
+@triton.jit
+def pieces(x, BM: tl.constexpr, BN: tl.constexpr):
+    """x (BM, BN) as PIECES tensors, side by side: work on one needs registers for one at a time."""
+    left, right = _halves(x, BM, BN)
+    first, second = _halves(left, BM, BN // 2)
+    third, fourth = _halves(right, BM, BN // 2)
+    return first, second, third, fourth
+
+
+@triton.jit
+def _halves(x, BM: tl.constexpr, BN: tl.constexpr):
+    return tl.split(tl.permute(tl.reshape(x, (BM, 2, BN // 2)), (0, 2, 1)))

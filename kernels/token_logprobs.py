@@ -98,7 +98,7 @@ def token_logprobs_kernel(
                 before, after, HEADROOM, EXTRAS, PRECISE,
             )  # fmt: skip
 
-    logp, lse, tail, u, log_sum, whole = finish(t, reference, total)
+    logp, lse, tail, u, _, log_sum, whole = finish(t, reference, total)
     tl.store(logp_ptr + rows, tl.where(counted, logp, 0.0), mask=live)
     tl.store(lse_ptr + rows, tl.where(counted, lse, 0.0), mask=live)
     tl.store(tail_ptr + rows, tl.where(counted, tail, 0.0), mask=live)

@@ -22,7 +22,7 @@ from three_ways import (
 )
 
 import drrlhf as dr
-from drrlhf import backends, logprobs, ops, reference
+from drrlhf import backends, head_memory, logprobs, ops, reference
 
 OP = ops.linear_token_logprobs
 MIB = 2**20
@@ -214,14 +214,16 @@ def test_what_is_kept_follows_from_needs_and_budget(backend, monkeypatch):
         ),
     )  # fmt: skip
     slab, room = 8 * 10 * 4, 48 * MIB
+    # Triton makes logits twice rather than multiply the head by few rows.
+    again = reference.KEEP_NOTHING if backend == "triton" else reference.KEEP_HIDDEN
     cases = [
         ((), None, reference.KEEP_NOTHING, room),
         (("hidden",), None, reference.KEEP_HIDDEN, room),
-        (("hidden",), 5, reference.KEEP_HIDDEN, 5),
+        (("hidden",), 5, again, 5),
         (("weight",), None, SLAB, room),
         (("bias",), None, SLAB, room),
         (NAMES, room + slab, SLAB, room),
-        (NAMES, room + slab - 1, reference.KEEP_HIDDEN, room),
+        (NAMES, room + slab - 1, again, room),
         (("weight",), room + slab - 1, reference.KEEP_NOTHING, room),
     ]
     for needs, budget, keep, workspace in cases:
@@ -233,6 +235,27 @@ def test_what_is_kept_follows_from_needs_and_budget(backend, monkeypatch):
     with torch.no_grad():
         dr.linear_token_logprobs(hidden.requires_grad_(), weight.requires_grad_(), labels)
     assert plans.pop() == (reference.KEEP_NOTHING, room)
+
+
+@pytest.mark.parametrize(
+    "tokens,needs,budget,keep",
+    [
+        (8192, (True, False), None, reference.KEEP_HIDDEN),
+        (8192, (True, False), 256 * MIB, reference.KEEP_HIDDEN),  # 1024 rows at a time
+        (8192, (True, False), 48 * MIB, reference.KEEP_NOTHING),  # 128 rows would be memory-bound
+        (100, (True, False), 48 * MIB, reference.KEEP_HIDDEN),  # but these are all
+        (8192, (True, True), None, reference.KEEP_NOTHING),
+        (8192, (True, True), 4096 * MIB, reference.KEEP_RATIOS),
+        (131072, (True, True), None, reference.KEEP_HIDDEN),  # 2048 columns: much adding up
+        (8192, (False, True), None, reference.KEEP_NOTHING),
+        (8192, (False, False), None, reference.KEEP_NOTHING),
+    ],
+)
+def test_what_triton_keeps_at_real_sizes(monkeypatch, tokens, needs, budget, keep):
+    """V = 128256, D = 4096, bfloat16; by hand from the costs in `head_memory`."""
+    monkeypatch.setattr(head_memory, "_serving", lambda _: "triton")
+    head = torch.empty(128256, 4096, dtype=torch.bfloat16, device="meta")
+    assert head_memory.plan(tokens, head, *needs, budget).keep == keep
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

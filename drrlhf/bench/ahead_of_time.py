@@ -26,9 +26,10 @@ FILE = "kernels_ahead_of_time.json"
 class Variant:
     """A kernel with the constants of one way to launch it.
 
-    types: of its arguments by name. divisible: integers that are multiples of 16. product: has a
-    matrix product. streams: is bound by memory bandwidth. tile: one of `drrlhf.kernels.tiles`, made
-    for an architecture, in place of constants. heavy: see `tiles.default_tile`.
+    types: of its arguments by name. divisible: integers that are multiples of 16. streams: is bound
+    by memory bandwidth. blocks: of a kernel with a matrix product, what its descriptors move, by
+    names of a tile's sides; the tile is one of `drrlhf.kernels.tiles`, made for an architecture.
+    three_stages, small: see `tiles.default_tile`.
     """
 
     name: str
@@ -38,8 +39,9 @@ class Variant:
     warps: int = 4
     most_registers: int | None = None
     divisible: frozenset[str] = frozenset()
-    product: bool = False
-    heavy: bool = False
+    blocks: dict[str, tuple[str, str]] | None = None
+    three_stages: bool = False
+    small: bool = False
     streams: bool = False
 
 
@@ -74,6 +76,8 @@ _SIZES = frozenset(
         "ratios_stride",
         "parts_stride",
         "columns_here",
+        "depth",
+        "most",
         "slots_here",
         "first_slot",
         "first_column",
@@ -81,8 +85,13 @@ _SIZES = frozenset(
         "tokens",
     )
 )
+# What `tiles.blocks_of` gives without descriptors: a pointer, a stride, rows, columns.
+_POINTED = ("*bf16", "i32", "i32", "i32")
 _NUMBERS = {"scale", "softcap", "inverse_temperature", "unit"}
-_INTEGERS = {"rows_ptr", "slots_ptr", "count_ptr", "listed_ptr", "listed_count_ptr", "arrived_ptr"}
+_INTEGERS = {
+    "rows_ptr", "slots_ptr", "count_ptr", "listed_ptr", "listed_count_ptr", "arrived_ptr",
+    "label_ptr", "blocks_ptr", "blocks_count_ptr",
+}  # fmt: skip
 _LABELS = {"labels_ptr", "groups_ptr", "cu_ptr"}
 _DOUBLES = {"scratch_ptr", "masses_ptr", "before_ptr", "after_ptr"}
 
@@ -139,38 +148,75 @@ def _token_logprobs() -> Iterator[Variant]:
 
 
 def _linear_token_logprobs() -> Iterator[Variant]:
-    from drrlhf.kernels import linear_token_logprobs as op
+    from drrlhf.kernels import head_products as products
+    from drrlhf.kernels import tiles
 
-    def variant(what: str, kernel: Any, heavy: bool = False, **constants: Any) -> Variant:
-        narrow = {"h_ptr", "w_ptr", "bias_ptr", "ratios_ptr", "d_ptr"} & set(kernel.arg_names)
-        if kernel in (op.hidden_gradient_kernel, op.weight_gradient_kernel):
-            narrow |= {"out_ptr"}
-        types = _types(kernel, **dict.fromkeys(narrow, "*bf16"))
+    def variant(
+        what: str, kernel: Any, blocks: dict[str, tuple[str, str]], three_stages: bool,
+        out: str | None = None, small: bool = False, **constants: Any,
+    ) -> Variant:  # fmt: skip
+        narrow = {"bias_ptr": "*bf16"}
+        if out is not None:
+            narrow["out_ptr"] = out
         return Variant(
-            f"linear_token_logprobs, {what} (bf16)", kernel, types,
-            constants | {"PRECISION": "ieee"}, divisible=_SIZES, product=True, heavy=heavy,
+            f"linear_token_logprobs, {what} (bf16)", kernel, _types(kernel, **narrow),
+            constants | {"PRECISION": "ieee", "BLOCK_ROWS": tiles.BLOCK_ROWS}, divisible=_SIZES,
+            blocks=blocks, three_stages=three_stages, small=small,
         )  # fmt: skip
 
-    logits = {"BIAS": False, "CAPPED": False, "PRECISE": False, "EVEN": True}
-    fold, gradient = op.fold_kernel, op.gradient_kernel
-    few = logits | {"EXTRAS": False, "HEADROOM": op.FAR}
-    yield variant("fold", fold, STORE=False, **few)
-    yield variant("fold storing ratios", fold, STORE=True, **few)
-    many = logits | {"EXTRAS": True, "HEADROOM": op.NEAR}
-    yield variant("fold with all outputs", fold, heavy=True, STORE=True, **many)
-    capped = few | {"BIAS": True, "CAPPED": True}
-    yield variant("fold with bias and softcap", fold, heavy=True, STORE=True, **capped)
-    of_logp = {"BY_LOGP": True, "ONES": False, "AT_SLOTS": False}
-    yield variant("gradient", gradient, BY_ENTROPY=False, **of_logp, **logits)
+    of_logits = {"h_blocks": ("rows", "depth"), "w_blocks": ("columns", "depth")}
+    logits = {"BIAS": False, "CAPPED": False, "PRECISE": False}
+    bent = {"BIAS": True, "CAPPED": True, "PRECISE": False}
+    names = ("ENTROPY", "MEAN", "TOP1", "SQUARES")
+    # Without a softcap the mean logit needs no tile.
+    extras = ("ENTROPY", "TOP1", "SQUARES")
+    fold = of_logits | {"ratios_blocks": ("rows", "piece")}
+    folds: tuple[tuple[str, dict[str, Any], tuple[str, ...], bool], ...] = (
+        ("fold", logits, (), False),
+        ("fold storing ratios", logits, (), True),
+        ("fold with all outputs", logits, extras, False),
+        ("fold with all outputs storing ratios", logits, extras, True),
+        ("fold with bias and softcap", bent, (), False),
+        ("fold with bias, softcap and all outputs storing ratios", bent, names, True),
+    )
+    for what, of, asked, store in folds:
+        yield variant(
+            what, products.fold_kernel, fold, store, RAGGED=False, RISING=True,
+            STORE=store, small=of is bent, **of,
+            **dict[str, Any]((name, name in asked) for name in names),
+        )  # fmt: skip
+    gradient = of_logits | {"out_blocks": ("rows", "piece")}
+    for what, of, more in (
+        ("gradient", logits, {"BY_LOGP": True, "BY_ENTROPY": False, "ONES": False}),
+        ("gradient at slots", logits, {"BY_LOGP": True, "BY_ENTROPY": False, "ONES": True}),
+        (
+            "gradient with entropy, bias and softcap", bent,
+            {"BY_LOGP": True, "BY_ENTROPY": True, "ONES": False},
+        ),
+    ):  # fmt: skip
+        yield variant(
+            what, products.gradient_kernel, gradient, True, "*bf16", of is bent,
+            AT_SLOTS="slots" in what, **of, **more,
+        )  # fmt: skip
+    along = {"a_blocks": ("rows", "depth"), "b_blocks": ("depth", "columns")}
+    across = {"a_blocks": ("depth", "rows"), "b_blocks": ("depth", "columns")}
+    once = {"LISTED": False, "PARTIAL": False, "FACTOR": False, "ADD": False, "ACROSS": False}
+    kernel = products.product_kernel
+    yield variant("gradient of hidden", kernel, along, False, "*bf16", **once | {"FACTOR": True})
     yield variant(
-        "gradient with entropy, bias and softcap", gradient, heavy=True, BY_ENTROPY=True,
-        **of_logp, **(logits | {"BIAS": True, "CAPPED": True}),
+        "gradient of hidden from kept ratios", kernel, along, False, "*bf16",
+        **once | {"FACTOR": True, "LISTED": True},
     )  # fmt: skip
     yield variant(
-        "gradient of hidden", op.hidden_gradient_kernel, FACTOR=True, AT_SLOTS=False, ADD=False,
-        EVEN=True,
+        "gradient of hidden, added", kernel, along, False, "*fp32", **once | {"ADD": True}
+    )
+    yield variant("gradient of hidden in parts", kernel, along, False, "*fp32",
+                  **once | {"PARTIAL": True})  # fmt: skip
+    yield variant("gradient of weight", kernel, across, True, "*bf16", **once | {"ACROSS": True})
+    yield variant(
+        "gradient of weight from kept ratios", kernel, across, True, "*bf16",
+        **once | {"ACROSS": True, "LISTED": True},
     )  # fmt: skip
-    yield variant("gradient of weight", op.weight_gradient_kernel, AT_SLOTS=False)
 
 
 def _pairs() -> Iterator[Variant]:
@@ -255,21 +301,40 @@ def build(variant: Variant, arch: int) -> Build:
     from drrlhf.kernels import tiles
 
     constants, warps, stages = variant.constants, variant.warps, 3
-    if variant.product:
-        tile = tiles.default_tile(torch.bfloat16, (arch // 10, 0), variant.heavy)
-        constants = constants | {"BM": tile.rows, "BN": tile.columns, "BK": tile.depth}
+    types = variant.types
+    if variant.blocks is not None:
+        tile = tiles.default_tile(
+            torch.bfloat16, (arch // 10, 0), variant.three_stages, variant.small
+        )
+        if constants.get("LISTED") and constants.get("ACROSS"):
+            tile = tile.looked_up()
+        constants = constants | {
+            "BM": tile.rows, "BN": tile.columns, "BK": tile.depth, "GROUP": tile.group,
+        }  # fmt: skip
         warps, stages = tile.warps, tile.stages
+        sides = tile._asdict() | {"piece": tile.columns // tiles.PIECES.value}
+        constants["DESCRIBED"] = arch >= 90
+        types = types | {
+            name: f"tensordesc<bf16[{sides[rows]}, {sides[columns]}]>" if arch >= 90 else _POINTED
+            for name, (rows, columns) in variant.blocks.items()
+        }
     names = variant.kernel.arg_names
-    signature = {n: "constexpr" if n in constants else variant.types[n] for n in names}
+    signature = {n: "constexpr" if n in constants else types[n] for n in names}
     whole = {
         n for n, kind in signature.items()
         if n in variant.divisible or (isinstance(kind, str) and kind.startswith("*"))
     }  # fmt: skip
+    whole_in = [
+        (names.index(n), i) for n, kind in signature.items() if kind is _POINTED for i in range(4)
+    ]
     source = ASTSource(
         fn=variant.kernel,
         signature=signature,
         constexprs={(names.index(n),): value for n, value in constants.items()},
-        attrs={(names.index(n),): [["tt.divisibility", 16]] for n in whole},
+        attrs={
+            place: [["tt.divisibility", 16]]
+            for place in [*((names.index(n),) for n in whole), *whole_in]
+        },
     )
     options: dict[str, Any] = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
     if variant.most_registers is not None:
