@@ -698,9 +698,9 @@ def linear_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: fl
 # What the forward of linear_token_logprobs keeps for its backward: nothing (it computes the logits
 # again); d logp / d hidden (..., D); d logp / d logits of the counted tokens as (V, counted),
 # packed at the front of (V, tokens); or that by rows, a row for each counted token at the front of
-# (tokens, V rounded up to 16), divided by -p[label] logit_scale / temperature where
-# logp >= IMPROBABLE, which can be written before the sum of the exponentials is known; or just that
-# by rows, each in its token's place.
+# (tokens, V rounded up to 16), where logp >= IMPROBABLE divided by
+# -p[label] logit_scale / temperature, which can be written before the sum of the exponentials is
+# known; or just that by rows, each in its token's place. The second is divided in bfloat16.
 KEEP_NOTHING, KEEP_HIDDEN, KEEP_SLAB, KEEP_RATIOS, KEEP_ROWS = 0, 1, 2, 3, 4
 IMPROBABLE = -31.0
 
@@ -708,6 +708,12 @@ IMPROBABLE = -31.0
 def divides_by_label(logp: Tensor, dtype: torch.dtype) -> Tensor:
     """Which rows of KEEP_RATIOS are divided; float16 has no room for ratios of probabilities."""
     return (logp >= IMPROBABLE) & (dtype != torch.float16)
+
+
+def _divisors(logp: Tensor, dtype: torch.dtype, temperature: float, logit_scale: float) -> Tensor:
+    """What d logp / d logits (..., V) is divided by to become ratios, (..., 1)."""
+    by = -torch.exp(logp) * (logit_scale / temperature)
+    return torch.where(divides_by_label(logp, dtype), by, 1).unsqueeze(-1)
 
 
 def ratios_width(vocabulary: int) -> int:
@@ -743,6 +749,8 @@ def linear_token_logprobs(
             with torch.autocast(hidden.device.type, enabled=False):
                 kept = (d @ weight.to(d.dtype)).to(hidden.dtype)
         elif keep == KEEP_SLAB:
+            if hidden.dtype == torch.bfloat16:
+                d = d / _divisors(found[0], hidden.dtype, temperature, logit_scale)
             rows = d[labels != ignore_index].T.reshape(-1).to(hidden.dtype)
             kept = hidden.new_zeros(weight.shape[0], labels.numel())
             kept.view(-1)[: rows.numel()] = rows
@@ -751,9 +759,8 @@ def linear_token_logprobs(
             kept = hidden.new_zeros(labels.numel(), ratios_width(weight.shape[0]))
             kept[:, : rows.shape[1]] = rows
         else:
-            divide = divides_by_label(found[0], hidden.dtype)
-            by = torch.where(divide, -torch.exp(found[0]) * (logit_scale / temperature), 1)
-            rows = (d / by.unsqueeze(-1))[labels != ignore_index]
+            by = _divisors(found[0], hidden.dtype, temperature, logit_scale)
+            rows = (d / by)[labels != ignore_index]
             kept = hidden.new_zeros(labels.numel(), ratios_width(weight.shape[0]))
             kept[: rows.shape[0], : rows.shape[1]] = rows
     return (*found, kept)

@@ -6,8 +6,11 @@
 #include <ATen/native/CPUBlas.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <exception>
+#include <numeric>
+#include <optional>
 #include <vector>
 
 #include "../core/platform.h"
@@ -18,8 +21,10 @@
 namespace drrlhf {
 namespace {
 
-// Rows of the head in a tile: with its logits they stay in the second-level cache.
+// Rows of the head in a tile of logits that no blocked product makes.
 constexpr std::int64_t kTileRows = 64;
+// Tokens of a tile that a blocked product makes; a tile is worked on while it is in the cache.
+constexpr std::int64_t kGroup = 64;
 // Tokens whose logits are made together where none are kept.
 constexpr std::int64_t kScoredTokens = 1024;
 // Rows of the head that are widened to float32 at a time where the dtype has no products here.
@@ -67,6 +72,16 @@ std::int64_t round_up(std::int64_t n, std::int64_t to) { return (n + to - 1) / t
 std::int64_t stride_for(std::int64_t columns) {
   const std::int64_t stride = round_up(columns, kColumnBlock);
   return stride % 256 == 0 ? stride + kColumnBlock : stride;
+}
+
+// Rows of the head (V, D) in a block, a multiple of 32: the block and a copy of it stay in the
+// second-level cache while all tokens are multiplied by it, for what is summed up by token comes
+// from further away with every block.
+std::int64_t block_rows(std::int64_t vocabulary, std::int64_t width) {
+  constexpr std::int64_t kBytes = 1 << 20, kMost = 256, kLeast = 64;
+  const std::int64_t fit = std::clamp(kBytes / (4 * width) / 32 * 32, kLeast, kMost);
+  const std::int64_t even = round_up(vocabulary / (4 * at::get_num_threads()) + 1, 32);
+  return std::min(fit, std::max(even, kLeast));
 }
 
 // Some tokens: their places in (...), their rows of hidden, and their labels.
@@ -131,8 +146,9 @@ class LogitTiles {
     }
   }
 
-  // f(tile, stride, first, rows) for the tiles of z of the head's rows [begin, end), in parallel.
-  // They are parts of `slab` (end - begin, stride), or lie in the cache until f returns if null.
+  // f(tile, stride, first, rows, column, columns) for the tiles of z of the head's rows [begin,
+  // end) and the tokens from `column` on, in parallel. They are parts of `slab` (end - begin,
+  // stride), or lie in the cache until f returns if null.
   template <class F>
   void each(std::int64_t begin, std::int64_t end, float* slab, std::int64_t stride, const F& f) {
     if (blocked_) {
@@ -142,10 +158,24 @@ class LogitTiles {
     }
   }
 
+  // Whether `tile` may be asked for.
+  bool blocked() const { return blocked_; }
+
+  // z of the head's rows [first, first + rows) and of `columns` tokens, kGroup at most; `column` is
+  // a multiple of kGroup.
+  void tile(std::int64_t first, std::int64_t rows, std::int64_t column, std::int64_t columns,
+            float* z, std::int64_t stride) const {
+    at::native::cpublas::brgemm(
+        rows, columns, width_, weight_.stride(0), kBlock, stride, false,
+        weight_.const_data_ptr<at::BFloat16>() + first * weight_.stride(0),
+        reinterpret_cast<const at::BFloat16*>(packed_.const_data_ptr()) + column * width_, z, true);
+    softmax_kernels().transform_tile(z, stride, rows, columns, bias(first), transform_);
+  }
+
  private:
   // The layout that the blocked product wants of its second operand: by blocks of kBlock tokens,
   // pairs of neighbouring entries of D together.
-  static constexpr std::int64_t kBlock = 64;
+  static constexpr std::int64_t kBlock = kGroup;
 
   void pack() {
     const std::int64_t n = tokens_.count(), blocks = (n + kBlock - 1) / kBlock;
@@ -171,27 +201,24 @@ class LogitTiles {
   template <class F>
   void each_blocked(std::int64_t begin, std::int64_t end, float* slab, std::int64_t stride,
                     const F& f) {
-    const std::int64_t columns = tokens_.columns(),
-                       tiles = (end - begin + kTileRows - 1) / kTileRows;
-    const auto* head = weight_.const_data_ptr<at::BFloat16>();
-    const auto* packed = reinterpret_cast<const at::BFloat16*>(packed_.const_data_ptr());
+    const std::int64_t columns = tokens_.columns(), height = block_rows(end - begin, width_),
+                       blocks = (end - begin + height - 1) / height;
     Tensor buffer;
     if (slab == nullptr) {
-      buffer = at::empty({at::get_num_threads(), kTileRows, stride}, at::kFloat);
+      buffer = at::empty({at::get_num_threads(), height, stride_for(kGroup)}, at::kFloat);
     }
-    at::parallel_for(0, tiles, 1, [&](std::int64_t from, std::int64_t to) {
+    at::parallel_for(0, blocks, 1, [&](std::int64_t from, std::int64_t to) {
       for (std::int64_t i = from; i < to; ++i) {
-        const std::int64_t first = begin + i * kTileRows, rows = std::min(kTileRows, end - first);
-        float* tile = slab != nullptr ? slab + (first - begin) * stride
-                                      : buffer.mutable_data_ptr<float>() +
-                                            at::get_thread_num() * kTileRows * stride;
-        for (std::int64_t j = 0; j < columns; j += kBlock) {
-          at::native::cpublas::brgemm(
-              rows, std::min(kBlock, columns - j), width_, weight_.stride(0), kBlock, stride, false,
-              head + first * weight_.stride(0), packed + j * width_, tile + j, true);
+        const std::int64_t first = begin + i * height, rows = std::min(height, end - first);
+        for (std::int64_t j = 0; j < columns; j += kGroup) {
+          float* z = slab != nullptr ? slab + (first - begin) * stride + j
+                                     : buffer.mutable_data_ptr<float>() +
+                                           at::get_thread_num() * height * stride_for(kGroup);
+          const std::int64_t step = slab != nullptr ? stride : stride_for(kGroup);
+          const std::int64_t count = std::min(kGroup, columns - j);
+          tile(first, rows, j, count, z, step);
+          f(z, step, first, rows, j, count);
         }
-        softmax_kernels().transform_tile(tile, stride, rows, columns, bias(first), transform_);
-        f(tile, stride, first, rows);
       }
       at::native::cpublas::brgemm_release();
     });
@@ -220,7 +247,7 @@ class LogitTiles {
           }
           const std::int64_t first = start + i * kTileRows;
           softmax_kernels().transform_tile(tile, stride, rows, columns, bias(first), transform_);
-          f(tile, stride, first, rows);
+          f(tile, stride, first, rows, 0, columns);
         }
       });
     }
@@ -251,9 +278,11 @@ class ColumnStatistics {
     }
   }
 
-  void fold(float* tile, std::int64_t stride, std::int64_t first, std::int64_t rows) {
-    softmax_kernels().fold_tile(tile, stride, rows, columns_, first, tokens_.labels.data(),
-                                of_thread(at::get_thread_num()), label_z_.data());
+  // Folds a tile of z of the tokens from `column` on.
+  void fold(float* tile, std::int64_t stride, std::int64_t first, std::int64_t rows,
+            std::int64_t column, std::int64_t columns) {
+    softmax_kernels().fold_tile(tile, stride, rows, columns, first, tokens_.labels.data() + column,
+                                of_thread(at::get_thread_num(), column), label_z_.data() + column);
   }
 
   TokenStatistics finish_token(std::int64_t j, std::int64_t vocabulary) const {
@@ -278,8 +307,8 @@ class ColumnStatistics {
  private:
   static constexpr int kFields = 6;
 
-  OthersOfColumns of_thread(int t) const {
-    float* base = const_cast<float*>(others_.data()) + t * kFields * columns_;
+  OthersOfColumns of_thread(int t, std::int64_t column = 0) const {
+    float* base = const_cast<float*>(others_.data()) + t * kFields * columns_ + column;
     const auto field = [&](int k) { return base + k * columns_; };
     if (!extras_) return {field(0), field(1), nullptr, nullptr, nullptr, nullptr, nullptr};
     return {field(0),
@@ -288,7 +317,7 @@ class ColumnStatistics {
             field(3),
             field(4),
             field(5),
-            const_cast<std::int32_t*>(index_.data()) + t * columns_};
+            const_cast<std::int32_t*>(index_.data()) + t * columns_ + column};
   }
 
   const Tokens& tokens_;
@@ -309,9 +338,13 @@ struct Columns {
   explicit Columns(std::int64_t columns)
       : logp(columns, 0.0f), lse(columns, FLT_MAX), lse_tail(columns, 0.0f) {}
 
-  ColumnCoefficients coefficients() const {
-    const auto pointer = [](const std::vector<float>& x) { return x.empty() ? nullptr : x.data(); };
-    return {pointer(a), pointer(b), logp.data(), lse.data(), lse_tail.data(), pointer(entropy)};
+  // Those of the columns from j on.
+  ColumnCoefficients coefficients(std::int64_t j = 0) const {
+    const auto pointer = [&](const std::vector<float>& x) {
+      return x.empty() ? nullptr : x.data() + j;
+    };
+    return {pointer(a),     pointer(b),          logp.data() + j,
+            lse.data() + j, lse_tail.data() + j, pointer(entropy)};
   }
 };
 
@@ -330,11 +363,12 @@ struct GradientTiles {
         storage(s),
         scratch(at::get_num_threads() * t.columns()) {}
 
+  // Of the tile's tokens, which are those from `column` on.
   void write(const float* tile, std::int64_t stride, std::int64_t first, std::int64_t rows,
-             void* out, std::int64_t out_stride) {
-    softmax_kernels().tile_gradient(tile, stride, rows, tokens.columns(), first,
-                                    tokens.labels.data(), transform, columns.coefficients(), out,
-                                    out_stride, storage,
+             std::int64_t column, std::int64_t count, void* out, std::int64_t out_stride) {
+    softmax_kernels().tile_gradient(tile, stride, rows, count, first, tokens.labels.data() + column,
+                                    transform, columns.coefficients(column), out, out_stride,
+                                    storage,
                                     scratch.data() + at::get_thread_num() * tokens.columns());
   }
 };
@@ -368,12 +402,51 @@ void pack_pairs(const at::BFloat16* rows, std::int64_t stride, std::int64_t coun
 // c (rows, width) (+)= a (rows, depth) b, b packed as above with `depth` rows, which is even.
 void multiply_packed(const at::BFloat16* a, std::int64_t stride, std::int64_t rows,
                      std::int64_t depth, const at::BFloat16* b, std::int64_t width, float* c,
-                     bool add) {
+                     std::int64_t c_stride, bool add) {
   for (std::int64_t d = 0; d < width; d += kProductBlock) {
     const std::int64_t block = std::min(kProductBlock, width - d);
-    at::native::cpublas::brgemm(rows, block, depth, stride, block, width, add, a, b + d * depth,
+    at::native::cpublas::brgemm(rows, block, depth, stride, block, c_stride, add, a, b + d * depth,
                                 c + d, true);
   }
+}
+
+DRRLHF_MULTIVERSION float dot(const std::uint16_t* a, const std::uint16_t* b, std::int64_t n) {
+  constexpr int kLanes = 16;
+  const auto wide = [](std::uint16_t x) {
+    const std::uint32_t bits = std::uint32_t(x) << 16;
+    float y;
+    std::memcpy(&y, &bits, sizeof y);
+    return y;
+  };
+  float sums[kLanes] = {};
+  for (std::int64_t i = 0; i < n; i += kLanes) {
+    for (int k = 0; k < kLanes; ++k) sums[k] += wide(a[i + k]) * wide(b[i + k]);
+  }
+  float sum = 0;
+  for (const float x : sums) sum += x;
+  return sum;
+}
+
+DRRLHF_MULTIVERSION void scaled(const float* x, std::int64_t n, float factor, float* out) {
+  for (std::int64_t i = 0; i < n; ++i) out[i] = factor * x[i];
+}
+
+DRRLHF_MULTIVERSION void add_scaled(const float* x, std::int64_t n, float factor, float* out) {
+  for (std::int64_t i = 0; i < n; ++i) out[i] += factor * x[i];
+}
+
+DRRLHF_MULTIVERSION void add_scaled_row(const std::uint16_t* x, std::int64_t n, float factor,
+                                        float* out) {
+  for (std::int64_t i = 0; i < n; ++i) {
+    const std::uint32_t bits = std::uint32_t(x[i]) << 16;
+    float y;
+    std::memcpy(&y, &bits, sizeof y);
+    out[i] += factor * y;
+  }
+}
+
+const std::uint16_t* words_of(const Tensor& x) {
+  return reinterpret_cast<const std::uint16_t*>(x.const_data_ptr<at::BFloat16>());
 }
 
 bool multiplies_packed(const Tensor& weight) {
@@ -381,81 +454,269 @@ bool multiplies_packed(const Tensor& weight) {
          weight.size(1) % kColumnBlock == 0 && weight.stride(1) == 1;
 }
 
-// d logp / d hidden (tokens, D), from z as LogitTiles left it in a slab: every thread turns tiles
-// into gradients and multiplies them by the head while they are in its cache.
-class HiddenGradient {
+// Sums by token (tokens, D) of factors times the head's rows: sums = P head for P (tokens, V) that
+// is made piece by piece. The head is taken block by block, each block packed once, and every
+// thread multiplies what it makes of a block while that is in its cache.
+class HeadSums {
  public:
-  // Rows of the head multiplied at a time: fewer would read and write the sums too often.
-  static constexpr std::int64_t kRows = 128;
-
-  // Whether the threads' sums fit in the workspace beside the slab.
-  static bool fits(const Tensor& weight, std::int64_t tokens, std::int64_t workspace) {
-    return multiplies_packed(weight) &&
-           at::get_num_threads() * tokens * weight.size(1) * std::int64_t(sizeof(float)) <=
-               workspace / 4;
+  // `workspace` bounds the threads' sums: with many threads, several share the sums of a part of
+  // the vocabulary and take a chunk of the tokens each.
+  HeadSums(const Tensor& weight, std::int64_t tokens, std::int64_t workspace)
+      : weight_(weight),
+        vocabulary_(weight.size(0)),
+        width_(weight.size(1)),
+        tokens_(tokens),
+        stride_(stride_for(width_)),
+        height_(block_rows(vocabulary_, width_)),
+        blocks_((vocabulary_ + height_ - 1) / height_) {
+    const std::int64_t threads = at::get_num_threads();
+    const std::int64_t fit = workspace / (tokens * stride_ * std::int64_t(sizeof(float)));
+    parts_ = std::clamp<std::int64_t>(std::min(fit, blocks_), 1, threads);
+    chunk_ = round_up((tokens + threads / parts_ - 1) / (threads / parts_), kGroup);
+    chunks_ = (tokens + chunk_ - 1) / chunk_;
+    sums_ = empty_on_huge_pages({parts_, tokens, stride_}, at::kFloat);
   }
 
-  static Tensor compute(const float* z, std::int64_t stride, const Tokens& tokens,
-                        const Columns& columns, const Head& head) {
-    const Tensor& weight = head.weight;
-    const std::int64_t vocabulary = weight.size(0), width = weight.size(1), n = tokens.count();
-    const std::int64_t blocks = (vocabulary + kRows - 1) / kRows;
-    const Transform transform = transform_of(head.temperature, head.softcap, head.logit_scale);
-    Tensor sums = at::zeros({at::get_num_threads(), n, width}, at::kFloat);
-    at::parallel_for(0, blocks, 1, [&](std::int64_t from, std::int64_t to) {
-      Tensor gradient = at::empty({n, kRows}, at::kBFloat16);
-      Tensor packed = at::empty({kRows * width}, at::kBFloat16);
-      std::vector<float> scratch(tokens.columns());
-      auto* a = gradient.mutable_data_ptr<at::BFloat16>();
-      float* sum = sums.mutable_data_ptr<float>() + at::get_thread_num() * n * width;
+  // Tokens whose sums fit in the workspace, all at best.
+  static std::int64_t tokens_at_once(const Tensor& weight, std::int64_t tokens,
+                                     std::int64_t workspace) {
+    const std::int64_t bytes = stride_for(weight.size(1)) * std::int64_t(sizeof(float));
+    const std::int64_t threads = at::get_num_threads();
+    const std::int64_t fit = std::max(kGroup, workspace / (bytes * threads) / kGroup * kGroup);
+    // Threads beyond those whose sums fit share: more tokens at a time are worth more.
+    const std::int64_t most = std::max(fit, std::min<std::int64_t>(workspace / bytes, 1024));
+    const std::int64_t passes = (tokens + most - 1) / most;
+    return std::min(most, round_up((tokens + passes - 1) / passes, kGroup));
+  }
+
+  std::int64_t height() const { return height_; }
+
+  // f(first, rows, column, count, out, stride) writes the factors of the head's rows [first, first
+  // + rows) and of `count` tokens, kGroup at most, from `column` on: out (count, rows), with 0
+  // behind the rows up to a multiple of 32.
+  template <class F>
+  void each(const F& f) {
+    at::parallel_for(0, parts_ * chunks_, 1, [&](std::int64_t from, std::int64_t to) {
+      const std::int64_t stride = height_ + 32;
+      Tensor packed = at::empty({height_ * width_}, at::kBFloat16);
+      Tensor factors = at::empty({kGroup * stride}, at::kBFloat16);
+      auto* p = factors.mutable_data_ptr<at::BFloat16>();
       for (std::int64_t i = from; i < to; ++i) {
-        const std::int64_t begin = i * kRows, end = std::min(begin + kRows, vocabulary);
-        for (std::int64_t first = begin; first < end; first += kTileRows) {
-          softmax_kernels().tile_gradient_transposed(
-              z + first * stride, stride, std::min(kTileRows, end - first), tokens.columns(), n,
-              first, tokens.labels.data(), transform, columns.coefficients(),
-              reinterpret_cast<std::uint16_t*>(a) + (first - begin), kRows, scratch.data());
+        const std::int64_t part = i / chunks_, token = i % chunks_ * chunk_;
+        const std::int64_t end = std::min(token + chunk_, tokens_);
+        float* sums = sums_.mutable_data_ptr<float>() + part * tokens_ * stride_;
+        const std::int64_t begin = part * blocks_ / parts_, last = (part + 1) * blocks_ / parts_;
+        for (std::int64_t b = begin; b < last; ++b) {
+          const std::int64_t first = b * height_, rows = std::min(height_, vocabulary_ - first);
+          pack_pairs(weight_.const_data_ptr<at::BFloat16>() + first * weight_.stride(0),
+                     weight_.stride(0), rows, width_, packed.mutable_data_ptr<at::BFloat16>());
+          for (std::int64_t j = token; j < end; j += kGroup) {
+            const std::int64_t count = std::min(kGroup, end - j);
+            f(first, rows, j, count, reinterpret_cast<std::uint16_t*>(p), stride);
+            multiply_packed(p, stride, count, round_up(rows, 2),
+                            packed.const_data_ptr<at::BFloat16>(), width_, sums + j * stride_,
+                            stride_, b > begin);
+          }
         }
-        pack_pairs(weight.const_data_ptr<at::BFloat16>() + begin * weight.stride(0),
-                   weight.stride(0), end - begin, width, packed.mutable_data_ptr<at::BFloat16>());
-        multiply_packed(a, kRows, n, round_up(end - begin, 2),
-                        packed.const_data_ptr<at::BFloat16>(), width, sum, true);
       }
       at::native::cpublas::brgemm_release();
     });
-    return sums.sum(0);
   }
+
+  // The sums of token j (D,), added up over the parts, times a factor.
+  void read(std::int64_t j, float factor, float* out) const {
+    const float* from = sums_.const_data_ptr<float>() + j * stride_;
+    scaled(from, width_, factor, out);
+    for (std::int64_t part = 1; part < parts_; ++part) {
+      add_scaled(from + part * tokens_ * stride_, width_, factor, out);
+    }
+  }
+
+ private:
+  Tensor weight_, sums_;
+  std::int64_t vocabulary_, width_, tokens_, stride_, height_, blocks_, parts_, chunk_, chunks_;
 };
 
-// d weight (rows, D) = gradient (rows, tokens) hidden, tile by tile.
+// Whether a kept slab's column is divided by -p[label] scale / temperature: what the reference says
+// of it (drrlhf/reference.py). Of less probable labels ratios, and sums of them, might overflow.
+bool divides_by_label(at::ScalarType dtype, float logp) {
+  constexpr float kImprobable = -31.0f;
+  return dtype == at::kBFloat16 && logp >= kImprobable;
+}
+
+// By what such a column was divided.
+float divisor(const Transform& t, float logp) {
+  return -std::exp(logp) * (t.scale * t.inverse_temperature);
+}
+
+// Log-probs of some tokens, and d logp / d logits or d logp / d hidden from the same exponentials:
+// they are those of z - reference for a reference that is known beforehand, the label's own z as a
+// dot product gives it.
+class Ratios {
+ public:
+  Ratios(const Tokens& tokens, const Head& head, bool extras)
+      : tokens_(tokens),
+        weight_(head.weight),
+        transform_(transform_of(head.temperature, head.softcap, head.logit_scale)),
+        threads_(at::get_num_threads()),
+        reference_(tokens.columns(), 0.0f),
+        sum_(threads_ * tokens.columns(), 0.0f),
+        label_z_(tokens.columns(), 0.0f),
+        label_slope_(tokens.columns(), 0.0f) {
+    if (extras) statistics_.emplace(tokens, true);
+    find_references(head);
+  }
+
+  // Turns a tile of z of the tokens from `column` on into `out`, as SoftmaxKernels::tile_ratios.
+  void turn(float* z, std::int64_t stride, std::int64_t first, std::int64_t rows,
+            std::int64_t column, std::int64_t columns, std::uint16_t* out, std::int64_t out_stride,
+            bool transposed) {
+    if (statistics_.has_value()) statistics_->fold(z, stride, first, rows, column, columns);
+    const std::int64_t tokens = std::min(columns, tokens_.count() - column);
+    softmax_kernels().tile_ratios(
+        z, stride, rows, columns, tokens, first, tokens_.labels.data() + column, transform_,
+        reference_.data() + column, sum_.data() + at::get_thread_num() * tokens_.columns() + column,
+        label_z_.data() + column, label_slope_.data() + column, out, out_stride, transposed);
+  }
+
+  // The statistics of token j. Where divides_by_label does not hold of its logp, NaN for one, they
+  // and its gradient have to be made in another way.
+  TokenStatistics finish_token(std::int64_t j) const {
+    if (statistics_.has_value()) return statistics_->finish_token(j, weight_.size(0));
+    Others others;
+    others.reference = reference_[j];
+    others.sum = sum(j);
+    return finish(others, label_z_[j], tokens_.labels[j], weight_.size(0));
+  }
+
+  // The label's own entry of d logp / d logits, divided as the others are by now.
+  float label_entry(std::int64_t j) const { return static_cast<float>(-sum(j)) * label_slope_[j]; }
+
+  // d logp / d hidden of token j (D,), whose other entries' products with the head are summed up.
+  void gradient(std::int64_t j, const TokenStatistics& s, const HeadSums& sums, float* out) const {
+    const double log_factor = static_cast<double>(reference_[j]) - s.lse - s.lse_tail;
+    const float scale = transform_.scale * transform_.inverse_temperature;
+    sums.read(j, static_cast<float>(-std::exp(log_factor)) * scale, out);
+    add_scaled_row(words_of(weight_) + tokens_.labels[j] * weight_.stride(0), weight_.size(1),
+                   -std::expm1(s.logp) * label_slope_[j] * scale, out);
+  }
+
+ private:
+  double sum(std::int64_t j) const {
+    double sum = 0;
+    for (int t = 0; t < threads_; ++t) sum += sum_[t * tokens_.columns() + j];
+    return sum;
+  }
+
+  void find_references(const Head& head) {
+    const std::uint16_t *rows = words_of(tokens_.hidden), *weight = words_of(weight_);
+    const std::int64_t width = weight_.size(1);
+    Tensor bias;
+    if (head.bias.has_value()) bias = head.bias->to(at::kFloat).contiguous();
+    at::parallel_for(0, tokens_.count(), 64, [&](std::int64_t begin, std::int64_t end) {
+      for (std::int64_t j = begin; j < end; ++j) {
+        const std::int64_t y = tokens_.labels[j];
+        reference_[j] = dot(rows + j * width, weight + y * weight_.stride(0), width) +
+                        (bias.defined() ? bias.const_data_ptr<float>()[y] : 0.0f);
+      }
+    });
+    softmax_kernels().transform_tile(reference_.data(), tokens_.columns(), 1, tokens_.columns(),
+                                     nullptr, transform_);
+    for (float& z : reference_) z = std::isfinite(z) ? z : 0.0f;
+  }
+
+  const Tokens& tokens_;
+  Tensor weight_;
+  Transform transform_;
+  int threads_;
+  std::vector<float> reference_, sum_, label_z_, label_slope_;
+  std::optional<ColumnStatistics> statistics_;
+};
+
+// d weight (rows, D) = gradient (rows, tokens) hidden, block by block.
 class WeightGradient {
  public:
-  explicit WeightGradient(const Tensor& hidden)
+  // Tokens that are multiplied at a time where the gradient is made for this.
+  static constexpr std::int64_t kDepth = 512;
+
+  WeightGradient(const Tensor& hidden, std::int64_t height)
       : depth_(round_up(hidden.size(0), 2)),
         width_(hidden.size(1)),
+        height_(height),
         packed_(at::empty({depth_ * width_}, at::kBFloat16)),
-        sums_(at::empty({at::get_num_threads(), kTileRows, width_}, at::kFloat)) {
+        sums_(at::empty({at::get_num_threads(), height, stride_for(width_)}, at::kFloat)) {
     pack_pairs(hidden.const_data_ptr<at::BFloat16>(), hidden.stride(0), hidden.size(0), width_,
                packed_.mutable_data_ptr<at::BFloat16>());
   }
 
-  // gradient (rows, depth): an entry beyond the last token counts for nothing, but must be finite.
-  void write(const at::BFloat16* gradient, std::int64_t stride, std::int64_t rows, Tensor& d_weight,
-             std::int64_t first) {
-    float* sum = sums_.mutable_data_ptr<float>() + at::get_thread_num() * kTileRows * width_;
-    multiply_packed(gradient, stride, rows, depth_, packed_.const_data_ptr<at::BFloat16>(), width_,
-                    sum, false);
+  // Adds the products of the tokens [token, token + count), which come in order, all but the last
+  // count even, to the sums of `rows` rows. gradient (rows, count rounded up to a multiple of 2):
+  // an entry beyond the last token counts for nothing, but must be finite.
+  void add(const at::BFloat16* gradient, std::int64_t stride, std::int64_t rows, std::int64_t token,
+           std::int64_t count) {
+    const std::int64_t depth = round_up(count, 2);
+    const auto* packed = packed_.const_data_ptr<at::BFloat16>();
+    for (std::int64_t d = 0; d < width_; d += kProductBlock) {
+      const std::int64_t block = std::min(kProductBlock, width_ - d);
+      at::native::cpublas::brgemm(rows, block, depth, stride, block, stride_for(width_), token > 0,
+                                  gradient, packed + d * depth_ + token * block, sums() + d, true);
+    }
+  }
+
+  // Rounds the sums.
+  void write(std::int64_t rows, Tensor& d_weight, std::int64_t first) {
     at::BFloat16* out = d_weight.mutable_data_ptr<at::BFloat16>() + first * width_;
-    softmax_kernels().narrow_row(sum, out, Storage::kBFloat16, rows * width_);
+    for (std::int64_t v = 0; v < rows; ++v) {
+      softmax_kernels().narrow_row(sums() + v * stride_for(width_), out + v * width_,
+                                   Storage::kBFloat16, width_);
+    }
   }
 
  private:
-  std::int64_t depth_, width_;
+  float* sums() {
+    return sums_.mutable_data_ptr<float>() + at::get_thread_num() * height_ * stride_for(width_);
+  }
+
+  std::int64_t depth_, width_, height_;
   Tensor packed_, sums_;
 };
 
+// Rows (count, D) in bfloat16 at `result`, each as f(row, out) makes it in float32.
+template <class F>
+void write_rows(std::int64_t count, std::int64_t width, const F& f) {
+  at::parallel_for(0, count, 16, [&](std::int64_t begin, std::int64_t end) {
+    std::vector<float> row(width);
+    for (std::int64_t j = begin; j < end; ++j) {
+      at::BFloat16* out = f(j, row.data());
+      if (out != nullptr) {
+        softmax_kernels().narrow_row(row.data(), out, Storage::kBFloat16, width);
+      }
+    }
+  });
+}
+
 // (tokens, D) = gradient^T weight, for a transposed gradient (V, tokens); in the weight's dtype.
-void multiply_by_head(const Tensor& gradient, const Tensor& weight, Tensor result) {
+void multiply_by_head(const Tensor& gradient, const Tensor& weight, Tensor result,
+                      std::int64_t workspace) {
+  if (multiplies_packed(weight)) {
+    const std::int64_t n = gradient.size(1), step = gradient.stride(0), width = weight.size(1);
+    const std::int64_t pass = HeadSums::tokens_at_once(weight, n, workspace);
+    for (std::int64_t start = 0; start < n; start += pass) {
+      const std::int64_t count = std::min(pass, n - start);
+      const std::uint16_t* from = words_of(gradient) + start;
+      HeadSums sums(weight, count, workspace);
+      sums.each([&](std::int64_t first, std::int64_t rows, std::int64_t j, std::int64_t columns,
+                    std::uint16_t* out, std::int64_t stride) {
+        softmax_kernels().transpose(from + first * step + j, step, rows, columns, out, stride);
+      });
+      auto* to = result.mutable_data_ptr<at::BFloat16>() + start * width;
+      write_rows(count, width, [&](std::int64_t j, float* row) {
+        sums.read(j, 1.0f, row);
+        return to + j * width;
+      });
+    }
+    return;
+  }
   if (multiplies(weight.scalar_type())) {
     at::mm_out(result, gradient.t(), weight);
     return;
@@ -478,6 +739,17 @@ void multiply_by_hidden(const Tensor& gradient, const Tensor& hidden, Tensor res
   }
 }
 
+// The sum of gradient (tokens,) times factor (tokens,), if not null.
+template <class T>
+double sum_of(const T* gradient, std::int64_t tokens, const float* factor) {
+  double sum = 0;
+  for (std::int64_t j = 0; j < tokens; ++j) {
+    const double g = static_cast<float>(gradient[j]);
+    sum += factor == nullptr ? g : g * factor[j];
+  }
+  return sum;
+}
+
 // bias (rows,) = sum over tokens of gradient (rows, tokens) times factor (tokens,), if not empty.
 void sum_tokens(const Tensor& gradient, const std::vector<float>& factor, Tensor bias) {
   const std::int64_t n = gradient.size(1), stride = gradient.stride(0);
@@ -486,12 +758,8 @@ void sum_tokens(const Tensor& gradient, const std::vector<float>& factor, Tensor
   const auto sum = [&](const auto* from) {
     at::parallel_for(0, gradient.size(0), 64, [&](std::int64_t begin, std::int64_t end) {
       for (std::int64_t v = begin; v < end; ++v) {
-        double sum = 0;
-        for (std::int64_t j = 0; j < n; ++j) {
-          const double g = static_cast<float>(from[v * stride + j]);
-          sum += factor.empty() ? g : g * factor[j];
-        }
-        to[v] = static_cast<float>(sum);
+        to[v] = static_cast<float>(
+            sum_of(from + v * stride, n, factor.empty() ? nullptr : factor.data()));
       }
     });
   };
@@ -577,6 +845,117 @@ Tensor packed_slab(const Tensor& kept, std::int64_t vocabulary, std::int64_t cou
   return kept.view(-1).narrow(0, 0, vocabulary * counted).view({vocabulary, counted});
 }
 
+// d weight (V, D), and d bias (V,) if not null: every thread makes the gradients of a block of
+// logits anew and multiplies them by the hidden states while they are in its cache.
+void weight_gradient_of_logits(const Tokens& tokens, const Head& head, GradientTiles& tiles,
+                               Tensor& d_weight, Tensor* d_bias) {
+  constexpr std::int64_t kDepth = WeightGradient::kDepth;
+  const std::int64_t vocabulary = head.weight.size(0), n = tokens.count();
+  const std::int64_t height = block_rows(vocabulary, head.weight.size(1));
+  const LogitTiles logits(tokens, head);
+  WeightGradient product(tokens.hidden, height);
+  Tensor sums = at::empty({d_bias == nullptr ? 0 : vocabulary}, at::kFloat);
+  const std::int64_t blocks = (vocabulary + height - 1) / height;
+  at::parallel_for(0, blocks, 1, [&](std::int64_t from, std::int64_t to) {
+    const std::int64_t z_stride = stride_for(kGroup);
+    Tensor z = at::empty({height, z_stride}, at::kFloat);
+    Tensor gradient = gradient_room(height, round_up(std::min(kDepth, n), 32), at::kBFloat16);
+    const std::int64_t stride = gradient.stride(0);
+    auto* g = gradient.mutable_data_ptr<at::BFloat16>();
+    std::vector<double> bias(height);
+    for (std::int64_t i = from; i < to; ++i) {
+      const std::int64_t first = i * height, rows = std::min(height, vocabulary - first);
+      std::fill(bias.begin(), bias.end(), 0.0);
+      for (std::int64_t token = 0; token < n; token += kDepth) {
+        const std::int64_t count = std::min(kDepth, n - token);
+        for (std::int64_t j = 0; j < count; j += kGroup) {
+          const std::int64_t columns = round_up(std::min(kGroup, count - j), kColumnBlock);
+          auto* tile = z.mutable_data_ptr<float>();
+          logits.tile(first, rows, token + j, columns, tile, z_stride);
+          tiles.write(tile, z_stride, first, rows, token + j, columns, g + j, stride);
+        }
+        // What a whole step of the product may read: of an earlier token it might be NaN.
+        for (std::int64_t j = round_up(count, kColumnBlock); j < round_up(count, 32); ++j) {
+          for (std::int64_t v = 0; v < rows; ++v) g[v * stride + j] = 0;
+        }
+        product.add(g, stride, rows, token, count);
+        for (std::int64_t v = 0; d_bias != nullptr && v < rows; ++v) {
+          bias[v] += sum_of(g + v * stride, count, nullptr);
+        }
+      }
+      product.write(rows, d_weight, first);
+      if (d_bias != nullptr) {
+        for (std::int64_t v = 0; v < rows; ++v) {
+          sums.mutable_data_ptr<float>()[first + v] = static_cast<float>(bias[v]);
+        }
+      }
+    }
+    at::native::cpublas::brgemm_release();
+  });
+  if (d_bias != nullptr) d_bias->copy_(sums);
+}
+
+// Log-probs and what is kept of the tokens at `counted` places, by Ratios. Returns which of them
+// are left to be done in another way.
+std::vector<std::int64_t> pass_by_ratios(const Tensor& hidden, const Head& head,
+                                         const Tensor& labels,
+                                         const std::vector<std::int64_t>& counted, Keep keep,
+                                         std::int64_t workspace, Tensor& kept,
+                                         TokenOutputs& result) {
+  const std::int64_t vocabulary = head.weight.size(0), width = head.weight.size(1);
+  const auto n = static_cast<std::int64_t>(counted.size());
+  std::vector<std::int64_t> left;
+  if (n == 0) return left;
+  auto* to = kept.mutable_data_ptr<at::BFloat16>();
+  const std::int64_t room = workspace / 4 * 3;
+  const std::int64_t pass =
+      keep == Keep::kSlab ? n : HeadSums::tokens_at_once(head.weight, n, room);
+  for (std::int64_t start = 0; start < n; start += pass) {
+    const std::int64_t count = std::min(pass, n - start);
+    const Tokens tokens = tokens_at(hidden, labels, counted.data() + start, count);
+    Ratios ratios(tokens, head, result.extras());
+    LogitTiles logits(tokens, head);
+    std::optional<HeadSums> sums;
+    if (keep == Keep::kSlab) {
+      auto* slab = reinterpret_cast<std::uint16_t*>(to);
+      logits.each(0, vocabulary, nullptr, 0,
+                  [&](float* z, std::int64_t stride, std::int64_t first, std::int64_t rows,
+                      std::int64_t column, std::int64_t columns) {
+                    ratios.turn(z, stride, first, rows, column, columns, slab + first * n + column,
+                                n, false);
+                  });
+    } else {
+      sums.emplace(head.weight, count, room);
+      const std::int64_t stride = stride_for(kGroup), size = sums->height() * stride;
+      Tensor tiles = at::empty({at::get_num_threads(), size}, at::kFloat);
+      sums->each([&](std::int64_t first, std::int64_t rows, std::int64_t column,
+                     std::int64_t columns, std::uint16_t* out, std::int64_t out_stride) {
+        float* z = tiles.mutable_data_ptr<float>() + at::get_thread_num() * size;
+        columns = round_up(columns, kColumnBlock);
+        logits.tile(first, rows, column, columns, z, stride);
+        ratios.turn(z, stride, first, rows, column, columns, out, out_stride, true);
+      });
+    }
+    std::vector<TokenStatistics> statistics(count);
+    for (std::int64_t j = 0; j < count; ++j) {
+      statistics[j] = ratios.finish_token(j);
+      if (!divides_by_label(at::kBFloat16, statistics[j].logp)) {
+        left.push_back(start + j);
+        continue;
+      }
+      result.set(tokens.place[j], statistics[j]);
+      if (keep == Keep::kSlab) to[tokens.labels[j] * n + j] = ratios.label_entry(j);
+    }
+    if (keep == Keep::kSlab) continue;
+    write_rows(count, width, [&](std::int64_t j, float* row) -> at::BFloat16* {
+      if (!divides_by_label(at::kBFloat16, statistics[j].logp)) return nullptr;
+      ratios.gradient(j, statistics[j], *sums, row);
+      return to + tokens.place[j] * width;
+    });
+  }
+  return left;
+}
+
 }  // namespace
 
 EightTensors linear_token_logprobs_cpu(const Tensor& hidden, const Head& head, const Tensor& labels,
@@ -604,23 +983,33 @@ EightTensors linear_token_logprobs_cpu(const Tensor& hidden, const Head& head, c
     kept.view(-1).narrow(0, vocabulary * n, vocabulary * (y.numel() - n)).zero_();
   }
   const bool scored = keep == Keep::kNothing;
-  const std::int64_t pass =
-      scored ? kScoredTokens : tokens_per_pass(n, vocabulary, workspace, sizeof(float));
-  const auto product = product_dtype(dtype);
-  Tensor slab;
-  if (!scored && n > 0) {
-    slab = empty_on_huge_pages({vocabulary, stride_for(std::min(n, pass))}, at::kFloat);
+  std::vector<std::int64_t> column(n);  // in a packed slab, of what is left to do
+  std::iota(column.begin(), column.end(), 0);
+  if (!scored && multiplies_packed(head.weight)) {
+    column = pass_by_ratios(hidden, head, y, counted, keep, workspace, kept, result);
+    for (std::size_t j = 0; j < column.size(); ++j) counted[j] = counted[column[j]];
+    counted.resize(column.size());
   }
-  for (std::int64_t start = 0; start < n; start += pass) {
-    const std::int64_t count = std::min(pass, n - start);
+  const auto left = static_cast<std::int64_t>(counted.size());
+  const std::int64_t pass =
+      scored ? kScoredTokens : tokens_per_pass(left, vocabulary, workspace, sizeof(float));
+  const auto product = product_dtype(dtype);
+  const Transform transform = transform_of(head.temperature, head.softcap, head.logit_scale);
+  Tensor slab;
+  if (!scored && left > 0) {
+    slab = empty_on_huge_pages({vocabulary, stride_for(std::min(left, pass))}, at::kFloat);
+  }
+  for (std::int64_t start = 0; start < left; start += pass) {
+    const std::int64_t count = std::min(pass, left - start);
     const Tokens tokens = tokens_at(hidden, y, counted.data() + start, count);
     const std::int64_t stride = stride_for(count);
     LogitTiles logits(tokens, head);
     ColumnStatistics statistics(tokens, result.extras());
     float* z = scored ? nullptr : slab.mutable_data_ptr<float>();
     logits.each(0, vocabulary, z, stride,
-                [&](float* tile, std::int64_t tile_stride, std::int64_t first, std::int64_t rows) {
-                  statistics.fold(tile, tile_stride, first, rows);
+                [&](float* tile, std::int64_t tile_stride, std::int64_t first, std::int64_t rows,
+                    std::int64_t column, std::int64_t columns) {
+                  statistics.fold(tile, tile_stride, first, rows, column, columns);
                 });
     Columns columns(tokens.columns());
     for (std::int64_t j = 0; j < count; ++j) {
@@ -631,18 +1020,20 @@ EightTensors linear_token_logprobs_cpu(const Tensor& hidden, const Head& head, c
       columns.lse_tail[j] = s.lse_tail;
     }
     if (scored) continue;
-    const auto place = [&] {
-      return at::from_blob(const_cast<std::int64_t*>(tokens.place.data()), {count},
-                           at::dtype(at::kLong));
+    const auto entries = [&](const std::int64_t* x) {
+      return at::from_blob(const_cast<std::int64_t*>(x), {count}, at::dtype(at::kLong));
     };
-    if (keep == Keep::kHidden && HiddenGradient::fits(head.weight, count, workspace)) {
-      const Tensor rows = HiddenGradient::compute(z, stride, tokens, columns, head);
-      kept.view({-1, width}).index_copy_(0, place(), rows.to(dtype));
-      continue;
+    if (keep == Keep::kSlab && dtype == at::kBFloat16) {
+      columns.a.assign(tokens.columns(), 1.0f);
+      for (std::int64_t j = 0; j < count; ++j) {
+        if (divides_by_label(dtype, columns.logp[j])) {
+          columns.a[j] = 1 / divisor(transform, columns.logp[j]);
+        }
+      }
     }
     // The gradient by the logits takes their place, row by row: at the front of each row, or in the
     // slab that is kept if whole column blocks fit there.
-    const bool direct = keep == Keep::kSlab && count % kColumnBlock == 0;
+    const bool direct = keep == Keep::kSlab && left == n && count % kColumnBlock == 0;
     const Storage written = direct ? storage : storage_of("hidden", at::empty({0}, product));
     const std::int64_t size = direct ? hidden.element_size() : at::elementSize(product);
     char* base = static_cast<char*>(direct ? kept.mutable_data_ptr() : slab.mutable_data_ptr());
@@ -653,21 +1044,23 @@ EightTensors linear_token_logprobs_cpu(const Tensor& hidden, const Head& head, c
     at::parallel_for(0, tiles, 1, [&](std::int64_t from, std::int64_t to) {
       for (std::int64_t i = from; i < to; ++i) {
         const std::int64_t first = i * kTileRows, rows = std::min(kTileRows, vocabulary - first);
-        gradient.write(z + first * stride, stride, first, rows, base + first * out_stride * size,
-                       out_stride);
+        gradient.write(z + first * stride, stride, first, rows, 0, tokens.columns(),
+                       base + first * out_stride * size, out_stride);
       }
     });
     if (direct) continue;
     const Tensor transposed =
         at::from_blob(base, {vocabulary, count}, {out_stride, 1}, at::dtype(product));
     if (keep == Keep::kSlab) {
-      packed_slab(kept, vocabulary, n).narrow(1, start, count).copy_(transposed);
-    } else if (n == y.numel()) {
-      multiply_by_head(transposed, head.weight, kept.view({-1, width}).narrow(0, start, count));
+      packed_slab(kept, vocabulary, n)
+          .index_copy_(1, entries(column.data() + start), transposed.to(dtype));
+    } else if (left == y.numel()) {
+      multiply_by_head(transposed, head.weight, kept.view({-1, width}).narrow(0, start, count),
+                       workspace);
     } else {
       Tensor rows = at::empty({count, width}, dtype);
-      multiply_by_head(transposed, head.weight, rows);
-      kept.view({-1, width}).index_copy_(0, place(), rows);
+      multiply_by_head(transposed, head.weight, rows, workspace);
+      kept.view({-1, width}).index_copy_(0, entries(tokens.place.data()), rows);
     }
   }
   return std::tuple_cat(result.tensors(), std::make_tuple(kept));
@@ -703,6 +1096,12 @@ std::tuple<Tensor, Tensor, Tensor> linear_token_logprobs_backward_cpu(
   const Tensor h = b.defined() ? per_token("entropy", entropy, total) : Tensor();
   const auto at_place = [](const Tensor& x, std::int64_t i) {
     return x.defined() ? x.const_data_ptr<float>()[i] : 0.0f;
+  };
+  const Transform transform = transform_of(head.temperature, head.softcap, head.logit_scale);
+  // The coefficient of token i's column of the slab.
+  const auto slab_coefficient = [&](std::int64_t i) {
+    const float logp = at_place(lp, i);
+    return at_place(a, i) * (divides_by_label(dtype, logp) ? divisor(transform, logp) : 1.0f);
   };
 
   // Only tokens with an upstream gradient take part from here on.
@@ -747,9 +1146,10 @@ std::tuple<Tensor, Tensor, Tensor> linear_token_logprobs_backward_cpu(
     const std::int64_t out_stride = out.stride(0), size = out.element_size();
     char* to = static_cast<char*>(out.mutable_data_ptr());
     logits.each(begin, end, nullptr, stride_for(tokens.count()),
-                [&](float* tile, std::int64_t stride, std::int64_t first, std::int64_t rows) {
-                  gradient.write(tile, stride, first, rows,
-                                 to + (first - begin) * out_stride * size, out_stride);
+                [&](float* tile, std::int64_t stride, std::int64_t first, std::int64_t rows,
+                    std::int64_t column, std::int64_t count) {
+                  gradient.write(tile, stride, first, rows, column, count,
+                                 to + ((first - begin) * out_stride + column) * size, out_stride);
                 });
     return out.narrow(0, 0, end - begin).narrow(1, 0, tokens.count());
   };
@@ -804,10 +1204,10 @@ std::tuple<Tensor, Tensor, Tensor> linear_token_logprobs_backward_cpu(
         gradient = recompute(tokens, logits, tiles, 0, vocabulary, buffer);
       }
       Tensor rows = at::empty({count, width}, dtype);
-      multiply_by_head(gradient, head.weight, rows);
+      multiply_by_head(gradient, head.weight, rows, workspace / 4 * 3);
       for (std::int64_t j = 0; j < count; ++j) {
         const std::int64_t i = active[start + j];
-        scale_to(rows, j, d_hidden, i, has_slab ? at_place(a, i) : 1.0f);
+        scale_to(rows, j, d_hidden, i, has_slab ? slab_coefficient(i) : 1.0f);
       }
     }
   }
@@ -822,11 +1222,19 @@ std::tuple<Tensor, Tensor, Tensor> linear_token_logprobs_backward_cpu(
   } else if (need_weight || need_bias) {
     const auto made = has_slab ? dtype : product;
     const Tokens tokens = tokens_at(hidden, y, active.data(), n);
-    const Columns columns = columns_of(tokens);
+    Columns columns = columns_of(tokens);
+    if (has_slab) {
+      for (std::int64_t j = 0; j < n; ++j) columns.a[j] = slab_coefficient(active[j]);
+    }
     Tensor rows = tokens.hidden;
     if (has_slab && need_weight) {
       rows = at::empty({n, width}, dtype);
       for (std::int64_t j = 0; j < n; ++j) scale_to(tokens.hidden, j, rows, j, columns.a[j]);
+    }
+    GradientTiles tiles(tokens, columns, head, storage_of("hidden", at::empty({0}, made)));
+    if (need_weight && !has_slab && multiplies_packed(head.weight)) {
+      weight_gradient_of_logits(tokens, head, tiles, d_weight, need_bias ? &d_bias : nullptr);
+      return {d_hidden, d_weight, d_bias};
     }
     const std::int64_t stride = stride_for(n);
     const std::int64_t fit = workspace / (stride * at::elementSize(made)) / kTileRows * kTileRows;
@@ -836,10 +1244,9 @@ std::tuple<Tensor, Tensor, Tensor> linear_token_logprobs_backward_cpu(
     if (!in_one) buffer = gradient_room(block, n, made);
     std::optional<LogitTiles> logits;
     if (!has_slab) logits.emplace(tokens, head);
-    std::optional<WeightGradient> product_of_tiles;
-    if (need_weight && multiplies_packed(head.weight)) product_of_tiles.emplace(rows);
-    GradientTiles tiles(tokens, columns, head, storage_of("hidden", at::empty({0}, made)));
-    const std::int64_t depth = round_up(n, 2);
+    const std::int64_t height = block_rows(vocabulary, width);
+    std::optional<WeightGradient> blocks;
+    if (need_weight && multiplies_packed(head.weight)) blocks.emplace(rows, height);
     for (std::int64_t begin = 0; begin < vocabulary; begin += block) {
       const std::int64_t count = std::min(block, vocabulary - begin);
       Tensor gradient = slab;
@@ -849,14 +1256,14 @@ std::tuple<Tensor, Tensor, Tensor> linear_token_logprobs_backward_cpu(
       } else if (!has_slab) {
         gradient = recompute(tokens, *logits, tiles, begin, begin + count, buffer);
       }
-      if (need_weight && product_of_tiles.has_value() && gradient.stride(0) >= depth) {
+      if (need_weight && blocks.has_value() && gradient.stride(0) >= round_up(n, 2)) {
         const auto* from = gradient.const_data_ptr<at::BFloat16>();
-        const std::int64_t step = gradient.stride(0), parts = (count + kTileRows - 1) / kTileRows;
+        const std::int64_t step = gradient.stride(0), parts = (count + height - 1) / height;
         at::parallel_for(0, parts, 1, [&](std::int64_t first, std::int64_t last) {
           for (std::int64_t i = first; i < last; ++i) {
-            const std::int64_t v = i * kTileRows;
-            product_of_tiles->write(from + v * step, step, std::min(kTileRows, count - v), d_weight,
-                                    begin + v);
+            const std::int64_t v = i * height, part = std::min(height, count - v);
+            blocks->add(from + v * step, step, part, 0, n);
+            blocks->write(part, d_weight, begin + v);
           }
           at::native::cpublas::brgemm_release();
         });

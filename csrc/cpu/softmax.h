@@ -74,13 +74,21 @@ struct SoftmaxKernels {
                         std::int64_t columns, std::int64_t first, const std::int64_t* labels,
                         const Transform& transform, const ColumnCoefficients& coefficients,
                         void* out, std::int64_t out_stride, Storage storage, float* scratch);
-  // The first `tokens` columns of that as rows of bfloat16: out (tokens, rows), its rows filled
-  // with 0 up to a multiple of 16 entries. Only where the processor has AVX-512.
-  void (*tile_gradient_transposed)(const float* tile, std::int64_t stride, std::int64_t rows,
-                                   std::int64_t columns, std::int64_t tokens, std::int64_t first,
-                                   const std::int64_t* labels, const Transform& transform,
-                                   const ColumnCoefficients& coefficients, std::uint16_t* out,
-                                   std::int64_t out_stride, float* scratch);
+  // Ratios e = exp(z - reference) to a reference that is fixed beforehand: out = e dz/dlogit in
+  // bfloat16, in units of scale / temperature, of the first `tokens` columns. Transposed they are
+  // out (tokens, rows), filled with 0 up to a multiple of 32 entries; otherwise (rows, tokens). A
+  // label's own entry is 0; its z and its dz/dlogit go to label_z and label_slope, and the others'
+  // e are added to `sum` (columns,). The tile is left without the labels' own logits. Only where
+  // the processor has AVX-512.
+  void (*tile_ratios)(float* tile, std::int64_t stride, std::int64_t rows, std::int64_t columns,
+                      std::int64_t tokens, std::int64_t first, const std::int64_t* labels,
+                      const Transform& transform, const float* reference, float* sum,
+                      float* label_z, float* label_slope, std::uint16_t* out,
+                      std::int64_t out_stride, bool transposed);
+  // out (columns, rows) = x (rows, columns), both of 16-bit entries; out's rows are filled with 0
+  // up to a multiple of 32 entries. Only where the processor has AVX-512.
+  void (*transpose)(const std::uint16_t* x, std::int64_t stride, std::int64_t rows,
+                    std::int64_t columns, std::uint16_t* out, std::int64_t out_stride);
   // out (n,) = factor x (n,).
   void (*scale_row)(const void* x, void* out, Storage storage, std::int64_t n, float factor);
   // out (n,) = x (n,), rounded.

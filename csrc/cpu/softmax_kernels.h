@@ -280,6 +280,14 @@ DRRLHF_INLINE Floats slope(Floats z, const Transform& t) {
   return (1.0f - h) * (1.0f + h) * scaled;
 }
 
+// The same, in units of scale / temperature.
+template <Form F>
+DRRLHF_INLINE Floats relative_slope(Floats z, const Transform& t) {
+  if constexpr (F != Form::kCapped) return all(1.0f);
+  const Floats h = z / (t.softcap * t.inverse_temperature);
+  return (1.0f - h) * (1.0f + h);
+}
+
 // A transformed logit and dz/dx.
 struct Sloped {
   Floats z, slope;
@@ -690,15 +698,11 @@ void tile_gradient_as(const float* tile, std::int64_t stride, std::int64_t rows,
 }
 
 #if DRRLHF_LANES == 16
-// Sixteen rows of gradients by sixteen columns, as bfloat16 and transposed: pairs of rows become
-// words, and three rounds of interleaving bring every column's eight words together.
-DRRLHF_INLINE void store_transposed(const Floats (&rows)[kLanes], std::uint16_t* out,
-                                    std::int64_t out_stride, std::int64_t columns) {
-  Words words[8], next[8];
-  for (int i = 0; i < 8; ++i) {
-    words[i] = (rounded_to_bfloat16(rows[2 * i]) >> 16) |
-               (rounded_to_bfloat16(rows[2 * i + 1]) & 0xffff0000u);
-  }
+// Sixteen rows by sixteen columns of 16-bit entries, transposed: `words` has neighbouring rows'
+// entries in pairs, and three rounds of interleaving bring every column's eight words together.
+DRRLHF_INLINE void store_transposed(Words (&words)[8], std::uint16_t* out, std::int64_t out_stride,
+                                    std::int64_t columns) {
+  Words next[8];
   constexpr Words kLow = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23};
   constexpr Words kHigh = {8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
   for (int round = 0; round < 3; ++round) {
@@ -708,42 +712,126 @@ DRRLHF_INLINE void store_transposed(const Floats (&rows)[kLanes], std::uint16_t*
     }
     for (int i = 0; i < 8; ++i) words[i] = next[i];
   }
+  if (columns == kLanes) {
+    for (int j = 0; j < kLanes; ++j) {
+      __builtin_memcpy(out + j * out_stride,
+                       reinterpret_cast<const char*>(&words[j / 2]) + j % 2 * 32, 32);
+    }
+    return;
+  }
   for (std::int64_t j = 0; j < columns; ++j) {
     __builtin_memcpy(out + j * out_stride,
                      reinterpret_cast<const char*>(&words[j / 2]) + j % 2 * 32, 32);
   }
 }
 
-template <Form F>
-void tile_gradient_transposed_as(const float* tile, std::int64_t stride, std::int64_t rows,
-                                 std::int64_t columns, std::int64_t tokens, std::int64_t first,
-                                 const std::int64_t* labels, const Transform& t,
-                                 const ColumnCoefficients& c, std::uint16_t* out,
-                                 std::int64_t out_stride, float* scratch) {
-  label_gradients<F>(tile, stride, rows, columns, first, labels, t, c, scratch);
-  for (std::int64_t j = 0; j < tokens; j += kLanes) {
-    with_gradient(c, j, [&](auto gradient) {
-      for (std::int64_t v = 0; v < rows; v += kLanes) {
-        Floats block[kLanes];
-        for (int i = 0; i < kLanes; ++i) {
-          if (v + i < rows) {
-            const Floats z = load<Storage::kFloat>(tile + (v + i) * stride + j);
-            block[i] = gradient(z) * slope<F>(z, t);
-          } else {
-            block[i] = Floats{};
-          }
-        }
-        const std::int64_t left = tokens - j < kLanes ? tokens - j : kLanes;
-        store_transposed(block, out + j * out_stride + v, out_stride, left);
+constexpr std::int64_t kDepthStep = 32;  // entries of a row that a product takes at once
+
+// A block of sixteen columns: the sum of its ratios.
+template <Form F, bool Transposed, bool Whole>
+DRRLHF_INLINE Floats ratios_of_columns(const float* block, std::int64_t stride, std::int64_t rows,
+                                       Floats reference, const Transform& t, std::uint16_t* out,
+                                       std::int64_t out_stride, std::int64_t tokens) {
+  Floats sum[2] = {};
+  const Relative<true> relative(reference);  // no factor is left over
+  // The upper half of each word, to nearest, ties away from 0. What becomes of NaN is not used.
+  const auto ratio = [&](std::int64_t v) __attribute__((always_inline)) {
+    if (!Whole && v >= rows) return Words{};
+    const Floats z = load<Storage::kFloat>(block + v * stride);
+    const Floats e = two_to<false>(relative.exponent(z));
+    sum[v % 2] += e;
+    if constexpr (F != Form::kCapped) return bits<Words>(e) + 0x8000u;
+    return bits<Words>(e * relative_slope<F>(z, t)) + 0x8000u;
+  };
+  for (std::int64_t v = 0; v < rows; v += kLanes) {
+    if constexpr (Transposed) {
+      Words words[8];
+      for (int i = 0; i < 8; ++i) {
+        const Words one = ratio(v + 2 * i), two = ratio(v + 2 * i + 1);
+        words[i] = (one >> 16) | (two & 0xffff0000u);
       }
-    });
-  }
-  for (std::int64_t j = 0; j < tokens; ++j) {
-    const std::int64_t v = labels[j] - first;
-    if (v >= 0 && v < rows) {
-      store_part<Storage::kBFloat16>(out + j * out_stride + v, 1, all(scratch[j]));
+      store_transposed(words, out + v, out_stride, tokens);
+    } else {
+      for (int i = 0; i < kLanes && (Whole || v + i < rows); ++i) {
+        const Shorts narrow = __builtin_convertvector(ratio(v + i) >> 16, Shorts);
+        std::uint16_t* to = out + (v + i) * out_stride;
+        if (tokens == kLanes) {
+          __builtin_memcpy(to, &narrow, sizeof narrow);
+        } else {
+          __builtin_memcpy(to, &narrow, tokens * sizeof *to);
+        }
+      }
     }
   }
+  return sum[0] + sum[1];
+}
+
+// Zeros behind `rows` entries of each row, so that whole steps of a product may read them.
+DRRLHF_INLINE void fill_up(std::uint16_t* out, std::int64_t out_stride, std::int64_t rows,
+                           std::int64_t columns) {
+  const std::int64_t to = (rows + kDepthStep - 1) / kDepthStep * kDepthStep;
+  for (std::int64_t j = 0; rows < to && j < columns; ++j) {
+    for (std::int64_t v = rows; v < to; ++v) out[j * out_stride + v] = 0;
+  }
+}
+
+template <Form F, bool Transposed>
+void tile_ratios_as(float* tile, std::int64_t stride, std::int64_t rows, std::int64_t columns,
+                    std::int64_t tokens, std::int64_t first, const std::int64_t* labels,
+                    const Transform& t, const float* reference, float* sum, float* label_z,
+                    float* label_slope, std::uint16_t* out, std::int64_t out_stride) {
+  constexpr auto kF = Storage::kFloat;
+  const auto each_label = [&](const auto& f) {
+    for (std::int64_t j = 0; j < columns; ++j) {
+      const std::int64_t v = labels[j] - first;
+      if (v >= 0 && v < rows) f(v, j);
+    }
+  };
+  each_label([&](std::int64_t v, std::int64_t j) {
+    float& z = tile[v * stride + j];
+    label_z[j] = z;
+    label_slope[j] = relative_slope<F>(all(z), t)[0];
+    z = -kInfinityF;
+  });
+  const std::int64_t by_token = Transposed ? out_stride : 1;
+  for (std::int64_t j = 0; j < columns; j += kLanes) {
+    const std::int64_t left = tokens - j < kLanes ? tokens - j : kLanes;
+    const Floats by = load<kF>(reference + j);
+    std::uint16_t* to = out + j * by_token;
+    const Floats added = rows % kLanes == 0
+                             ? ratios_of_columns<F, Transposed, true>(tile + j, stride, rows, by, t,
+                                                                      to, out_stride, left)
+                             : ratios_of_columns<F, Transposed, false>(tile + j, stride, rows, by,
+                                                                       t, to, out_stride, left);
+    store<kF>(sum + j, load<kF>(sum + j) + added);
+  }
+  // The slope at -infinity is no number.
+  each_label([&](std::int64_t v, std::int64_t j) {
+    out[j * by_token + v * (Transposed ? 1 : out_stride)] = 0;
+  });
+  if constexpr (Transposed) fill_up(out, out_stride, rows, tokens);
+}
+
+void transpose(const std::uint16_t* x, std::int64_t stride, std::int64_t rows, std::int64_t columns,
+               std::uint16_t* out, std::int64_t out_stride) {
+  for (std::int64_t j = 0; j < columns; j += kLanes) {
+    const std::int64_t left = columns - j < kLanes ? columns - j : kLanes;
+    for (std::int64_t v = 0; v < rows; v += kLanes) {
+      Words words[8] = {};
+      for (int i = 0; i < kLanes && v + i < rows; ++i) {
+        Shorts row = {};
+        const std::uint16_t* from = x + (v + i) * stride + j;
+        if (left == kLanes) {
+          __builtin_memcpy(&row, from, sizeof row);
+        } else {
+          __builtin_memcpy(&row, from, left * sizeof *from);
+        }
+        words[i / 2] |= __builtin_convertvector(row, Words) << (i % 2 * 16);
+      }
+      store_transposed(words, out + j * out_stride + v, out_stride, left);
+    }
+  }
+  fill_up(out, out_stride, rows, columns);
 }
 #endif
 
@@ -818,22 +906,31 @@ void tile_gradient(const float* tile, std::int64_t stride, std::int64_t rows, st
   });
 }
 
-void tile_gradient_transposed(const float* tile, std::int64_t stride, std::int64_t rows,
-                              std::int64_t columns, std::int64_t tokens, std::int64_t first,
-                              const std::int64_t* labels, const Transform& t,
-                              const ColumnCoefficients& c, std::uint16_t* out,
-                              std::int64_t out_stride, float* scratch) {
+void tile_ratios(float* tile, std::int64_t stride, std::int64_t rows, std::int64_t columns,
+                 std::int64_t tokens, std::int64_t first, const std::int64_t* labels,
+                 const Transform& t, const float* reference, float* sum, float* label_z,
+                 float* label_slope, std::uint16_t* out, std::int64_t out_stride, bool transposed) {
 #if DRRLHF_LANES == 16
   with_form(t, [&](auto f) {
-    tile_gradient_transposed_as<f()>(tile, stride, rows, columns, tokens, first, labels, t, c, out,
-                                     out_stride, scratch);
+    transposed ? tile_ratios_as<f(), true>(tile, stride, rows, columns, tokens, first, labels, t,
+                                           reference, sum, label_z, label_slope, out, out_stride)
+               : tile_ratios_as<f(), false>(tile, stride, rows, columns, tokens, first, labels, t,
+                                            reference, sum, label_z, label_slope, out, out_stride);
   });
 #else
   (void)tile, (void)stride, (void)rows, (void)columns, (void)tokens, (void)first, (void)labels;
-  (void)t, (void)c, (void)out, (void)out_stride, (void)scratch;
+  (void)t, (void)reference, (void)sum, (void)label_z, (void)label_slope, (void)out;
+  (void)out_stride, (void)transposed;
   __builtin_trap();  // asked for only beside AVX512-BF16 products
 #endif
 }
+
+#if DRRLHF_LANES != 16
+void transpose(const std::uint16_t*, std::int64_t, std::int64_t, std::int64_t, std::uint16_t*,
+               std::int64_t) {
+  __builtin_trap();  // as above
+}
+#endif
 
 void scale_row(const void* x, void* out, Storage storage, std::int64_t n, float factor) {
   with_storage(storage, [&](auto s) {
@@ -855,12 +952,6 @@ void narrow_row(const float* x, void* out, Storage storage, std::int64_t n) {
   });
 }
 
-constexpr SoftmaxKernels kKernels = {kLanes,
-                                     fold_row,
-                                     row_gradient,
-                                     transform_tile,
-                                     fold_tile,
-                                     tile_gradient,
-                                     tile_gradient_transposed,
-                                     scale_row,
-                                     narrow_row};
+constexpr SoftmaxKernels kKernels = {kLanes,    fold_row,      row_gradient, transform_tile,
+                                     fold_tile, tile_gradient, tile_ratios,  transpose,
+                                     scale_row, narrow_row};
