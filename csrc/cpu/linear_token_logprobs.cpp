@@ -78,7 +78,7 @@ std::int64_t stride_for(std::int64_t columns) {
 // second-level cache while all tokens are multiplied by it, for what is summed up by token comes
 // from further away with every block.
 std::int64_t block_rows(std::int64_t vocabulary, std::int64_t width) {
-  constexpr std::int64_t kBytes = 1 << 20, kMost = 256, kLeast = 64;
+  constexpr std::int64_t kBytes = 1 << 21, kMost = 256, kLeast = 64;
   const std::int64_t fit = std::clamp(kBytes / (4 * width) / 32 * 32, kLeast, kMost);
   const std::int64_t even = round_up(vocabulary / (4 * at::get_num_threads()) + 1, 32);
   return std::min(fit, std::max(even, kLeast));
@@ -158,17 +158,38 @@ class LogitTiles {
     }
   }
 
-  // Whether `tile` may be asked for.
-  bool blocked() const { return blocked_; }
+  // A block of the head's rows as products want their first factor: in pieces of kPiece columns,
+  // whose rows lie close together, but not a power of two apart.
+  Tensor block(std::int64_t height) const {
+    // What lies between the rows must not be NaN.
+    return at::zeros({(width_ + kPiece - 1) / kPiece, height, kPieceStride}, at::kBFloat16);
+  }
 
-  // z of the head's rows [first, first + rows) and of `columns` tokens, kGroup at most; `column` is
-  // a multiple of kGroup.
-  void tile(std::int64_t first, std::int64_t rows, std::int64_t column, std::int64_t columns,
-            float* z, std::int64_t stride) const {
-    at::native::cpublas::brgemm(
-        rows, columns, width_, weight_.stride(0), kBlock, stride, false,
-        weight_.const_data_ptr<at::BFloat16>() + first * weight_.stride(0),
-        reinterpret_cast<const at::BFloat16*>(packed_.const_data_ptr()) + column * width_, z, true);
+  // Copies the head's rows [first, first + rows) to `block`.
+  void take(std::int64_t first, std::int64_t rows, Tensor& block) const {
+    const auto* from = weight_.const_data_ptr<at::BFloat16>() + first * weight_.stride(0);
+    auto* to = block.mutable_data_ptr<at::BFloat16>();
+    for (std::int64_t v = 0; v < rows; ++v) {
+      for (std::int64_t k = 0; k < width_; k += kPiece) {
+        std::memcpy(to + k / kPiece * block.stride(0) + v * kPieceStride,
+                    from + v * weight_.stride(0) + k,
+                    std::min(kPiece, width_ - k) * sizeof(at::BFloat16));
+      }
+    }
+  }
+
+  // z of the head's rows [first, first + rows), which `block` holds, and of `columns` tokens,
+  // kGroup at most; `column` is a multiple of kGroup.
+  void tile(const Tensor& block, std::int64_t first, std::int64_t rows, std::int64_t column,
+            std::int64_t columns, float* z, std::int64_t stride) const {
+    const auto* from = block.const_data_ptr<at::BFloat16>();
+    const auto* packed =
+        reinterpret_cast<const at::BFloat16*>(packed_.const_data_ptr()) + column * width_;
+    for (std::int64_t k = 0; k < width_; k += kPiece) {
+      at::native::cpublas::brgemm(rows, columns, std::min(kPiece, width_ - k), kPieceStride, kBlock,
+                                  stride, k > 0, from + k / kPiece * block.stride(0),
+                                  packed + k * kBlock, z, true);
+    }
     softmax_kernels().transform_tile(z, stride, rows, columns, bias(first), transform_);
   }
 
@@ -176,6 +197,7 @@ class LogitTiles {
   // The layout that the blocked product wants of its second operand: by blocks of kBlock tokens,
   // pairs of neighbouring entries of D together.
   static constexpr std::int64_t kBlock = kGroup;
+  static constexpr std::int64_t kPiece = 512, kPieceStride = kPiece + 32;
 
   void pack() {
     const std::int64_t n = tokens_.count(), blocks = (n + kBlock - 1) / kBlock;
@@ -208,15 +230,17 @@ class LogitTiles {
       buffer = at::empty({at::get_num_threads(), height, stride_for(kGroup)}, at::kFloat);
     }
     at::parallel_for(0, blocks, 1, [&](std::int64_t from, std::int64_t to) {
+      Tensor head = block(height);
       for (std::int64_t i = from; i < to; ++i) {
         const std::int64_t first = begin + i * height, rows = std::min(height, end - first);
+        take(first, rows, head);
         for (std::int64_t j = 0; j < columns; j += kGroup) {
           float* z = slab != nullptr ? slab + (first - begin) * stride + j
                                      : buffer.mutable_data_ptr<float>() +
                                            at::get_thread_num() * height * stride_for(kGroup);
           const std::int64_t step = slab != nullptr ? stride : stride_for(kGroup);
           const std::int64_t count = std::min(kGroup, columns - j);
-          tile(first, rows, j, count, z, step);
+          tile(head, first, rows, j, count, z, step);
           f(z, step, first, rows, j, count);
         }
       }
@@ -491,15 +515,16 @@ class HeadSums {
 
   std::int64_t height() const { return height_; }
 
+  // For each block of the head's rows [first, first + rows): begin_block(first, rows), then
   // f(first, rows, column, count, out, stride) writes the factors of the head's rows [first, first
   // + rows) and of `count` tokens, kGroup at most, from `column` on: out (count, rows), with 0
   // behind the rows up to a multiple of 32.
-  template <class F>
-  void each(const F& f) {
+  template <class Begin, class F>
+  void each(const Begin& begin_block, const F& f) {
     at::parallel_for(0, parts_ * chunks_, 1, [&](std::int64_t from, std::int64_t to) {
       const std::int64_t stride = height_ + 32;
       Tensor packed = at::empty({height_ * width_}, at::kBFloat16);
-      Tensor factors = at::empty({kGroup * stride}, at::kBFloat16);
+      Tensor factors = at::empty({kTokens * stride}, at::kBFloat16);
       auto* p = factors.mutable_data_ptr<at::BFloat16>();
       for (std::int64_t i = from; i < to; ++i) {
         const std::int64_t part = i / chunks_, token = i % chunks_ * chunk_;
@@ -510,9 +535,13 @@ class HeadSums {
           const std::int64_t first = b * height_, rows = std::min(height_, vocabulary_ - first);
           pack_pairs(weight_.const_data_ptr<at::BFloat16>() + first * weight_.stride(0),
                      weight_.stride(0), rows, width_, packed.mutable_data_ptr<at::BFloat16>());
-          for (std::int64_t j = token; j < end; j += kGroup) {
-            const std::int64_t count = std::min(kGroup, end - j);
-            f(first, rows, j, count, reinterpret_cast<std::uint16_t*>(p), stride);
+          begin_block(first, rows);
+          for (std::int64_t j = token; j < end; j += kTokens) {
+            const std::int64_t count = std::min(kTokens, end - j);
+            for (std::int64_t k = 0; k < count; k += kGroup) {
+              f(first, rows, j + k, std::min(kGroup, count - k),
+                reinterpret_cast<std::uint16_t*>(p + k * stride), stride);
+            }
             multiply_packed(p, stride, count, round_up(rows, 2),
                             packed.const_data_ptr<at::BFloat16>(), width_, sums + j * stride_,
                             stride_, b > begin);
@@ -533,6 +562,8 @@ class HeadSums {
   }
 
  private:
+  static constexpr std::int64_t kTokens = 2 * kGroup;  // multiplied at a time
+
   Tensor weight_, sums_;
   std::int64_t vocabulary_, width_, tokens_, stride_, height_, blocks_, parts_, chunk_, chunks_;
 };
@@ -705,10 +736,12 @@ void multiply_by_head(const Tensor& gradient, const Tensor& weight, Tensor resul
       const std::int64_t count = std::min(pass, n - start);
       const std::uint16_t* from = words_of(gradient) + start;
       HeadSums sums(weight, count, workspace);
-      sums.each([&](std::int64_t first, std::int64_t rows, std::int64_t j, std::int64_t columns,
+      sums.each([](std::int64_t, std::int64_t) {},
+                [&](std::int64_t first, std::int64_t rows, std::int64_t j, std::int64_t columns,
                     std::uint16_t* out, std::int64_t stride) {
-        softmax_kernels().transpose(from + first * step + j, step, rows, columns, out, stride);
-      });
+                  softmax_kernels().transpose(from + first * step + j, step, rows, columns, out,
+                                              stride);
+                });
       auto* to = result.mutable_data_ptr<at::BFloat16>() + start * width;
       write_rows(count, width, [&](std::int64_t j, float* row) {
         sums.read(j, 1.0f, row);
@@ -845,54 +878,100 @@ Tensor packed_slab(const Tensor& kept, std::int64_t vocabulary, std::int64_t cou
   return kept.view(-1).narrow(0, 0, vocabulary * counted).view({vocabulary, counted});
 }
 
-// d weight (V, D), and d bias (V,) if not null: every thread makes the gradients of a block of
-// logits anew and multiplies them by the hidden states while they are in its cache.
-void weight_gradient_of_logits(const Tokens& tokens, const Head& head, GradientTiles& tiles,
-                               Tensor& d_weight, Tensor* d_bias) {
+// d weight (V, D), and d bias (V,) if not null, from gradients of blocks of the head's rows that
+// are multiplied by `hidden` (tokens, D) while they are in the cache: begin(first, rows) starts a
+// block, f(first, rows, token, count, out, stride) writes `count` tokens' gradients out (rows,
+// count), and finite numbers behind them up to a multiple of kColumnBlock. `factor` (tokens,) as in
+// sum_tokens.
+template <class Begin, class F>
+void weight_gradient(const Tensor& hidden, const std::vector<float>& factor, Tensor& d_weight,
+                     Tensor* d_bias, const Begin& begin_block, const F& f) {
   constexpr std::int64_t kDepth = WeightGradient::kDepth;
-  const std::int64_t vocabulary = head.weight.size(0), n = tokens.count();
-  const std::int64_t height = block_rows(vocabulary, head.weight.size(1));
-  const LogitTiles logits(tokens, head);
-  WeightGradient product(tokens.hidden, height);
+  const std::int64_t vocabulary = d_weight.size(0), n = hidden.size(0);
+  const std::int64_t height = block_rows(vocabulary, d_weight.size(1));
+  WeightGradient product(hidden, height);
   Tensor sums = at::empty({d_bias == nullptr ? 0 : vocabulary}, at::kFloat);
   const std::int64_t blocks = (vocabulary + height - 1) / height;
   at::parallel_for(0, blocks, 1, [&](std::int64_t from, std::int64_t to) {
-    const std::int64_t z_stride = stride_for(kGroup);
-    Tensor z = at::empty({height, z_stride}, at::kFloat);
     Tensor gradient = gradient_room(height, round_up(std::min(kDepth, n), 32), at::kBFloat16);
     const std::int64_t stride = gradient.stride(0);
     auto* g = gradient.mutable_data_ptr<at::BFloat16>();
     std::vector<double> bias(height);
     for (std::int64_t i = from; i < to; ++i) {
       const std::int64_t first = i * height, rows = std::min(height, vocabulary - first);
+      begin_block(first, rows);
       std::fill(bias.begin(), bias.end(), 0.0);
       for (std::int64_t token = 0; token < n; token += kDepth) {
         const std::int64_t count = std::min(kDepth, n - token);
-        for (std::int64_t j = 0; j < count; j += kGroup) {
-          const std::int64_t columns = round_up(std::min(kGroup, count - j), kColumnBlock);
-          auto* tile = z.mutable_data_ptr<float>();
-          logits.tile(first, rows, token + j, columns, tile, z_stride);
-          tiles.write(tile, z_stride, first, rows, token + j, columns, g + j, stride);
-        }
+        f(first, rows, token, count, g, stride);
         // What a whole step of the product may read: of an earlier token it might be NaN.
         for (std::int64_t j = round_up(count, kColumnBlock); j < round_up(count, 32); ++j) {
           for (std::int64_t v = 0; v < rows; ++v) g[v * stride + j] = 0;
         }
         product.add(g, stride, rows, token, count);
         for (std::int64_t v = 0; d_bias != nullptr && v < rows; ++v) {
-          bias[v] += sum_of(g + v * stride, count, nullptr);
+          bias[v] +=
+              sum_of(g + v * stride, count, factor.empty() ? nullptr : factor.data() + token);
         }
       }
       product.write(rows, d_weight, first);
-      if (d_bias != nullptr) {
-        for (std::int64_t v = 0; v < rows; ++v) {
-          sums.mutable_data_ptr<float>()[first + v] = static_cast<float>(bias[v]);
-        }
+      for (std::int64_t v = 0; d_bias != nullptr && v < rows; ++v) {
+        sums.mutable_data_ptr<float>()[first + v] = static_cast<float>(bias[v]);
       }
     }
     at::native::cpublas::brgemm_release();
   });
   if (d_bias != nullptr) d_bias->copy_(sums);
+}
+
+// The same from the logits, made anew.
+void weight_gradient_of_logits(const Tokens& tokens, const Head& head, GradientTiles& tiles,
+                               Tensor& d_weight, Tensor* d_bias) {
+  const std::int64_t height = block_rows(head.weight.size(0), head.weight.size(1));
+  const std::int64_t stride = stride_for(kGroup);
+  const LogitTiles logits(tokens, head);
+  Tensor z = at::empty({at::get_num_threads(), height, stride}, at::kFloat);
+  std::vector<Tensor> blocks;
+  for (int t = 0; t < at::get_num_threads(); ++t) blocks.push_back(logits.block(height));
+  weight_gradient(
+      tokens.hidden, {}, d_weight, d_bias,
+      [&](std::int64_t first, std::int64_t rows) {
+        logits.take(first, rows, blocks[at::get_thread_num()]);
+      },
+      [&](std::int64_t first, std::int64_t rows, std::int64_t token, std::int64_t count,
+          at::BFloat16* out, std::int64_t out_stride) {
+        const int t = at::get_thread_num();
+        float* tile = z.mutable_data_ptr<float>() + t * height * stride;
+        for (std::int64_t j = 0; j < count; j += kGroup) {
+          const std::int64_t columns = round_up(std::min(kGroup, count - j), kColumnBlock);
+          logits.tile(blocks[t], first, rows, token + j, columns, tile, stride);
+          tiles.write(tile, stride, first, rows, token + j, columns, out + j, out_stride);
+        }
+      });
+}
+
+// The same from a packed slab (V, counted) and its columns `place`, all if `whole`; `hidden` has
+// the tokens' coefficients in it.
+void weight_gradient_of_slab(const Tensor& slab, const std::vector<std::int64_t>& place, bool whole,
+                             const Tensor& hidden, const std::vector<float>& factor,
+                             Tensor& d_weight, Tensor* d_bias) {
+  const std::uint16_t* from = words_of(slab);
+  const std::int64_t step = slab.stride(0);
+  weight_gradient(
+      hidden, factor, d_weight, d_bias, [](std::int64_t, std::int64_t) {},
+      [&](std::int64_t first, std::int64_t rows, std::int64_t token, std::int64_t count,
+          at::BFloat16* out, std::int64_t stride) {
+        for (std::int64_t v = 0; v < rows; ++v) {
+          const std::uint16_t* row = from + (first + v) * step;
+          auto* to = reinterpret_cast<std::uint16_t*>(out + v * stride);
+          if (whole) {
+            std::memcpy(to, row + token, count * sizeof *to);
+          } else {
+            for (std::int64_t j = 0; j < count; ++j) to[j] = row[place[token + j]];
+          }
+          std::fill(to + count, to + round_up(count, kColumnBlock), 0);
+        }
+      });
 }
 
 // Log-probs and what is kept of the tokens at `counted` places, by Ratios. Returns which of them
@@ -928,11 +1007,17 @@ std::vector<std::int64_t> pass_by_ratios(const Tensor& hidden, const Head& head,
       sums.emplace(head.weight, count, room);
       const std::int64_t stride = stride_for(kGroup), size = sums->height() * stride;
       Tensor tiles = at::empty({at::get_num_threads(), size}, at::kFloat);
-      sums->each([&](std::int64_t first, std::int64_t rows, std::int64_t column,
-                     std::int64_t columns, std::uint16_t* out, std::int64_t out_stride) {
+      std::vector<Tensor> blocks;
+      for (int t = 0; t < at::get_num_threads(); ++t)
+        blocks.push_back(logits.block(sums->height()));
+      const auto take = [&](std::int64_t first, std::int64_t rows) {
+        logits.take(first, rows, blocks[at::get_thread_num()]);
+      };
+      sums->each(take, [&](std::int64_t first, std::int64_t rows, std::int64_t column,
+                           std::int64_t columns, std::uint16_t* out, std::int64_t out_stride) {
         float* z = tiles.mutable_data_ptr<float>() + at::get_thread_num() * size;
         columns = round_up(columns, kColumnBlock);
-        logits.tile(first, rows, column, columns, z, stride);
+        logits.tile(blocks[at::get_thread_num()], first, rows, column, columns, z, stride);
         ratios.turn(z, stride, first, rows, column, columns, out, out_stride, true);
       });
     }
@@ -1232,8 +1317,11 @@ std::tuple<Tensor, Tensor, Tensor> linear_token_logprobs_backward_cpu(
       for (std::int64_t j = 0; j < n; ++j) scale_to(tokens.hidden, j, rows, j, columns.a[j]);
     }
     GradientTiles tiles(tokens, columns, head, storage_of("hidden", at::empty({0}, made)));
-    if (need_weight && !has_slab && multiplies_packed(head.weight)) {
-      weight_gradient_of_logits(tokens, head, tiles, d_weight, need_bias ? &d_bias : nullptr);
+    const std::vector<float> factor = has_slab ? columns.a : std::vector<float>();
+    if (need_weight && multiplies_packed(head.weight)) {
+      Tensor* bias = need_bias ? &d_bias : nullptr;
+      has_slab ? weight_gradient_of_slab(slab, column, whole, rows, factor, d_weight, bias)
+               : weight_gradient_of_logits(tokens, head, tiles, d_weight, bias);
       return {d_hidden, d_weight, d_bias};
     }
     const std::int64_t stride = stride_for(n);
@@ -1244,9 +1332,6 @@ std::tuple<Tensor, Tensor, Tensor> linear_token_logprobs_backward_cpu(
     if (!in_one) buffer = gradient_room(block, n, made);
     std::optional<LogitTiles> logits;
     if (!has_slab) logits.emplace(tokens, head);
-    const std::int64_t height = block_rows(vocabulary, width);
-    std::optional<WeightGradient> blocks;
-    if (need_weight && multiplies_packed(head.weight)) blocks.emplace(rows, height);
     for (std::int64_t begin = 0; begin < vocabulary; begin += block) {
       const std::int64_t count = std::min(block, vocabulary - begin);
       Tensor gradient = slab;
@@ -1256,24 +1341,8 @@ std::tuple<Tensor, Tensor, Tensor> linear_token_logprobs_backward_cpu(
       } else if (!has_slab) {
         gradient = recompute(tokens, *logits, tiles, begin, begin + count, buffer);
       }
-      if (need_weight && blocks.has_value() && gradient.stride(0) >= round_up(n, 2)) {
-        const auto* from = gradient.const_data_ptr<at::BFloat16>();
-        const std::int64_t step = gradient.stride(0), parts = (count + height - 1) / height;
-        at::parallel_for(0, parts, 1, [&](std::int64_t first, std::int64_t last) {
-          for (std::int64_t i = first; i < last; ++i) {
-            const std::int64_t v = i * height, part = std::min(height, count - v);
-            blocks->add(from + v * step, step, part, 0, n);
-            blocks->write(part, d_weight, begin + v);
-          }
-          at::native::cpublas::brgemm_release();
-        });
-      } else if (need_weight) {
-        multiply_by_hidden(gradient, rows, d_weight.narrow(0, begin, count));
-      }
-      if (need_bias) {
-        sum_tokens(gradient, has_slab ? columns.a : std::vector<float>(),
-                   d_bias.narrow(0, begin, count));
-      }
+      if (need_weight) multiply_by_hidden(gradient, rows, d_weight.narrow(0, begin, count));
+      if (need_bias) sum_tokens(gradient, factor, d_bias.narrow(0, begin, count));
     }
   }
   return {d_hidden, d_weight, d_bias};

@@ -766,6 +766,34 @@ DRRLHF_INLINE Floats ratios_of_columns(const float* block, std::int64_t stride, 
   return sum[0] + sum[1];
 }
 
+// The same of two neighbouring blocks, not transposed: whole lines of the cache at a time.
+template <Form F>
+DRRLHF_INLINE void ratios_of_two(const float* block, std::int64_t stride, std::int64_t rows,
+                                 const float* reference, const Transform& t, std::uint16_t* out,
+                                 std::int64_t out_stride, float* sum) {
+  constexpr auto kF = Storage::kFloat;
+  const Relative<true> low(load<kF>(reference)), high(load<kF>(reference + kLanes));
+  Floats sums[2] = {};
+  const auto ratio = [&](const Relative<true>& relative, const float* from, Floats& to)
+                         __attribute__((always_inline)) {
+                           const Floats z = load<kF>(from), e = two_to<false>(relative.exponent(z));
+                           to += e;
+                           if constexpr (F != Form::kCapped) return bits<Words>(e) + 0x8000u;
+                           return bits<Words>(e * relative_slope<F>(z, t)) + 0x8000u;
+                         };
+  for (std::int64_t v = 0; v < rows; ++v) {
+    const float* row = block + v * stride;
+    const Words one = ratio(low, row, sums[0]), two = ratio(high, row + kLanes, sums[1]);
+    typedef std::uint16_t Line __attribute__((vector_size(64)));
+    constexpr Line kUpper = {1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31,
+                             33, 35, 37, 39, 41, 43, 45, 47, 49, 51, 53, 55, 57, 59, 61, 63};
+    const Line narrow = __builtin_shuffle(bits<Line>(one), bits<Line>(two), kUpper);
+    __builtin_memcpy(out + v * out_stride, &narrow, sizeof narrow);
+  }
+  store<kF>(sum, load<kF>(sum) + sums[0]);
+  store<kF>(sum + kLanes, load<kF>(sum + kLanes) + sums[1]);
+}
+
 // Zeros behind `rows` entries of each row, so that whole steps of a product may read them.
 DRRLHF_INLINE void fill_up(std::uint16_t* out, std::int64_t out_stride, std::int64_t rows,
                            std::int64_t columns) {
@@ -794,7 +822,11 @@ void tile_ratios_as(float* tile, std::int64_t stride, std::int64_t rows, std::in
     z = -kInfinityF;
   });
   const std::int64_t by_token = Transposed ? out_stride : 1;
-  for (std::int64_t j = 0; j < columns; j += kLanes) {
+  std::int64_t j = 0;
+  for (; !Transposed && j + 2 * kLanes <= tokens; j += 2 * kLanes) {
+    ratios_of_two<F>(tile + j, stride, rows, reference + j, t, out + j, out_stride, sum + j);
+  }
+  for (; j < columns; j += kLanes) {
     const std::int64_t left = tokens - j < kLanes ? tokens - j : kLanes;
     const Floats by = load<kF>(reference + j);
     std::uint16_t* to = out + j * by_token;
