@@ -508,7 +508,8 @@ class HeadSums {
     const std::int64_t threads = at::get_num_threads();
     const std::int64_t fit = std::max(kGroup, workspace / (bytes * threads) / kGroup * kGroup);
     // Threads beyond those whose sums fit share: more tokens at a time are worth more.
-    const std::int64_t most = std::max(fit, std::min<std::int64_t>(workspace / bytes, 1024));
+    const std::int64_t shared = std::min<std::int64_t>(workspace / bytes, 1024) / kGroup * kGroup;
+    const std::int64_t most = std::max(fit, shared);
     const std::int64_t passes = (tokens + most - 1) / most;
     return std::min(most, round_up((tokens + passes - 1) / passes, kGroup));
   }
@@ -1137,8 +1138,12 @@ EightTensors linear_token_logprobs_cpu(const Tensor& hidden, const Head& head, c
     const Tensor transposed =
         at::from_blob(base, {vocabulary, count}, {out_stride, 1}, at::dtype(product));
     if (keep == Keep::kSlab) {
-      packed_slab(kept, vocabulary, n)
-          .index_copy_(1, entries(column.data() + start), transposed.to(dtype));
+      const Tensor packed = packed_slab(kept, vocabulary, n);
+      if (left == n) {
+        packed.narrow(1, start, count).copy_(transposed);
+      } else {
+        packed.index_copy_(1, entries(column.data() + start), transposed.to(dtype));
+      }
     } else if (left == y.numel()) {
       multiply_by_head(transposed, head.weight, kept.view({-1, width}).narrow(0, start, count),
                        workspace);
