@@ -14,22 +14,28 @@ DEBUG = os.environ.get("DRRLHF_DEBUG", "0") not in ("", "0")
 
 
 def check_value(
-    holds: Callable[[], Tensor], message: Callable[[], str], on: Tensor, wanted: bool = DEBUG
+    holds: Callable[[], Tensor], message: Callable[[], str], on: Tensor, wanted: bool = False
 ) -> None:
     """ValueError with `message` where `holds`, a 0-d bool tensor when called, is false.
 
     On the CPU it raises at once; a graph compiled for it asserts in the graph. On other devices
-    reading the answer would synchronise, and asking costs launches: what a kernel cannot answer it
-    answers with NaN, and only where the check is `wanted` does the device assert.
+    reading the answer would synchronise, and asking costs launches: what is wrong gives NaN there,
+    never a device assert, which would end the context of everything else in the process. Two
+    exceptions: a check that the caller `wanted` is read and raises, where it can be read (not in a
+    compiled graph, nor in a captured one); and DRRLHF_DEBUG=1 makes the device assert all of them.
     """
-    cpu = on.device.type == "cpu"
-    if torch.compiler.is_compiling() or not cpu:
-        if cpu or wanted:
-            torch._assert_async(
-                holds(), "drrlhf: an argument check failed; run on the CPU for more"
-            )
-    elif not bool(holds()):
-        raise ValueError(message())
+    cpu, compiling = on.device.type == "cpu", torch.compiler.is_compiling()
+    if not compiling and (cpu or (wanted and _readable(on))):
+        if not bool(holds()):
+            raise ValueError(message())
+    elif cpu or DEBUG:
+        torch._assert_async(holds(), "drrlhf: an argument check failed; run on the CPU for more")
+
+
+def _readable(on: Tensor) -> bool:
+    """Whether there are values on the tensor's device, which no graph is being captured on."""
+    kind = on.device.type
+    return kind != "meta" and not (kind == "cuda" and torch.cuda.is_current_stream_capturing())
 
 
 def check_device(name: str, value: Tensor | None, like: str, on: Tensor) -> None:

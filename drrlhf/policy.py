@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -164,7 +165,8 @@ def policy_loss(
         process_group: as in `robust_risk`; prompts are those of all ranks, one rank's sequences
             of a prompt being a prompt of their own, and the sequences and tokens that a_s divides
             by are those of all ranks.
-        check_finite: on a GPU, assert that rewards are finite, which a CPU always does.
+        check_finite: on a GPU read the rewards and prompt ids, which synchronises, and refuse what
+            is wrong in them, as a CPU always does; without it a wrong one gives NaN there.
 
     Returns:
         `PolicyLoss`. The gradient flows to logps, once (no double backward); it is exactly 0 where
@@ -198,7 +200,13 @@ def policy_loss(
     def count() -> int:
         n = prompt_ids.numel()
         if num_prompts is None:
-            return int(prompt_ids.max()) + 1 if n else 0
+            largest = int(prompt_ids.max()) if n else -1
+            if largest >= n or (n and largest < 0):
+                raise ValueError(
+                    f"prompt_ids: expected ids in [0, {n}), as many prompts at most as there are "
+                    f"sequences, got {largest}; number the prompts from 0 without gaps"
+                )
+            return largest + 1
         if not 0 <= num_prompts <= n:
             raise ValueError(
                 f"num_prompts: expected 0 to {n}, as many sequences as there are, got "
@@ -262,12 +270,13 @@ def _across_ranks(
     """The factor (S,) from a sequence's share of its rank's objective to its weighted share of all
     ranks', times the number of ranks, over which gradients will be averaged; and that number."""
     m = m if nominal is None else int((nominal != 0).sum())
-    held = sizes if present is None else sizes * (present[prompt_ids] != 0)
+    prompts = reference.Prompts(prompt_ids, len(weights))
+    held = sizes if present is None else sizes * (prompts.spread(present, 0) != 0)
     mine = held.sum().double()
     numbers = distributed.total(torch.stack([mine, torch.ones_like(mine)]), process_group)
     everyone, ranks = numbers.tolist()
     share = mine.clamp(min=1) / max(everyone, 1.0)
-    return (weights.double() * (m * ranks) * share)[prompt_ids], int(ranks)
+    return prompts.spread(weights.double() * (m * ranks) * share, math.nan), int(ranks)
 
 
 def _check_tokens(
@@ -345,7 +354,7 @@ def _check_rewards(
     def bad() -> Tensor:
         found = ~torch.isfinite(rewards.detach())
         if nominal is not None and nominal.shape == (prompts,) and nominal.device == rewards.device:
-            found = found & (nominal[prompt_ids.long()] != 0)
+            found = found & (reference.Prompts(prompt_ids, prompts).spread(nominal, 0) != 0)
         return found
 
     check_value(
@@ -362,7 +371,7 @@ def _check_rewards(
 
 def _check_prompts_have_tokens(tokens: Tensor, prompt_ids: Tensor, prompts: int) -> None:
     def total() -> Tensor:
-        return tokens.new_zeros(prompts).index_add(0, prompt_ids.long(), tokens)
+        return reference.Prompts(prompt_ids, prompts).sums(tokens)
 
     check_value(
         lambda: (total() > 0).all(),

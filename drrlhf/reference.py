@@ -4,6 +4,10 @@ Written to be checked by eye against the formulas of `drrlhf.ambiguity`: ordered
 by sorting and prefix sums, the two without a closed form by bisection. All of it is float64, free
 of host synchronisation, and independent of the compiled backends, which search without sorting.
 
+What callers give as ids (labels, groups, prompts, boundaries) may be anything at all. Where the
+CPU does not refuse it first, a wrong one gives NaN, as it does in the kernels, and is never an
+index: on a device an index that is out of range ends the process's context.
+
 Notation: `l` losses (n,), `p` nominal weights (n,) with sum 1, `q` worst-case weights (n,).
 """
 
@@ -198,26 +202,27 @@ def _group_step(
 
 
 def normalised(nominal: Tensor | None, n: int, like: Tensor) -> Tensor:
-    """Nominal weights as float64 (n,) with sum 1, or all 0 where nothing is unmasked."""
+    """Nominal weights as float64 (n,) with sum 1, or all 0 where nothing is unmasked; all NaN where
+    one is negative or not finite."""
     if nominal is None:
         return torch.full((n,), 1.0 / max(n, 1), dtype=torch.float64, device=like.device)
     p = nominal.double()
+    legal = torch.isfinite(p) & (p >= 0)
     check_value(
-        lambda: torch.isfinite(p).all() & (p >= 0).all(),
+        legal.all,
         lambda: (
             "nominal: expected finite weights >= 0 (0 masks a pair), got "
-            f"{p[~(torch.isfinite(p) & (p >= 0))][0].item()} at index "
-            f"{int((~(torch.isfinite(p) & (p >= 0))).nonzero()[0])}; drop or clamp it"
+            f"{p[~legal][0].item()} at index {int((~legal).nonzero()[0])}; drop or clamp it"
         ),
         p,
-        wanted=True,
     )
+    p = torch.where(legal, p, math.nan)
     total = p.sum()
-    return torch.where(total > 0, p / torch.where(total > 0, total, 1), 0)
+    return torch.where(total > 0, p / torch.where(total > 0, total, 1), 0 * total)
 
 
-def check_groups(groups: Tensor | None, group_weights: Tensor | None) -> None:
-    """ValueError unless every group id lies in [0, G)."""
+def check_groups(groups: Tensor | None, group_weights: Tensor | None) -> Tensor:
+    """Which group ids are outside of [0, G); ValueError for the first of them on the CPU."""
     assert groups is not None and group_weights is not None, "Group needs groups and state"
     size = group_weights.numel()
     outside = (groups < 0) | (groups >= size)
@@ -229,8 +234,8 @@ def check_groups(groups: Tensor | None, group_weights: Tensor | None) -> None:
             f"raise num_groups or fix the column"
         ),
         groups,
-        wanted=True,
     )
+    return outside
 
 
 def _solve(
@@ -248,34 +253,36 @@ def _solve(
     masked = p == 0
     l = torch.where(masked, 0, losses.double())
     state = torch.zeros(0, dtype=torch.float64, device=l.device)
+    legal = ~p.isnan().any()
     if kind == "group":
-        check_groups(groups, group_weights)
+        outside = check_groups(groups, group_weights)
+        legal = legal & ~outside.any()
+        ids = torch.where(outside, 0, groups).long()  # type: ignore[arg-type]
         state = group_weights.clone()  # type: ignore[union-attr]
     if l.numel() == 0:
         return l.sum(), l, l.sum(), state
     finite = torch.isfinite(l).all()
     safe = torch.where(finite, l, 0)  # solve something harmless where the answer is NaN anyway
     empty = masked.all()
-    safe_p = torch.where(empty, 1.0 / l.numel(), p)
+    safe_p = torch.where(empty | p.isnan(), 1.0 / l.numel(), p)
     if kind == "group":
-        ids = groups.long()  # type: ignore[union-attr]
         if trim > 0:
             safe_p = safe_p * (
                 1 - _upper_tail(torch.where(masked, safe.amin(), safe), safe_p, trim)[0]
             )
             safe_p = safe_p / safe_p.sum()
         value, q, stepped = _group_step(safe, safe_p, ids, group_weights, a, b)  # type: ignore[arg-type]
-        state = torch.where(finite & ~empty, stepped, state)
+        state = torch.where(finite & legal & ~empty, stepped, state)
         dual = torch.zeros_like(value)
     else:
         value, q, dual = worst_case(safe, safe_p, kind, a, b, trim)
     # A non-finite loss must be seen: the plain mean carries it, and so do all the weights.
     value = torch.where(finite, value, (p * l).sum())
-    q = torch.where(finite, q, math.nan)
+    q = torch.where(finite & legal, q, math.nan)
     return (
-        torch.where(empty, 0, value),
+        torch.where(legal, torch.where(empty, 0, value), math.nan),
         torch.where(masked, 0, q),
-        torch.where(empty, 0, dual),
+        torch.where(legal, torch.where(empty, 0, dual), math.nan),
         state,
     )
 
@@ -569,10 +576,12 @@ def _scaled(logits: Tensor, temperature: float, softcap: float | None) -> Tensor
 ENTROPY, MEAN_LOGIT, IS_TOP1, LOG_SUM_SQ_PROBS = 1, 2, 4, 8
 
 
-def _counted(labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
-    """Which labels count (...), and indices (..., 1) that are safe to gather at."""
+def _counted(labels: Tensor, ignore_index: int, vocabulary: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Which labels count, and which of these are in [0, V) (...); and indices (..., 1) that are
+    safe to gather at."""
     valid = labels != ignore_index
-    return valid, torch.where(valid, labels, 0).long().unsqueeze(-1)
+    known = valid & (labels >= 0) & (labels < vocabulary)
+    return valid, known, torch.where(known, labels, 0).long().unsqueeze(-1)
 
 
 def token_logprobs(
@@ -588,12 +597,12 @@ def token_logprobs(
     cannot hold (their sum is it, to the digits that the backward needs); and where `outputs` asks,
     else empty: entropy, mean of z, whether the label is the first maximum, log sum softmax(z)^2.
 
-    Statistics in float32 (float64 for float64 logits), 0 where the label is ignored. Where the
-    label has the largest logit the log-prob is -log1p(sum of the others), which keeps the digits of
-    a confident model.
+    Statistics in float32 (float64 for float64 logits), 0 where the label is ignored, NaN where it
+    is outside of [0, V). Where the label has the largest logit the log-prob is
+    -log1p(sum of the others), which keeps the digits of a confident model.
     """
     z = _scaled(logits.to(statistics_dtype(logits)), temperature, softcap)
-    valid, index = _counted(labels, ignore_index)
+    valid, known, index = _counted(labels, ignore_index, z.shape[-1])
     top = z.amax(-1, keepdim=True)
     true = z.gather(-1, index)
     e = torch.exp(z - top)
@@ -616,15 +625,15 @@ def token_logprobs(
             lambda: torch.log((e * e).sum(-1, True)) - 2 * torch.log(e.sum(-1, True)),
         ),
     ]
-    found = [torch.where(valid, x.squeeze(-1), 0) for x in found]
+    blank = torch.where(valid, math.nan, 0).to(z.dtype)
+    found = [torch.where(known, x.squeeze(-1), blank) for x in found]
     for bit, statistic in sums:
-        dtype = torch.bool if bit == IS_TOP1 else z.dtype
+        flag = bit == IS_TOP1
         if outputs & bit:
-            found.append(
-                torch.where(valid, statistic().squeeze(-1), False if bit == IS_TOP1 else 0)
-            )
+            x = statistic().squeeze(-1)
+            found.append(x & known if flag else torch.where(known, x, blank))
         else:
-            found.append(z.new_empty(0, dtype=dtype))
+            found.append(z.new_empty(0, dtype=torch.bool if flag else z.dtype))
     return tuple(found)
 
 
@@ -633,7 +642,7 @@ def _logit_gradient(
     logp: Tensor, lse: Tensor, lse_tail: Tensor, entropy: Tensor, ignore_index: int,
 ) -> Tensor:  # fmt: skip
     """d / dz of grad logp + grad_entropy entropy, (..., V)."""
-    valid, index = _counted(labels, ignore_index)
+    valid, _, index = _counted(labels, ignore_index, z.shape[-1])
     log_p = (z - lse.unsqueeze(-1)) - lse_tail.unsqueeze(-1)
     p = torch.exp(log_p)
     d = torch.zeros_like(z)
@@ -814,20 +823,42 @@ def linear_token_logprobs_backward(
 # --------------------------------------------------------------------------- sequences
 
 
-def _segments(labels: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, int]:
-    """The sequence that each token belongs to, shaped as the labels, and how many there are."""
-    if cu_seqlens is None:
-        rows = torch.arange(labels.shape[0], device=labels.device)
-        return rows.unsqueeze(1).expand(labels.shape), labels.shape[0]
-    tokens = torch.arange(labels.numel(), device=labels.device, dtype=cu_seqlens.dtype)
-    return torch.searchsorted(cu_seqlens[1:].contiguous(), tokens, right=True), len(cu_seqlens) - 1
+class _Segments:
+    """Which sequence each token belongs to: rows of padded tokens (B, L), or parts of packed (T,).
+
+    Packed boundaries that do not run from 0 to T, or that decrease, are none: every sum is then
+    NaN, and no token is looked for outside of the sequences.
+    """
+
+    def __init__(self, tokens: Tensor, cu_seqlens: Tensor | None) -> None:
+        device = tokens.device
+        self.legal: Tensor | None = None
+        if cu_seqlens is None:
+            self.count = tokens.shape[0]
+            rows = torch.arange(self.count, device=device)
+            self.of = rows.unsqueeze(1).expand(tokens.shape)
+            return
+        self.count = len(cu_seqlens) - 1
+        place = torch.arange(tokens.numel(), device=device, dtype=cu_seqlens.dtype)
+        # Tokens behind the last boundary get a sequence of their own, which nobody asks for.
+        self.of = torch.searchsorted(cu_seqlens[1:].contiguous(), place, right=True)
+        self.legal = (cu_seqlens[0] == 0) & (cu_seqlens[-1] == tokens.numel())
+        self.legal = self.legal & (cu_seqlens[1:] >= cu_seqlens[:-1]).all()
+
+    def sums(self, x: Tensor) -> Tensor:
+        """Sums (S,) of a number by token."""
+        found = x.new_zeros(self.count + 1).index_add(0, self.of.reshape(-1), x.reshape(-1))
+        found = found[: self.count]
+        return found if self.legal is None else torch.where(self.legal, found, math.nan)
+
+    def spread(self, x: Tensor) -> Tensor:
+        """To each token what x (S,) says of its sequence."""
+        return torch.cat([x, x.new_zeros(1)])[self.of]
 
 
 def _token_counts(labels: Tensor, cu_seqlens: Tensor | None, ignore_index: int) -> Tensor:
-    """Counted tokens by sequence (S,)."""
-    segment, count = _segments(labels, cu_seqlens)
-    valid = (labels != ignore_index).long()
-    return valid.new_zeros(count).index_add(0, segment.reshape(-1), valid.reshape(-1))
+    """Counted tokens by sequence (S,), in float64."""
+    return _Segments(labels, cu_seqlens).sums((labels != ignore_index).double())
 
 
 def sequence_logprobs(
@@ -835,8 +866,7 @@ def sequence_logprobs(
 ) -> Tensor:
     """Sums or means (S,) over the counted tokens of padded (B, L) rows, or packed (T,) segments."""
     kept = torch.where(labels != ignore_index, logps, 0).double()
-    segment, count = _segments(labels, cu_seqlens)
-    total = kept.new_zeros(count).index_add(0, segment.reshape(-1), kept.reshape(-1))
+    total = _Segments(labels, cu_seqlens).sums(kept)
     if mean:
         total = total / _token_counts(labels, cu_seqlens, ignore_index).clamp(min=1)
     return total.to(statistics_dtype(logps))
@@ -847,9 +877,9 @@ def sequence_logprobs_backward(
 ) -> Tensor:
     """The gradient (S,) of every sequence at each of its counted tokens; 0 elsewhere."""
     if mean:
-        grad = grad / _token_counts(labels, cu_seqlens, ignore_index).clamp(min=1)
-    segment, _ = _segments(labels, cu_seqlens)
-    return torch.where(labels != ignore_index, grad[segment], 0)
+        counts = _token_counts(labels, cu_seqlens, ignore_index).clamp(min=1)
+        grad = grad / counts.to(grad.dtype)
+    return torch.where(labels != ignore_index, _Segments(labels, cu_seqlens).spread(grad), 0)
 
 
 def sequence_preference_loss(
@@ -869,7 +899,7 @@ def sequence_preference_loss(
     (G,), sequence log-probs (2n,), and d value / d sequence log-probs (2n,).
     """
     sums = sequence_logprobs(logps.double(), labels, cu_seqlens, ignore_index, False)
-    lengths = _token_counts(labels, cu_seqlens, ignore_index).double()
+    lengths = _token_counts(labels, cu_seqlens, ignore_index)
     n = sums.numel() // 2
     ref_chosen = ref_rejected = None
     if ref_logps is not None:
@@ -974,22 +1004,20 @@ def policy_loss(
         loss_type, importance_level, clip_low, clip_high, kl_beta, correct_kl,
         max_completion_length,
     )  # fmt: skip
-    segment, count = _segments(logps, cu_seqlens)
+    segments = _Segments(logps, cu_seqlens)
     check_prompt_ids(prompt_ids, num_prompts)
-    prompts, flat = prompt_ids.long(), segment.reshape(-1)
-    counted = torch.ones_like(segment, dtype=torch.bool) if mask is None else mask != 0
+    counted = torch.ones_like(logps, dtype=torch.bool) if mask is None else mask != 0
 
     def sums(x: Tensor) -> Tensor:
-        kept = torch.where(counted, x, 0).double().reshape(-1)
-        return kept.new_zeros(count).index_add(0, flat, kept)
+        return segments.sums(torch.where(counted, x, 0).double())
 
     tokens = sums(counted)
     x = logps.double()
     log_ratio = torch.zeros_like(x) if old_logps is None else x - old_logps.double()
     if importance_level == "sequence":
-        log_ratio = (sums(log_ratio) / tokens.clamp(min=1))[segment]
+        log_ratio = segments.spread(sums(log_ratio) / tokens.clamp(min=1))
     surrogate, slopes, ratio, low_clipped, high_clipped, overflowed = clipped_surrogate(
-        log_ratio, advantages.double()[segment], o
+        log_ratio, segments.spread(advantages.double()), o
     )
     divergence = torch.zeros_like(x)
     if ref_logps is not None:
@@ -998,26 +1026,26 @@ def policy_loss(
             divergence, slope = ratio * divergence, ratio * slope
             by_ratio = divergence
             if importance_level == "sequence":
-                by_ratio = (sums(divergence) / tokens.clamp(min=1))[segment]
+                by_ratio = segments.spread(sums(divergence) / tokens.clamp(min=1))
             slope = slope + torch.where(overflowed, 0, by_ratio)
         slopes, overflowed = slopes + kl_beta * slope, overflowed | beyond
     rows = [surrogate, divergence, ratio, low_clipped, high_clipped, overflowed]
     rows.append(torch.zeros_like(x) if entropy is None else entropy)
     table = torch.stack([tokens, *(sums(row) for row in rows)])
 
-    per_prompt = tokens.new_zeros(num_prompts)
-    completions = per_prompt.index_add(0, prompts, torch.ones_like(tokens))
-    losses = -per_prompt.index_add(0, prompts, rewards.double()) / completions
+    prompts = Prompts(prompt_ids, num_prompts)
+    losses = -prompts.sums(rewards.double()) / prompts.sums(torch.ones_like(tokens))
     risk, q, dual, state = _solve(losses, nominal, groups, group_weights, kind, a, b, trim)
     present = torch.ones_like(q, dtype=torch.bool) if nominal is None else nominal != 0
-    held = present[prompts]
-    weight = (q * present.sum())[prompts]
+    held = prompts.spread(present, False)
+    # A prompt that there is not has no weight to give.
+    weight = prompts.spread(q * present.sum(), math.nan)
     if loss_type == "grpo":
         share = 1 / (tokens.clamp(min=1) * held.sum())
     elif loss_type == "dr_grpo":
-        share = 1 / (max_completion_length * held.sum().double()).expand(count)
+        share = 1 / (max_completion_length * held.sum().double()).expand(tokens.shape)
     else:
-        share = 1 / torch.where(held, tokens, 0).sum().clamp(min=1).expand(count)
+        share = 1 / torch.where(held, tokens, 0).sum().clamp(min=1).expand(tokens.shape)
     if sequence_weights is not None:
         weight = weight * sequence_weights.double()
     coefficients = torch.where(weight == 0, 0, weight * share)
@@ -1034,19 +1062,35 @@ def policy_loss_backward(
     grad: Tensor, slopes: Tensor, coefficients: Tensor, cu_seqlens: Tensor | None
 ) -> Tensor:
     """grad coefficient slope (as slopes): exactly 0 where the sequence's coefficient is 0."""
-    factor = (grad * coefficients)[_segments(slopes, cu_seqlens)[0]]
+    factor = _Segments(slopes, cu_seqlens).spread(grad * coefficients)
     return torch.where(factor == 0, 0, factor * slopes)
 
 
-def check_prompt_ids(prompt_ids: Tensor, num_prompts: int, wanted: bool = True) -> None:
+class Prompts:
+    """Which of m prompts each sequence belongs to; an id outside of [0, m) is of none."""
+
+    def __init__(self, prompt_ids: Tensor, num_prompts: int) -> None:
+        self.count = num_prompts
+        outside = (prompt_ids < 0) | (prompt_ids >= num_prompts)
+        self.of = torch.where(outside, num_prompts, prompt_ids.long())
+
+    def sums(self, x: Tensor) -> Tensor:
+        """Sums (m,) of a number by sequence."""
+        return x.new_zeros(self.count + 1).index_add(0, self.of, x)[: self.count]
+
+    def spread(self, x: Tensor, nobody: float) -> Tensor:
+        """To each sequence what x (m,) says of its prompt, or `nobody`."""
+        return torch.cat([x, x.new_full((1,), nobody)])[self.of]
+
+
+def check_prompt_ids(prompt_ids: Tensor, num_prompts: int, wanted: bool = False) -> None:
     """ValueError unless every prompt of 0 ... num_prompts - 1 has a sequence, and no other has."""
 
     def outside() -> Tensor:
         return (prompt_ids < 0) | (prompt_ids >= num_prompts)
 
     def missing() -> Tensor:
-        there = torch.zeros(num_prompts, dtype=torch.bool, device=prompt_ids.device)
-        return ~there.scatter(0, prompt_ids.long(), True)
+        return Prompts(prompt_ids, num_prompts).sums(torch.ones_like(prompt_ids)) == 0
 
     check_value(
         lambda: ~outside().any(),

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from drrlhf import distributed, ops
+from drrlhf import checks, distributed, ops, reference
 from drrlhf.ambiguity import ERM, AmbiguitySet, Group, parse_ambiguity
 from drrlhf.checks import check_device, check_floating, check_integer, check_value, check_vector
 
@@ -134,6 +134,8 @@ def check_adversary(first: Tensor, parsed: Parsed, options: Options, like: str) 
     if nominal is not None:
         check_vector("nominal", nominal, n, like)
         check_device("nominal", nominal, like, first)
+        if checks.DEBUG:  # not every kernel asserts; the CPU's raise by themselves
+            reference.normalised(nominal, n, first)
     if parsed.momentum is not None and options.normaliser_state is not None:
         _check_state_device(
             "normaliser_state", options.normaliser_state.log_normaliser, like, first
@@ -158,6 +160,8 @@ def check_adversary(first: Tensor, parsed: Parsed, options: Options, like: str) 
                 f"got {weights.numel()}; build it with GroupState({num_groups})"
             )
         _check_state_device("group_state", weights, like, first)
+    if checks.DEBUG:
+        reference.check_groups(groups, weights)
     kind, step_size, _, trim = encoded
     return Adversary(nominal, groups, weights, (kind, step_size, float(options.update), trim))
 
@@ -395,7 +399,8 @@ def robust_risk(
             average that DDP and FSDP take is that of one process with the whole batch. Every rank
             must call; it synchronises with the host, and breaks a compiled graph. None: this
             process alone.
-        check_finite: raise ValueError naming the first non-finite unmasked loss.
+        check_finite: raise ValueError naming the first non-finite unmasked loss; on a GPU that
+            reads the losses, which synchronises, and in a compiled graph it is left out there.
 
     Returns:
         `RobustRisk`: value () and dual () and weights (n,), float32, or float64 for float64

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -109,6 +112,30 @@ def assert_no_worse(ours, theirs, truth, what=""):
             f"{what}: {name} error {a:.3g}, plain PyTorch's {b:.3g}, ratio {a / b:.2f}, at most "
             f"{factor} allowed"
         )
+
+
+def tensors_in(found: Any) -> list[torch.Tensor]:
+    """The tensors of a result: a tensor, a tuple, or parts of one that are None."""
+    if isinstance(found, torch.Tensor):
+        return [found]
+    return [] if found is None else [x for part in found for x in tensors_in(part)]
+
+
+def assert_refused(call: Callable[[], Any], message: str, backend: str) -> None:
+    """`call` raises ValueError with `message`. Where values are not read before they are used, on a
+    GPU and in kernels, the answer to a wrong one has NaN in it instead, or nothing at all, and the
+    device goes on working."""
+    if not ON_GPU and backend not in ASYNCHRONOUS:
+        with pytest.raises(ValueError, match=message):
+            call()
+        return
+    try:
+        found = tensors_in(call())
+    except ValueError as error:
+        assert re.search(message, str(error)), error
+    else:
+        assert any(x.isnan().any() for x in found) or not any(x.numel() for x in found), found
+    assert torch.ones(3).sum() == 3
 
 
 def assert_differentiable_once(value, *inputs):

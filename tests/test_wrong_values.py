@@ -1,0 +1,221 @@
+"""Wrong ids where nothing refuses them first: NaN for what they concern, never an index.
+
+A CPU refuses them by name (`test_bad_input` of each op). A GPU does not read them; there a
+device assert would end the context of everything else in the process. Here the ops are called as on
+a GPU, past their checks: the kernels, and plain PyTorch, which serves where there are none.
+"""
+
+from __future__ import annotations
+
+import types
+
+import child
+import pytest
+import torch
+from three_ways import BACKENDS, DEVICE, EMULATED, ON_GPU
+
+from drrlhf import backends, checks, ops, reference
+
+# The kernels of the CPU refuse by themselves, and name what is wrong.
+SILENT = [name for name in BACKENDS if name != "cpp"]
+NONE = [-1, 7, 2**40, -(2**40)]  # of [0, 7)
+BOUNDARIES = [[1, 4, 9], [0, 5, 4], [0, 4, 10], [0, -3, 9], [0, 4, 8], [0, 12, 9], [0, 2**40, 9]]
+KEEPS = {"triton": (0, 1, 3), "cuda": (0, 1, 4), "reference": (0, 1, 2, 3, 4)}
+
+
+@pytest.fixture(params=SILENT, autouse=True)
+def backend(request, monkeypatch):
+    monkeypatch.setattr(reference, "check_value", lambda *_, **__: None)  # as on a device
+    with backends.use(request.param):
+        yield request.param
+
+
+@pytest.mark.parametrize("label", NONE)
+def test_a_label_of_logits(label):
+    logits, labels = torch.randn(4, 7), torch.tensor([0, 6, -100, 3])
+    right = ops.token_logprobs(logits, labels, -100, 0.7, 5.0, 15)
+    wrong = labels.clone()
+    wrong[1] = label
+    found = ops.token_logprobs(logits, wrong, -100, 0.7, 5.0, 15)
+    others = [0, 2, 3]
+    for a, b in zip(found, right):
+        assert torch.equal(a[others], b[others])
+    logp, lse, tail, entropy, _, top1, _ = found
+    assert all(x[1].isnan() for x in (logp, lse, tail, entropy)) and not top1[1]
+    upstream = torch.randn(4)
+    expected, d = (
+        torch.ops.drrlhf.token_logprobs_backward(
+            logits, y, upstream, upstream, *x[:4], ignore_index=-100, temperature=0.7, softcap=5.0
+        )
+        for y, x in ((labels, right), (wrong, found))
+    )
+    assert d[1].isnan().all() and torch.equal(d[others], expected[others])
+
+
+@pytest.mark.parametrize("label", NONE)
+def test_a_label_of_the_head(backend, label):
+    hidden, weight = torch.randn(4, 5), torch.randn(7, 5)
+    labels, wrong = torch.tensor([0, 6, -100, 3]), torch.tensor([0, label, -100, 3])
+    for keep in KEEPS[backend]:
+        right, found = (
+            ops.linear_token_logprobs(hidden, weight, None, y, -100, 1.0, None, 1.0, 15, keep, 0)
+            for y in (labels, wrong)
+        )
+        assert found[0][1].isnan() and found[3][1].isnan() and not found[5][1]
+        for a, b in zip(found[:7], right):
+            torch.testing.assert_close(a[[0, 2, 3]], b[[0, 2, 3]])
+        upstream = torch.randn(4)
+        d_hidden, d_weight, _ = torch.ops.drrlhf.linear_token_logprobs_backward(
+            hidden, weight, None, wrong, upstream, None, *found[:4], found[7], -100, 1.0, None,
+            1.0, keep, 0, True, keep != 1, False,
+        )  # fmt: skip
+        assert d_hidden[1].isnan().all() and torch.isfinite(d_hidden[[0, 2, 3]]).all()
+        assert keep == 1 or d_weight.isnan().any()
+
+
+@pytest.mark.parametrize("boundaries", BOUNDARIES)
+@pytest.mark.parametrize("mean", [False, True])
+def test_boundaries(boundaries, mean):
+    cu, labels = torch.tensor(boundaries), torch.zeros(9, dtype=torch.long)
+    assert ops.sequence_logprobs(torch.randn(9), labels, cu, -100, mean).isnan().any()
+    d = torch.ops.drrlhf.sequence_logprobs_backward(torch.ones(2), labels, cu, -100, mean)
+    assert d.shape == (9,)
+    whole = torch.tensor([0, 4, 9])
+    assert (
+        torch.ops.drrlhf.sequence_logprobs_backward(torch.ones(2), labels, whole, -100, mean).sum()
+        > 0
+    )
+
+
+@pytest.mark.parametrize("boundaries", BOUNDARIES)
+def test_boundaries_of_pairs(boundaries):
+    found = torch.ops.drrlhf.sequence_preference_loss(
+        torch.randn(9), torch.zeros(9, dtype=torch.long), torch.tensor(boundaries), torch.zeros(2),
+        None, None, None, -100, "sigmoid", 0.1, 0.0, 0.5, 0.05, "reverse_kl", 0.5, "erm", 0.0,
+        0.0, 0.0,
+    )  # fmt: skip
+    assert found[0].isnan()
+
+
+@pytest.mark.parametrize("bad", [-1.0, float("nan"), float("inf")])
+@pytest.mark.parametrize("kind, a", [("tv", 0.1), ("kl_radius", 0.1), ("erm", 0.0), ("cvar", 0.4)])
+def test_a_nominal_weight(kind, a, bad):
+    nominal = torch.tensor([1.0, bad, 1.0])
+    value, weights, *_ = ops.robust_risk(torch.randn(3), nominal, None, None, kind, a, 0.0, 0.0)
+    assert value.isnan() and weights.isnan().any()
+
+
+@pytest.mark.parametrize("group", [-1, 2, 2**40])
+@pytest.mark.parametrize("trim", [0.0, 0.2])
+def test_a_group(group, trim):
+    state = torch.tensor([0.25, 0.75], dtype=torch.float64)
+    groups = torch.tensor([0, 1, group])
+    value, weights, _, after = ops.robust_risk(
+        torch.randn(3), None, groups, state, "group", 0.1, 1.0, trim
+    )
+    assert value.isnan() and weights.isnan().all() and torch.equal(after, state)
+
+
+def policy(prompt_ids, prompts, **change):
+    x = {
+        "logps": -torch.rand(4, 5), "advantages": torch.tensor([1.0, -1.0, 0.5, 2.0]),
+        "rewards": torch.tensor([0.0, 1.0, 2.0, 3.0]), "cu_seqlens": None,
+    } | change  # fmt: skip
+    return ops.policy_loss(
+        x["logps"], None, None, None, None, x["cu_seqlens"], x["advantages"], x["rewards"],
+        torch.tensor(prompt_ids), None, None, None, None, prompts, "grpo", "token", 0.2, 0.2, 0.0,
+        True, 1.0, "tv", 0.1, 0.0, 0.0,
+    )  # fmt: skip
+
+
+@pytest.mark.skipif("cuda" in SILENT, reason="the backend has no such kernel")
+@pytest.mark.parametrize("bad", [-1, 2, 2**40])
+def test_a_prompt(bad):
+    loss, *_, coefficients, slopes, _ = policy([0, 1, bad, 0], 2)
+    assert loss.isnan() and coefficients.isnan().tolist() == [False, False, True, False]
+    d = torch.ops.drrlhf.policy_loss_backward(torch.ones(()), slopes, coefficients, None)
+    assert d[2].isnan().all() and d[[0, 1, 3]].isfinite().all()
+
+
+@pytest.mark.skipif("cuda" in SILENT, reason="the backend has no such kernel")
+def test_a_prompt_without_a_sequence():
+    loss, weights, losses, *_ = policy([0, 0, 2, 2], 3)
+    assert losses.isnan().tolist() == [False, True, False]
+    assert loss.isnan() and weights.isnan().all()
+
+
+@pytest.mark.skipif("cuda" in SILENT, reason="the backend has no such kernel")
+def test_boundaries_of_completions():
+    """Only NaN may come of them: what a sequence without tokens adds is 0."""
+    for boundaries in ([0, 5, 3, 9, 20], [0, 5, 9, 14, 21], [1, 5, 9, 14, 20], [0, -5, 9, 14, 20]):
+        cu = torch.tensor(boundaries)
+        loss, *_, coefficients, slopes, table = policy([0, 0, 1, 1], 2, logps=-torch.rand(20),
+                                                       cu_seqlens=cu)  # fmt: skip
+        assert loss.isnan() and table.isnan().any()
+        torch.ops.drrlhf.policy_loss_backward(torch.ones(()), slopes, coefficients, cu)
+
+
+# -- who looks at values ---------------------------------------------------------------------------
+
+
+def on(device):
+    return types.SimpleNamespace(device=torch.device(device))
+
+
+def test_a_check_on_a_device_does_nothing_unless_it_is_wanted(monkeypatch):
+    asserted = []
+    monkeypatch.setattr(torch, "_assert_async", lambda holds, text: asserted.append(bool(holds)))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+
+    def check(device, wanted=False):
+        checks.check_value(lambda: torch.tensor(False), lambda: "wrong", on(device), wanted)
+
+    with pytest.raises(ValueError, match="wrong"):
+        check("cpu")
+    for device in ("cuda", "meta"):
+        check(device)
+    check("meta", wanted=True)  # has no values
+    with pytest.raises(ValueError, match="wrong"):
+        check("cuda", wanted=True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    check("cuda", wanted=True)
+    assert not asserted
+    monkeypatch.setattr(checks, "DEBUG", True)
+    check("cuda")
+    check("cuda", wanted=True)
+    assert asserted == [False, False]
+
+
+WRONG = {
+    "labels": "dr.token_logprobs(torch.zeros(2, 3), torch.tensor([0, 3]))",
+    "head": "dr.linear_token_logprobs(torch.zeros(2, 4), torch.zeros(3, 4), torch.tensor([0, -1]))",
+    "boundaries": "dr.sequence_logprobs(torch.zeros(4), longs, cu_seqlens=torch.tensor([0, 5]))",
+    "nominal": "dr.robust_risk(torch.zeros(2), 'tv:0.1', nominal=torch.tensor([1.0, -1.0]))",
+    "groups": "dr.robust_risk(torch.zeros(2), 'group:2', groups=torch.tensor([0, 2]))",
+}
+CALL = """
+import torch
+import drrlhf as dr
+torch.set_default_device("{device}")
+longs = torch.zeros(4, dtype=torch.long)
+with dr.backends.use("{backend}"):
+    found = {call}
+torch.cuda.synchronize() if "{device}" == "cuda" else None
+print(found)
+"""
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_debug_mode_makes_it_an_error(backend, what):
+    """On a device an assert, which ends the context: in a child."""
+    if EMULATED:
+        pytest.skip("a child has no emulated kernels")
+    code = CALL.format(device=DEVICE, backend=backend, call=WRONG[what])
+    debugging = child.run(code, DRRLHF_DEBUG="1")
+    assert debugging.returncode, debugging.stdout
+    if ON_GPU:
+        assert "assert" in debugging.stderr, debugging.stderr
+        plain = child.run(code, DRRLHF_DEBUG="0")
+        assert plain.returncode == 0 and "nan" in plain.stdout, plain.stderr
+    else:
+        assert "ValueError" in debugging.stderr, debugging.stderr
