@@ -215,7 +215,5 @@ def test_debug_mode_makes_it_an_error(backend, what):
     assert debugging.returncode, debugging.stdout
     if ON_GPU:
         assert "assert" in debugging.stderr, debugging.stderr
-        plain = child.run(code, DRRLHF_DEBUG="0")
-        assert plain.returncode == 0 and "nan" in plain.stdout, plain.stderr
     else:
         assert "ValueError" in debugging.stderr, debugging.stderr

@@ -1,0 +1,109 @@
+"""The run of the tests on a GPU, without one: its steps, its logs, its ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import gpu
+import pytest
+
+RUNNER = Path(gpu.__file__)
+FAKE = """#!/bin/sh
+echo "$@" >> {record}
+while [ "$1" != {python} ]; do shift; done
+exec "$@"
+"""
+
+
+@pytest.fixture
+def sanitizer(tmp_path, monkeypatch):
+    """Stands for compute-sanitizer: notes how it was called, and runs the rest."""
+    program, record = tmp_path / "sanitizer", tmp_path / "calls"
+    program.write_text(FAKE.format(record=record, python=sys.executable))
+    program.chmod(0o755)
+    monkeypatch.setenv("COMPUTE_SANITIZER", str(program))
+    return record
+
+
+def write(tmp_path, text):
+    file = tmp_path / "tests" / "test_some.py"
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(text)
+    return str(file)
+
+
+def start(tmp_path, *arguments):
+    command = [sys.executable, RUNNER, "--device", "cpu", "--cores", "2"]
+    environment = os.environ | {"PYTEST_ADDOPTS": ""}
+    return subprocess.Popen(
+        [*map(str, command), "--output", str(tmp_path / "out"), *arguments], env=environment,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+
+
+def summary(tmp_path):
+    return json.loads((tmp_path / "out" / "summary.json").read_text())
+
+
+def test_a_failure_stops_nothing_and_is_told(tmp_path, sanitizer):
+    tests = write(tmp_path, "def test_bad():\n    assert 0\ndef test_good():\n    assert 1\n")
+    run = start(tmp_path, tests)
+    output, _ = run.communicate(timeout=300)
+    assert run.returncode == 1, output
+    found = summary(tmp_path)
+    assert set(found) == {"cpu", "memcheck", "racecheck"}
+    assert found["cpu"]["passed"] == 1 and found["cpu"]["failed"] == 1
+    for tool in gpu.TOOLS:
+        assert found[tool]["status"] == "ok" and found[tool]["passed"] > 12, output
+    calls = sanitizer.read_text().splitlines()
+    assert len(calls) == 2, "a process for each tool"
+    for call in calls:
+        assert "-m sanitized" in call and "kns=drrlhf" in call and "--error-exitcode" in call
+    assert (tmp_path / "out" / "cpu.xml").exists()
+
+
+def test_the_time_limit_ends_a_step_and_keeps_what_there_is(tmp_path, sanitizer):
+    tests = write(
+        tmp_path,
+        "import time\ndef test_good():\n    assert 1\ndef test_long():\n    time.sleep(600)\n",
+    )
+    began = time.monotonic()
+    run = start(tmp_path, tests, "--seconds", "12")
+    output, _ = run.communicate(timeout=120)
+    assert run.returncode == 1 and time.monotonic() - began < 60
+    assert summary(tmp_path)["cpu"]["status"] == "ended by the time limit", output
+    assert summary(tmp_path)["cpu"]["passed"] == 1
+
+
+def test_an_interrupt_leaves_no_process_behind(tmp_path, sanitizer):
+    mark = tmp_path / "mark"
+    tests = write(
+        tmp_path,
+        "import os, pathlib, time\ndef test_long():\n"
+        f"    pathlib.Path({str(mark)!r}).write_text(str(os.getpid()))\n    time.sleep(600)\n",
+    )
+    run = start(tmp_path, tests)
+    while not (mark.exists() and mark.read_text()):
+        assert run.poll() is None, run.stdout.read()
+        time.sleep(0.1)
+    run.send_signal(signal.SIGINT)
+    run.communicate(timeout=60)
+    assert run.returncode == 1 and summary(tmp_path)["cpu"]["status"] == "interrupted"
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(mark.read_text()), 0)
+
+
+def test_without_a_gpu_it_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "ASK", "raise RuntimeError('no device')")
+    monkeypatch.setattr(gpu.signal, "signal", lambda *_: None)
+    tests = write(tmp_path, "def test_good():\n    assert 1\n")
+    out = tmp_path / "out"
+    arguments = ["--device", "cuda", "--output", str(out), "--cores", "2", "-k", "nothing", tests]
+    assert gpu.main(arguments) == 1
+    assert "no device" in summary(tmp_path)["build"]["status"]
