@@ -24,7 +24,7 @@ class RewardTrainer(AmbiguityMixin, trl.RewardTrainer):
     Raises:
         ValueError: a Group set without a ``group`` column or with another number of groups, a
             weight that is not finite and >= 0, a ``data_collator`` that pads with what the model
-            does not skip, or what `AmbiguityMixin` refuses.
+            does not skip, Liger's fused linear cross-entropy, or what `AmbiguityMixin` refuses.
     """
 
     __signature__ = inspect.signature(trl.RewardTrainer)
@@ -39,6 +39,20 @@ class RewardTrainer(AmbiguityMixin, trl.RewardTrainer):
             return batch
 
         self.data_collator = checked
+
+    def _check_arguments(self, config: Any) -> None:
+        super()._check_arguments(config)
+        if not config.use_liger_kernel:
+            return
+        given = config.liger_kernel_config or {}
+        if given.get("fused_linear_cross_entropy"):
+            raise ValueError(
+                "liger_kernel_config: fused_linear_cross_entropy=True puts a language model's "
+                "forward in the place of the reward model's, which has no such head; leave it out, "
+                "the layer kernels are applied without it"
+            )
+        # On by default, and Liger 0.8 does not ask whether the model has a language model's head.
+        config.liger_kernel_config = given | {"fused_linear_cross_entropy": False}
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
