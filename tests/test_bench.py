@@ -2,16 +2,33 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import subprocess
 from functools import partial
 
 import pytest
 import torch
+from transformers.models.llama import modeling_llama
 from typer.testing import CliRunner
 
 import drrlhf as dr
-from drrlhf.bench import heads, memory, peers, reducers, registry, results, runner, table, timing
+from drrlhf import backends, reference
+from drrlhf.bench import (
+    dpo_step,
+    heads,
+    memory,
+    peers,
+    profile,
+    reducers,
+    registry,
+    results,
+    runner,
+    table,
+    timing,
+    trainer_step,
+)
+from drrlhf.bench.budget import LEFT_OUT, Budget
 from drrlhf.bench.gate import Gate, judge
 from drrlhf.bench.registry import Case, Contest, Unavailable, Work
 from drrlhf.cli import app
@@ -454,3 +471,293 @@ def test_a_file_that_is_no_result_is_refused(tmp_path):
         (tmp_path / "cpu_x_2026-11-24.json").write_text(text)
         with pytest.raises(ValueError, match=word):
             table.readme_tables(tmp_path)
+
+
+# ---- a budget of seconds -----------------------------------------------------------------------
+
+
+class Watch:
+    """A clock that moves when it is told to."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self):
+        return self.now
+
+    def spends(self, seconds, value=1.0):
+        def run():
+            self.now += seconds
+            return value
+
+        return run
+
+
+def test_a_case_is_not_begun_without_the_time_it_needs():
+    watch = Watch()
+    left = Budget(10.0, watch)
+    built = []
+
+    def build():
+        built.append(1)
+        return contest()
+
+    watch.now = 6.0
+    outcome = runner.run(case(build, seconds=5.0), "quick", budget=left)
+    assert outcome.skipped == {"": LEFT_OUT} and not built
+    assert runner.run(case(build, seconds=3.0), "quick", rounds=1, budget=left).records and built
+    with pytest.raises(ValueError, match="seconds: expected a number > 0, got 0"):
+        Budget(0.0)
+
+
+def test_what_the_time_leaves_out_of_a_case_is_skipped_and_what_ran_is_kept():
+    watch = Watch()
+    outcome = runner.run(
+        case(partial(contest, ours=watch.spends(6.0))), "quick", budget=Budget(5.0, watch)
+    )
+    assert outcome.skipped == dict.fromkeys(("plain", "peer"), LEFT_OUT)
+    assert {r["contender"]: r["rounds"] for r in outcome.records} == {"drrlhf": 1}
+
+
+def test_who_has_not_been_judged_is_not_timed():
+    watch = Watch()
+    outcome = runner.run(
+        case(partial(contest, ours=lambda: 1.1, peer=watch.spends(9.0))),
+        "quick", budget=Budget(5.0, lambda: watch.now + 6.0 * bool(watch.now)),
+    )  # fmt: skip
+    assert outcome.failures and not outcome.records
+    spent = Budget(5.0, watch)
+    watch.now += 6.0
+    outcome = runner.run(case(contest, seconds=-10.0), "quick", budget=spent)
+    assert set(outcome.skipped) == {"drrlhf", "plain", "peer"} and not outcome.records
+
+
+def test_rounds_are_fewer_where_little_time_is_left():
+    watch = Watch()
+    left = Budget(100.0, watch)
+    assert left.each(4, 10.0) == 2.5 and Budget().each(4, 10.0) == 10.0
+    watch.now = 80.0
+    assert left.each(4, 10.0) == pytest.approx(0.5)
+
+
+def test_late_rounds_are_left_out():
+    clock = iter([False, False, False, False, True, True, True, True, True])
+    samples = timing.interleave(
+        {name: Work(lambda: None) for name in "ab"}, rounds=9, clock=lambda run: 1.0,
+        late=lambda: next(clock, True),
+    )  # fmt: skip
+    assert {name: len(found) for name, found in samples.items()} == {"a": 3, "b": 3}
+
+
+def test_the_most_valuable_cases_come_first():
+    cases = registry.most_valuable_first(registry.select("gpu"))
+    names = [f"{c.op}: {c}" for c in cases]
+    assert names[0].startswith("trainer_step: step in one forward")
+
+    def first(*parts):
+        return next(i for i, name in enumerate(names) if all(part in name for part in parts))
+
+    def last(*parts):
+        return max(i for i, name in enumerate(names) if all(part in name for part in parts))
+
+    heads_ = [
+        first("linear_token_logprobs", metric, "bfloat16", shape, head)
+        for metric, head in (("forward,", "frozen"), ("+backward,", "frozen"), ("+b", "trained"))
+        for shape in ("8192×128256×4096", "16384×128256×2048")
+    ]
+    marks = [max(heads_), first("top-1"), first("policy_loss"), first("preference_loss")]
+    assert marks == sorted(marks) and max(heads_) < 10
+    assert last("policy_loss") < first("scaling") and first("scaling") > last("preference_loss")
+    assert min(i for i, c in enumerate(cases) if c.op.endswith("logprobs") and "float32" in str(c)
+               ) > last("scaling")  # fmt: skip
+    assert len(cases) == len(registry.select("gpu"))
+
+
+def test_the_command_keeps_to_its_seconds_and_lists_what_it_left_out(tmp_path, monkeypatch):
+    whole = bench("--suite", "quick", "--rounds", 1, "--op", "robust_risk", "--output", tmp_path)
+    assert whole.exit_code == 0
+    (path,) = tmp_path.glob("*.json")
+    before = results.read(path)
+    run, given = runner.run, []
+
+    def counted(case, suite, **options):
+        given.append(case)
+        if len(given) == 3:
+            monkeypatch.setattr(Budget, "left", 0.0)
+        return run(case, suite, **options)
+
+    monkeypatch.setattr(runner, "run", counted)
+    result = bench(
+        "--suite", "quick", "--rounds", 1, "--op", "robust_risk", "--output", tmp_path,
+        "--seconds", 100,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert f"Left out for want of time, {len(given) - 2} of {len(given)} cases" in result.output
+    assert f"robust_risk, {given[-1]}" in " ".join(result.output.split())
+    after = results.read(path)
+    assert {r["metric"] for r in after["records"]} == {r["metric"] for r in before["records"]}
+    assert not [e for e in after["skipped"] if e["reason"] == LEFT_OUT], "found by an earlier run"
+    refused = bench("--suite", "quick", "--seconds", 0)
+    assert refused.exit_code == 2 and "seconds: expected a number > 0" in refused.stderr
+
+
+def test_the_result_file_is_whole_after_every_case(monkeypatch, tmp_path):
+    run, seen = runner.run, []
+
+    def looking(*arguments, **options):
+        files = list(tmp_path.glob("*.json"))
+        seen.append({r["metric"] for r in results.read(files[0])["records"]} if files else set())
+        return run(*arguments, **options)
+
+    monkeypatch.setattr(runner, "run", looking)
+    bench("--suite", "quick", "--rounds", 1, "--op", "preference_loss", "--output", tmp_path)
+    assert [len(found) for found in seen] == list(range(len(seen))) and len(seen) > 3
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+# ---- where the time goes, and who is measured --------------------------------------------------
+
+
+def test_a_profile_says_where_the_time_went(quick):
+    a, b = torch.randn(2, 300, 300).unbind()
+    found = profile.of(Work(lambda: [torch.mm(a, b) for _ in range(5)] + [a + b]), "cpu", most=1)
+    (row,) = found["rows"]
+    assert found["by"] == "operator" and row["name"] == "aten::mm" and row["launches"] == 5
+    assert found["launches"] >= 6 and found["total_ms"] >= row["ms"] > 0
+    _, folder = quick
+    kept = results.read(next(folder.glob("quick_*.json")))["profiles"]
+    whole = [e for e in kept if e["metric"] == "step in one forward"]
+    assert [e["contender"] for e in whole] == ["drrlhf (erm)", "trl"]
+    for entry in whole:
+        times = [row["ms"] for row in entry["rows"]]
+        assert len(times) == profile.MOST_ROWS and times == sorted(times, reverse=True)
+        assert sum(times) <= entry["total_ms"] * 1.001
+
+
+def test_a_backend_by_name_does_the_backward_too(monkeypatch):
+    called = []
+    for name in ("linear_token_logprobs", "linear_token_logprobs_backward"):
+        right = getattr(reference, name)
+        monkeypatch.setattr(
+            reference, name, lambda *a, name=name, right=right: called.append(name) or right(*a)
+        )
+    problem = heads.Problem(6, 11, 8, torch.float32, "cpu", trained=True)
+    work = registry.on_backend("reference", lambda: problem.work(heads.ours()))()
+    work.once()
+    assert called == ["linear_token_logprobs", "linear_token_logprobs_backward"]
+    with pytest.raises(Unavailable, match="triton"):
+        registry.on_backend("triton", lambda: problem.work(heads.ours()))().once()
+
+
+def test_no_backend_is_measured_twice(monkeypatch):
+    for serving in ("cuda", "triton"):
+        monkeypatch.setattr(registry.backends, "serving", lambda op, device, s=serving: s)
+        problem = heads.Problem(4, 9, 8, torch.float32, "cpu", trained=True)
+        contenders, named = heads.everyone(problem, "gpu")
+        (other,) = {"cuda", "triton"} - {serving}
+        assert named == {f"drrlhf ({other})": other, f"drrlhf ({other}, slab kept)": other}
+        ours = [name for name in contenders if name.startswith("drrlhf")]
+        assert ours == [
+            "drrlhf", "drrlhf (slab kept)", "drrlhf (48 MiB)", "drrlhf (256 MiB)", *named
+        ]  # fmt: skip
+
+
+def test_records_name_the_backend_that_did_the_work(quick):
+    kept = results.read(next(quick[1].glob("quick_*.json")))["records"]
+    by = {r["contender"]: r["backend"] for r in kept if r["op"] == "linear_token_logprobs"}
+    assert by["drrlhf (reference)"] == by["drrlhf (reference, slab kept)"] == "reference"
+    assert by["drrlhf"] == backends.serving("linear_token_logprobs", "cpu")
+
+
+def test_the_truth_of_the_extras_is_that_of_full_logits():
+    problem = heads.Problem(40, 70, 8, torch.float32, "cpu", False, extras=True)
+    logps, entropy, mean, top = heads.plain_extras(
+        problem.hidden.double(), problem.weight.double(), problem.labels
+    )
+    truth = problem.truth(lambda _: problem.upstream)
+    for name, expected in zip(("log-probs", *heads.JUDGED_EXTRAS), (logps, entropy, mean)):
+        torch.testing.assert_close(truth[name].float(), expected.detach().float()[problem.rows])
+    for head in (heads.ours_extras(), heads.trl_extras()):
+        found = head(problem.hidden, problem.weight, problem.labels)
+        for a, b in zip(found, (logps, entropy, mean)):
+            torch.testing.assert_close(a, b.float(), rtol=1e-5, atol=1e-5)
+        assert torch.equal(found[3], top)
+    verdicts = problem.gate().judge(
+        {"log-probs": logps, "entropy": entropy * 1.01, "mean logit": mean}
+        | {"d hidden": problem.truth(lambda _: problem.upstream)["d hidden"]}
+    )
+    assert [v.quantity for v in verdicts if not v.ok] == ["entropy"]
+
+
+# ---- the gate of a whole step ------------------------------------------------------------------
+
+
+def test_plain_that_is_noise_is_no_standard():
+    truth = torch.linspace(-3, 3, 101).double()
+    noise = truth.flip(0)
+    assert judge("x", noise, noise, truth).ok
+    assert not judge("x", noise, noise, truth, most=0.05).ok
+    assert judge("x", truth.float() * 1.05, noise, truth, most=0.05).ok
+
+
+def test_the_gate_of_a_step_sees_a_wrong_beta_and_its_standard_is_small():
+    step = next(
+        c for c in registry.select("quick", ["trainer_step"]) if c.metric == "step in one forward"
+    )
+    made = step.build()
+    gate, work = made.gates["drrlhf (erm)"], made.contenders["drrlhf (erm)"]()
+    (right,) = gate.judge(work.outputs())
+    assert right.ok and right.allowed_rms <= 2 * dpo_step.STANDARD
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer_step, "BETA", 0.2)
+        (wrong,) = gate.judge(made.contenders["drrlhf (erm)"]().outputs())
+    assert not wrong.ok and wrong.rms > 5 * wrong.allowed_rms
+
+
+def test_pairs_of_the_checked_step_are_apart():
+    """No rounding decides which pair is the worst."""
+    base = dpo_step.policy_model("quick", "cpu")
+    policy = trainer_step._moved(copy.deepcopy(base), True, trainer_step.SPREAD["quick"])
+    batches = trainer_step._apart(base, policy, "cpu")
+    count, pairs, length = trainer_step.CHECKED
+    assert [b["input_ids"].shape for b in batches] == [(2 * pairs, length)] * count
+    margins = []
+    for model, start in ((policy, base), (policy.double(), base.double())):
+        logps = [trainer_step._logps(model, b) - trainer_step._logps(start, b) for b in batches]
+        margins.append(torch.cat([x.chunk(2)[0] - x.chunk(2)[1] for x in logps]).double())
+    rounded, exact = margins
+    assert exact.sort().values.diff().min() > 5 * (rounded - exact).abs().max()
+
+
+class FakeLiger:
+    """Puts a name into the model's module for everyone, as Liger does."""
+
+    def apply_liger_kernel(self, model, config):
+        self.config = config
+        modeling_llama.apply_rotary_pos_emb = self.rotary
+
+    def rotary(self, *arguments, **options):
+        self.ran = True
+        return self.right(*arguments, **options)
+
+
+def test_liger_s_layers_are_those_of_its_contenders_alone(monkeypatch):
+    fake, own = FakeLiger(), modeling_llama.apply_rotary_pos_emb
+    fake.right, fake.ran = own, False
+    monkeypatch.setattr(
+        trainer_step.peers, "load", lambda name, package, load=trainer_step.peers.load: (
+            fake if "liger" in name else load(name, package)
+        ),
+    )  # fmt: skip
+    base = dpo_step.policy_model("quick", "cpu")
+    options = {"ambiguity": "erm", trainer_step.LIGER_OPTION: True}
+    trainer = trainer_step._trainer("drrlhf (erm, liger)", base, options, "cpu", True, 0.1)
+    layers = trainer_step.Layers(trainer)
+    assert fake.config["fused_linear_cross_entropy"] is False
+    assert modeling_llama.apply_rotary_pos_emb is own
+    batch = trainer_step._batches(211, (1, 2, 12), False, "cpu")
+    trainer_step._step(trainer, batch)
+    assert not fake.ran
+    with layers:
+        trainer_step._step(trainer, batch)
+    assert fake.ran and modeling_llama.apply_rotary_pos_emb is own

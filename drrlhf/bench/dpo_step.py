@@ -20,6 +20,7 @@ from drrlhf.bench.registry import OURS, SUITES, Case, Contest, Unavailable, Work
 SHAPES = {"cpu": (8, 256), "gpu": (16, 1024), "quick": (4, 12)}  # sequences, tokens of each
 CHECKED = (4, 64)  # of the same, in float64
 LAYERS = 8
+STANDARD = 0.05  # the largest relative error of plain bfloat16 that others may be measured by
 # Models of random weights, told apart from uniform ones by their spread.
 _RANDOM: dict[str, dict[str, Any]] = {
     "quick": {
@@ -49,6 +50,8 @@ def cases(suite: str) -> Iterator[Case]:
         memory=True,
         kernels=KERNELS,
         tokens=sequences * length,
+        order=6,
+        seconds=20.0 if suite == "gpu" else 1.0,
         build=lambda: _contest(suite, sequences, length),
     )
 
@@ -87,6 +90,7 @@ def _contest(suite: str, sequences: int, length: int) -> Contest:
         return Gate(
             lambda: _gradients(copy.deepcopy(model).double(), step, *inputs),
             lambda: _gradients(model, step, *inputs),
+            most=STANDARD,
         )
 
     erm, robust = gate("erm"), gate(ROBUST)

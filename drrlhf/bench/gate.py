@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import NamedTuple
@@ -37,13 +38,15 @@ class Verdict(NamedTuple):
 
 
 def judge(
-    quantity: str, result: Tensor, plain: Tensor, truth: Tensor, floor: float = 0.0
-) -> Verdict:
+    quantity: str, result: Tensor, plain: Tensor, truth: Tensor, floor: float = 0.0,
+    most: float = math.inf,
+) -> Verdict:  # fmt: skip
     """Hold `result` against `truth` (float64), allowing it twice the RMS error of `plain`.
 
     The worst element may be four times as far off as plain's. Errors of plain below the rounding
     of the result itself, or below `floor` (absolute), count as that: a plain result that is exact
-    by luck sets no standard.
+    by luck sets no standard. With `most`, plain's RMS error excuses that much and no more: a plain
+    result that is noise sets none either.
     """
     if result.shape != truth.shape or plain.shape != truth.shape:
         raise ValueError(
@@ -59,7 +62,7 @@ def judge(
     return Verdict(
         quantity,
         rms,
-        RMS_FACTOR * max(plain_rms, unit, floor / scale),
+        RMS_FACTOR * max(min(plain_rms, most), unit, floor / scale),
         worst,
         WORST_FACTOR * max(plain_worst, 2 * unit * largest, floor / scale),
     )
@@ -74,7 +77,8 @@ class Gate:
     """The truth of one computation, and plain PyTorch's result of it; made once, when asked for.
 
     truth: quantity -> float64 tensor. plain: the same at the dtype that is measured. floors:
-    quantity -> absolute error below which plain's sets no standard.
+    quantity -> absolute error below which plain's sets no standard. most: the largest relative RMS
+    error of plain's that is still a standard.
     """
 
     def __init__(
@@ -82,8 +86,10 @@ class Gate:
         truth: Callable[[], Mapping[str, Tensor]],
         plain: Callable[[], Mapping[str, Tensor]],
         floors: Callable[[], Mapping[str, float]] = dict,
+        most: float = math.inf,
     ) -> None:
         self._make = truth, plain, floors
+        self._most = most
 
     @cached_property
     def _known(self) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor], Mapping[str, float]]:
@@ -94,6 +100,6 @@ class Gate:
         """One verdict for each quantity of the truth."""
         truth, plain, floors = self._known
         return [
-            judge(name, outputs[name], plain[name], truth[name], floors.get(name, 0.0))
+            judge(name, outputs[name], plain[name], truth[name], floors.get(name, 0.0), self._most)
             for name in truth
         ]

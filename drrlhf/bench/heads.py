@@ -16,15 +16,39 @@ from torch.nn import functional
 
 from drrlhf.bench import peers
 from drrlhf.bench.gate import Gate
-from drrlhf.bench.registry import OURS, SUITES, Unavailable, Work, our
+from drrlhf.bench.registry import (
+    OURS,
+    SUITES,
+    Unavailable,
+    Work,
+    on_backend,
+    other_backends,
+    our,
+    variant,
+)
 
-Head = Callable[[Tensor, Tensor, Tensor], Tensor]
+# hidden (N, D), weight (V, D), labels (N,) -> log-probs (N,), and the extras of `EXTRAS` behind
+# them where the problem asks for them.
+Head = Callable[[Tensor, Tensor, Tensor], Any]
 
 CHECKED_ROWS = 256
 CHECKED_WORDS = 256
 _TRUTH_ROWS = 512  # at once, in float64
 SMALL_BUDGET = 48 << 20  # bytes: the products' own workspace, so that the softmax is recomputed
 LARGE_BUDGET = 1 << 40  # bytes: whatever is worth keeping fits
+RECOMPUTE, SLAB = variant("recompute"), variant("slab kept")
+# Budgets of the head by suite, beside the default.
+BUDGETS: dict[str, dict[str, int]] = {
+    "cpu": {RECOMPUTE: SMALL_BUDGET, SLAB: LARGE_BUDGET},
+    "gpu": {
+        SLAB: LARGE_BUDGET, variant("48 MiB"): 48 << 20, variant("256 MiB"): 256 << 20,
+    },
+}  # fmt: skip
+BUDGETS["quick"] = BUDGETS["cpu"] | BUDGETS["gpu"]
+# What TRL's DPO trainer asks of the head besides log-probs: by our names, and by TRL's.
+EXTRAS = ("entropy", "mean_logit", "is_top1")
+TRL_EXTRAS = ("entropy", "mean_logits", "is_top1")
+JUDGED_EXTRAS = ("entropy", "mean logit")  # a bool has no rounding error to be judged by
 
 GEMM = "gemm"
 PLAIN = "plain"
@@ -37,7 +61,8 @@ CCE = "cut-cross-entropy"
 
 @dataclass
 class Problem:
-    """Inputs of the head on one device; `trained` says whether the head's gradient is wanted."""
+    """Inputs of the head on one device; `trained` says whether the head's gradient is wanted,
+    `extras` whether the statistics of `EXTRAS` are, too."""
 
     n: int
     vocabulary: int
@@ -46,6 +71,7 @@ class Problem:
     device: str
     trained: bool
     backward: bool = True
+    extras: bool = False
     hidden: Tensor = field(init=False)
     weight: Tensor = field(init=False)
     labels: Tensor = field(init=False)
@@ -98,13 +124,16 @@ class Problem:
             found.clear()
 
         def run() -> None:
-            logps = head(self.hidden, self.weight, self.labels)
+            made = head(self.hidden, self.weight, self.labels)
+            logps = made[0] if self.extras else made
             found["log-probs"] = logps.detach()
+            if self.extras:
+                found.update(zip(JUDGED_EXTRAS, (x.detach() for x in made[1:])))
             if self.backward:
                 logps.backward(upstream.to(logps.dtype))
 
         def outputs() -> Mapping[str, Tensor]:
-            return {"log-probs": found["log-probs"][self.rows], **self.gradients()}
+            return {**{k: x[self.rows] for k, x in found.items()}, **self.gradients()}
 
         return Work(run, before, outputs)
 
@@ -132,14 +161,19 @@ class Problem:
 
         def by_plain() -> Mapping[str, Tensor]:
             if self.trained:
-                work = self.work(plain, upstream)
+                head: Head = plain_extras if self.extras else plain
+                work = self.work(head, upstream)
                 work.once()
                 assert work.outputs is not None
                 return work.outputs()
             # No row's result depends on another's: the checked ones are enough.
             hidden = self.hidden.detach()[self.rows].requires_grad_(self.backward)
-            logps = plain(hidden, self.weight, self.labels[self.rows])
+            by_plain: Head = plain_extras if self.extras else plain
+            made = by_plain(hidden, self.weight, self.labels[self.rows])
+            logps = made[0] if self.extras else made
             result = {"log-probs": logps.detach()}
+            if self.extras:
+                result.update(zip(JUDGED_EXTRAS, made[1:]))
             if self.backward:
                 logps.backward(upstream[self.rows])
                 assert hidden.grad is not None
@@ -162,15 +196,24 @@ class Problem:
         weight = self.weight.double()
         hidden, labels = self.hidden[chosen].double(), self.labels[chosen]
         words = self.words
-        normaliser, at_words = [], []
+        normaliser, at_words, entropies, means = [], [], [], []
         for part in hidden.split(_TRUTH_ROWS):
             logits = part @ weight.T
             normaliser.append(logits.logsumexp(-1))
             at_words.append(logits[:, words])
+            if self.extras:
+                means.append(logits.mean(-1))
+                logp = logits.log_softmax(-1)
+                entropies.append(-(logp.exp() * logp).sum(-1))
         log_z = torch.cat(normaliser)
         logps = (hidden * weight[labels]).sum(-1) - log_z
         place = self.rows if everything else torch.arange(len(chosen), device=self.device)
         result = {"log-probs": logps[place]}
+        if self.extras:
+            result |= {
+                name: torch.cat(parts)[place]
+                for name, parts in zip(JUDGED_EXTRAS, (entropies, means))
+            }
         if not self.backward:
             return result
         upstream = upstream_of(logps).double()[chosen]
@@ -192,20 +235,58 @@ def plain(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     return logits.log_softmax(-1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
 
 
+def plain_extras(
+    hidden: Tensor, weight: Tensor, labels: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The same with `EXTRAS`, without a gradient."""
+    logits = (hidden @ weight.T).float()
+    logp = logits.log_softmax(-1)
+    with torch.no_grad():
+        entropy = -(logp.exp() * logp).sum(-1)
+        mean, top = logits.mean(-1), logits.argmax(-1) == labels
+    return logp.gather(-1, labels.unsqueeze(-1)).squeeze(-1), entropy, mean, top
+
+
+def ours_extras() -> Head:
+    """`linear_token_logprobs` with `EXTRAS`, or `Unavailable`."""
+    function = our("linear_token_logprobs", "outputs")
+
+    def head(*inputs: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        found = function(*inputs, outputs=EXTRAS)
+        return found.logps, found.entropy, found.mean_logit, found.is_top1
+
+    return head
+
+
+def trl_extras() -> Head:
+    """TRL's with `EXTRAS`, called as its DPO trainer's policy does; or `Unavailable`."""
+    head = trl(TRL_EXTRAS)
+
+    def extras(*inputs: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        logps, entropy, _, mean, top = head(*inputs)
+        return logps, entropy, mean, top
+
+    return extras
+
+
 def ours(**options: Any) -> Head:
     """`linear_token_logprobs` with options, or `Unavailable`."""
     function = our("linear_token_logprobs", *options)
     return lambda hidden, weight, labels: function(hidden, weight, labels, **options)
 
 
-def trl() -> Head:
-    """TRL's chunked log-probs, called as its `add_fused_lm_head` does; or `Unavailable`."""
+def trl(extras: tuple[str, ...] = ()) -> Head:
+    """TRL's chunked log-probs, called as its `add_fused_lm_head` does; or `Unavailable`. With
+    `extras` what it gives in full: log-probs, entropy, log_sum_sq_probs, mean_logits, is_top1."""
     function = peers.load("trl.kernels", "trl").ChunkedLogProbFunction
     chunk = peers.load("trl.trainer.utils", "trl")._CHUNKED_LOGPROB_CHUNK_SIZE
-    wanted = ("log_probs",)
-    return lambda hidden, weight, labels: function.apply(
-        hidden, weight, None, labels, 1.0, chunk, None, 1.0, wanted
-    )[0]
+    wanted = ("log_probs", *extras)
+
+    def head(hidden: Tensor, weight: Tensor, labels: Tensor) -> Any:
+        found = function.apply(hidden, weight, None, labels, 1.0, chunk, None, 1.0, wanted)
+        return found if extras else found[0]
+
+    return head
 
 
 def linear_cross_entropy() -> Head:
@@ -235,8 +316,9 @@ def cut_cross_entropy(suite: str) -> Head:
     return lambda hidden, weight, labels: -function(hidden, weight, labels, reduction="none")
 
 
-def everyone(problem: Problem, suite: str) -> dict[str, Callable[[], Work]]:
-    """Every way to compute the problem; the unit of measure, one bare product, among them."""
+def everyone(problem: Problem, suite: str) -> tuple[dict[str, Callable[[], Work]], dict[str, str]]:
+    """Every way to compute the problem, the unit of measure, one bare product, among them; and
+    the backend of those of ours that are not the automatic choice."""
 
     def product() -> Work:
         hidden, head = problem.hidden.detach(), problem.weight.detach().T
@@ -245,19 +327,31 @@ def everyone(problem: Problem, suite: str) -> dict[str, Callable[[], Work]]:
     def of_ours(**options: Any) -> Callable[[], Work]:
         return lambda: problem.work(ours(**options))
 
-    mine = {OURS: of_ours()}
-    if problem.trained and problem.backward:
-        mine = {
-            f"{OURS} (recompute)": of_ours(memory_budget=SMALL_BUDGET),
-            f"{OURS} (slab kept)": of_ours(memory_budget=LARGE_BUDGET),
-        }
-    return {
+    trained = problem.trained and problem.backward
+    mine = {OURS: (lambda: problem.work(ours_extras())) if problem.extras else of_ours()}
+    if trained:
+        # On a CPU the default is one of these two, as the problem's size decides.
+        mine = {} if suite == "cpu" else mine
+        mine |= {name: of_ours(memory_budget=bytes_) for name, bytes_ in BUDGETS[suite].items()}
+    named = {}
+    for backend in other_backends("linear_token_logprobs", suite):
+        for name in [name for name in (OURS, SLAB) if name in mine]:
+            what = name.removeprefix(OURS).strip(" ()")
+            other = variant(backend, what) if what else variant(backend)
+            mine[other] = on_backend(backend, mine[name])
+            named[other] = backend
+    by_plain: Head = plain_extras if problem.extras else plain
+    found = {
         **mine,
         GEMM: product,
-        PLAIN: lambda: problem.work(plain),
-        COMPILED: lambda: problem.work(peers.compiled(plain, suite)),
-        TRL: lambda: problem.work(trl()),
-        TORCH: lambda: problem.work(linear_cross_entropy()),
-        LIGER: lambda: problem.work(liger()),
-        CCE: lambda: problem.work(cut_cross_entropy(suite)),
+        PLAIN: lambda: problem.work(by_plain),
+        COMPILED: lambda: problem.work(peers.compiled(by_plain, suite)),
+        TRL: lambda: problem.work(trl_extras() if problem.extras else trl()),
     }
+    if not problem.extras:  # which these do not give
+        found |= {
+            TORCH: lambda: problem.work(linear_cross_entropy()),
+            LIGER: lambda: problem.work(liger()),
+            CCE: lambda: problem.work(cut_cross_entropy(suite)),
+        }
+    return found, named

@@ -12,6 +12,10 @@ from drrlhf.bench.registry import OURS, SUITES, Case, Contest, Unavailable, Work
 
 # Tokens, vocabulary, depth.
 SHAPES = {"cpu": (1024, 32000, 1024), "gpu": (8192, 128256, 4096), "quick": (40, 211, 32)}
+# Of a model of 1B parameters: twice the tokens, half the width.
+MORE_SHAPES: dict[str, tuple[tuple[int, int, int], ...]] = {
+    "cpu": (), "gpu": ((16384, 128256, 2048),), "quick": ((24, 131, 16),)
+}  # fmt: skip
 MEMORY_SHAPES = {"cpu": (4096, 128256, 1024), "gpu": (8192, 128256, 4096), "quick": (64, 509, 32)}
 TOKENS = {"cpu": (128, 256, 512, 2048), "gpu": (1024, 4096, 16384), "quick": (20,)}
 VOCABULARIES = {"cpu": (8192, 65536, 128256), "gpu": (32000, 65536, 262144), "quick": (101,)}
@@ -24,13 +28,21 @@ _LEAST = {"forward": 1, "frozen": 2, "trained": 3}
 
 
 def cases(suite: str) -> Iterator[Case]:
-    """Scoring, both heads, sparse gradients, peak memory, scaling over tokens and vocabulary."""
+    """Scoring, both heads, with and without what TRL's metrics ask for, sparse gradients, peak
+    memory, scaling over tokens and vocabulary."""
     n, v, d = SHAPES[suite]
     for dtype in (torch.bfloat16, torch.float32):
         yield _case(suite, (n, v, d), dtype, "frozen", backward=False)
         yield _case(suite, (n, v, d), dtype, "frozen")
         yield _case(suite, (n, v, d), dtype, "trained")
         yield _sparse(suite, (n, v, d), dtype)
+    for shape in ((n, v, d), *MORE_SHAPES[suite]):
+        if shape != (n, v, d):
+            yield _case(suite, shape, torch.bfloat16, "frozen", backward=False)
+            yield _case(suite, shape, torch.bfloat16, "frozen")
+            yield _case(suite, shape, torch.bfloat16, "trained")
+        for backward in (False, True):
+            yield _case(suite, shape, torch.bfloat16, "frozen", backward=backward, extras=True)
     yield _memory(suite, MEMORY_SHAPES[suite])
     for tokens in (*TOKENS[suite], n):
         yield _case(suite, (tokens, v, d), torch.bfloat16, "frozen", axis="tokens")
@@ -46,12 +58,14 @@ def _case(
     *,
     backward: bool = True,
     axis: str | None = None,
+    extras: bool = False,
 ) -> Case:
     n, v, d = shape
+    metric = "forward+backward" if backward else "forward"
 
     def build() -> Contest:
-        problem = Problem(*shape, dtype, SUITES[suite], head == "trained", backward)
-        everyone = heads.everyone(problem, suite)
+        problem = Problem(*shape, dtype, SUITES[suite], head == "trained", backward, extras)
+        everyone, named = heads.everyone(problem, suite)
         if axis is not None:
             everyone = {name: everyone[name] for name in (OURS, GEMM, PLAIN)}
         gate = problem.gate()
@@ -60,16 +74,18 @@ def _case(
             ours=tuple(name for name in everyone if name.startswith(OURS)),
             baseline=(GEMM,),
             gates={name: gate for name in everyone if name != GEMM},
+            named={name: backend for name, backend in named.items() if name in everyone},
         )
 
     return Case(
         op="linear_token_logprobs",
-        metric="forward+backward" if backward else "forward",
+        metric=f"{metric}, with entropy, mean logit, top-1" if extras else metric,
         dtype=str(dtype).removeprefix("torch."),
         shape=shape,
         head=head,
         axis=axis,
         memory=axis is None,
+        order=8 if axis else 9 if dtype == torch.float32 else 2 if extras else 1,
         flops=2 * n * v * d * _LEAST[head if backward else "forward"],
         build=build,
     )
@@ -104,6 +120,7 @@ def _sparse(suite: str, shape: tuple[int, int, int], dtype: torch.dtype) -> Case
         dtype=str(dtype).removeprefix("torch."),
         shape=shape,
         head="trained",
+        order=5 if dtype == torch.bfloat16 else 9,
         build=build,
     )
 
@@ -119,7 +136,7 @@ def _memory(suite: str, shape: tuple[int, int, int]) -> Case:
 
     def build() -> Contest:
         problem = Problem(*shape, torch.bfloat16, SUITES[suite], trained=False)
-        everyone = heads.everyone(problem, suite)
+        everyone, _ = heads.everyone(problem, suite)
         gate = problem.gate()
 
         def plain() -> Work:
@@ -142,5 +159,6 @@ def _memory(suite: str, shape: tuple[int, int, int]) -> Case:
         shape=shape,
         head="frozen",
         unit="MiB",
+        order=6,
         build=build,
     )

@@ -12,12 +12,21 @@ from torch import Tensor
 from drrlhf import backends, ops
 from drrlhf.ambiguity import parse_ambiguity
 from drrlhf.bench.gate import Gate
-from drrlhf.bench.registry import GPU_BACKENDS, OURS, SUITES, Case, Contest, Unavailable, Work
+from drrlhf.bench.registry import (
+    OURS,
+    SUITES,
+    Case,
+    Contest,
+    Unavailable,
+    Work,
+    other_backends,
+    variant,
+)
 
 PAIRS = {"cpu": 4096, "gpu": 4096, "quick": 64}
 SETS = ("erm", "tv:0.1", "kl:0.1", "chi2:0.5", "cvar:0.3")
 REFERENCE = "reference"
-GRAPH = f"{OURS} (CUDA graph)"  # without what Python costs a launch
+GRAPH = variant("CUDA graph")  # without what Python costs a launch
 # loss_type, beta, label_smoothing, simpo_gamma, discopop_tau, f_divergence, f_alpha
 LOSS = ("sigmoid", 0.1, 0.0, 0.5, 0.05, "reverse_kl", 0.5)
 
@@ -34,7 +43,10 @@ def cases(suite: str) -> Iterator[Case]:
             shape=(PAIRS[suite],),
             unit="us",
             threads=1,
-            build=lambda text=text: contest(suite, _margins(suite, text), 7),  # type: ignore[misc]
+            order=4,
+            build=lambda text=text: contest(  # type: ignore[misc]
+                "preference_loss", suite, _margins(suite, text), 7
+            ),
         )
 
 
@@ -47,8 +59,8 @@ def _margins(suite: str, text: str) -> Call:
     )
 
 
-def contest(suite: str, call: Call, gradient: int) -> Contest:
-    """`call` of an op that returns loss, weights, ..., and a gradient at index `gradient`."""
+def contest(op: str, suite: str, call: Call, gradient: int) -> Contest:
+    """`call` of the op, which returns loss, weights, ..., and a gradient at index `gradient`."""
     device = SUITES[suite]
 
     def named(found: tuple[Tensor, ...]) -> Mapping[str, Tensor]:
@@ -82,13 +94,17 @@ def contest(suite: str, call: Call, gradient: int) -> Contest:
         return Work(captured.replay, outputs=lambda: named(found))
 
     ours: dict[str, Callable[[], Work]] = {OURS: lambda: work(None), GRAPH: lambda: graph(None)}
+    on: dict[str, str] = {}
     if device == "cuda":
-        for backend in GPU_BACKENDS:
-            ours[f"{OURS}, {backend} (CUDA graph)"] = lambda backend=backend: graph(backend)  # type: ignore[misc]
+        for backend in other_backends(op, suite):
+            what = variant(backend, "CUDA graph")
+            ours[what] = lambda backend=backend: graph(backend)  # type: ignore[misc]
+            on[what] = backend
     gate = Gate(lambda: named(by(REFERENCE, torch.float64)), lambda: named(by(REFERENCE)))
     return Contest(
         {**ours, REFERENCE: lambda: work(REFERENCE)},
         ours=tuple(ours),
         baseline=(REFERENCE,),
         gates=dict.fromkeys(ours, gate),
+        named=on,
     )

@@ -41,6 +41,7 @@ def cases(suite: str) -> Iterator[Case]:
             dtype="float32",
             shape=SHAPES[suite],
             unit="us",
+            order=3,
             tokens=SHAPES[suite][0] * SHAPES[suite][1] * SHAPES[suite][2],
             build=lambda options=options: _from_logps(suite, options),  # type: ignore[misc]
         )
@@ -50,6 +51,7 @@ def cases(suite: str) -> Iterator[Case]:
         dtype="bfloat16",
         shape=HEADS[suite],
         head="frozen",
+        order=3,
         tokens=HEADS[suite][0] * HEADS[suite][1] * HEADS[suite][2],
         kernels=("policy_loss", "linear_token_logprobs"),
         build=lambda: _from_hidden(suite),

@@ -45,6 +45,7 @@ def _case(suite: str, shape: tuple[int, int, int, int], dtype: torch.dtype, head
         head=head,
         memory=True,
         kernels=KERNELS,
+        order=4,
         flops=2 * (2 * pairs * length) * v * d * {"frozen": 2, "trained": 3}[head],
         build=lambda: _contest(suite, shape, dtype, head == "trained"),
     )

@@ -10,12 +10,13 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
 import drrlhf as dr
+from drrlhf import backends
 from drrlhf.bench.gate import Gate
 
 OURS = "drrlhf"
@@ -36,8 +37,21 @@ OPS = {
 }
 
 
-# Ours that serve a GPU, each measured by name beside the automatic choice.
-GPU_BACKENDS = ("cuda", "triton")
+# Ours that are measured by name where they are not the automatic choice.
+BY_NAME: dict[str, tuple[str, ...]] = {
+    "cpu": (), "gpu": ("cuda", "triton"), "quick": ("reference",)
+}  # fmt: skip
+
+
+def variant(*what: str) -> str:
+    """The name of a contender of ours that is not ours as it comes: "drrlhf (cuda, in place)"."""
+    return f"{OURS} ({', '.join(what)})"
+
+
+def other_backends(op: str, suite: str) -> tuple[str, ...]:
+    """Backends to be measured by name: those that could serve `op` and are not the choice."""
+    chosen = backends.serving(op, SUITES[suite])
+    return tuple(name for name in BY_NAME[suite] if name != chosen)
 
 
 class Unavailable(Exception):
@@ -72,6 +86,8 @@ class Contest:
     their gate before any speed is shown, and whose errors are errors. baseline: ratios are to the
     fastest of these. gates: the float64 truth that each contender's outputs are held against.
     formula: in place of a baseline, a computed number: (what it is, its value in the case's unit).
+    profiled: those of whose run the result file keeps a profile. named: contender of ours ->
+    the backend that it is measured on, where that is not the automatic choice.
     """
 
     contenders: Mapping[str, Callable[[], Work]]
@@ -79,6 +95,8 @@ class Contest:
     baseline: tuple[str, ...] = ()
     gates: Mapping[str, Gate] | None = None
     formula: tuple[str, float] | None = None
+    profiled: tuple[str, ...] = ()
+    named: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -89,7 +107,8 @@ class Case:
     the case is one point of a scaling curve over. threads: CPU threads that it is measured with, if
     not those of the process. memory: whether peak memory is metered beside the time. tokens: how
     many one run processes, for tokens/s. kernels: the ops of `drrlhf.backends` that do our work,
-    where that is not `op`; each with those whose names continue its own.
+    where that is not `op`; each with those whose names continue its own. order: those with the
+    smallest come first where time is short. seconds: with less time left it is not begun.
     """
 
     op: str
@@ -106,6 +125,8 @@ class Case:
     memory: bool = False
     tokens: int | None = None
     kernels: tuple[str, ...] = ()
+    order: int = 5
+    seconds: float = 1.0
 
     def __str__(self) -> str:
         shape = "×".join(map(str, self.shape))
@@ -115,6 +136,27 @@ class Case:
         if self.axis:
             parts.append(f"scaling over {self.axis}")
         return ", ".join(parts)
+
+
+def on_backend(backend: str, make: Callable[[], Work]) -> Callable[[], Work]:
+    """The work that `make` makes, forward and backward on one backend of ours."""
+
+    def guarded(what: Callable[[], Any]) -> Callable[[], Any]:
+        def call() -> Any:
+            try:
+                with backends.use(backend):
+                    return what()
+            except backends.BackendError as error:
+                raise Unavailable(str(error)) from error
+
+        return call
+
+    def made() -> Work:
+        work = guarded(make)()
+        others = (None if f is None else guarded(f) for f in (work.before, work.outputs))
+        return Work(guarded(work.run), *others)
+
+    return made
 
 
 def select(suite: str, ops: Iterable[str] = ()) -> list[Case]:
@@ -133,6 +175,11 @@ def select(suite: str, ops: Iterable[str] = ()) -> list[Case]:
         if not wanted or op in wanted:
             cases += importlib.import_module(f"drrlhf.bench.{module}").cases(suite)
     return cases
+
+
+def most_valuable_first(cases: Iterable[Case]) -> list[Case]:
+    """By their `order`; those of one order as they come."""
+    return sorted(cases, key=lambda case: case.order)
 
 
 def our(name: str, *parameters: str) -> Callable[..., Any]:

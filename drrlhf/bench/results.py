@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 import drrlhf as dr
+from drrlhf.bench.budget import LEFT_OUT
 from drrlhf.bench.registry import SUITES
 from drrlhf.bench.runner import Outcome
 
@@ -28,20 +29,26 @@ PEERS = (
 KEPT = ("robust_risk", "cpu")
 
 
-def collect(suite: str, outcomes: Iterable[Outcome]) -> Result:
-    """What a result file holds: ``records`` beside what they were taken on.
-
-    Keys: suite, device, date, versions, commit (None outside a checkout; ends in -dirty when
-    tracked files differ from it), records, skipped (who did not run, and why) and failed (our
-    results that were wrong).
-    """
-    outcomes = list(outcomes)
+def background(suite: str) -> Result:
+    """What records are taken on: suite, device, date, versions, and commit (None outside a
+    checkout; ends in -dirty when tracked files differ from it)."""
     return {
         "suite": suite,
         "device": device_name(SUITES[suite]),
         "date": date.today().isoformat(),
         "versions": versions(),
         "commit": commit(),
+    }
+
+
+def collect(suite: str, outcomes: Iterable[Outcome], taken_on: Result | None = None) -> Result:
+    """What a result file holds: ``records`` beside what they were taken on, see `background`.
+
+    Further keys: records, skipped (who did not run, and why), failed (our results that were wrong)
+    and profiles (where the time of a contender went, see `profile.of`).
+    """
+    outcomes = list(outcomes)
+    return (background(suite) if taken_on is None else taken_on) | {
         "records": [record for outcome in outcomes for record in outcome.records],
         "skipped": [
             _about(outcome) | {"contender": name or None, "reason": why}
@@ -50,6 +57,11 @@ def collect(suite: str, outcomes: Iterable[Outcome]) -> Result:
         ],
         "failed": [
             _about(outcome) | {"reason": why} for outcome in outcomes for why in outcome.failures
+        ],
+        "profiles": [
+            _about(outcome) | {"contender": name, **found}
+            for outcome in outcomes
+            for name, found in outcome.profiles.items()
         ],
     }
 
@@ -62,29 +74,41 @@ def _about(outcome: Outcome) -> dict[str, Any]:
         "dtype": case.dtype,
         "shape": list(case.shape),
         "head": case.head,
+        "axis": case.axis,
     }
+
+
+def _case(entry: dict[str, Any]) -> tuple[Any, ...]:
+    shape = tuple(entry.get("shape") or ())
+    return (*(entry.get(key) for key in ("op", "metric", "dtype", "head", "axis")), shape)
 
 
 def write(result: Result, folder: str | os.PathLike[str]) -> Path:
     """Write `result` as ``<suite>_<device>_<date>.json`` in `folder` and return the path.
 
-    A file of the same day, commit and versions keeps its records of other ops; one of another
-    commit or other versions is set aside as ``<suite>_<device>-<commit>_<date>.json``.
+    A file of the same day, commit and versions keeps its entries of the cases that were not
+    measured now; one of another commit or other versions is set aside as
+    ``<suite>_<device>-<commit>_<date>.json``. The file is whole at any time.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{stem(result)}.json"
-    lists = ("records", "skipped", "failed")
+    lists = ("records", "skipped", "failed", "profiles")
     if path.is_file():
         before = read(path)
         same = all(before.get(key) == result[key] for key in ("commit", "versions"))
-        measured = {entry["op"] for key in lists for entry in result[key]}
+        # What there was no time for says nothing about what an earlier run found.
+        late = [e for e in result["skipped"] if not e["contender"] and e["reason"] == LEFT_OUT]
+        measured = {_case(e) for key in lists for e in result[key] if e not in late}
         if same:
             kept = {
-                key: [entry for entry in before.get(key, []) if entry["op"] not in measured]
-                for key in lists
+                key: [e for e in before.get(key, []) if _case(e) not in measured] for key in lists
             }
-            result = result | {key: kept[key] + result[key] for key in lists}
+            known = {_case(e) for key in lists for e in kept[key]}
+            new = result | {
+                "skipped": [e for e in result["skipped"] if e not in late or _case(e) not in known]
+            }
+            result = result | {key: kept[key] + new[key] for key in lists}
         else:
             mark = slug(str(before.get("commit"))[:7])
             name = f"{before['suite']}_{slug(before['device'])}-{mark}_{before['date']}.json"

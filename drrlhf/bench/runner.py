@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from drrlhf import backends
-from drrlhf.bench import memory, timing
+from drrlhf.bench import memory, profile, timing
+from drrlhf.bench.budget import LEFT_OUT, Budget
 from drrlhf.bench.gate import Verdict
 from drrlhf.bench.peers import reason
 from drrlhf.bench.registry import SUITES, Case, Contest, Unavailable, Work
@@ -28,13 +29,14 @@ class Outcome:
     """What one case gave.
 
     records: one for each contender that ran. skipped: name -> why it did not ("" names the whole
-    case). verdicts: what the gate said of ours.
+    case). verdicts: what the gate said of ours. profiles: contender -> where its time went.
     """
 
     case: Case
     records: list[Record] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
     verdicts: dict[str, list[Verdict]] = field(default_factory=dict)
+    profiles: dict[str, profile.Profile] = field(default_factory=dict)
 
     @property
     def failures(self) -> list[str]:
@@ -42,10 +44,21 @@ class Outcome:
         return [f"{n}: {v}" for n, all_ in self.verdicts.items() for v in all_ if not v.ok]
 
 
-def run(case: Case, suite: str, *, rounds: int = DEFAULT_ROUNDS, seconds: float = 10.0) -> Outcome:
-    """Gate, time and meter one case; a failed gate leaves its outcome without records."""
-    gc.collect(1)  # what an earlier case left in cycles; the oldest generation takes too long
+def run(
+    case: Case, suite: str, *, rounds: int = DEFAULT_ROUNDS, seconds: float = 10.0,
+    budget: Budget | None = None,
+) -> Outcome:  # fmt: skip
+    """Gate, time and meter one case; a failed gate leaves its outcome without records.
+
+    rounds, seconds: as in `timing.interleave`. budget: of the whole run, of which this is a case;
+    what it leaves no time for is skipped with that reason.
+    """
+    budget = Budget() if budget is None else budget
     outcome = Outcome(case)
+    if budget.left < case.seconds:
+        outcome.skipped = {"": LEFT_OUT}
+        return outcome
+    gc.collect(1)  # what an earlier case left in cycles; the oldest generation takes too long
     device = SUITES[suite]
     with _threads(case.threads):
         try:
@@ -57,17 +70,21 @@ def run(case: Case, suite: str, *, rounds: int = DEFAULT_ROUNDS, seconds: float 
         except Unavailable as absent:
             outcome.skipped = {"": str(absent)}
             return outcome
-        works = _prepare(contest, outcome)
+        works = _prepare(contest, outcome, budget)
         if contest.ours and not any(name in works for name in contest.ours):
             return outcome
-        errors = _gate(case, contest, works, outcome)
+        errors = _gate(case, contest, works, outcome, budget)
         if not outcome.failures:
-            measure = (
-                _meter if case.unit == "MiB" else partial(_time, rounds=rounds, seconds=seconds)
-            )
-            outcome.records = measure(case, contest, works, device, outcome)
+            measure = _meter
+            if case.unit != "MiB":
+                each = budget.each(len(works), seconds)
+                measure = partial(_time, rounds=rounds, seconds=each)
+            outcome.records = measure(case, contest, works, device, outcome, budget)
             for record in outcome.records:
                 record["rms_error"] = errors.get(record["contender"])
+            for name in contest.profiled:
+                if name in works and not budget.spent:
+                    outcome.profiles[name] = profile.of(works[name], device)
     return outcome
 
 
@@ -92,18 +109,24 @@ def _leave(
     works.pop(name, None)
 
 
-def _prepare(contest: Contest, outcome: Outcome) -> dict[str, Work]:
+def _prepare(contest: Contest, outcome: Outcome, budget: Budget) -> dict[str, Work]:
     works: dict[str, Work] = {}
     for name, make in contest.contenders.items():
         try:
+            _in_time(budget)
             works[name] = make()
         except Exception as error:
             _leave(name, error, contest, works, outcome)
     return works
 
 
+def _in_time(budget: Budget) -> None:
+    if budget.spent:
+        raise Unavailable(LEFT_OUT)
+
+
 def _gate(
-    case: Case, contest: Contest, works: dict[str, Work], outcome: Outcome
+    case: Case, contest: Contest, works: dict[str, Work], outcome: Outcome, budget: Budget
 ) -> dict[str, float]:
     """The largest relative RMS error of each contender; our verdicts go into `outcome`.
 
@@ -116,6 +139,7 @@ def _gate(
             continue
         work = works[name]
         try:
+            _in_time(budget)  # whoever has not been judged is not timed
             work.once()
             assert work.outputs is not None, f"{case}: {name} has a gate but shows no outputs"
             verdicts = gate.judge(work.outputs())
@@ -134,6 +158,7 @@ def _time(
     works: dict[str, Work],
     device: str,
     outcome: Outcome,
+    budget: Budget,
     *,
     rounds: int,
     seconds: float,
@@ -142,8 +167,9 @@ def _time(
         _leave(name, error, contest, works, outcome)
 
     samples = timing.interleave(
-        dict(works), rounds=rounds, seconds=seconds, clock=timing.clock_of(device), drop=drop
-    )
+        dict(works), rounds=rounds, seconds=seconds, clock=timing.clock_of(device), drop=drop,
+        late=lambda: budget.spent,
+    )  # fmt: skip
     times = {name: timing.summarise(found) for name, found in samples.items()}
     baseline = min(
         (name for name in contest.baseline if name in times),
@@ -165,18 +191,20 @@ def _time(
         ):
             if amount is not None:
                 record[column] = amount / took.median / unit
-        if case.memory and "peak memory" not in outcome.skipped:
+        if case.memory and "peak memory" not in outcome.skipped and not budget.spent:
             record["peak_mib"] = _peak(works[name], device)
         records.append(record)
     return records
 
 
 def _meter(
-    case: Case, contest: Contest, works: dict[str, Work], device: str, outcome: Outcome
-) -> list[Record]:
+    case: Case, contest: Contest, works: dict[str, Work], device: str, outcome: Outcome,
+    budget: Budget,
+) -> list[Record]:  # fmt: skip
     records = []
     for name, work in list(works.items()):
         try:
+            _in_time(budget)
             work.once()  # what a library allocates in its first run and keeps is not this run's
             peak = _peak(work, device)
         except Exception as error:
@@ -199,7 +227,8 @@ def _peak(work: Work, device: str) -> float:
 def _record(case: Case, contest: Contest, name: str, device: str, value: float) -> Record:
     return {
         "op": case.op,
-        "backend": _backend(case, device) if name in contest.ours else name,
+        "backend": contest.named.get(name)
+        or (_backend(case, device) if name in contest.ours else name),
         "contender": name,
         "dtype": case.dtype,
         "shape": list(case.shape),

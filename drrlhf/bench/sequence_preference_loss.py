@@ -26,8 +26,9 @@ def cases(suite: str) -> Iterator[Case]:
                 shape=(pairs, TOKENS),
                 unit="us",
                 threads=1,
+                order=4,
                 build=lambda pairs=pairs, text=text: contest(  # type: ignore[misc]
-                    suite, _tokens(SUITES[suite], pairs, text), 8
+                    "sequence_preference_loss", suite, _tokens(SUITES[suite], pairs, text), 8
                 ),
             )
 

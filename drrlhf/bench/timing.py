@@ -80,6 +80,7 @@ def interleave(
     clock: Clock = cpu_clock,
     seconds: float = 10.0,
     drop: Callable[[str, Exception], None] | None = None,
+    late: Callable[[], bool] = lambda: False,
 ) -> dict[str, list[float]]:
     """Seconds of one run of each contender: {name: one sample for each of its rounds}.
 
@@ -87,6 +88,7 @@ def interleave(
     untimed run of each comes before. Whoever has run for `seconds` leaves after `FEWEST_ROUNDS`
     rounds, so that slow ones do not keep the others waiting. An exception goes to `drop` with the
     contender's name, and that contender leaves without a result; without `drop` it propagates.
+    Once it is `late`, whoever has a sample has enough.
     """
     samples: dict[str, list[float]] = {}
     spent = dict.fromkeys(works, 0.0)
@@ -113,6 +115,8 @@ def interleave(
 
     def active(name: str) -> bool:
         done = len(samples[name])
+        if done and late():
+            return False
         return done < rounds and (done < FEWEST_ROUNDS or spent[name] < seconds)
 
     with no_collection():

@@ -9,18 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from drrlhf import backends
 from drrlhf.bench import peers
 from drrlhf.bench.gate import Gate
 from drrlhf.bench.registry import (
-    GPU_BACKENDS,
     OURS,
     SUITES,
     Case,
     Contest,
     Unavailable,
     Work,
+    on_backend,
+    other_backends,
     our,
+    variant,
 )
 
 SHAPES = {"cpu": (1024, 128256), "gpu": (8192, 151936), "quick": (16, 211)}
@@ -30,7 +31,7 @@ FIXED = {"cpu": (256, 32000), "gpu": (4096, 32000), "quick": (8, 101)}
 CHECKED_ROWS = 64
 TRL = "trl"
 
-IN_PLACE = f"{OURS} (in place)"
+IN_PLACE = variant("in place")
 PLAIN = "log_softmax"  # rounds its result to the dtype of the logits
 PLAIN_FLOAT = "float().log_softmax"  # as precise as ours
 
@@ -57,6 +58,7 @@ def _case(
         shape=(n, v),
         axis=axis,
         memory=axis is None,
+        order=8 if axis else 3 if dtype == torch.bfloat16 else 9,
         # Logits read once; with backward read again, and the gradient written.
         bytes=n * v * dtype.itemsize * (3 if backward else 1),
         build=partial(_contest, suite, n, v, dtype, backward, axis is None),
@@ -129,19 +131,6 @@ def _contest(suite: str, n: int, v: int, dtype: torch.dtype, backward: bool, ful
         function = our("token_logprobs", "inplace_backward")
         return work(partial(function, inplace_backward=True), spends=True)
 
-    def named(backend: str) -> Callable[[Tensor, Tensor], Tensor]:
-        function = our("token_logprobs")
-
-        def call(logits: Tensor, labels: Tensor) -> Tensor:
-            with backends.use(backend):
-                return function(logits, labels)
-
-        try:
-            call(logits[:1].detach(), labels[:1])
-        except backends.BackendError as error:
-            raise Unavailable(str(error)) from error
-        return call
-
     def on_rows(dtype: torch.dtype) -> Mapping[str, Tensor]:
         leaf = logits.detach()[rows].to(dtype).requires_grad_()
         function = plain if dtype == torch.float64 else plain_float
@@ -155,10 +144,10 @@ def _contest(suite: str, n: int, v: int, dtype: torch.dtype, backward: bool, ful
 
     contenders: dict[str, Callable[[], Work]] = {OURS: lambda: work(our("token_logprobs"))}
     ours: tuple[str, ...] = (OURS, IN_PLACE)
-    if full and device == "cuda":
-        for backend in GPU_BACKENDS:
-            ours += (f"{OURS}, {backend}",)
-            contenders[ours[-1]] = lambda backend=backend: work(named(backend))  # type: ignore[misc]
+    named = {variant(backend): backend for backend in other_backends("token_logprobs", suite)}
+    for name, backend in named.items() if full else ():
+        ours += (name,)
+        contenders[name] = on_backend(backend, contenders[OURS])
     if backward and full:
         contenders[IN_PLACE] = in_place
     contenders[PLAIN] = lambda: work(plain)
@@ -176,4 +165,5 @@ def _contest(suite: str, n: int, v: int, dtype: torch.dtype, backward: bool, ful
         ours=ours,
         baseline=baseline,
         gates=dict.fromkeys(contenders, gate),
+        named=named,
     )

@@ -1,10 +1,21 @@
 """One optimizer step of the trainers themselves, data loader and optimizer left out: accumulated,
 in one forward, and with or without padding; with adapters, and on a GPU of the whole model too.
+
+What is checked is the gradient of a short step against float64, beside plain PyTorch in bfloat16,
+whose own relative error must be a small one (`dpo_step.STANDARD`), or the check says nothing. That
+depends on where the step starts. A policy at its reference has equal margins, whose gradient is
+rounding. Adapters moved by N(0, 0.1²) multiply what a layer of a random model says by four: sixteen
+such layers are chaotic, and the gradient in bfloat16 is off by 0.2 at width 256, by 0.7 at 1024 (on
+a CPU) and by more than 1 at 2048 (on an H100). Moved by 0.02 it is off by 0.02 (see `SPREAD`); the
+weights of the norms, near 1, may be moved by 0.1. And which pair is the worst must not be decided
+by rounding: the pairs of the checked step are those of many whose margins are furthest apart.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import importlib
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -19,7 +30,7 @@ from drrlhf import backends
 from drrlhf.bench import dpo_step, heads, peers
 from drrlhf.bench.gate import Gate
 from drrlhf.bench.preference import BETA
-from drrlhf.bench.registry import OURS, SUITES, Case, Contest, Unavailable, Work
+from drrlhf.bench.registry import OURS, SUITES, Case, Contest, Unavailable, Work, variant
 
 # batches, pairs in each, tokens of each sequence
 ACCUMULATED = {"cpu": (8, 4, 128), "gpu": (8, 8, 512), "quick": (2, 2, 12)}
@@ -27,13 +38,21 @@ WHOLE = {"cpu": (1, 8, 128), "gpu": (1, 16, 512), "quick": (1, 4, 12)}
 LENGTHS = {"cpu": (1, 8, 512), "gpu": (1, 32, 2048), "quick": (1, 4, 12)}
 SHORTEST = 32  # of the lengths, which are spread evenly up to the longest
 CHECKED = (2, 2, 32)  # the step that the gate runs, in float64 too
-SPREAD = 0.1  # of what is moved off the start: losses then differ by more than bfloat16 rounds
+CANDIDATES = 16  # pairs that its pairs are chosen from
+# Of what is moved off the start, adapters by suite and norms: losses then differ by more than
+# bfloat16 rounds, and layers stay layers. The cut model of the CPU suite is trained, not random.
+SPREAD = {"cpu": 0.1, "gpu": 0.02, "quick": 0.1}
+SPREAD_OF_NORMS = 0.1
+
 TRL_LIGER = f"{heads.TRL} with liger"
+LIGER_OPTION = "use_liger_kernel"
 SETS = ("erm", "tv:0.1", "cvar:0.3")
-SET_CONTENDERS: dict[str, dict[str, Any]] = {
-    f"{OURS} ({text})": {"ambiguity": text} for text in SETS
+SET_CONTENDERS: dict[str, dict[str, Any]] = {variant(text): {"ambiguity": text} for text in SETS}
+# Ours with Liger's layers, beside TRL's with them.
+LIGER_CONTENDERS: dict[str, dict[str, Any]] = {
+    variant(text, "liger"): {"ambiguity": text, LIGER_OPTION: True} for text in SETS[:2]
 }
-PADDED, PACKED = f"{OURS} (padded)", f"{OURS} (packed)"
+PADDED, PACKED = variant("padded"), variant("packed")
 LAYOUTS: dict[str, dict[str, Any]] = {
     PADDED: {"padding_free": False},
     PACKED: {"padding_free": True},
@@ -61,7 +80,9 @@ def cases(suite: str) -> Iterator[Case]:
             memory=True,
             kernels=dpo_step.KERNELS,
             tokens=batches * sum(spread),
-            build=partial(_contest, suite, shape, contenders, mixed, adapters),
+            order=(6 if shapes is not WHOLE else 0) + 2 * (not adapters),
+            seconds=30.0 if suite == "gpu" else 1.0,
+            build=partial(_contest, suite, shape, contenders, mixed, adapters, shapes is WHOLE),
         )
 
 
@@ -75,30 +96,39 @@ def _spread(pairs: int, longest: int) -> list[int]:
 
 def _contest(
     suite: str, shape: tuple[int, int, int], contenders: Mapping[str, dict[str, Any]], mixed: bool,
-    adapters: bool,
+    adapters: bool, whole: bool,
 ) -> Contest:  # fmt: skip
     device = SUITES[suite]
     base = dpo_step.policy_model(suite, device)
     vocabulary = base.config.vocab_size
-    step, checked = (
-        _batches(vocabulary, cut, m, device) for cut, m in ((shape, mixed), (CHECKED, False))
-    )
+    step = _batches(vocabulary, shape, mixed, device)
+    checked = _apart(base, _moved(copy.deepcopy(base), adapters, SPREAD[suite]), device)
+
+    # What a set costs with Liger's layers is asked once, where the whole batch is one forward.
+    contenders = {**contenders, **(LIGER_CONTENDERS if whole and adapters else {})}
+    theirs: dict[str, dict[str, Any]] = {heads.TRL: {}, TRL_LIGER: {LIGER_OPTION: True}}
 
     def work(name: str) -> Callable[[], Work]:
+        options = (contenders | theirs)[name]
+        with_liger = options.get(LIGER_OPTION, False)
+
         def make() -> Work:
-            if name == TRL_LIGER and device == "cpu":
-                raise Unavailable("its kernels are a GPU's")
-            trainer = _trainer(name, base, contenders.get(name, {}), device, adapters)
+            if with_liger and device == "cpu":
+                raise Unavailable("Liger's kernels are a GPU's")
+            trainer = _trainer(name, base, options, device, adapters, SPREAD[suite])
+            layers = Layers(trainer) if with_liger else contextlib.nullcontext()
 
             def run() -> None:
-                _step(trainer, step)
+                with layers:
+                    _step(trainer, step)
 
             def before() -> None:
                 trainer.model.zero_grad(set_to_none=True)
 
             def outputs() -> Mapping[str, Tensor]:
                 before()
-                _step(trainer, checked)
+                with layers:
+                    _step(trainer, checked)
                 return _gradient(trainer.model)
 
             return Work(run, before, outputs)
@@ -108,38 +138,70 @@ def _contest(
     def gate(ambiguity: str) -> Gate:
         def plain(dtype: torch.dtype) -> dict[str, Tensor]:
             start = copy.deepcopy(base).to(dtype)
-            policy = _moved(copy.deepcopy(base), adapters).to(dtype)
+            policy = _moved(copy.deepcopy(base), adapters, SPREAD[suite]).to(dtype)
             return _plain(policy, start, checked, ambiguity)
 
-        return Gate(lambda: plain(torch.float64), lambda: plain(torch.bfloat16))
+        return Gate(
+            lambda: plain(torch.float64), lambda: plain(torch.bfloat16), most=dpo_step.STANDARD
+        )
 
     # In one forward the question is what a set, or padding, costs us: TRL would cost minutes on a
     # CPU.
     names = [*contenders] if shape[0] == 1 and suite == "cpu" else [*contenders, heads.TRL]
-    names += [TRL_LIGER] * (suite == "gpu")
+    names += [TRL_LIGER] * (suite != "cpu")
     gates = {text: gate(text) for text in SETS}
     return Contest(
         {name: work(name) for name in names},
         ours=tuple(contenders),
         baseline=(next(iter(contenders)),),
         gates={name: gates[contenders.get(name, {}).get("ambiguity", "erm")] for name in names},
+        # The whole batch in one forward, and what a set costs in it, is the step to look into.
+        profiled=(next(iter(contenders)), heads.TRL) if whole else (),
     )
 
 
-def _moved(base: Any, adapters: bool) -> Any:
+class Layers:
+    """A trainer's model with Liger's layers, as `train` gives it them; they hold in a ``with``.
+
+    Liger puts some of its layers in the place of the model's as names of the module that defines
+    it, which every other model of that kind would use as well: those names are ours again outside.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        peers.load("liger_kernel.transformers", "liger-kernel")
+        liger = peers.load("transformers.integrations.liger", "transformers")
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        whole = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self._module = importlib.import_module(type(whole).__module__)
+        before = dict(vars(self._module))
+        liger.apply_liger_kernel(trainer.model, trainer.args.liger_kernel_config)
+        after = dict(vars(self._module))
+        changed = [name for name, value in after.items() if before.get(name) is not value]
+        self._theirs = {name: after[name] for name in changed}
+        self._own = {name: before[name] for name in changed}
+        self.__exit__()
+
+    def __enter__(self) -> None:
+        vars(self._module).update(self._theirs)
+
+    def __exit__(self, *_: object) -> None:
+        vars(self._module).update(self._own)
+
+
+def _moved(base: Any, adapters: bool, spread: float) -> Any:
     """The policy, off its start: the same in every copy."""
     if adapters:
         base = peers.load("peft", "peft").get_peft_model(base, dpo_step.lora())
-    _move(base, adapters)
+    _move(base, adapters, spread)
     return base.train()
 
 
-def _move(model: Any, adapters: bool) -> None:
+def _move(model: Any, adapters: bool, spread: float) -> None:
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in _watched(model, adapters):
-            noise = SPREAD * torch.randn(parameter.shape, generator=generator)
-            parameter.copy_(noise if adapters else 1 + noise)
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(spread * noise if adapters else 1 + SPREAD_OF_NORMS * noise)
 
 
 def _watched(model: Any, adapters: bool) -> list[Any]:
@@ -169,7 +231,33 @@ def _batches(
     return made
 
 
-def _trainer(name: str, base: Any, options: Mapping[str, Any], device: str, adapters: bool) -> Any:
+@torch.no_grad()
+def _apart(start: Any, policy: Any, device: str) -> list[dict[str, Tensor]]:
+    """Batches of the shape CHECKED whose pairs are evenly spread over the margins of many."""
+    count, pairs, length = CHECKED
+    (many,) = _batches(start.config.vocab_size, (1, CANDIDATES, length), False, device)
+    chosen, rejected = (_logps(policy, many) - _logps(start, many)).chunk(2)
+    order = (chosen - rejected).argsort()
+    places = torch.linspace(0, CANDIDATES - 1, count * pairs, device=device).round().long()
+    picked = order[places].view(count, pairs)
+    return [
+        {name: x[torch.cat([rows, rows + CANDIDATES])] for name, x in many.items()}
+        for rows in picked
+    ]
+
+
+def _logps(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
+    """Log-probs (2n,) of the completions, from full logits in plain PyTorch."""
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    logits = model(**inputs, use_cache=False).logits[:, :-1]
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    tokens = logits.log_softmax(-1).gather(-1, batch["input_ids"][:, 1:, None]).squeeze(-1)
+    return (tokens * batch["completion_mask"][:, 1:]).sum(1)
+
+
+def _trainer(
+    name: str, base: Any, options: Mapping[str, Any], device: str, adapters: bool, spread: float
+) -> Any:
     """The trainer, ready for its first step; its dataset only satisfies the constructor."""
     model = copy.deepcopy(base)
     trl = peers.load("trl", "trl")
@@ -189,11 +277,6 @@ def _trainer(name: str, base: Any, options: Mapping[str, Any], device: str, adap
         if name.startswith(OURS)
         else (trl.DPOConfig, trl.DPOTrainer)
     )
-    if name == TRL_LIGER:  # what its configuration does when training starts
-        liger = peers.load("liger_kernel.transformers", "liger-kernel")
-        liger._apply_liger_kernel_to_instance(
-            model=model, cross_entropy=False, fused_linear_cross_entropy=False
-        )
     arguments = config(
         tempfile.mkdtemp(prefix="drrlhf-bench-"),
         use_cpu=device == "cpu",
@@ -214,7 +297,7 @@ def _trainer(name: str, base: Any, options: Mapping[str, Any], device: str, adap
         ),
         peft_config=dpo_step.lora() if adapters else None,
     )
-    _move(trainer.model, adapters)
+    _move(trainer.model, adapters, spread)
     trainer.optimizer = None
     return trainer
 
@@ -238,16 +321,9 @@ def _plain(
         for name in batches[0]
     }
 
-    def logps(model: Any) -> Tensor:
-        inputs = {name: sides[name] for name in ("input_ids", "attention_mask")}
-        logits = model(**inputs, use_cache=False).logits[:, :-1]
-        logits = logits if logits.dtype == torch.float64 else logits.float()
-        tokens = logits.log_softmax(-1).gather(-1, sides["input_ids"][:, 1:, None]).squeeze(-1)
-        return (tokens * sides["completion_mask"][:, 1:]).sum(1)
-
     with torch.no_grad():
-        reference = logps(start)
-    chosen, rejected = (logps(policy) - reference).chunk(2)
+        reference = _logps(start, sides)
+    chosen, rejected = (_logps(policy, sides) - reference).chunk(2)
     zeros = torch.zeros_like(chosen)
     with backends.use("reference"):
         dr.preference_loss(

@@ -6,7 +6,7 @@ import importlib.util
 import itertools
 import signal
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -15,6 +15,7 @@ from drrlhf.cli import _console
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from drrlhf.bench.budget import Budget
     from drrlhf.bench.registry import Case
     from drrlhf.bench.runner import Outcome
 
@@ -39,9 +40,19 @@ def bench(
             show_default="15",
         ),
     ] = None,
+    seconds: Annotated[
+        float | None,
+        typer.Option(
+            help="Time for all cases: the most valuable first, and what it leaves out is listed.",
+            show_default="no limit",
+        ),
+    ] = None,
     output: Annotated[
         Path | None,
-        typer.Option(file_okay=False, help="Folder for <suite>_<device>_<date>.json."),
+        typer.Option(
+            file_okay=False,
+            help="Folder for <suite>_<device>_<date>.json, written after every case.",
+        ),
     ] = None,
     plot: Annotated[
         bool,
@@ -68,23 +79,30 @@ def bench(
         drrlhf bench --op robust_risk --op token_logprobs
 
         drrlhf bench --output benchmarks/results --plot
+
+        drrlhf bench --suite gpu --seconds 240 --output benchmarks/results
     """
     if readme:
         _print_readme(output or DEFAULT_RESULTS)
         return
     _console.hush_deprecations()
     with _console.user_errors():
-        cases = _cases(suite, op or [], plot, threads)
+        from drrlhf.bench.budget import Budget
+
+        budget = Budget(seconds)
+        cases = _cases(suite, op or [], plot, threads, ordered=seconds is not None)
     console = _console.console()
     outcomes: list[Outcome] = []
     interrupted = False
+    keep = _Keeper(suite, output)
     try:
-        _measure(cases, suite, rounds, outcomes, console)
+        _measure(cases, suite, rounds, budget, outcomes, keep, console)
     except KeyboardInterrupt:
         interrupted = True
         console.print(f"Interrupted after {len(outcomes)} of {len(cases)} cases.")
     finally:  # a defect of ours in the last case must not lose an hour of the others
-        _keep(suite, outcomes, output, plot, console)
+        for path in keep.everything(outcomes, plot):
+            console.print(str(path), soft_wrap=True, highlight=False)
     failed = [outcome for outcome in outcomes if outcome.failures]
     for outcome in failed:
         console.print(
@@ -107,13 +125,15 @@ def _print_readme(folder: Path) -> None:
     typer.echo("\n\n".join(tables.values()))
 
 
-def _cases(suite: str, ops: list[str], plot: bool, threads: int | None) -> list[Case]:
+def _cases(
+    suite: str, ops: list[str], plot: bool, threads: int | None, ordered: bool
+) -> list[Case]:
     """What will be measured; whatever the caller can mend is found here."""
     if plot and importlib.util.find_spec("matplotlib") is None:
         raise ImportError("--plot needs matplotlib, not installed here: pip install 'drrlhf[trl]'")
     import torch
 
-    from drrlhf.bench.registry import SUITES, select
+    from drrlhf.bench.registry import SUITES, most_valuable_first, select
 
     if SUITES[suite] == "cuda" and not torch.cuda.is_available():
         raise ValueError(
@@ -122,17 +142,21 @@ def _cases(suite: str, ops: list[str], plot: bool, threads: int | None) -> list[
         )
     if threads is not None:
         torch.set_num_threads(threads)
-    return select(suite, ops)
+    cases = select(suite, ops)
+    return most_valuable_first(cases) if ordered else cases
 
 
 def _measure(
-    cases: list[Case], suite: str, rounds: int | None, outcomes: list[Outcome], console: Console
-) -> None:
-    """Run the cases; what each gave is printed, and added to `outcomes`, as soon as it is there."""
+    cases: list[Case], suite: str, rounds: int | None, budget: Budget, outcomes: list[Outcome],
+    keep: _Keeper, console: Console,
+) -> None:  # fmt: skip
+    """Run the cases; what each gave is printed, kept and added to `outcomes` when it is there."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     from drrlhf.bench import runner, table
+    from drrlhf.bench.budget import LEFT_OUT
 
+    late: list[Case] = []
     columns = (BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn())
     progress = Progress(
         *columns, TextColumn("{task.description}"), console=console, transient=True,
@@ -141,33 +165,61 @@ def _measure(
     with progress:
         task = progress.add_task("", total=len(cases))
         for op, group in itertools.groupby(cases, key=lambda case: case.op):
-            console.print(op, style="bold")
+            titled = False
             for case in group:
                 progress.update(task, description=str(case))
-                outcome = runner.run(case, suite, rounds=rounds or runner.DEFAULT_ROUNDS)
+                outcome = runner.run(
+                    case, suite, rounds=rounds or runner.DEFAULT_ROUNDS, budget=budget
+                )
                 outcomes.append(outcome)
-                console.print(table.screen(outcome), highlight=False)
                 progress.advance(task)
+                if outcome.skipped.get("") == LEFT_OUT:
+                    late.append(case)
+                    continue
+                keep.records(outcomes)
+                if not titled:
+                    console.print(op, style="bold")
+                    titled = True
+                console.print(table.screen(outcome), highlight=False)
     if any(outcome.records for outcome in outcomes):
         console.print(table.LEGEND, style="dim", highlight=False)
+    if late:
+        console.print(f"Left out for want of time, {len(late)} of {len(cases)} cases:")
+        for case in late:
+            console.print(f"  {case.op}, {case}", style="dim", highlight=False)
 
 
-def _keep(
-    suite: str, outcomes: list[Outcome], output: Path | None, plot: bool, console: Console
-) -> None:
-    """Write the result file and the pictures that were asked for."""
-    if not outcomes or not (output or plot):
-        return
-    from drrlhf.bench import results
+class _Keeper:
+    """The result file, if one is asked for: whole after every case."""
 
-    result = results.collect(suite, outcomes)
-    written = []
-    if output:
-        written.append(results.write(result, output))
-        result = results.read(written[0])
-    if plot:
-        from drrlhf.bench import plots
+    def __init__(self, suite: str, output: Path | None) -> None:
+        self.suite, self.output = suite, output
+        self._taken_on: dict[str, Any] | None = None
 
-        written += plots.plot(result, output or Path(), results.stem(result))
-    for path in written:
-        console.print(str(path), soft_wrap=True, highlight=False)
+    def _collected(self, outcomes: list[Outcome]) -> dict[str, Any]:
+        from drrlhf.bench import results
+
+        if self._taken_on is None:  # the file keeps the day that its run began on
+            self._taken_on = results.background(self.suite)
+        return results.collect(self.suite, outcomes, self._taken_on)
+
+    def records(self, outcomes: list[Outcome]) -> Path | None:
+        """Write what there is."""
+        from drrlhf.bench import results
+
+        if not outcomes or self.output is None:
+            return None
+        return results.write(self._collected(outcomes), self.output)
+
+    def everything(self, outcomes: list[Outcome], plot: bool) -> list[Path]:
+        """Write the result file and the pictures that were asked for; their paths."""
+        from drrlhf.bench import results
+
+        path = self.records(outcomes)
+        written = [] if path is None else [path]
+        if plot and outcomes:
+            from drrlhf.bench import plots
+
+            result = self._collected(outcomes) if path is None else results.read(path)
+            written += plots.plot(result, self.output or Path(), results.stem(result))
+        return written
