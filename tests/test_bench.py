@@ -634,6 +634,16 @@ def test_a_profile_says_where_the_time_went(quick):
         assert sum(times) <= entry["total_ms"] * 1.001
 
 
+def test_a_profile_that_fails_costs_no_times(monkeypatch):
+    def broken(*_):
+        raise RuntimeError("no CUPTI")
+
+    monkeypatch.setattr(profile, "of", broken)
+    outcome = runner.run(case(partial(contest, profiled=("drrlhf",))), "quick", rounds=1)
+    assert outcome.skipped == {"profile of drrlhf": "RuntimeError: no CUPTI"}
+    assert len(outcome.records) == 3 and not outcome.profiles
+
+
 def test_a_backend_by_name_does_the_backward_too(monkeypatch):
     called = []
     for name in ("linear_token_logprobs", "linear_token_logprobs_backward"):

@@ -345,7 +345,6 @@ def everyone(problem: Problem, suite: str) -> tuple[dict[str, Callable[[], Work]
         **mine,
         GEMM: product,
         PLAIN: lambda: problem.work(by_plain),
-        COMPILED: lambda: problem.work(peers.compiled(by_plain, suite)),
         TRL: lambda: problem.work(trl_extras() if problem.extras else trl()),
     }
     if not problem.extras:  # which these do not give
@@ -354,4 +353,6 @@ def everyone(problem: Problem, suite: str) -> tuple[dict[str, Callable[[], Work]
             LIGER: lambda: problem.work(liger()),
             CCE: lambda: problem.work(cut_cross_entropy(suite)),
         }
+    # Last: compiling takes long, and must not cost the others their turn where time is short.
+    found[COMPILED] = lambda: problem.work(peers.compiled(by_plain, suite))
     return found, named

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from drrlhf.bench import heads, memory
-from drrlhf.bench.heads import GEMM, PLAIN, TRL, Problem
+from drrlhf.bench.heads import COMPILED, GEMM, PLAIN, TRL, Problem
 from drrlhf.bench.registry import OURS, SUITES, Case, Contest, Unavailable, Work
 
 # Tokens, vocabulary, depth.
@@ -68,6 +68,8 @@ def _case(
         everyone, named = heads.everyone(problem, suite)
         if axis is not None:
             everyone = {name: everyone[name] for name in (OURS, GEMM, PLAIN)}
+        elif extras or shape in MORE_SHAPES[suite]:
+            del everyone[COMPILED]  # compiling takes longer than the rest, once is enough
         gate = problem.gate()
         return Contest(
             everyone,

@@ -84,7 +84,10 @@ def run(
                 record["rms_error"] = errors.get(record["contender"])
             for name in contest.profiled:
                 if name in works and not budget.spent:
-                    outcome.profiles[name] = profile.of(works[name], device)
+                    try:
+                        outcome.profiles[name] = profile.of(works[name], device)
+                    except Exception as error:  # must not cost the times that there are
+                        outcome.skipped[f"profile of {name}"] = reason(error)
     return outcome
 
 
