@@ -724,6 +724,14 @@ def test_the_gate_of_a_step_sees_a_wrong_beta_and_its_standard_is_small():
     assert not wrong.ok and wrong.rms > 5 * wrong.allowed_rms
 
 
+def test_records_of_a_step_say_where_it_started_and_what_was_allowed(quick):
+    kept = results.read(next(quick[1].glob("quick_*.json")))["records"]
+    notes = {(r["head"], r["note"]) for r in kept if r["op"] == "trainer_step"}
+    assert notes == {("frozen", "adapters N(0, 0.1²)"), ("trained", "norms 1 + N(0, 0.1²)")}
+    for record in (r for r in kept if r["op"] == "trainer_step"):
+        assert record["rms_error"] <= record["allowed_error"] <= 2 * dpo_step.STANDARD
+
+
 def test_pairs_of_the_checked_step_are_apart():
     """No rounding decides which pair is the worst."""
     base = dpo_step.policy_model("quick", "cpu")

@@ -108,7 +108,8 @@ class Case:
     not those of the process. memory: whether peak memory is metered beside the time. tokens: how
     many one run processes, for tokens/s. kernels: the ops of `drrlhf.backends` that do our work,
     where that is not `op`; each with those whose names continue its own. order: those with the
-    smallest come first where time is short. seconds: with less time left it is not begun.
+    smallest come first where time is short. seconds: with less time left it is not begun. note:
+    what its records say about how it was measured.
     """
 
     op: str
@@ -127,6 +128,7 @@ class Case:
     kernels: tuple[str, ...] = ()
     order: int = 5
     seconds: float = 1.0
+    note: str | None = None
 
     def __str__(self) -> str:
         shape = "×".join(map(str, self.shape))

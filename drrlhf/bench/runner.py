@@ -81,7 +81,9 @@ def run(
                 measure = partial(_time, rounds=rounds, seconds=each)
             outcome.records = measure(case, contest, works, device, outcome, budget)
             for record in outcome.records:
-                record["rms_error"] = errors.get(record["contender"])
+                furthest = errors.get(record["contender"])
+                record["rms_error"] = None if furthest is None else furthest.rms
+                record["allowed_error"] = None if furthest is None else furthest.allowed_rms
             for name in contest.profiled:
                 if name in works and not budget.spent:
                     try:
@@ -130,12 +132,12 @@ def _in_time(budget: Budget) -> None:
 
 def _gate(
     case: Case, contest: Contest, works: dict[str, Work], outcome: Outcome, budget: Budget
-) -> dict[str, float]:
+) -> dict[str, Verdict]:
     """The largest relative RMS error of each contender; our verdicts go into `outcome`.
 
     Where only memory is metered, others are not judged: one run of them may take a minute.
     """
-    errors: dict[str, float] = {}
+    errors: dict[str, Verdict] = {}
     for name, gate in (contest.gates or {}).items():
         ours = name in contest.ours
         if name not in works or (case.unit == "MiB" and not ours):
@@ -149,7 +151,7 @@ def _gate(
         except Exception as error:
             _leave(name, error, contest, works, outcome)
             continue
-        errors[name] = max(verdict.rms for verdict in verdicts)
+        errors[name] = max(verdicts, key=lambda verdict: verdict.rms)
         if ours:
             outcome.verdicts[name] = verdicts
     return errors
@@ -238,6 +240,7 @@ def _record(case: Case, contest: Contest, name: str, device: str, value: float) 
         "head": case.head,
         "metric": case.metric,
         "axis": case.axis,
+        "note": case.note,
         "threads": torch.get_num_threads() if device == "cpu" else None,
         "value": value,
         "unit": case.unit,

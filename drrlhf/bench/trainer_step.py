@@ -80,8 +80,11 @@ def cases(suite: str) -> Iterator[Case]:
             memory=True,
             kernels=dpo_step.KERNELS,
             tokens=batches * sum(spread),
-            order=(6 if shapes is not WHOLE else 0) + 2 * (not adapters),
+            order=7 if not adapters else 0 if shapes is WHOLE else 6,
             seconds=30.0 if suite == "gpu" else 1.0,
+            note=f"adapters N(0, {SPREAD[suite]:g}²)"
+            if adapters
+            else f"norms 1 + N(0, {SPREAD_OF_NORMS:g}²)",
             build=partial(_contest, suite, shape, contenders, mixed, adapters, shapes is WHOLE),
         )
 
