@@ -21,7 +21,7 @@ BIN := $(VENV)/bin
 # the ops twice more; and once more where fresh memory is NaN, as it is in those two.
 TESTS_OF_OPS := $(patsubst %,tests/test_%.py,robust_risk preference_loss reward_loss token_logprobs \
   linear_token_logprobs sequence_logprobs linear_preference_loss policy_loss kernels many_pairs \
-  zero_sizes transforms wrong_values every_kernel)
+  zero_sizes transforms wrong_values every_kernel determinism)
 CXX_FILES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu tests/emulated/*.h)
 # Tests that share what takes long to make go to one worker.
 SIDE_BY_SIDE := -n 2 --dist loadgroup

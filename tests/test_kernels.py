@@ -230,6 +230,72 @@ def test_an_old_gpu_is_told_which_backend_would_serve(monkeypatch):
         backends._no_triton.cache_clear()
 
 
+# --------------------------------------------------------------------------- blocks of products
+
+
+@interpreted_only
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width", [16, 33])
+@pytest.mark.parametrize("budget", [0, 1 << 30])
+def test_blocks_by_pointers_are_those_by_descriptors(monkeypatch, dtype, width, budget):
+    """What GPUs before sm_90 run gives the bits of what the later ones do."""
+    from drrlhf.kernels import tiles
+
+    g = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(300, width, generator=g), torch.randn(261, width, generator=g)
+    labels = torch.randint(0, 261, (300,), generator=g)
+    labels[::7] = -100
+    upstream = torch.linspace(0, 1, 300).round()  # half of the tokens have no part
+
+    def run():
+        h, w = (x.to(dtype).requires_grad_() for x in (hidden, weight))
+        found = dr.linear_token_logprobs(
+            h, w, labels, memory_budget=budget, outputs=("entropy", "is_top1")
+        )
+        found.logps.backward(upstream)
+        return found.logps.detach(), found.entropy.detach(), found.is_top1, h.grad, w.grad
+
+    with backends.use("triton"):
+        described = run()
+        monkeypatch.setattr(tiles, "describes", lambda _: False)
+        for a, b in zip(described, run()):
+            assert torch.equal(a, b)
+
+
+@interpreted_only
+@pytest.mark.parametrize("across", [False, True])
+@pytest.mark.parametrize("listed", [False, True])
+def test_a_product_in_parts_is_the_product(monkeypatch, across, listed):
+    """Few tiles and a long depth: each part by a program of its own, then their sum."""
+    from drrlhf.kernels import linear_token_logprobs as op
+
+    n, counted, depth, width = 700, 650, 640, 40
+    g = torch.Generator().manual_seed(0)
+    factor = torch.randn(n, generator=g)
+    factor[128:400] = 0.0
+    rows = torch.randperm(n, generator=g)[:counted].sort()[0].int()
+    tokens = op.Tokens(torch.cat([rows, rows[:1].expand(n - counted)]), torch.tensor(counted).int())
+    blocks = op._active_blocks(factor, tokens) if listed else None
+    a = torch.randn(n, 100 if across else depth, generator=g)
+    b = torch.randn(n if across else depth, width, generator=g)
+    a[counted:], b[counted if across else depth :] = 0.0, 0.0
+    if across:
+        b = b * factor[:, None]
+        expected = a[:counted].T.double() @ b[:counted].double()
+    else:
+        expected = torch.zeros(n, width, dtype=torch.float64)
+        product = a[:counted].double() @ b.double() * factor[:counted, None].double()
+        expected[rows.long()] = product
+    for programs in (1, 64):
+        monkeypatch.setattr(op, "processors_of", lambda _, p=programs: p)
+        out = torch.zeros(expected.shape)
+        op._product(
+            a, b, tokens, out, 0, n, across=across, blocks=blocks,
+            factor=None if across else factor,
+        )  # fmt: skip
+        torch.testing.assert_close(out.double(), expected, rtol=1e-4, atol=1e-4)
+
+
 # --------------------------------------------------------------------------- poisoned memory
 
 
