@@ -534,13 +534,11 @@ class LinearHead {
   Tensor as_gradient(const Tensor& logits) const { return logits.view(hidden_.scalar_type()); }
 
   std::int64_t rows_at_once() const {
-    const std::int64_t fit = workspace_ / (padded(vocabulary()) * kLogitBytes);
-    return std::max<std::int64_t>(1, std::min(fit, tokens()));
+    return even(tokens(), workspace_ / (padded(vocabulary()) * kLogitBytes), 1);
   }
 
   std::int64_t columns_at_once() const {
-    const std::int64_t fit = workspace_ / (std::max<std::int64_t>(1, tokens()) * kLogitBytes);
-    return std::min(std::max<std::int64_t>(16, fit / 16 * 16), vocabulary());
+    return even(vocabulary(), workspace_ / (std::max<std::int64_t>(1, tokens()) * kLogitBytes), 16);
   }
 
   // Logits of some tokens and some entries of the vocabulary, before `transform`.
@@ -583,6 +581,18 @@ class LinearHead {
 
  private:
   static constexpr std::int64_t kLogitBytes = sizeof(float);
+
+  // The size of parts of `whole` of which `fit` have room: whole units, of one size as far as that
+  // goes, for a small last part would leave most of a GPU idle.
+  static std::int64_t even(std::int64_t whole, std::int64_t fit, std::int64_t unit) {
+    const auto up = [](std::int64_t x, std::int64_t by) { return (x + by - 1) / by; };
+    const std::int64_t most = std::max(unit, fit / unit * unit);
+    if (whole <= most) return std::max<std::int64_t>(1, whole);
+    const std::int64_t parts = up(whole, most);
+    // Whole tiles of products where the room is there.
+    const std::int64_t part = up(up(whole, parts), unit) * unit, tiles = up(part, 128) * 128;
+    return tiles <= most ? tiles : part;
+  }
 
   static SlabOut slab_out(const Tensor& x) {
     return {x.mutable_data_ptr(), dtype_of(x.scalar_type()), x.stride(0)};
