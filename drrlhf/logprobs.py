@@ -114,6 +114,7 @@ def token_logprobs(
     """Log-probability of each label under its row of logits, in one pass over them.
 
     logp_t = z_t[y_t] - log sum_v exp z_t[v], z = softcap tanh(logits / softcap) / temperature.
+    Equal inputs give equal bits; a row's do not depend on the others, if all begin on 16 bytes.
 
     Args:
         logits: (..., V), aligned with the labels (already shifted); float32, bfloat16, float16
@@ -184,6 +185,9 @@ def linear_token_logprobs(
     weight[y] - softmax weight for every token and the backward scales its rows; with a trained
     head 4, or 3 where the budget holds all tokens' softmax. Ignored labels, and in the backward
     tokens whose upstream gradient is exactly 0, take no part in any product.
+
+    Equal inputs give equal bits. A token's log-prob does not depend on who else is in the batch
+    where Triton serves; elsewhere the library orders its sums by the size of a product.
 
     Args:
         hidden: (..., D) hidden states that predict the labels.
