@@ -118,13 +118,20 @@ def _head(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, *
 # --------------------------------------------------------------------------- rows
 
 
+def _empty_list(n: int, like: Tensor) -> Tokens:
+    """The number first: a pointer to the end of n entries has another alignment for every n, and
+    kernels are compiled for alignments.
+    """
+    room = torch.empty(n + 4, dtype=torch.int32, device=like.device)
+    return Tokens(room[4:], room[0])
+
+
 def compact(
     labels: Tensor, ignore_index: int, a: Tensor | None = None, b: Tensor | None = None
 ) -> Tokens:
     """The counted tokens; with gradients, those of them that one of these is not 0 for."""
     n = labels.numel()
-    room = torch.empty(n + 1, dtype=torch.int32, device=labels.device)
-    tokens = Tokens(room[:n], room[n])
+    tokens = _empty_list(n, labels)
     with on(labels):
         head_rows.compact_kernel[(1,)](
             labels, labels if a is None else a, labels if b is None else b, *tokens, n,
@@ -175,8 +182,8 @@ def _improbable(
     logp: Tensor, tokens: Tokens, first: int, slots: int, every: bool
 ) -> tuple[Tokens, Tensor]:
     """Of `slots` slots from `first`, those whose rows of ratios are made from the logits."""
-    room = torch.empty(2 * slots + 1, dtype=torch.int32, device=logp.device)
-    listed, at = Tokens(room[:slots], room[2 * slots]), room[slots : 2 * slots]
+    listed = _empty_list(slots, logp)
+    at = torch.empty_like(listed.rows)
     with on(logp):
         head_rows.improbable_kernel[(1,)](
             logp, *tokens, listed.rows, at, listed.number, first, slots, EVERY=every,
@@ -199,9 +206,7 @@ def _factors(head: Head, tokens: Tokens, statistics: list[Tensor], a: Tensor) ->
 
 def _active_blocks(factor: Tensor, tokens: Tokens) -> Tokens:
     """Blocks of slots in which a factor is not 0."""
-    blocks = triton.cdiv(factor.numel(), BLOCK_ROWS)
-    room = torch.empty(blocks + 1, dtype=torch.int32, device=factor.device)
-    listed = Tokens(room[:blocks], room[blocks])
+    listed = _empty_list(triton.cdiv(factor.numel(), BLOCK_ROWS), factor)
     with on(factor):
         head_rows.active_blocks_kernel[(1,)](
             factor, tokens.number, *listed, AT_ONCE=16, ROWS=BLOCK_ROWS, num_warps=4

@@ -15,6 +15,7 @@ LAYERS = {
     "backends": 2,
     "ops": 3,
     "distributed": 3,
+    "head_memory": 3,
     "robust": 4, "logprobs": 4,
     "losses": 5, "policy": 5,
     "head": 6,

