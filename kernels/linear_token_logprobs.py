@@ -46,6 +46,7 @@ from drrlhf.reference import KEEP_HIDDEN, KEEP_RATIOS, KEEP_SLAB
 ROWS, BLOCK = 16, 256  # of the kernels that only pass over rows
 AT_ONCE = 64  # parts that `finish_kernel` reads together
 LISTED = 2048  # tokens that a kernel which lists them looks at together
+LEAST_STEPS = 16  # of a part of a product's depth
 # Of the workspace, what parts may take; logits have the rest.
 SHARE_OF_PARTS = 8
 
@@ -363,9 +364,6 @@ def _product(
                 across_blocks, ACROSS=across, FACTOR=factor is not None and not across, ADD=add,
                 ROWS=ROWS, BLOCK=BLOCK, num_warps=4,
             )  # fmt: skip
-
-
-LEAST_STEPS = 16  # of a part of a product's depth
 
 
 # --------------------------------------------------------------------------- the ops

@@ -270,7 +270,7 @@ def test_a_product_in_parts_is_the_product(monkeypatch, across, listed):
     """Few tiles and a long depth: each part by a program of its own, then their sum."""
     from drrlhf.kernels import linear_token_logprobs as op
 
-    n, counted, depth, width = 700, 650, 640, 40
+    n, counted, depth, width = 700, 300, 640, 40
     g = torch.Generator().manual_seed(0)
     factor = torch.randn(n, generator=g)
     factor[128:400] = 0.0
@@ -280,14 +280,20 @@ def test_a_product_in_parts_is_the_product(monkeypatch, across, listed):
     a = torch.randn(n, 100 if across else depth, generator=g)
     b = torch.randn(n if across else depth, width, generator=g)
     a[counted:], b[counted if across else depth :] = 0.0, 0.0
+    a[384:] = float("nan")  # behind the last block, which nothing writes
     if across:
         b = b * factor[:, None]
+        b[384:] = float("nan")
         expected = a[:counted].T.double() @ b[:counted].double()
     else:
         expected = torch.zeros(n, width, dtype=torch.float64)
         product = a[:counted].double() @ b.double() * factor[:counted, None].double()
         expected[rows.long()] = product
-    for programs in (1, 64):
+    monkeypatch.setattr(op, "LEAST_STEPS", 1)
+    launched = []
+    launch = op.launch
+    monkeypatch.setattr(op, "launch", lambda *x, **o: (launched.append(x), launch(*x, **o)))
+    for programs in (1, 37, 64):
         monkeypatch.setattr(op, "processors_of", lambda _, p=programs: p)
         out = torch.zeros(expected.shape)
         op._product(
@@ -295,6 +301,8 @@ def test_a_product_in_parts_is_the_product(monkeypatch, across, listed):
             factor=None if across else factor,
         )  # fmt: skip
         torch.testing.assert_close(out.double(), expected, rtol=1e-4, atol=1e-4)
+    # As many parts as there are programs for, whose last one may end before it is full.
+    assert len({x[1] for x in launched}) == 3
 
 
 # --------------------------------------------------------------------------- poisoned memory
