@@ -19,6 +19,7 @@ whoever else is in the batch.
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -280,7 +281,7 @@ def _fold(
         head.bias_stride(), slots, *head.transform(), **flags, **wanted, STORE=store,
         RISING=head.unit > 0, RAGGED=vocabulary % tile.columns != 0,
     )  # fmt: skip
-    unit = 1.0 if head.precise else 0.6931471805599453
+    unit = 1.0 if head.precise else math.log(2)  # of a logit, see `exponents`
     with on(h):
         head_products.finish_kernel[(triton.cdiv(slots, ROWS),)](
             room, nearest, *tokens, *labels, d, room if factor is None else factor, *results,
@@ -297,7 +298,7 @@ def _fields(head: Head, outputs: int) -> int:
         "ENTROPY": head_products.SHIFTED, "SQUARES": head_products.SQUARED,
         "MEAN": head_products.PLAIN, "TOP1": head_products.TOP,
     }  # fmt: skip
-    return 1 + max(1, *(last[name].value for name, asked in wanted.items() if asked), 1)
+    return 1 + max([1, *(last[name].value for name, asked in wanted.items() if asked)])
 
 
 def _gradient(
