@@ -14,10 +14,17 @@ import triton
 import triton.language as tl
 from drrlhf.kernels.head_rows import factor_of
 from drrlhf.kernels.numerics import exp, expm1, narrow
-from drrlhf.kernels.softmax import LARGEST, LOG2E, entropy_of, finish, log_sum_squares_of, transform
+from drrlhf.kernels.softmax import (
+    LARGEST,
+    LN2,
+    LOG2E,
+    entropy_of,
+    finish,
+    log_sum_squares_of,
+    transform,
+)
 from drrlhf.kernels.tiles import PIECES, load_block, multiply, pieces, place_of, store_block
 
-LN2 = tl.constexpr(0.6931471805599453)
 # Of an entry over the label's logit, in nats: from there on a part is measured from its largest
 # entry. Far is after the label counts as improbable; an entropy in float32 shows what that costs.
 FAR, NEAR = tl.constexpr(31.9), tl.constexpr(1.0)
@@ -368,6 +375,12 @@ def gradient_kernel(
 
 
 @triton.jit
+def looked_up(blocks_ptr, i, BLOCK_ROWS: tl.constexpr):
+    """The slot that is the i-th of listed blocks."""
+    return tl.load(blocks_ptr + i // BLOCK_ROWS) * BLOCK_ROWS + i % BLOCK_ROWS
+
+
+@triton.jit
 def product_kernel(
     a_blocks, b_blocks, rows_ptr, blocks_ptr, blocks_count_ptr, count_ptr, factor_ptr, out_ptr,
     first_slot, most, width, depth, out_stride, splits, programs,
@@ -405,15 +418,13 @@ def product_kernel(
         first_step = part * each
         i_row = i_rows * BM
         if LISTED and not ACROSS:
-            block = tl.load(blocks_ptr + i_row // BLOCK_ROWS)
-            i_row = block * BLOCK_ROWS + i_row % BLOCK_ROWS
+            i_row = looked_up(blocks_ptr, i_row, BLOCK_ROWS)
         x = tl.zeros([BM, BN], tl.float32)
         for k in range(each):
             step = first_step + k
             i_deep = step * BK
             if LISTED and ACROSS:
-                here = tl.minimum(i_deep // BLOCK_ROWS, of_count - 1)
-                i_deep = tl.load(blocks_ptr + here) * BLOCK_ROWS + i_deep % BLOCK_ROWS
+                i_deep = looked_up(blocks_ptr, tl.where(step < steps, i_deep, 0), BLOCK_ROWS)
             i_deep = tl.where(step < steps, i_deep, OUTSIDE)
             b = load_block(b_blocks, i_deep, i_columns * BN, BK, BN, DESCRIBED)
             if ACROSS:
@@ -427,8 +438,7 @@ def product_kernel(
         i_rows, i_columns = place_of(done % in_part, row_blocks, column_blocks, GROUP)
         i_row = i_rows * BM
         if LISTED and not ACROSS:
-            block = tl.load(blocks_ptr + i_row // BLOCK_ROWS)
-            i_row = block * BLOCK_ROWS + i_row % BLOCK_ROWS
+            i_row = looked_up(blocks_ptr, i_row, BLOCK_ROWS)
         here = i_row + tl.arange(0, BM)
         live = here < (depth if ACROSS else count)
         if PARTIAL:

@@ -416,7 +416,7 @@ def linear_token_logprobs(
     stores = keep in (KEEP_HIDDEN, KEEP_RATIOS)
     chunk = _rows_of_parts(head, outputs, workspace)
     if keep == KEEP_HIDDEN:
-        chunk = min(chunk, rows_that_fit(h, vocabulary, workspace))
+        chunk = min(chunk, _rows_that_fit(h, vocabulary, workspace))
         slab = h.new_empty(chunk, reference.ratios_width(vocabulary))
     factor = torch.empty_like(of_labels.logit) if stores else None
     for first in range(0, n, chunk):
@@ -447,7 +447,7 @@ def _rows_of_parts(head: Head, outputs: int, workspace: int) -> int:
     return _whole_blocks(workspace // SHARE_OF_PARTS // of_row, head.hidden.shape[0])
 
 
-def rows_that_fit(h: Tensor, vocabulary: int, workspace: int) -> int:
+def _rows_that_fit(h: Tensor, vocabulary: int, workspace: int) -> int:
     """Whole blocks of tokens whose ratios fit in the workspace; at least one."""
     return _whole_blocks(
         workspace // (reference.ratios_width(vocabulary) * h.element_size()), h.shape[0]
