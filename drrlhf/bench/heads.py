@@ -89,6 +89,11 @@ class Problem:
         self.labels = torch.randint(v, (n,), device=self.device)
         self.upstream = torch.randn(n, device=self.device)
 
+    @property
+    def plain(self) -> Head:
+        """Plain PyTorch for it."""
+        return plain_extras if self.extras else plain
+
     def clear(self) -> None:
         """Forget gradients."""
         self.hidden.grad = self.weight.grad = None
@@ -161,15 +166,13 @@ class Problem:
 
         def by_plain() -> Mapping[str, Tensor]:
             if self.trained:
-                head: Head = plain_extras if self.extras else plain
-                work = self.work(head, upstream)
+                work = self.work(self.plain, upstream)
                 work.once()
                 assert work.outputs is not None
                 return work.outputs()
             # No row's result depends on another's: the checked ones are enough.
             hidden = self.hidden.detach()[self.rows].requires_grad_(self.backward)
-            by_plain: Head = plain_extras if self.extras else plain
-            made = by_plain(hidden, self.weight, self.labels[self.rows])
+            made = self.plain(hidden, self.weight, self.labels[self.rows])
             logps = made[0] if self.extras else made
             result = {"log-probs": logps.detach()}
             if self.extras:
@@ -340,11 +343,10 @@ def everyone(problem: Problem, suite: str) -> tuple[dict[str, Callable[[], Work]
             other = variant(backend, what) if what else variant(backend)
             mine[other] = on_backend(backend, mine[name])
             named[other] = backend
-    by_plain: Head = plain_extras if problem.extras else plain
     found = {
         **mine,
         GEMM: product,
-        PLAIN: lambda: problem.work(by_plain),
+        PLAIN: lambda: problem.work(problem.plain),
         TRL: lambda: problem.work(trl_extras() if problem.extras else trl()),
     }
     if not problem.extras:  # which these do not give
@@ -354,5 +356,5 @@ def everyone(problem: Problem, suite: str) -> tuple[dict[str, Callable[[], Work]
             CCE: lambda: problem.work(cut_cross_entropy(suite)),
         }
     # Last: compiling takes long, and must not cost the others their turn where time is short.
-    found[COMPILED] = lambda: problem.work(peers.compiled(by_plain, suite))
+    found[COMPILED] = lambda: problem.work(peers.compiled(problem.plain, suite))
     return found, named
