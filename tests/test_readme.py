@@ -15,10 +15,10 @@ import pytest
 import torch
 from trl_fixtures import tiny_llama_dir, tiny_pairs
 
-from benchmarks.ood import findings, page, radius
 from drrlhf.bench.heads import COMPILED, PLAIN, TRL
 from drrlhf.bench.results import newest
 from drrlhf.bench.table import readme_tables
+from evidence.shift import findings, page, radius
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -38,6 +38,19 @@ SHELL = [c for c in COMMANDS if c.startswith("drrlhf ")]
 def test_every_command_is_of_a_kind_that_is_tested():
     assert set(COMMANDS) == {*INSTALL, *MAKE, *SHELL}
     assert len(blocks("python")) == 1 and len(blocks("diff")) == 1 and SHELL and MAKE and INSTALL
+
+
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "evidence/shift/README.md"])
+def test_what_links_and_paths_name_is_there(name):
+    text, folder = (ROOT / name).read_text(), (ROOT / name).parent
+    links = {link for link in re.findall(r"\]\(([^)#]+)[^)]*\)", text) if "://" not in link}
+    whole = r"`((?:benchmarks|csrc|drrlhf|evidence|kernels|tests|tools)/[\w./-]*)`"
+    paths = {ROOT / path for path in re.findall(whole, text)}
+    modules = re.findall(r"python -m ((?:evidence|tools|drrlhf)\.[\w.]+)", text)
+    paths |= {ROOT / f"{module.replace('.', '/')}.py" for module in modules}
+    assert links or paths
+    assert [path for path in sorted(paths) if not path.exists()] == []
+    assert [link for link in sorted(links) if not (folder / link).exists()] == []
 
 
 @pytest.fixture(scope="module")

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
 
 import drrlhf as dr
+from evidence.streaming_bias import run
 
 
 def test_two_steps_by_hand():
@@ -149,3 +152,12 @@ def test_wrong_momentum(make, words):
 def test_string_and_back():
     set_ = dr.KL(temperature=-1.0, momentum=0.9, trim=0.05)
     assert dr.parse_ambiguity(str(set_)) == set_
+
+
+def test_the_kept_table_is_what_is_measured():
+    kept = json.loads((Path(run.__file__).parent / f"{run.FILE}.json").read_text())
+    assert run.population() == pytest.approx(kept["population"], rel=1e-12)
+    of = {(r["size"], r["momentum"]): (r["mean"], r["deviation"]) for r in kept["records"]}
+    assert of.keys() == {(n, m) for n in run.SIZES for m in run.MOMENTA}
+    for case in ((2, None), (64, 0.9)):
+        assert run.measure(*case) == pytest.approx(of[case], rel=1e-9)

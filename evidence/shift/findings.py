@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy import stats
 
-from benchmarks.ood.shifts import DPO_SCENARIOS, SCENARIOS
+from evidence.shift.shifts import DPO_SCENARIOS, SCENARIOS
 
 BASE = "erm"
 SURE = 0.05
@@ -131,12 +131,12 @@ def findings(values: Mapping[str, np.ndarray]) -> dict[str, Finding]:
 
 def paired(differences: np.ndarray) -> tuple[float, tuple[float, float]]:
     """p of the two-sided t test that the mean is 0, and the 95 % interval of the mean."""
-    n, mean = len(differences), float(differences.mean())
-    error = float(differences.std(ddof=1)) / n**0.5
-    if error == 0:  # all equal: a difference for certain, or none
+    mean = float(differences.mean())
+    if differences.std() == 0:  # all equal: a difference for certain, or none
         return (1.0 if mean == 0 else 0.0), (mean, mean)
-    half = float(stats.t.ppf(0.975, n - 1)) * error
-    return 2 * float(stats.t.sf(abs(mean) / error, n - 1)), (mean - half, mean + half)
+    found = stats.ttest_1samp(differences, 0.0)
+    low, high = found.confidence_interval(0.95)
+    return float(found.pvalue), (float(low), float(high))
 
 
 def holm(p: Sequence[float]) -> list[float]:

@@ -1,5 +1,5 @@
 """Run the DPO part of the protocol:
-``python -m benchmarks.ood.dpo --output benchmarks/ood/results/dpo.jsonl``.
+``python -m evidence.shift.dpo --output evidence/shift/results/dpo.jsonl``.
 
 A line a scenario, seed and method; a run that was stopped goes on where it stood.
 """
@@ -19,13 +19,13 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import drrlhf as dr
-from benchmarks.ood.methods import marks
-from benchmarks.ood.shifts import DPO_SCENARIOS, Drawn, Scenario, Sizes, Splits, draw
-from benchmarks.ood.tasks import done_already, parser, rounded, run_tasks
 from drrlhf.batching import by_length
 from drrlhf.demo import material, sentiment
 from drrlhf.demo.dpo import LAYERS, cut_model
 from drrlhf.demo.embeddings import fast_dtype
+from evidence.shift.methods import marks
+from evidence.shift.shifts import DPO_SCENARIOS, Drawn, Scenario, Sizes, Splits, draw
+from evidence.shift.tasks import done_already, parser, rounded, run_tasks
 
 # One configuration each; G is the number of training domains.
 DPO_METHODS = {

@@ -1,4 +1,4 @@
-"""Run the protocol: ``python -m benchmarks.ood.run --output benchmarks/ood/results/reward.jsonl``.
+"""Run the protocol: ``python -m evidence.shift.run --output evidence/shift/results/reward.jsonl``.
 
 A line a scenario and seed, with every configuration's marks; a run that was stopped goes on where
 it stood. The first line says what was run, on what.
@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.ood.methods import METHODS, marks, train_head
-from benchmarks.ood.shifts import SCENARIOS, Scenario, Sizes, Splits, draw
-from benchmarks.ood.tasks import done_already, parser, rounded, run_tasks
 from drrlhf.demo import embeddings, material, sentiment
+from evidence.shift.methods import METHODS, marks, train_head
+from evidence.shift.shifts import SCENARIOS, Scenario, Sizes, Splits, draw
+from evidence.shift.tasks import done_already, parser, rounded, run_tasks
 
 QUICK = Sizes(train=512, val=100, test=200)
 

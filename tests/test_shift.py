@@ -8,10 +8,9 @@ import random
 import numpy as np
 import pytest
 import torch
-from scipy import stats
 
-from benchmarks.ood import findings, methods, page, radius, run, shifts, tasks
 from drrlhf.demo.sentiment import DOMAINS, Text, make_pairs, split_texts
+from evidence.shift import findings, methods, page, radius, run, shifts, tasks
 
 SIZES = shifts.Sizes(train=64, val=20, test=30)
 
@@ -170,13 +169,15 @@ def test_a_file_of_another_run_is_not_continued(tmp_path):
 # ---- from marks to findings ----------------------------------------------------------------------
 
 
-def test_paired_intervals_and_p_are_scipys():
-    values = np.random.default_rng(0).normal(0.5, 1, 10)
-    p, interval = findings.paired(values)
-    theirs = stats.ttest_1samp(values, 0)
-    assert p == pytest.approx(theirs.pvalue)
-    assert interval == pytest.approx(tuple(theirs.confidence_interval(0.95)))
+def test_paired_interval_and_p_by_hand():
+    """1 to 5: mean 3, standard error sqrt(2.5 / 5); the 97.5 % quantile of t with 4 degrees of
+    freedom is 2.776445, and 0.013236 of it lies beyond 3 sqrt(2)."""
+    p, interval = findings.paired(np.arange(1.0, 6.0))
+    half = 2.776445 * 0.5**0.5
+    assert p == pytest.approx(0.0132356, abs=1e-6)
+    assert interval == pytest.approx((3 - half, 3 + half), abs=1e-5)
     assert findings.paired(np.zeros(5)) == (1.0, (0.0, 0.0))
+    assert findings.paired(np.full(5, 0.25)) == (0.0, (0.25, 0.25))
 
 
 def test_holm_by_hand():

@@ -1,4 +1,4 @@
-"""Write README.md and its plots from the results: ``python -m benchmarks.ood.page``."""
+"""Write README.md and its plots from the results: ``python -m evidence.shift.page``."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from pathlib import Path
 from textwrap import fill
 from typing import Any
 
-from benchmarks.ood import radius
-from benchmarks.ood.findings import (
+from drrlhf.report import BLUE, PALETTE, VERMILION
+from evidence.shift import radius
+from evidence.shift.findings import (
     BASE,
     DPO_FAMILIES,
     FAMILIES,
@@ -20,7 +21,6 @@ from benchmarks.ood.findings import (
     read,
     table,
 )
-from drrlhf.report import BLUE, PALETTE, VERMILION
 
 HERE = Path(__file__).parent
 SAID = {
@@ -52,7 +52,7 @@ def page(
     seeds = len({record["seed"] for record in records})
     parts = [
         "# Does robust training pay under shift?",
-        f"Generated from `results/` by `python -m benchmarks.ood.page`; the protocol is in "
+        f"Generated from `results/` by `python -m evidence.shift.page`; the protocol is in "
         f"[PROTOCOL.md](PROTOCOL.md), written before the runs. {seeds} paired seeds; "
         f"{header['preference']}",
         "Differences are to `erm`, in points of accuracy where nothing else is said, with the 95 % "

@@ -20,7 +20,7 @@ import drrlhf as dr
 from drrlhf.demo import sentiment
 
 DIGITS = 5
-ROOT = Path(__file__).parent.parent.parent
+ROOT = Path(__file__).parents[2]
 
 Record = dict[str, Any]
 Work = Callable[[Any], Record]

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.ood.shifts import Drawn
 from drrlhf.demo import reward
+from evidence.shift.shifts import Drawn
 
 LEARNING_RATES = (1e-3, 3e-4)
 BINS = 10

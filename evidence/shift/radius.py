@@ -1,6 +1,6 @@
 """Try the radius chooser as the protocol says, on the models of a finished run:
-``python -m benchmarks.ood.radius --reward benchmarks/ood/results/reward.jsonl
---output benchmarks/ood/results/radius.jsonl``.
+``python -m evidence.shift.radius --reward evidence/shift/results/reward.jsonl
+--output evidence/shift/results/radius.jsonl``.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ import torch
 from torch import Tensor
 
 import drrlhf as dr
-from benchmarks.ood import run
-from benchmarks.ood.findings import BASE, FAMILY_OF, Record, by_seed, chosen, measures, read
-from benchmarks.ood.methods import METHODS, marks, train_head
-from benchmarks.ood.shifts import SCENARIOS, Drawing, Drawn, Sizes, draw
-from benchmarks.ood.tasks import DIGITS, done_already, run_tasks
 from drrlhf.demo import sentiment
 from drrlhf.stress import Attribute, Scores, suggest_radius
 from drrlhf.stress.curves import RADII, losses_of, worst_case
 from drrlhf.stress.radius import strength_of
+from evidence.shift import run
+from evidence.shift.findings import BASE, FAMILY_OF, Record, by_seed, chosen, measures, read
+from evidence.shift.methods import METHODS, marks, train_head
+from evidence.shift.shifts import SCENARIOS, Drawing, Drawn, Sizes, draw
+from evidence.shift.tasks import DIGITS, done_already, run_tasks
 
 RULES = ("groups", "bootstrap")
 FAMILIES = tuple(RADII)

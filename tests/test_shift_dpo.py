@@ -9,8 +9,8 @@ import pytest
 import torch
 from trl_fixtures import WORDS, tiny_llama_dir
 
-from benchmarks.ood import dpo, findings, page, shifts, tasks
 from drrlhf.demo.sentiment import DOMAINS, Text
+from evidence.shift import dpo, findings, page, shifts, tasks
 
 SETTINGS = dpo.Settings(
     pairs=48, epochs=2, batch=16, lr=0.02, rank=4, test_texts=20, test_pairs=40

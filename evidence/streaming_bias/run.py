@@ -1,5 +1,6 @@
 """How far the worst case of small batches lies below that of the population, with and without a
-running normaliser: ``python -m drrlhf.bench.streaming_bias FOLDER`` writes a table and a plot.
+running normaliser: ``python -m evidence.streaming_bias.run FOLDER`` writes a table and a plot, of
+which this folder keeps one each.
 
 A batch's t log mean exp(l/t) is biased low (Jensen): the largest losses of the population are
 rarely in it. `KL` with momentum keeps the mean running over batches.

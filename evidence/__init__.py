@@ -1,0 +1,1 @@
+"""Experiments behind what the README claims, each with its results."""
