@@ -21,7 +21,7 @@ needs_nvcc = pytest.mark.skipif(not shutil.which("nvcc"), reason="nvcc is not in
 
 @needs_nvcc
 def test_kernels_compile_without_warnings_or_spills_as_the_kept_table_says():
-    from drrlhf.bench import cuda_ahead_of_time
+    from tools import cuda_ahead_of_time
 
     found = cuda_ahead_of_time.table()
     kept = json.loads(KEPT.read_text())["records"]

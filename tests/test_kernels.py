@@ -26,10 +26,10 @@ of_one_worker = pytest.mark.xdist_group("compiled")
 
 @pytest.fixture(scope="module", params=[80, 90, 100])
 def compiled(request):
-    """Every variant of `drrlhf.bench.ahead_of_time` for one architecture."""
+    """Every variant of `tools.ahead_of_time` for one architecture."""
     if SLOW:
         pytest.skip("of the ordinary process alone")
-    from drrlhf.bench import ahead_of_time
+    from tools import ahead_of_time
 
     return request.param, [ahead_of_time.build(v, request.param) for v in ahead_of_time.variants()]
 
@@ -97,8 +97,8 @@ def test_nothing_of_one_vendor_alone():
 
 @compiled_only
 def test_kept_table_is_current():
-    """What python -m drrlhf.bench.ahead_of_time wrote is about the kernels that there are."""
-    from drrlhf.bench import ahead_of_time
+    """What python -m tools.ahead_of_time wrote is about the kernels that there are."""
+    from tools import ahead_of_time
 
     kept = json.loads(KEPT.read_text())
     wanted = {(v.name, f"sm_{arch}") for v in ahead_of_time.variants() for arch in (80, 90, 100)}

@@ -1,6 +1,6 @@
 """What the Triton kernels compile to for chips that are not here: registers, spills, shared memory.
 
-``python -m drrlhf.bench.ahead_of_time FOLDER`` writes the table; tests hold the default
+``python -m tools.ahead_of_time FOLDER`` writes the table; tests hold the default
 configurations to it.
 """
 
@@ -295,10 +295,9 @@ def variants() -> Iterator[Variant]:
 def build(variant: Variant, arch: int) -> Build:
     """Compiles a variant for an NVIDIA architecture; needs no GPU."""
     import triton
+    from drrlhf.kernels import tiles
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
-
-    from drrlhf.kernels import tiles
 
     constants, warps, stages = variant.constants, variant.warps, 3
     types = variant.types

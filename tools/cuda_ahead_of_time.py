@@ -1,6 +1,6 @@
 """What the CUDA kernels compile to: registers, spills and shared memory, without a GPU.
 
-``python -m drrlhf.bench.cuda_ahead_of_time FOLDER`` writes the table, from a source tree and with
+``python -m tools.cuda_ahead_of_time FOLDER`` writes the table, from a source tree and with
 nvcc. Warnings are errors.
 """
 
@@ -14,7 +14,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-SOURCES = Path(__file__).parents[2] / "csrc" / "cuda"
+SOURCES = Path(__file__).parents[1] / "csrc" / "cuda"
 ARCHITECTURES = (80, 90, 100)
 FILE = "cuda_kernels_ahead_of_time.json"
 FLAGS = [
@@ -86,5 +86,5 @@ def main(folder: str) -> None:
 
 if __name__ == "__main__":
     if len(sys.argv) != 2 or not shutil.which("nvcc"):
-        sys.exit("usage: python -m drrlhf.bench.cuda_ahead_of_time FOLDER, with nvcc on PATH")
+        sys.exit("usage: python -m tools.cuda_ahead_of_time FOLDER, with nvcc on PATH")
     main(sys.argv[1])
