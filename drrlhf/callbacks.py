@@ -27,7 +27,7 @@ from rich.progress import (
 )
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from drrlhf.report import read_metrics, write_whole
+from drrlhf.files import json_lines, write_text
 
 
 class MetricsCallback(TrainerCallback):
@@ -51,15 +51,14 @@ class MetricsCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._start = time.perf_counter()
-        lines = [line for line in read_metrics(self.path) if line["step"] <= state.global_step]
+        lines = [line for line in json_lines(self.path) if line["step"] <= state.global_step]
         if lines:
             self._seconds_before = lines[-1]["seconds"]
             tokens = [line["num_tokens"] for line in lines if "num_tokens" in line]
             # Less what the trainer's state brings along: of that the trainer itself counts on.
             self._tokens_before = (tokens[-1] if tokens else 0.0) - state.num_input_tokens_seen
         if state.is_world_process_zero:
-            text = "".join(map(_json_line, lines))
-            write_whole(self.path, lambda part: part.write_text(text, encoding="utf-8"))
+            write_text(self.path, "".join(map(_json_line, lines)))
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -25,9 +25,9 @@ from typing import Any
 
 import datasets
 
-from drrlhf import files
-from drrlhf.files import DataError, Row, Rows
-from drrlhf.files import short as _short
+from drrlhf.files import tables
+from drrlhf.files.tables import DataError, Row, Rows
+from drrlhf.files.tables import short as _short
 from drrlhf.groups import is_group, named, of_values, short
 
 logger = logging.getLogger(__name__)
@@ -124,7 +124,7 @@ def load_prompt_data(
 def _open(source: str, split: str) -> tuple[str, str, Rows]:
     """The name to print, what the rows' numbers count, and the rows with their numbers."""
     path = Path(source).expanduser()
-    is_file = path.is_file() or path.suffix.lower() in files.SUFFIXES
+    is_file = path.is_file() or path.suffix.lower() in tables.SUFFIXES
     if path.is_dir() or (not is_file and _HUB_NAME.fullmatch(source)):
         return source, "row", _read_datasets(source, path, split)
     if not path.is_file():
@@ -134,7 +134,7 @@ def _open(source: str, split: str) -> tuple[str, str, Rows]:
             f"{source}: split={split!r} was asked for, but a file holds one split only; "
             "leave split out and give each split its own file"
         )
-    unit, rows = files.rows(path)
+    unit, rows = tables.rows(path)
     if path.suffix.lower() == ".csv":
         rows = ((number, {key: _csv_value(key, row[key]) for key in row}) for number, row in rows)
     return source, unit, rows
@@ -175,7 +175,7 @@ def _read_datasets(source: str, path: Path, split: str) -> Rows:
     if "'Json'" in str(data.features.to_dict()):  # to Arrow, that is text
         rows: Rows = iter(enumerate(data, 1))
     else:
-        rows = files.rows_of(source, data.with_format("arrow").iter(1000))
+        rows = tables.rows_of(source, data.with_format("arrow").iter(1000))
     yield from ((number, _with_name(row, names)) for number, row in rows)
 
 
@@ -431,7 +431,7 @@ class _Columns:
         types |= self.finish_template()
         self.log_what_was_left_out()
         columns = {
-            key: values if key in types else files.column(key, values, self.numbers, self.where)
+            key: values if key in types else tables.column(key, values, self.numbers, self.where)
             for key, values in (self.columns | self.more).items()
         }
         return PreferenceData(_dataset(columns, types), names)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
-from collections.abc import Callable, Sequence
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
+
+from drrlhf.files import json_lines, write_whole
+from drrlhf.seeds import mean_and_error
 
 BLUE, ORANGE, GREEN, VERMILION = "#0072B2", "#E69F00", "#009E73", "#D55E00"
 PALETTE = (BLUE, ORANGE, GREEN, VERMILION, "#CC79A7", "#56B4E9", "#F0E442", "#000000")
@@ -19,47 +20,11 @@ _STYLES = ("-", "--", "-.", ":")
 Line = dict[str, Any]
 
 
-def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
-    """Let ``write`` fill a file beside ``path``, and move that into place when it is on the disk.
-
-    Whatever ends the process, or the machine: a reader finds the old file or the new one. A process
-    that is killed leaves ``.NAME.PID.part`` behind.
-    """
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        write(part)
-        with part.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def _save(figure: Any, output_png: str | os.PathLike[str]) -> Path:
+def save(figure: Any, output_png: str | os.PathLike[str], dpi: int = 130, **more: Any) -> Path:
+    """Write a figure as a PNG, whole at any time; its path. ``more`` goes to ``savefig``."""
     path = Path(output_png)
-    write_whole(path, lambda part: figure.savefig(part, format="png", dpi=130))
+    write_whole(path, lambda part: figure.savefig(part, format="png", dpi=dpi, **more))
     return path
-
-
-def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The lines of a ``metrics.jsonl``; a last line cut off by a crash is left out.
-
-    Raises:
-        ValueError: a line before the last is not valid JSON.
-    """
-    path = Path(path)
-    if not path.is_file():
-        return []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    if lines and not lines[-1].endswith("\n"):
-        lines.pop()
-    records = []
-    for number, line in enumerate(lines, 1):
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number}: not valid JSON ({error})") from error
-    return records
 
 
 def plot_training(
@@ -81,7 +46,7 @@ def plot_training(
         ValueError: the file has no training line, or a line that is not JSON.
         ImportError: matplotlib is missing.
     """
-    lines = read_metrics(metrics_path)
+    lines = json_lines(metrics_path)
     train = [line for line in lines if line["event"] == "train"]
     if not train:
         raise ValueError(
@@ -113,7 +78,7 @@ def plot_training(
     axes[-1].set_xlabel("optimizer step")
     axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.suptitle(title, fontsize="medium")
-    return _save(figure, output_png)
+    return save(figure, output_png)
 
 
 def plot_comparison(result: dict[str, Any], output_png: str | os.PathLike[str]) -> Path:
@@ -154,12 +119,7 @@ def plot_comparison(result: dict[str, Any], output_png: str | os.PathLike[str]) 
     figure.suptitle(
         f"DPO on {result['model']}, {steps} steps, one seed\n{result['data']}", fontsize=9
     )
-    return _save(figure, output_png)
-
-
-def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and its standard error over seeds; of one seed the error is NaN."""
-    return fmean(values), stdev(values) / len(values) ** 0.5 if len(values) > 1 else math.nan
+    return save(figure, output_png)
 
 
 def plot_rewards(result: dict[str, Any], output_png: str | os.PathLike[str]) -> Path:
@@ -213,7 +173,7 @@ def plot_rewards(result: dict[str, Any], output_png: str | os.PathLike[str]) -> 
         f"{result['data']}",
         fontsize=8,
     )
-    return _save(figure, output_png)
+    return save(figure, output_png)
 
 
 def group_columns(

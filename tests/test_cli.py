@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 
 from drrlhf import __version__
 from drrlhf.cli import app, rundir
-from drrlhf.report import read_metrics
+from drrlhf.files import json_lines
 
 GROUPS = ["amazon", "movie", "tweets", "amazon"] * 6
 FAST = "--learning-rate 1e-3 --batch-size 4"
@@ -73,7 +73,7 @@ def _numbers(out: Path) -> list[dict]:
     clock = ("seconds", "runtime", "per_second", "step_time")
     return [
         {name: value for name, value in line.items() if not name.endswith(clock)}
-        for line in read_metrics(out / "metrics.jsonl")
+        for line in json_lines(out / "metrics.jsonl")
     ]
 
 
@@ -97,7 +97,7 @@ def test_reward_model(place, tmp_path):
     result = _train(place, "reward", tmp_path / "out", f"--eval-data {place.held_out}")
     for word in ("reward, ambiguity tv:0.1", "held out", "effective sample size", "training.png"):
         assert word in result.output
-    lines = read_metrics(tmp_path / "out/metrics.jsonl")
+    lines = json_lines(tmp_path / "out/metrics.jsonl")
     assert [line["step"] for line in lines if line["event"] == "train"] == [1, 2, 3, 4, 5, 6]
     assert [line["step"] for line in lines if line["event"] == "eval"] == [6]
     # of the training set's groups this one has two: movie and tweets
@@ -123,7 +123,7 @@ def test_dpo_with_adapters_and_groups_from_the_data(place, tmp_path):
     assert "dpo, ambiguity group:3" in result.output
     assert (tmp_path / "out/adapter_model.safetensors").is_file()
     assert not (tmp_path / "out/model.safetensors").exists()
-    assert "group/tweets/state" in read_metrics(tmp_path / "out/metrics.jsonl")[-1]
+    assert "group/tweets/state" in json_lines(tmp_path / "out/metrics.jsonl")[-1]
 
 
 def test_the_set_and_the_learning_rate_reach_the_trainer(place, tmp_path):
@@ -217,7 +217,7 @@ def test_an_occupied_directory_is_refused_then_overwritten(place, tmp_path):
     _refused(result, str(out), "run.json", "--resume", "--overwrite")
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
     _train(place, "reward", out, "--max-steps 1 --overwrite --lora")
-    assert [line["step"] for line in read_metrics(out / "metrics.jsonl")] == [1]
+    assert [line["step"] for line in json_lines(out / "metrics.jsonl")] == [1]
     assert [path.name for path in out.glob("checkpoint-*")] == ["checkpoint-1"]
     assert [path.name for path in out.glob("*.safetensors")] == ["adapter_model.safetensors"]
 
@@ -258,7 +258,7 @@ def test_resume_gives_the_numbers_of_an_uninterrupted_run(place, tmp_path, kind,
     assert _numbers(broken) == _numbers(whole)
     _assert_same_weights(broken, whole)
     clock = [
-        [line["seconds"] for line in read_metrics(out / "metrics.jsonl") if line["step"] <= 3]
+        [line["seconds"] for line in json_lines(out / "metrics.jsonl") if line["step"] <= 3]
         for out in (whole, broken)
     ]
     assert clock[0] == clock[1], "the first three steps were trained again"
@@ -320,7 +320,7 @@ def test_ctrl_c_leaves_a_checkpoint_that_continues_to_the_same_numbers(place, tm
         run.send_signal(signal.SIGINT)
         told, errors = (stream.decode() for stream in run.communicate(timeout=120))
     assert run.returncode == 130, told + errors
-    steps = [line["step"] for line in read_metrics(out / "metrics.jsonl")]
+    steps = [line["step"] for line in json_lines(out / "metrics.jsonl")]
     assert 3 <= len(steps) < 40, "the run was too fast for this test: raise its steps"
     assert f"checkpoint-{steps[-1]}" in told and "Stopping after this step" in errors
     assert (out / "training.png").is_file() and not (out / "model.safetensors").exists()

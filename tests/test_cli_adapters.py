@@ -17,7 +17,7 @@ from trl_fixtures import tiny_llama_dir, tiny_pairs, tiny_reward_dir, tiny_token
 
 from drrlhf import models
 from drrlhf.cli import reward_function, rundir
-from drrlhf.report import read_metrics
+from drrlhf.files import json_lines
 from drrlhf.stress import Policy, score_pairs
 
 FAST = "--batch-size 4 --learning-rate 1e-2 --max-steps 2"
@@ -49,7 +49,7 @@ def train(place, kind, out, more):
 
 
 def train_steps(out):
-    return [line for line in read_metrics(out / "metrics.jsonl") if line["event"] == "train"]
+    return [line for line in json_lines(out / "metrics.jsonl") if line["event"] == "train"]
 
 
 def adapters(folder):
@@ -249,7 +249,7 @@ def test_groups_that_are_codes(place, tmp_path):
 
     # a set without groups only measures them, so that others may be held out
     train(place, "dpo", tmp_path / "tv", f"--model {place.base} --data {pairs} --eval-data {other}")
-    lines = read_metrics(tmp_path / "tv" / "metrics.jsonl")
+    lines = json_lines(tmp_path / "tv" / "metrics.jsonl")
     assert "group/20240115/weight" in lines[0] and "eval_group/8/weight" in lines[-1]
 
 

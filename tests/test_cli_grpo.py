@@ -15,7 +15,7 @@ import pytest
 from test_cli import _assert_same_weights, _numbers, _refused, _run
 from trl_fixtures import tiny_llama_dir, tiny_pairs
 
-from drrlhf.report import read_metrics
+from drrlhf.files import json_lines
 
 REWARD = """
 def score(prompts, completions, bonus, **_):
@@ -62,7 +62,7 @@ def test_a_run_leaves_model_record_curves_and_table(place):
     assert record["data"]["group_names"] == ["a", "b"]
     assert record["settings"]["reward"] == "my_reward:score"
     assert (place.root / "out" / "training.png").stat().st_size > 10_000
-    last = [x for x in read_metrics(place.root / "out" / "metrics.jsonl") if x["event"] == "train"]
+    last = [x for x in json_lines(place.root / "out" / "metrics.jsonl") if x["event"] == "train"]
     assert {"group/a/reward", "group/b/state", "robust/kept", "kl"} <= set(last[-1])
 
 

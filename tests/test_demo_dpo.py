@@ -12,7 +12,8 @@ from rich.console import Console
 from trl_fixtures import tiny_llama_dir, tiny_pairs
 
 from drrlhf.demo import dpo
-from drrlhf.report import plot_comparison, read_metrics
+from drrlhf.files import json_lines
+from drrlhf.report import plot_comparison
 
 QUIET = Console(quiet=True)
 
@@ -38,7 +39,7 @@ def outcome(model_dir, tmp_path_factory):
 
 def test_both_settings_start_alike_and_see_the_same_pairs(outcome):
     out, _, result = outcome
-    plain, robust = (read_metrics(out / name / "metrics.jsonl") for name in ("plain", "robust"))
+    plain, robust = (json_lines(out / name / "metrics.jsonl") for name in ("plain", "robust"))
     assert [run["ambiguity"] for run in result["runs"]] == ["erm", "tv:0.1"]
     assert [line["step"] for line in plain] == [line["step"] for line in robust] == [1, 2, 3]
     for name in ("loss", "num_tokens", "logps/chosen", "logps/rejected"):

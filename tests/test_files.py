@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import csv
 import json
+import subprocess
+import sys
 from datetime import datetime
 
 import numpy as np
@@ -19,6 +21,7 @@ from typer.testing import CliRunner
 from drrlhf import files
 from drrlhf.cli import app
 from drrlhf.data import DataError, load_preference_data, load_prompt_data
+from drrlhf.files import tables
 from drrlhf.stress import load_scores, score_table
 from drrlhf.stress.scores import from_table
 
@@ -39,7 +42,7 @@ def run(*arguments):
 
 def test_columns_of_lines_have_one_type(tmp_path, monkeypatch):
     """Across blocks too: blocks of two rows here, and a column that begins in the third."""
-    monkeypatch.setattr(files, "BLOCK", 2)
+    monkeypatch.setattr(tables, "BLOCK", 2)
     values = {
         "grows": [1, 2, 0.5, None, None, 3],
         "mixed": [1, 2.0, "a", True, None, 0.5],
@@ -48,7 +51,7 @@ def test_columns_of_lines_have_one_type(tmp_path, monkeypatch):
         "unsigned": [2**63, 1, None, 2, 3, 4],
     }
     rows = [{k: v[i] for k, v in values.items() if v[i] != "absent"} for i in range(6)]
-    found = files.table(lines(tmp_path / "a.jsonl", rows))
+    found = tables.table(lines(tmp_path / "a.jsonl", rows))
     assert found.to_pydict() == {
         "grows": [1.0, 2.0, 0.5, None, None, 3.0],
         "mixed": ["1", "2", "a", "true", None, "0.5"],
@@ -65,7 +68,7 @@ def test_cells_of_csv_are_what_all_of_their_column_are(tmp_path):
         "NA,1e3,False,,18446744073709551617,1b\n"
         "-3,nan,,NA,1,\n"
     )
-    assert files.table(tmp_path / "a.csv").to_pydict() == {
+    assert tables.table(tmp_path / "a.csv").to_pydict() == {
         "whole": [1, None, -3],
         "number": [0.5, 1000.0, None],
         "truth": [True, False, None],
@@ -76,17 +79,17 @@ def test_cells_of_csv_are_what_all_of_their_column_are(tmp_path):
 
 
 def test_texts_are_measured_and_a_prompt_with_an_id_is_left_out(tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "BLOCK", 1)
+    monkeypatch.setattr(tables, "BLOCK", 1)
     rows = [{"prompt": "p", "prompt_id": 7, "chosen": "né", "k": 1}, {"chosen": None, "k": 2}]
     lines(tmp_path / "a.jsonl", rows)
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
     expected = {"prompt_id": [7, None], "k": [1, 2], "chosen_length": [2, None]}
     for suffix in (".jsonl", ".parquet"):
-        found = files.table(tmp_path / f"a{suffix}", ("chosen",), {"prompt": "prompt_id"})
+        found = tables.table(tmp_path / f"a{suffix}", ("chosen",), {"prompt": "prompt_id"})
         wanted = expected | ({"chosen": [None, None]} if suffix == ".jsonl" else {})
         assert found.to_pydict() == wanted
     given = [row | {"rejected_length": 3} for row in rows]
-    found = files.table(lines(tmp_path / "b.jsonl", given), ("chosen", "rejected"))
+    found = tables.table(lines(tmp_path / "b.jsonl", given), ("chosen", "rejected"))
     assert "chosen_length" not in found.column_names  # in tokens, for all that is known
 
 
@@ -106,7 +109,7 @@ def test_texts_are_measured_and_a_prompt_with_an_id_is_left_out(tmp_path, monkey
 )
 def test_json_is_lines_an_array_or_columns(tmp_path, text, expected):
     (tmp_path / "a.json").write_text(text)
-    assert list(files.rows(tmp_path / "a.json")[1]) == expected
+    assert list(tables.rows(tmp_path / "a.json")[1]) == expected
 
 
 # ---- scores as evaluators have them --------------------------------------------------------------
@@ -519,3 +522,44 @@ def test_grpo_hands_none_to_the_reward_function(tmp_path, monkeypatch):
     for prompt, answer, tests in rows:
         wanted = given[int(prompt[1:])]
         assert (answer, tests) == (wanted["answer"], wanted["tests"])
+
+
+# ---- files of ours -------------------------------------------------------------------------------
+
+
+def test_json_lines_leave_out_a_cut_off_end_and_name_a_broken_line(tmp_path):
+    path = tmp_path / "m.jsonl"
+    said = "a\u2028b"  # a line of its own to str.splitlines
+    path.write_text(f'{{"step": 1}}\n{{"step": 2, "said": "{said}"}}\n{{"step": 3, "lo', "utf-8")
+    assert files.json_lines(path) == [{"step": 1}, {"step": 2, "said": said}]
+    path.write_text('{"step": 1}\nnonsense\n{"step": 2}\n')
+    with pytest.raises(ValueError, match=r"m\.jsonl, line 2: not valid JSON"):
+        files.json_lines(path)
+    assert files.json_lines(tmp_path / "absent.jsonl") == []
+
+
+def test_a_write_that_fails_leaves_the_old_files_and_no_part(tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    for path in (first, second):
+        files.write_text(path, "old é")
+
+    def fails(part):
+        part.write_text("half")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        files.write_together({first: files.writes_text("new"), second: fails})
+    assert [path.read_bytes() for path in (first, second)] == ["old é".encode()] * 2
+    assert sorted(tmp_path.iterdir()) == [first, second]
+    files.write_together({first: files.writes_text("1"), second: files.writes_text("2")})
+    assert [path.read_text() for path in (first, second)] == ["1", "2"]
+
+
+def test_what_writes_files_needs_no_pyarrow():
+    """Benchmarks and the command's start run where torch alone is installed."""
+    code = (
+        "import sys; sys.modules['pyarrow'] = None\n"
+        "import drrlhf.files, drrlhf.report, drrlhf.cli.rundir, drrlhf.bench.results"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from matplotlib.figure import Figure
 
-from drrlhf.report import group_columns, plot_comparison, plot_training, read_metrics
+from drrlhf.report import group_columns, plot_comparison, plot_training
 
 
 def _lines(n: int = 60, **columns) -> list[dict]:
@@ -107,15 +107,6 @@ def test_the_plain_mean_is_drawn_beside_the_worst_case(tmp_path, drawn):
 def test_group_weights_fall_back_to_the_batch():
     lines = [{"group/1/weight": 0.5}, {"group/0/weight": 0.5, "group/0/state": 0.2}]
     assert group_columns(lines) == {"0": "group/0/state", "1": "group/1/weight"}
-
-
-def test_read_metrics_drops_a_cut_off_end_and_names_a_broken_line(tmp_path):
-    path = _write(tmp_path / "m.jsonl", _lines(2), tail='{"step": 3, "lo')
-    assert [line["step"] for line in read_metrics(path)] == [1, 2]
-    path.write_text('{"step": 1}\nnonsense\n{"step": 2}\n')
-    with pytest.raises(ValueError, match=r"m\.jsonl, line 2: not valid JSON"):
-        read_metrics(path)
-    assert read_metrics(tmp_path / "absent.jsonl") == []
 
 
 def test_a_picture_that_cannot_be_finished_leaves_the_old_one(tmp_path, monkeypatch):

@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 
+from drrlhf.files import write_text
+
 ARCHITECTURES = (80, 90, 100)
 FILE = "kernels_ahead_of_time.json"
 
@@ -366,7 +368,7 @@ def main(folder: str) -> None:
     records = [build(v, arch).record() for arch in ARCHITECTURES for v in variants()]
     result = {"suite": "ahead of time", "versions": {"triton": triton.__version__}}
     path = Path(folder) / FILE
-    path.write_text(json.dumps(result | {"records": records}, indent=1) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(result | {"records": records}, indent=1) + "\n")
     for r in records:
         print(*(r[key] for key in ("arch", "registers", "spills", "shared", "kernel")))
 

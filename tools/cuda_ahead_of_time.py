@@ -14,6 +14,8 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from drrlhf.files import write_text
+
 SOURCES = Path(__file__).parents[1] / "csrc" / "cuda"
 ARCHITECTURES = (80, 90, 100)
 FILE = "cuda_kernels_ahead_of_time.json"
@@ -79,7 +81,7 @@ def main(folder: str) -> None:
     rows = table()
     result = {"suite": "ahead of time", "versions": {"nvcc": release[1]}, "records": rows}
     path = Path(folder) / FILE
-    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(result, indent=1) + "\n")
     for r in rows:
         print(*(r[key] for key in ("arch", "registers", "spills", "shared", "kernel")))
 

@@ -9,7 +9,7 @@ from typing import Any
 from drrlhf.bench.registry import OURS
 from drrlhf.bench.results import Result
 from drrlhf.bench.runner import Record
-from drrlhf.report import PALETTE
+from drrlhf.report import PALETTE, save
 
 _MARKERS = "osD^vP*X"
 _HATCHES = ("", "//", "..", "xx")
@@ -34,7 +34,7 @@ def plot(result: Result, folder: str | os.PathLike[str], stem: str) -> list[Path
             figure.suptitle(_title(result), fontsize="medium")
             path = Path(folder) / f"{stem}_{name}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
-            figure.savefig(path, dpi=130)
+            save(figure, path)
             drawn.append(path)
     return drawn
 

@@ -19,6 +19,7 @@ import drrlhf as dr
 from drrlhf.bench.budget import LEFT_OUT
 from drrlhf.bench.registry import SUITES
 from drrlhf.bench.runner import Outcome
+from drrlhf.files import write_text
 
 Result = dict[str, Any]
 
@@ -113,9 +114,7 @@ def write(result: Result, folder: str | os.PathLike[str]) -> Path:
             mark = slug(str(before.get("commit"))[:7])
             name = f"{before['suite']}_{slug(before['device'])}-{mark}_{before['date']}.json"
             path.replace(folder / name)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    write_text(path, json.dumps(result, indent=1) + "\n")
     return path
 
 

@@ -13,10 +13,11 @@ from drrlhf.cli import rundir
 
 def plot(output_dir: Path) -> Path | None:
     """The curves, when at least one step was logged."""
-    from drrlhf.report import plot_training, read_metrics
+    from drrlhf.files import json_lines
+    from drrlhf.report import plot_training
 
     metrics = output_dir / rundir.METRICS_FILE
-    if not any(line["event"] == "train" for line in read_metrics(metrics)):
+    if not any(line["event"] == "train" for line in json_lines(metrics)):
         return None
     record = rundir.read_record(output_dir)
     settings = record["settings"]
@@ -26,9 +27,9 @@ def plot(output_dir: Path) -> Path | None:
 
 def report(output_dir: Path, record: dict[str, Any], console: Console) -> int:
     """Complete ``run.json``, draw the curves and print the table of what came out."""
-    from drrlhf.report import read_metrics
+    from drrlhf.files import json_lines
 
-    lines = read_metrics(output_dir / rundir.METRICS_FILE)
+    lines = json_lines(output_dir / rundir.METRICS_FILE)
     train = [line for line in lines if line["event"] == "train"]
     evaluations = [line for line in lines if line["event"] == "eval"]
     record = record | {"finished": rundir.now(), "result": {"train": train[-1]}}

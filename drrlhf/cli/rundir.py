@@ -17,8 +17,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from drrlhf.files import write_text, write_whole
 from drrlhf.models import REFERENCE, has_reference
-from drrlhf.report import write_whole
 
 RUN_FILE = "run.json"
 METRICS_FILE = "metrics.jsonl"
@@ -181,7 +181,7 @@ def read_record(output_dir: Path) -> dict[str, Any]:
 def write_record(output_dir: Path, record: dict[str, Any]) -> None:
     """Write ``run.json`` so that a crash leaves either the old or the new one."""
     text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
-    write_whole(output_dir / RUN_FILE, lambda part: part.write_text(text, encoding="utf-8"))
+    write_text(output_dir / RUN_FILE, text)
 
 
 def check_same_run(record: dict[str, Any], new: dict[str, Any]) -> None:

@@ -187,7 +187,7 @@ def _scored(
     from rich.progress import Progress as Bars
     from transformers.utils import logging
 
-    from drrlhf.report import write_whole
+    from drrlhf.files import write_whole
     from drrlhf.stress import from_table, load_judge, score_table
 
     logging.disable_progress_bar()

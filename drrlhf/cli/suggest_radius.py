@@ -76,11 +76,11 @@ def suggest_radius(
 
 
 def _write(found: dict[str, Any], path: Path) -> None:
-    from drrlhf.report import write_whole
+    from drrlhf.files import write_text
 
     text = json.dumps(found, indent=1, allow_nan=False) + "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, lambda part: part.write_text(text, encoding="utf-8"))
+    write_text(path, text)
 
 
 def _table(found: dict[str, Any]) -> Table:

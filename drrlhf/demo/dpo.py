@@ -42,7 +42,8 @@ from drrlhf.callbacks import MetricsCallback, ProgressCallback
 from drrlhf.demo.embeddings import fast_dtype
 from drrlhf.demo.material import cache_dir, fetch
 from drrlhf.demo.sentiment import DERIVED, preference_rows
-from drrlhf.report import plot_comparison, read_metrics, write_whole
+from drrlhf.files import json_lines, write_text
+from drrlhf.report import plot_comparison
 from drrlhf.trl import DPOConfig, DPOTrainer
 
 SEEN, RARE, UNSEEN = "movie", "tweets", ("amazon", "nyt")
@@ -95,8 +96,7 @@ def run(
         "domains": {name: domains.get(name, "unseen") for name in held_out},
     }
     output_dir = Path(output_dir)
-    text = json.dumps(result, indent=2) + "\n"
-    write_whole(output_dir / "dpo.json", lambda part: part.write_text(text, encoding="utf-8"))
+    write_text(output_dir / "dpo.json", json.dumps(result, indent=2) + "\n")
     plot_comparison(result, output_dir / "dpo.png")
     console.print(table(result))
     console.print(f"Written: {output_dir / 'dpo.json'}, {output_dir / 'dpo.png'}", soft_wrap=True)
@@ -290,7 +290,7 @@ def _score(margins: torch.Tensor) -> dict[str, Any]:
 
 
 def _speed_and_loss(folder: Path) -> dict[str, Any]:
-    lines = [line for line in read_metrics(folder / "metrics.jsonl") if line["event"] == "train"]
+    lines = [line for line in json_lines(folder / "metrics.jsonl") if line["event"] == "train"]
     last = [line["loss"] for line in lines[-max(1, len(lines) // 4) :]]
     ends = [line["seconds"] for line in lines]
     return {

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from drrlhf.batching import by_length
 from drrlhf.demo.material import cache_dir, sha256
+from drrlhf.files import write_whole
 
 MAX_TOKENS = 256
 # Batches are cut by tokens, padding included: on a CPU, activations of about this size stay in
@@ -46,9 +46,8 @@ def encode(
     path = folder / f"{_key(texts, model_dir, dtype)}.safetensors"
     if not path.is_file():
         folder.mkdir(parents=True, exist_ok=True)
-        part = folder / f"{path.name}.{os.getpid()}.part"
-        save_file({"embeddings": _encode(texts, model_dir, dtype, console)}, part)
-        os.replace(part, path)
+        found = _encode(texts, model_dir, dtype, console)
+        write_whole(path, lambda part: save_file({"embeddings": found}, part))
     return load_file(path)["embeddings"]
 
 

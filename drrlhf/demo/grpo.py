@@ -38,7 +38,9 @@ from drrlhf.demo.dpo import LAYERS, RARE, RARE_SHARE, SEEN, UNSEEN, cut_model
 from drrlhf.demo.embeddings import fast_dtype
 from drrlhf.demo.material import fetch
 from drrlhf.demo.sentiment import load_split, preference_rows
-from drrlhf.report import mean_and_error, plot_rewards, read_metrics, write_whole
+from drrlhf.files import json_lines, write_text
+from drrlhf.report import plot_rewards
+from drrlhf.seeds import mean_and_error
 from drrlhf.trl import GRPOConfig, GRPOTrainer, RewardConfig, RewardTrainer
 
 DOMAINS = (SEEN, RARE, *UNSEEN)
@@ -95,8 +97,7 @@ def run(
         "model": f"the first {LAYERS} layers of SmolLM2-135M-Instruct, LoRA",
         "domains": {domain: shares.get(domain, "unseen") for domain in DOMAINS},
     }
-    text = json.dumps(result, indent=2) + "\n"
-    write_whole(output_dir / "grpo.json", lambda part: part.write_text(text, encoding="utf-8"))
+    write_text(output_dir / "grpo.json", json.dumps(result, indent=2) + "\n")
     plot_rewards(result, output_dir / "grpo.png")
     console.print(table(result))
     console.print(f"Written: {output_dir / 'grpo.json'}, {output_dir / 'grpo.png'}", soft_wrap=True)
@@ -262,7 +263,7 @@ def _train(trainer: GRPOTrainer, config: GRPOConfig) -> list[dict[str, Any]]:
     finally:
         progress.stop()
     trainer.save_model()
-    return [line for line in read_metrics(path) if line["event"] == "train"]
+    return [line for line in json_lines(path) if line["event"] == "train"]
 
 
 def _score(

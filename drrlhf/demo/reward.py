@@ -43,7 +43,9 @@ from torch import Tensor, nn
 import drrlhf as dr
 from drrlhf.demo import embeddings, material, sentiment
 from drrlhf.demo.sentiment import Pair, Text
-from drrlhf.report import mean_and_error, write_whole
+from drrlhf.files import write_text
+from drrlhf.report import save
+from drrlhf.seeds import mean_and_error
 
 MAIN, RARE, UNSEEN = "movie", "tweets", ("amazon", "nyt")
 TESTED = (MAIN, RARE, *UNSEEN)
@@ -164,8 +166,8 @@ def run(
     table = results_table(results)
     console.print(table)
     json_path, plot_path = folder / "results.json", folder / "results.png"
-    write_whole(json_path, lambda part: part.write_text(json.dumps(results, indent=1) + "\n"))
-    write_whole(plot_path, lambda part: plot(results, part))
+    write_text(json_path, json.dumps(results, indent=1) + "\n")
+    plot(results, plot_path)
     console.print(f"Saved {json_path} and {plot_path}")
     return DemoResult(results, table, json_path, plot_path)
 
@@ -434,7 +436,7 @@ def plot(results: Mapping[str, Any], path: Path) -> None:
         + results["preference"],
         fontsize=8.5, color="0.35", va="top",
     )  # fmt: skip
-    figure.savefig(path, format="png", dpi=160, bbox_inches="tight", facecolor="white")
+    save(figure, path, dpi=160, bbox_inches="tight", facecolor="white")
 
 
 def _reach(methods: Mapping[str, Any], domain: str) -> tuple[float, float]:

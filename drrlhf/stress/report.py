@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from drrlhf.files import write_together, writes_text
 from drrlhf.report import PALETTE
 
 HTML_FILE, JSON_FILE = "report.html", "report.json"
@@ -30,13 +31,10 @@ def write_report(result: Mapping[str, Any], output_dir: str | os.PathLike[str]) 
     folder = Path(output_dir)
     page, data = render(result), json.dumps(_finite(result), indent=1, allow_nan=False) + "\n"
     folder.mkdir(parents=True, exist_ok=True)
-    parts = []
-    for name, text in ((HTML_FILE, page), (JSON_FILE, data)):
-        part = folder / f".{name}.{os.getpid()}.part"
-        part.write_text(text, encoding="utf-8")
-        parts.append((part, folder / name))
-    for part, path in parts:
-        os.replace(part, path)
+    write_together({
+        folder / HTML_FILE: writes_text(page),
+        folder / JSON_FILE: writes_text(data),
+    })  # fmt: skip
     return folder / HTML_FILE
 
 

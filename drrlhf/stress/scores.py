@@ -24,8 +24,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from drrlhf import files
-from drrlhf.files import DataError, is_text, short
+from drrlhf.files import tables
+from drrlhf.files.tables import DataError, is_text, short
 
 CHOSEN = ("chosen_reward", "scores_chosen", "chosen_score", "score_chosen", "chosen_rewards")
 REJECTED = tuple(name.replace("chosen", "rejected") for name in CHOSEN)
@@ -105,7 +105,7 @@ def load_scores(
     # A prompt's text may be most of a file, and with an id at hand it says nothing more.
     spared = {"prompt": "prompt_id"} if prompt_column != "prompt" else {}
     return from_table(
-        files.table(Path(source).expanduser(), measured=("chosen", "rejected"), spared=spared),
+        tables.table(Path(source).expanduser(), measured=("chosen", "rejected"), spared=spared),
         str(source),
         prompt_column=prompt_column,
         max_nan=max_nan,

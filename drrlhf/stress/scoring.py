@@ -9,8 +9,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from drrlhf import files
 from drrlhf.data import TEMPLATE, load_preference_data
+from drrlhf.files import tables
 from drrlhf.stress.counterfactual import Row, counterfactuals
 from drrlhf.stress.curves import Array
 from drrlhf.stress.models import Judge
@@ -77,7 +77,7 @@ def score_table(
         columns["prompt"] = [json.dumps(prompt, ensure_ascii=False) for prompt in columns["prompt"]]
     for side in ("chosen", "rejected"):
         columns[f"{side}_length"] = [_length(row[side]) for row in rows]
-    arrays = {name: files.array(values) for name, values in columns.items()}
+    arrays = {name: tables.array(values) for name, values in columns.items()}
     table = pa.table(arrays | {"margin": margin})
     for what, new in after.items():
         table = table.append_column(f"margin@{what}", pa.array(new))

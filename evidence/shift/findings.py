@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -11,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy import stats
 
+from drrlhf.files import json_lines
 from evidence.shift.shifts import DPO_SCENARIOS, SCENARIOS
 
 BASE = "erm"
@@ -44,8 +44,8 @@ class Finding(NamedTuple):
 
 def read(path: Path) -> tuple[dict[str, Any], list[Record]]:
     """The header and the records of a finished run."""
-    first, *rest = map(json.loads, path.read_text(encoding="utf-8").splitlines())
-    return first, rest
+    first, *rest = json_lines(path)
+    return first, list[Record](rest)
 
 
 def by_method(lines: Sequence[Record]) -> list[Record]:

@@ -8,7 +8,8 @@ from pathlib import Path
 from textwrap import fill
 from typing import Any
 
-from drrlhf.report import BLUE, PALETTE, VERMILION
+from drrlhf.files import write_text
+from drrlhf.report import BLUE, PALETTE, VERMILION, save
 from evidence.shift import radius
 from evidence.shift.findings import (
     BASE,
@@ -239,7 +240,7 @@ def plot_doses(header: Mapping[str, Any], records: Sequence[Record], path: Path)
     figure.supylabel("accuracy under shift above erm, points", fontsize=9)
     figure.supxlabel(f"strength, learning rate {rate:g}", fontsize=9)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=140)
+    save(figure, path, dpi=140)
 
 
 def _short(ambiguity: str) -> str:
@@ -279,7 +280,7 @@ def plot(records: Sequence[Record], families: Sequence[str], path: Path) -> None
     figure.legend(handles, labels, loc="outside upper left", ncols=2, frameon=False)
     figure.supxlabel("accuracy above erm, points, 95 % interval over paired seeds", fontsize=9)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=140)
+    save(figure, path, dpi=140)
 
 
 def load(results: Path) -> tuple[dict[str, Any], list[Record], list[Record], list[Record]]:
@@ -308,7 +309,7 @@ def main() -> None:
     plot_doses(header, records, plots / "doses.png")
     if dpo:
         plot(dpo, DPO_FAMILIES, plots / "dpo.png")
-    (options.output / "README.md").write_text(from_results(options.results), encoding="utf-8")
+    write_text(options.output / "README.md", from_results(options.results))
 
 
 if __name__ == "__main__":

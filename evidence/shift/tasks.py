@@ -18,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 import drrlhf as dr
 from drrlhf.demo import sentiment
+from drrlhf.files import json_lines, write_text
 
 DIGITS = 5
 ROOT = Path(__file__).parents[2]
@@ -63,17 +64,16 @@ def done_already(path: Path, own: Mapping[str, Any]) -> list[Record]:
     """
     if not path.is_file():
         return []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    if lines and not lines[-1].endswith("\n"):
-        lines.pop()
-        path.write_text("".join(lines), encoding="utf-8")
-    if not lines:
+    text, records = path.read_text(encoding="utf-8"), json_lines(path)
+    if not text.endswith("\n"):
+        write_text(path, text[: text.rfind("\n") + 1])
+    if not records:
         return []
-    first = json.loads(lines[0])
+    first, *rest = records
     for name, value in own.items():
         if first[name] != value:
             raise ValueError(f"{path} was made with another {name}; give another --output")
-    return [json.loads(line) for line in lines[1:]]
+    return rest
 
 
 def run_tasks(

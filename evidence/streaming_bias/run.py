@@ -16,7 +16,8 @@ from typing import Any
 import torch
 
 import drrlhf as dr
-from drrlhf.report import PALETTE
+from drrlhf.files import write_text
+from drrlhf.report import PALETTE, save
 
 FILE = "streaming_bias"
 TEMPERATURE = 0.5
@@ -96,14 +97,13 @@ def plot(result: dict[str, Any], path: Path) -> None:
     axis.legend(frameon=False)
     axis.spines[["top", "right"]].set_visible(False)
     axis.set_title("Mean over batches, bars: one standard deviation", fontsize="medium")
-    figure.savefig(path, dpi=130)
+    save(figure, path)
 
 
 def main(folder: str) -> None:
     """Writes ``streaming_bias.json`` and ``.png``."""
     result = collect()
-    text = json.dumps(result, indent=1) + "\n"
-    (Path(folder) / f"{FILE}.json").write_text(text, encoding="utf-8")
+    write_text(Path(folder) / f"{FILE}.json", json.dumps(result, indent=1) + "\n")
     plot(result, Path(folder) / f"{FILE}.png")
     print(f"population {result['population']:.3f}")
     for r in result["records"]:
