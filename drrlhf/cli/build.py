@@ -9,11 +9,12 @@ from rich.console import Console
 
 from drrlhf import models
 from drrlhf.cli import reward_function, rundir
+from drrlhf.cli.settings import Settings
 
 KEPT_CHECKPOINTS = 2  # so that a broken newest one leaves one to go back to
 
 
-def build(settings: rundir.Settings, data: Any, eval_data: Any, console: Console) -> Any:
+def build(settings: Settings, data: Any, eval_data: Any, console: Console) -> Any:
     """The trainer and our callbacks on it; loads the model and tokenizes the data."""
     from transformers import AutoTokenizer
 
@@ -26,10 +27,8 @@ def build(settings: rundir.Settings, data: Any, eval_data: Any, console: Console
         _tokenized(part.dataset, tokenizer, settings) if part else None
         for part in (data, eval_data)
     )
-    arguments = _arguments(settings, eval_data is not None) | {
-        "padding_free": settings.padding_free,
-        "max_length": _fitting_length(settings, tokenizer, console),
-    }
+    arguments = _arguments(settings, eval_data is not None)
+    arguments["max_length"] = _fitting_length(settings, tokenizer, console)
     config: Any
     make: Any
     if settings.kind == "reward":
@@ -38,13 +37,7 @@ def build(settings: rundir.Settings, data: Any, eval_data: Any, console: Console
         config = trl.RewardConfig(**arguments)
     else:
         make = trl.DPOTrainer
-        arguments |= {
-            "beta": settings.beta,
-            "loss_type": [settings.loss_type],
-            "label_smoothing": settings.label_smoothing,
-            "precompute_ref_log_probs": settings.precompute_ref,
-        }
-        config = trl.DPOConfig(**arguments)
+        config = trl.DPOConfig(**arguments | {"loss_type": [settings.loss_type]})
     trainer, callbacks = _made(
         make, settings, console,
         args=config, processing_class=tokenizer, train_dataset=train, eval_dataset=held_out,
@@ -58,29 +51,15 @@ def build(settings: rundir.Settings, data: Any, eval_data: Any, console: Console
     return trainer, callbacks
 
 
-def _policy(
-    settings: rundir.Settings, tokenizer: Any, data: Any, eval_data: Any, console: Console
-) -> Any:
+def _policy(settings: Settings, tokenizer: Any, data: Any, eval_data: Any, console: Console) -> Any:
     """The trainer and our callbacks, for GRPO."""
     from drrlhf import trl
 
-    arguments = _arguments(settings, eval_data is not None) | {
-        "beta": settings.beta,
-        "loss_type": settings.loss_type,
-        "importance_sampling_level": settings.importance_level,
-        "epsilon": settings.clip_low,
-        "epsilon_high": settings.clip_high,
-        "num_generations": settings.num_generations,
-        "max_completion_length": settings.max_completion_length,
-        "temperature": settings.temperature,
-        "group_by": settings.group_by,
-        "pass_threshold": settings.pass_threshold,
-    }
     return _made(
         trl.GRPOTrainer,
         settings,
         console,
-        args=trl.GRPOConfig(**arguments),
+        args=trl.GRPOConfig(**_arguments(settings, eval_data is not None)),
         processing_class=tokenizer,
         reward_funcs=reward_function.load(settings.reward or ""),
         train_dataset=data.dataset,
@@ -88,7 +67,7 @@ def _policy(
     )
 
 
-def _made(make: Any, settings: rundir.Settings, console: Console, **arguments: Any) -> Any:
+def _made(make: Any, settings: Settings, console: Console, **arguments: Any) -> Any:
     """The trainer with our callbacks on it, and these."""
     from transformers import PrinterCallback
 
@@ -106,7 +85,7 @@ def _made(make: Any, settings: rundir.Settings, console: Console, **arguments: A
     return trainer, callbacks
 
 
-def _tokenized(dataset: Any, tokenizer: Any, settings: rundir.Settings) -> Any:
+def _tokenized(dataset: Any, tokenizer: Any, settings: Settings) -> Any:
     """`dataset` as it is, or tokenized here when TRL could not: encoders end texts their own way.
 
     TRL appends the end-of-sequence token to every text, and most encoders have none.
@@ -131,28 +110,17 @@ def _tokenized(dataset: Any, tokenizer: Any, settings: rundir.Settings) -> Any:
     return dataset.map(tokenize, desc="Tokenizing")
 
 
-def _arguments(settings: rundir.Settings, evaluate: bool) -> dict[str, Any]:
-    """What all configurations take from `settings`, under transformers' names."""
+def _arguments(settings: Settings, evaluate: bool) -> dict[str, Any]:
+    """What the configuration takes from `settings`, and what all of them are given beside that."""
     import torch
 
     accelerated = torch.cuda.is_available()
-    return {
-        "ambiguity": settings.ambiguity,
-        "robust_scope": settings.robust_scope,
-        "output_dir": settings.output_dir,
-        "num_train_epochs": settings.epochs,
-        "max_steps": settings.max_steps,
-        "per_device_train_batch_size": settings.batch_size,
+    return settings.arguments() | {
         "per_device_eval_batch_size": settings.batch_size,
-        "gradient_accumulation_steps": settings.gradient_accumulation,
-        "learning_rate": settings.learning_rate,
-        "seed": settings.seed,
         "bf16": settings.dtype == "bf16",
         "use_cpu": not accelerated,
         "gradient_checkpointing": accelerated,  # buys memory with time: no bargain on a CPU
-        "save_steps": settings.save_steps,
         "save_total_limit": KEPT_CHECKPOINTS,
-        "logging_steps": settings.logging_steps,
         "logging_nan_inf_filter": False,  # a loss that is NaN must show
         "eval_strategy": "steps" if evaluate else "no",
         "eval_steps": settings.save_steps,
@@ -161,7 +129,7 @@ def _arguments(settings: rundir.Settings, evaluate: bool) -> dict[str, Any]:
     }
 
 
-def _fitting_length(settings: rundir.Settings, tokenizer: Any, console: Console) -> int:
+def _fitting_length(settings: Settings, tokenizer: Any, console: Console) -> int:
     """--max-length, or what the model has positions for when that is less."""
     from transformers import AutoConfig
 
@@ -174,7 +142,7 @@ def _fitting_length(settings: rundir.Settings, tokenizer: Any, console: Console)
     return min(limit, settings.max_length)
 
 
-def _start(settings: rundir.Settings) -> tuple[Any, Any]:
+def _start(settings: Settings) -> tuple[Any, Any]:
     """What to begin with: a model or where it lies, and the settings of new adapters, if any."""
     if models.adapters_of(settings.model) is not None:
         import torch

@@ -17,21 +17,12 @@ from rich.console import Console
 from drrlhf import models
 from drrlhf.ambiguity import Group, parse_ambiguity
 from drrlhf.cli import _console, build, outcome, reward_function, rundir
+from drrlhf.cli.settings import LEARNING_RATES, LORA_R, Settings
 from drrlhf.groups import from_data, short, with_count
 from drrlhf.version import __version__
 
 NEEDED = ("trl", "transformers", "datasets", "accelerate", "matplotlib")
 INTERRUPTED = 128  # plus the signal's number, as shells report it
-# Learning rate by (kind, adapters only).
-LEARNING_RATES = {
-    ("reward", False): 1e-5,
-    ("reward", True): 1e-4,
-    ("dpo", False): 1e-6,
-    ("dpo", True): 1e-5,
-    ("grpo", False): 1e-6,
-    ("grpo", True): 1e-5,
-}
-LORA_R = 16
 
 
 def run(kind: str, options: dict[str, Any], console: Console, resume_command: str) -> int:
@@ -175,7 +166,7 @@ def _check_directory(output_dir: Path, options: dict[str, Any]) -> Path | None:
     return None
 
 
-def _load(kind: str, options: dict[str, Any]) -> tuple[Any, Any, rundir.Settings]:
+def _load(kind: str, options: dict[str, Any]) -> tuple[Any, Any, Settings]:
     """Data of both sets, checked to the last row, and the settings with nothing left open."""
     ambiguity = options["ambiguity"].strip()
     groups_from_data = from_data(ambiguity)
@@ -213,8 +204,7 @@ def _load(kind: str, options: dict[str, Any]) -> tuple[Any, Any, rundir.Settings
         raise ValueError("--group-by pass_rate: say how many groups, as in --ambiguity group:4")
     options = options | {"kind": kind, "ambiguity": ambiguity, "eval_data": held_out or None}
     options["dtype"] = options["dtype"] or _default_dtype()
-    fields = {field.name for field in dataclasses.fields(rundir.Settings)}
-    return data, eval_data, rundir.Settings(**{k: v for k, v in options.items() if k in fields})
+    return data, eval_data, Settings.of(options)
 
 
 def _group_names(data: Any) -> list[str] | None:
@@ -260,7 +250,7 @@ def _default_dtype() -> str:
     return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "fp32"
 
 
-def _record(settings: rundir.Settings, data: Any) -> dict[str, Any]:
+def _record(settings: Settings, data: Any) -> dict[str, Any]:
     names = ("torch", "trl", "transformers", "datasets", "peft", "accelerate")
     versions = {"drrlhf": __version__, "python": platform.python_version()}
     for name in names:

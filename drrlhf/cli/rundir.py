@@ -8,7 +8,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import datetime
 import hashlib
 import json
@@ -17,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from drrlhf.cli.settings import FREE_ON_RESUME
 from drrlhf.files import write_text, write_whole
 from drrlhf.models import REFERENCE, has_reference
 
@@ -28,59 +28,6 @@ PLOT_FILE = "training.png"
 _OURS = (RUN_FILE, METRICS_FILE, "checkpoint-*")
 _MODEL = ("config.json", "adapter_config.json", "*.safetensors", "*.safetensors.index.json")
 _TRACES = (*_OURS, *_MODEL, "*.gguf", "pytorch_model*.bin")
-
-# Changing these between the two halves of a run changes none of its numbers. `data` and `model`
-# are compared by content instead of by path.
-_FREE_ON_RESUME = {
-    "output_dir", "data", "split", "model", "eval_data", "eval_split", "save_steps",
-    "logging_steps",
-}  # fmt: skip
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """Everything that decides a run's numbers, after defaults were resolved.
-
-    The field names are the option names of ``drrlhf train``; a field that the trainer of this
-    ``kind`` does not have is ``None``.
-    """
-
-    kind: str
-    data: str
-    model: str
-    output_dir: str
-    ambiguity: str
-    eval_data: str | None
-    epochs: float
-    max_steps: int
-    batch_size: int
-    gradient_accumulation: int
-    robust_scope: str
-    learning_rate: float
-    seed: int
-    save_steps: int
-    logging_steps: int
-    lora: bool
-    lora_r: int
-    dtype: str
-    center_rewards_coefficient: float | None = None
-    beta: float | None = None
-    loss_type: str | None = None
-    label_smoothing: float | None = None
-    precompute_ref: bool | None = None
-    padding_free: bool | None = None
-    max_length: int | None = None
-    reward: str | None = None
-    num_generations: int | None = None
-    max_completion_length: int | None = None
-    temperature: float | None = None
-    importance_level: str | None = None
-    clip_low: float | None = None
-    clip_high: float | None = None
-    group_by: str | None = None
-    pass_threshold: float | None = None
-    split: str | None = None
-    eval_split: str | None = None
 
 
 def occupant(output_dir: Path) -> str | None:
@@ -204,7 +151,7 @@ def check_same_run(record: dict[str, Any], new: dict[str, Any]) -> None:
 
 
 def _comparable(record: dict[str, Any]) -> dict[str, Any]:
-    settings = {k: v for k, v in record["settings"].items() if k not in _FREE_ON_RESUME}
+    settings = {k: v for k, v in record["settings"].items() if k not in FREE_ON_RESUME}
     return settings | {
         "data sha256": record["data"]["sha256"],
         "group names": record["data"]["group_names"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 from collections import Counter
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from drrlhf.cli import _console
-from drrlhf.cli._options import MaxNan, PromptColumn, Seed
+from drrlhf.cli._options import MaxNan, PromptColumn, Seed, taken_from
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -34,14 +35,17 @@ class Dtype(str, Enum):
     float16 = "float16"
 
 
-def stress(
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What the command takes, in the order of its --help."""
+
     scores: Annotated[
         list[Path] | None,
         typer.Option(
             help="Scored pairs, a .jsonl, .json, .csv or .parquet file with chosen_reward and "
             "rejected_reward, or margin, and any columns of attributes; again for more models.",
         ),
-    ] = None,
+    ] = None
     model: Annotated[
         list[str] | None,
         typer.Option(
@@ -49,58 +53,61 @@ def stress(
             "the pairs of --data, also after changes of the text that leave its meaning alone; "
             "again for more models.",
         ),
-    ] = None,
+    ] = None
     reference: Annotated[
         str | None,
         typer.Option(
             help="Directory of the model that a policy was trained from.",
             show_default="for adapters what they began as: those in ref/, or the model under them",
         ),
-    ] = None,
+    ] = None
     beta: Annotated[
         float, typer.Option(help="Of a policy's reward, beta times its log-ratio to --reference.")
-    ] = 0.1,
+    ] = 0.1
     data: Annotated[
         str | None,
         typer.Option(
             help="Preference pairs for --model: a .jsonl, .json, .csv or .parquet file, or a "
             "`datasets` name; columns beside chosen, rejected and prompt are attributes."
         ),
-    ] = None,
+    ] = None
     split: Annotated[
         str | None,
         typer.Option(help="Split of --data, a `datasets` name.", show_default="train"),
-    ] = None,
+    ] = None
     max_length: Annotated[
         int, typer.Option(min=2, help="Tokens of a text that --model reads at most.")
-    ] = 2048,
+    ] = 2048
     dtype: Annotated[
         Dtype, typer.Option(help="Of --model; bfloat16 is the fast one where hardware has it.")
-    ] = Dtype.as_saved,
+    ] = Dtype.as_saved
     output_dir: Annotated[
         Path, typer.Option(file_okay=False, help="Folder for report.html and report.json.")
-    ] = Path("stress"),
+    ] = Path("stress")
     require: Annotated[
         list[str] | None,
         typer.Option(
             help='A floor such as "tv:0.1 accuracy>=0.75" or "kl:0.1 loss<=0.6"; again for more. '
             "Exit status 1 when one is missed.",
         ),
-    ] = None,
+    ] = None
     floor: Annotated[
         float, typer.Option(help="Accuracy that the robustness radius is asked for.")
-    ] = 0.5,
+    ] = 0.5
     ambiguity: Annotated[
         str, typer.Option(help="The set whose reweighting is described in words.")
-    ] = "cvar:0.2",
-    prompt_column: PromptColumn = None,
-    max_nan: MaxNan = 0.01,
-    resamples: Annotated[int, typer.Option(help="Bootstrap samples of prompts.")] = 200,
+    ] = "cvar:0.2"
+    prompt_column: PromptColumn = None
+    max_nan: MaxNan = 0.01
+    resamples: Annotated[int, typer.Option(help="Bootstrap samples of prompts.")] = 200
     min_support: Annotated[
         int, typer.Option(help="Prompts that a group must have to be ranked.")
-    ] = 30,
-    seed: Seed = 0,
-) -> None:
+    ] = 30
+    seed: Seed = 0
+
+
+@taken_from(Options)
+def stress(options: Options) -> None:
     """Stress a reward model or policy before it ships: worst cases near the data, worst groups.
 
     Exit status 1 when a floor given with --require is missed, so it serves as a gate in CI.
@@ -116,19 +123,16 @@ def stress(
     console = _console.console()
     try:
         with _console.user_errors():
-            _check_sources(scores or [], model or [], data, reference, split)
+            _check_sources(options)
+            load = _scored if options.model else _read
             result = _stressed(
-                lambda: (
-                    _scored(model, reference, beta, max_length, dtype, str(data),
-                            split or "train", prompt_column, max_nan, output_dir, console) if model
-                    else _read(scores or [], prompt_column, max_nan, console)
-                ),
-                require=require or [], floor=floor, ambiguity=ambiguity, resamples=resamples,
-                min_support=min_support, seed=seed,
+                lambda: load(options, console),
+                require=options.require or [], floor=options.floor, ambiguity=options.ambiguity,
+                resamples=options.resamples, min_support=options.min_support, seed=options.seed,
             )  # fmt: skip
             from drrlhf.stress import write_report
 
-            page = write_report(result, output_dir)
+            page = write_report(result, options.output_dir)
     except KeyboardInterrupt:
         console.print("Interrupted; no report was written.")
         raise typer.Exit(INTERRUPTED) from None
@@ -138,19 +142,17 @@ def stress(
         raise typer.Exit(FLOOR_MISSED)
 
 
-def _check_sources(
-    scores: list[Path], models: list[str], data: str | None, reference: str | None,
-    split: str | None,
-) -> None:  # fmt: skip
-    if bool(scores) == bool(models):
+def _check_sources(options: Options) -> None:
+    models, data = options.model, options.data
+    if bool(options.scores) == bool(models):
         raise ValueError(
             "give --scores FILE, a file of scored pairs, or --model DIR with --data PAIRS"
         )
     if bool(models) != (data is not None):
         raise ValueError("--model and --data belong together: the model scores these pairs")
-    if reference is not None and not models:
+    if options.reference is not None and not models:
         raise ValueError("--reference belongs to --model, a policy; scores in a file need none")
-    if split is not None and data is None:
+    if options.split is not None and data is None:
         raise ValueError("--split belongs to --data, pairs for a --model")
 
 
@@ -165,22 +167,20 @@ def _stressed(load: Callable[[], dict[str, Scores]], **options: Any) -> dict[str
     return stress_test(load(), **options)
 
 
-def _read(
-    paths: list[Path], prompt_column: str | None, max_nan: float, console: Console
-) -> dict[str, Scores]:
+def _read(options: Options, console: Console) -> dict[str, Scores]:
     from drrlhf.stress import load_scores
 
+    paths = options.scores or []
     loaded = {}
     for name, path in zip(_names(paths), paths, strict=True):
         with console.status(f"Reading {path} ..."):
-            loaded[name] = load_scores(path, prompt_column=prompt_column, max_nan=max_nan)
+            loaded[name] = load_scores(
+                path, prompt_column=options.prompt_column, max_nan=options.max_nan
+            )
     return loaded
 
 
-def _scored(
-    models: list[str], reference: str | None, beta: float, max_length: int, dtype: Dtype, data: str,
-    split: str, prompt_column: str | None, max_nan: float, output_dir: Path, console: Console,
-) -> dict[str, Scores]:  # fmt: skip
+def _scored(options: Options, console: Console) -> dict[str, Scores]:
     import pyarrow.parquet as pq
     import torch
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
@@ -193,13 +193,14 @@ def _scored(
     logging.disable_progress_bar()
     _console.hush_deprecations()
     columns = (TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn())
+    models, data, dtype = options.model or [], str(options.data), options.dtype
     scored = {}
     for name, directory in zip(_names([Path(model) for model in models]), models, strict=True):
         judge = load_judge(
             directory,
-            reference=reference,
-            beta=beta,
-            max_length=max_length,
+            reference=options.reference,
+            beta=options.beta,
+            max_length=options.max_length,
             dtype=None if dtype is Dtype.as_saved else getattr(torch, dtype.value),
         )
         with Bars(*columns, TimeRemainingColumn(), console=console, transient=True) as bars:
@@ -208,22 +209,24 @@ def _scored(
             def show(what: str, done: int, total: int, bars: Any = bars, task: Any = task) -> None:
                 bars.update(task, description=what, completed=done, total=total)
 
-            table = score_table(judge, data, split=split, on_progress=show)
+            table = score_table(judge, data, split=options.split or "train", on_progress=show)
         if getattr(judge, "began_with_adapters", False):
             console.print(
                 f"{name}: the reference is what its training began with, in {directory}/ref.",
                 soft_wrap=True, highlight=False, markup=False,
             )  # fmt: skip
         # What took minutes is kept, whatever may be wrong with it: --scores reads it again.
-        path = output_dir / f"{name.strip(os.sep).replace(os.sep, '_')}.scores.parquet"
-        output_dir.mkdir(parents=True, exist_ok=True)
+        path = options.output_dir / f"{name.strip(os.sep).replace(os.sep, '_')}.scores.parquet"
+        options.output_dir.mkdir(parents=True, exist_ok=True)
         write_whole(path, partial(pq.write_table, table))
         console.print(f"Scores: {path}", soft_wrap=True, highlight=False, markup=False)
-        scored[name] = from_table(table, data, prompt_column=prompt_column, max_nan=max_nan)
+        scored[name] = from_table(
+            table, data, prompt_column=options.prompt_column, max_nan=options.max_nan
+        )
         if judge.cut:
             console.print(
-                f"{name}: {judge.cut} texts were longer than --max-length {max_length} tokens and "
-                "were cut.",
+                f"{name}: {judge.cut} texts were longer than --max-length {options.max_length} "
+                "tokens and were cut.",
                 highlight=False,
             )
     return scored
