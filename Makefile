@@ -7,6 +7,7 @@
 # make bench-gpu  every op and whole DPO steps of a 1B model, on a GPU, beside the peers installed
 # make lint    every checker;  make format  what they can mend themselves
 # make bench   every op beside its peers, result and plots in benchmarks/results; BENCH="--op NAME"
+# make bench-micro  one op a line while it is worked on, by pytest-benchmark; CI runs each call once
 # Each sets up .venv first. TORCH and PYTHON choose what it is made from.
 
 PYTHON ?= python3
@@ -27,7 +28,7 @@ CXX_FILES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu 
 SIDE_BY_SIDE := -n 2 --dist loadgroup
 EMULATED := build/emulated/ops_cuda.so
 
-.PHONY: demo test test-sanitizers test-kill test-cuda-build test-gpu bench-gpu lint format bench clean
+.PHONY: demo test test-sanitizers test-kill test-cuda-build test-gpu bench-gpu lint format bench bench-micro clean
 .DELETE_ON_ERROR:
 
 # torch comes first and alone, so that nothing else decides which build of it is installed.
@@ -48,7 +49,7 @@ demo: $(VENV)/.trl
 	$(BIN)/drrlhf train reward --demo $(if $(QUICK),--quick) --output-dir demo
 
 test: $(VENV)/.test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(SIDE_BY_SIDE)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(SIDE_BY_SIDE) --benchmark-disable tests benchmarks
 	OMP_NUM_THREADS=1 DRRLHF_FILL=1 $(BIN)/python -m pytest $(SIDE_BY_SIDE) -k "cpp or reference" $(TESTS_OF_OPS)
 	OMP_NUM_THREADS=1 DRRLHF_FILL=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest $(SIDE_BY_SIDE) $(TESTS_OF_OPS)
 	$(BIN)/python tests/emulated/build.py $(EMULATED)
@@ -93,6 +94,9 @@ $(VENV)/.peers: $(VENV)/.bench
 
 bench: $(VENV)/.peers
 	$(BIN)/drrlhf bench --output benchmarks/results --plot $(BENCH)
+
+bench-micro: $(VENV)/.test
+	$(BIN)/python -m pytest benchmarks --benchmark-only $(BENCH)
 
 clean:
 	rm -rf $(VENV) build drrlhf/*.so drrlhf/_build.json

@@ -1,6 +1,6 @@
 """Micro-benchmarks of single calls, for watching one op while it is worked on.
 
-    pytest benchmarks --benchmark-only
+    make bench-micro
 
 ``drrlhf bench`` compares with others and checks the results; this does neither.
 """
