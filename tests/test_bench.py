@@ -415,10 +415,8 @@ def _write(folder, name, records):
 
 def test_readme_tables_come_from_the_newest_kept_results(tmp_path):
     assert table.readme_tables(tmp_path) == {}
-    old = dict.fromkeys(RECORD) | {
-        "op": "robust_risk", "metric": "tv:0.1", "ratio": 2.51, "shape": [4096],
-    }  # fmt: skip
-    _write(tmp_path, "robust_risk_x_2026-11-23.json", [old])  # before there were contenders
+    old = _record("robust_risk", "drrlhf", 2.51, metric="tv:0.1", shape=[4096])
+    _write(tmp_path, "cpu_x-old_2026-11-23.json", [old])
     plain = "| set | ratio to `torch.logsumexp` |\n|---|---|\n"
     assert table.readme_tables(tmp_path) == {"robust_risk": plain + "| `tv:0.1` | 2.5 |"}
 

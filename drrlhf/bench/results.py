@@ -26,8 +26,6 @@ Result = dict[str, Any]
 PEERS = (
     "trl", "transformers", "peft", "triton", "liger-kernel", "cut-cross-entropy", "sqwash", "dro",
 )  # fmt: skip
-# Suites whose results the README may quote; robust_risk is the name of results kept before suites.
-KEPT = ("robust_risk", "cpu")
 
 
 def background(suite: str) -> Result:
@@ -140,12 +138,8 @@ def read(path: str | os.PathLike[str]) -> Result:
 
 def newest(folder: str | os.PathLike[str], op: str) -> Result | None:
     """The newest kept CPU result in `folder` that has records of `op`; None without one."""
-    found = []
-    for suite in KEPT:
-        for path in Path(folder).glob(f"{suite}_*.json"):
-            day = path.stem.rpartition("_")[2]
-            found.append((day, KEPT.index(suite), path.name, path))
-    for *_, path in sorted(found, reverse=True):
+    found = ((path.stem.rpartition("_")[2], path) for path in Path(folder).glob("cpu_*.json"))
+    for _, path in sorted(found, reverse=True):
         result = read(path)
         if any(record["op"] == op for record in result["records"]):
             return result

@@ -97,8 +97,7 @@ def readme_tables(folder: str | os.PathLike[str]) -> dict[str, str]:
 
 
 def _mine(record: Record) -> bool:
-    """Records kept before there were contenders are all ours."""
-    name = record.get("contender", OURS)
+    name = record["contender"]
     return name == OURS or name.startswith(f"{OURS} (")
 
 
@@ -108,7 +107,7 @@ def _robust_risk_markdown(result: results.Result) -> str:
         for record in result["records"]
         if record["op"] == "robust_risk"
         and record["shape"] == [reducers.PAIRS["cpu"]]
-        and record.get("axis") is None
+        and record["axis"] is None
         and _mine(record)
     }
     rows = [(f"`{name}`", f"{ratios[name]:.1f}") for name in reducers.SETS if name in ratios]
@@ -126,7 +125,7 @@ def _head_markdown(result: results.Result) -> str:
         record
         for record in result["records"]
         if record["op"] == "linear_token_logprobs"
-        and record.get("axis") is None
+        and record["axis"] is None
         and record["baseline"] == heads.GEMM
         and record["contender"] != heads.GEMM
     ]
