@@ -532,18 +532,6 @@ def test_moved_seams(monkeypatch, target, name, value, message):
     assert isinstance(caught.value, seam.SeamMovedError) == (target is not trl)
 
 
-def test_names_no_longer_looked_up(monkeypatch):
-    """A fused forward that calls its head otherwise would ignore ours without a word."""
-
-    def add_fused_lm_head(model, temperature, cast_lm_head_to_fp32, outputs):
-        return utils._use_triton, utils.maybe_gather_lm_head_ctx, model.apply
-
-    with monkeypatch.context() as patch:
-        patch.setattr(utils, "add_fused_lm_head", add_fused_lm_head)
-        with pytest.raises(seam.SeamMovedError, match="no longer uses '_ChunkedLogProbFunction'"):
-            patch_head()
-
-
 class Foreign:
     @staticmethod
     def apply(*arguments):
