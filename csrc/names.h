@@ -5,8 +5,6 @@
 #include <string_view>
 
 #include "core/dual_search.h"
-#include "core/pair_losses.h"
-#include "core/policy_loss.h"
 #include "message.h"
 
 namespace drrlhf {
@@ -23,13 +21,10 @@ Enum by_name(const char* argument, std::string_view name,
 inline constexpr std::array<std::string_view, 9> kKinds = {
     "erm",          "kl_radius", "kl_temperature",   "tv",   "chi2_radius",
     "chi2_penalty", "cvar",      "cvar_temperature", "group"};
-inline constexpr std::array<std::string_view, 13> kLossTypes = {
-    "sigmoid",  "hinge",    "ipo",       "exo_pair", "robust",   "discopop", "sigmoid_norm",
-    "nca_pair", "bco_pair", "sppo_hard", "apo_zero", "apo_down", "simpo"};
-inline constexpr std::array<std::string_view, 4> kDivergences = {
-    "reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"};
 
-inline constexpr std::array<std::string_view, 4> kPolicyLossTypes = {"grpo", "bnpo", "dr_grpo",
-                                                                     "dapo"};
+inline Ambiguity ambiguity(std::string_view kind, double parameter, double temperature, double trim,
+                           bool update) {
+  return {by_name<Kind>("kind", kind, kKinds), parameter, temperature, trim, update};
+}
 
 }  // namespace drrlhf

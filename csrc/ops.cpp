@@ -1,7 +1,8 @@
 // The CPU side of the ops: argument checks, launches, and a report of the build. csrc/ops_cuda.cpp
-// is the same for a GPU, csrc/schemas.h has the schemas of both.
+// is the same for a GPU. The schemas of both stand in drrlhf/ops, where the ops are defined.
 #include <ATen/ATen.h>
 #include <pybind11/pybind11.h>
+#include <torch/library.h>
 #include <torch/version.h>
 
 #include <string_view>
@@ -10,13 +11,13 @@
 #include <cuda.h>  // CUDA_VERSION alone
 #endif
 
+#include "core/pair_losses.h"
 #include "cpu/logprobs.h"
-#include "cpu/losses.h"
 #include "cpu/memory.h"
 #include "cpu/policy_loss.h"
+#include "cpu/robust_risk.h"
 #include "message.h"
 #include "names.h"
-#include "schemas.h"
 
 namespace drrlhf {
 namespace {
@@ -45,8 +46,8 @@ struct Adversary {
 };
 
 Adversary load_adversary(const OptionalTensor& nominal, const OptionalTensor& groups,
-                         const OptionalTensor& group_weights, std::int64_t n, std::string_view kind,
-                         double a, double b, double trim) {
+                         const OptionalTensor& group_weights, std::int64_t n,
+                         const Ambiguity& set) {
   Adversary result;
   result.nominal = load("nominal", nominal, n);
   if (result.nominal.has_value()) {
@@ -58,11 +59,7 @@ Adversary load_adversary(const OptionalTensor& nominal, const OptionalTensor& gr
     }
   }
   auto& arguments = result.arguments;
-  arguments = {{by_name<Kind>("kind", kind, kKinds), a, b, trim},
-               pointer(result.nominal),
-               nullptr,
-               nullptr,
-               0};
+  arguments = {set, pointer(result.nominal), nullptr, nullptr, 0};
   result.group_weights = at::empty({0}, at::kDouble);
   if (arguments.set.kind == Kind::kGroup) {
     DRRLHF_CHECK_VALUE(groups.has_value() && group_weights.has_value(),
@@ -92,10 +89,12 @@ Tensor scalar(double value, at::ScalarType dtype) { return at::scalar_tensor(val
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> robust_risk(
     const Tensor& losses, const OptionalTensor& nominal, const OptionalTensor& groups,
-    const OptionalTensor& group_weights, std::string_view kind, double a, double b, double trim) {
+    const OptionalTensor& group_weights, std::string_view kind, double parameter,
+    double temperature, double trim, bool update) {
   const std::int64_t n = losses.numel();
   const Tensor l = load("losses", losses, n);
-  Adversary adversary = load_adversary(nominal, groups, group_weights, n, kind, a, b, trim);
+  Adversary adversary = load_adversary(nominal, groups, group_weights, n,
+                                       ambiguity(kind, parameter, temperature, trim, update));
   Tensor q = at::empty({n}, at::kDouble);
   const Solution s = robust_risk_cpu(l.const_data_ptr<double>(), n, adversary.arguments,
                                      q.mutable_data_ptr<double>());
@@ -106,117 +105,50 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> robust_risk(
 using NineTensors =
     std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-NineTensors preference_loss(const Tensor& chosen_logps, const Tensor& rejected_logps,
-                            const OptionalTensor& ref_chosen_logps,
-                            const OptionalTensor& ref_rejected_logps,
-                            const OptionalTensor& chosen_lengths,
-                            const OptionalTensor& rejected_lengths, const OptionalTensor& nominal,
-                            const OptionalTensor& groups, const OptionalTensor& group_weights,
-                            std::string_view loss_type, double beta, double label_smoothing,
-                            double simpo_gamma, double discopop_tau, std::string_view f_divergence,
-                            double f_alpha, std::string_view kind, double a, double b,
-                            double trim) {
-  const std::int64_t n = chosen_logps.numel();
-  Tensor chosen = load("chosen_logps", chosen_logps, n);
-  Tensor rejected = load("rejected_logps", rejected_logps, n);
-  if (ref_chosen_logps.has_value() && ref_rejected_logps.has_value()) {
-    chosen = chosen - load("ref_chosen_logps", *ref_chosen_logps, n);
-    rejected = rejected - load("ref_rejected_logps", *ref_rejected_logps, n);
-  }
-  const OptionalTensor lc = load("chosen_lengths", chosen_lengths, n);
-  const OptionalTensor lr = load("rejected_lengths", rejected_lengths, n);
-  const PairOptions options{
-      by_name<LossType>("loss_type", loss_type, kLossTypes), beta, label_smoothing, simpo_gamma,
-      discopop_tau, by_name<Divergence>("f_divergence", f_divergence, kDivergences), f_alpha,
-      // As TRL 1.16 clamps it per input dtype.
-      chosen_logps.scalar_type() == at::kHalf ? 11.0 : 80.0};
-  Adversary adversary = load_adversary(nominal, groups, group_weights, n, kind, a, b, trim);
-  Tensor out = at::empty({4, n}, at::kDouble);
-  double* loss = out.mutable_data_ptr<double>();
-  double *q = loss + n, *d_chosen = q + n, *d_rejected = d_chosen + n;
-  pair_losses_cpu(chosen.const_data_ptr<double>(), rejected.const_data_ptr<double>(), pointer(lc),
-                  pointer(lr), n, options, loss, d_chosen, d_rejected);
-  const Solution s = robust_risk_cpu(loss, n, adversary.arguments, q);
-  weigh_cpu(q, n, d_chosen);
-  weigh_cpu(q, n, d_rejected);
-  const auto dtype = statistics_dtype(chosen_logps);
-  // Copies: outputs must not share storage.
-  const auto row = [&](int i, at::ScalarType type) { return out[i].to(type, false, true); };
-  return {scalar(s.value, dtype),
-          row(1, dtype),
-          row(0, dtype),
-          (beta * chosen).to(dtype),
-          (beta * rejected).to(dtype),
-          scalar(s.dual, dtype),
-          adversary.group_weights,
-          row(2, chosen_logps.scalar_type()),
-          row(3, rejected_logps.scalar_type())};
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> reward_loss(
-    const Tensor& chosen_rewards, const Tensor& rejected_rewards, const OptionalTensor& margin,
-    const OptionalTensor& nominal, const OptionalTensor& groups,
-    const OptionalTensor& group_weights, double center_coefficient, std::string_view kind, double a,
-    double b, double trim) {
-  const std::int64_t n = chosen_rewards.numel();
-  const Tensor chosen = load("chosen_rewards", chosen_rewards, n);
-  const Tensor rejected = load("rejected_rewards", rejected_rewards, n);
-  const OptionalTensor m = load("margin", margin, n);
-  Adversary adversary = load_adversary(nominal, groups, group_weights, n, kind, a, b, trim);
-  Tensor out = at::empty({4, n}, at::kDouble);
-  double* loss = out.mutable_data_ptr<double>();
-  double *q = loss + n, *d_chosen = q + n, *d_rejected = d_chosen + n;
-  reward_losses_cpu(chosen.const_data_ptr<double>(), rejected.const_data_ptr<double>(), pointer(m),
-                    n, center_coefficient, loss, d_chosen, d_rejected);
-  const Solution s = robust_risk_cpu(loss, n, adversary.arguments, q);
-  weigh_cpu(q, n, d_chosen);
-  weigh_cpu(q, n, d_rejected);
-  const auto dtype = statistics_dtype(chosen_rewards);
-  const auto row = [&](int i, at::ScalarType type) { return out[i].to(type, false, true); };
-  return {scalar(s.value, dtype),
-          row(1, dtype),
-          row(0, dtype),
-          scalar(s.dual, dtype),
-          adversary.group_weights,
-          row(2, chosen_rewards.scalar_type()),
-          row(3, rejected_rewards.scalar_type())};
-}
-
-NineTensors sequence_preference_loss(
-    const Tensor& logps, const Tensor& labels, const OptionalTensor& cu_seqlens,
-    const OptionalTensor& ref_logps, const OptionalTensor& nominal, const OptionalTensor& groups,
-    const OptionalTensor& group_weights, std::int64_t ignore_index, std::string_view loss_type,
-    double beta, double label_smoothing, double simpo_gamma, double discopop_tau,
-    std::string_view f_divergence, double f_alpha, std::string_view kind, double a, double b,
-    double trim) {
+NineTensors sequence_preference_loss(const Tensor& logps, const Tensor& labels,
+                                     const OptionalTensor& cu_seqlens, const Tensor& ref_logps,
+                                     const OptionalTensor& nominal, const OptionalTensor& groups,
+                                     const OptionalTensor& group_weights, std::int64_t ignore_index,
+                                     double beta, double label_smoothing, std::string_view kind,
+                                     double parameter, double temperature, double trim,
+                                     bool update) {
   const SequenceSums sums = sequence_sums(logps, labels, cu_seqlens, ignore_index);
   const std::int64_t sequences = sums.total.numel(), n = sequences / 2;
   DRRLHF_CHECK_VALUE(sequences % 2 == 0,
                      "labels: expected an even number of stacked sequences, got ", sequences);
-  const auto chosen = [&](const Tensor& x) { return x.narrow(0, 0, n); };
-  const auto rejected = [&](const Tensor& x) { return x.narrow(0, n, n); };
-  OptionalTensor ref_chosen, ref_rejected;
-  if (ref_logps.has_value()) {
-    const Tensor references = load("ref_logps", *ref_logps, sequences);
-    ref_chosen = chosen(references);
-    ref_rejected = rejected(references);
+  const Tensor references = load("ref_logps", ref_logps, sequences);
+  Adversary adversary = load_adversary(nominal, groups, group_weights, n,
+                                       ambiguity(kind, parameter, temperature, trim, update));
+  Tensor pairs = at::empty({4, n}, at::kDouble), gradient = at::empty({2 * n}, at::kDouble);
+  double* loss = pairs.mutable_data_ptr<double>();
+  double *q = loss + n, *chosen = q + n, *rejected = chosen + n;
+  double* d = gradient.mutable_data_ptr<double>();
+  const double *sum = sums.total.const_data_ptr<double>(),
+               *reference = references.const_data_ptr<double>();
+  for (std::int64_t i = 0; i < n; ++i) {
+    chosen[i] = beta * (sum[i] - reference[i]);
+    rejected[i] = beta * (sum[n + i] - reference[n + i]);
+    const PairLoss pair = preference_pair_loss(chosen[i] - rejected[i], label_smoothing);
+    loss[i] = pair.loss;
+    d[i] = beta * pair.slope;
   }
-  const auto [value, q, losses, chosen_rewards, rejected_rewards, dual, state, d_chosen,
-              d_rejected] =
-      preference_loss(chosen(sums.total), rejected(sums.total), ref_chosen, ref_rejected,
-                      chosen(sums.count), rejected(sums.count), nominal, groups, group_weights,
-                      loss_type, beta, label_smoothing, simpo_gamma, discopop_tau, f_divergence,
-                      f_alpha, kind, a, b, trim);
+  const Solution s = robust_risk_cpu(loss, n, adversary.arguments, q);
+  for (std::int64_t i = 0; i < n; ++i) {
+    d[i] = q[i] == 0 ? 0.0 : q[i] * d[i];  // a masked pair gets none, whatever its slope is
+    d[n + i] = -d[i];
+  }
   const auto dtype = statistics_dtype(logps);
-  return {value.to(dtype),
-          q.to(dtype),
-          losses.to(dtype),
-          chosen_rewards.to(dtype),
-          rejected_rewards.to(dtype),
-          dual.to(dtype),
-          state,
+  // Copies: outputs must not share storage.
+  const auto row = [&](int i) { return pairs[i].to(dtype, false, true); };
+  return {scalar(s.value, dtype),
+          row(1),
+          row(0),
+          row(2),
+          row(3),
+          scalar(s.dual, dtype),
+          adversary.group_weights,
           sums.total.to(dtype),
-          at::cat({d_chosen, d_rejected}).to(dtype)};
+          gradient.to(dtype)};
 }
 
 Tensor sequence_logprobs(const Tensor& logps, const Tensor& labels,
@@ -226,86 +158,17 @@ Tensor sequence_logprobs(const Tensor& logps, const Tensor& labels,
   return result.to(statistics_dtype(logps));
 }
 
-NineTensors policy_loss(const Tensor& logps, const OptionalTensor& old_logps,
-                        const OptionalTensor& ref_logps, const OptionalTensor& entropy,
-                        const OptionalTensor& mask, const OptionalTensor& cu_seqlens,
-                        const Tensor& advantages, const Tensor& rewards, const Tensor& prompt_ids,
-                        const OptionalTensor& sequence_weights, const OptionalTensor& nominal,
-                        const OptionalTensor& groups, const OptionalTensor& group_weights,
-                        std::int64_t m, std::string_view loss_type,
-                        std::string_view importance_level, double clip_low, double clip_high,
-                        double kl_beta, bool correct_kl, double max_completion_length,
-                        std::string_view kind, double a, double b, double trim) {
-  const std::int64_t n = advantages.numel();
-  const PolicyOptions options{by_name<PolicyLossType>("loss_type", loss_type, kPolicyLossTypes),
-                              importance_level == "sequence",
-                              clip_low,
-                              clip_high,
-                              kl_beta,
-                              correct_kl,
-                              max_completion_length};
-  const Tensor gain = load("rewards", rewards, n), shift = load("advantages", advantages, n);
-  const OptionalTensor factors = load("sequence_weights", sequence_weights, n);
-  DRRLHF_CHECK_VALUE(prompt_ids.dim() == 1 && prompt_ids.numel() == n,
-                     "prompt_ids: expected shape (", n, "), got ", prompt_ids.sizes());
-  const Tensor ids = prompt_ids.to(at::kLong).contiguous();
-  const auto* id = ids.const_data_ptr<std::int64_t>();
-  for (std::int64_t s = 0; s < n; ++s) {
-    DRRLHF_CHECK_VALUE(id[s] >= 0 && id[s] < m, "prompt_ids: expected ids in [0, ", m, "), got ",
-                       id[s], " at index ", s, "; number the prompts from 0 or raise num_prompts");
-  }
-  Adversary adversary = load_adversary(nominal, groups, group_weights, m, kind, a, b, trim);
-  const double* p = pointer(adversary.nominal);
-  Tensor prompts = at::zeros({3, m}, at::kDouble);
-  double* loss = prompts.mutable_data_ptr<double>();
-  double *q = loss + m, *completions = q + m;
-  for (std::int64_t s = 0; s < n; ++s) {
-    loss[id[s]] -= gain.const_data_ptr<double>()[s];
-    completions[id[s]] += 1;
-  }
-  std::int64_t present = 0;
-  for (std::int64_t i = 0; i < m; ++i) {
-    DRRLHF_CHECK_VALUE(completions[i] > 0, "prompt_ids: expected every prompt of 0 to ", m - 1,
-                       ", got none of prompt ", i, "; number the prompts without gaps");
-    loss[i] /= completions[i];
-    present += p == nullptr || p[i] != 0;
-  }
-  const Solution risk = robust_risk_cpu(loss, m, adversary.arguments, q);
-
+std::tuple<Tensor, Tensor, Tensor> policy_loss(
+    const Tensor& logps, const OptionalTensor& old_logps, const OptionalTensor& ref_logps,
+    const OptionalTensor& entropy, const OptionalTensor& mask, const OptionalTensor& cu_seqlens,
+    const Tensor& advantages, bool by_sequence, double clip_low, double clip_high, double kl_beta,
+    bool correct_kl) {
+  const Tensor shift = load("advantages", advantages, advantages.numel());
   const PolicySums sums =
-      policy_sums({logps, old_logps, ref_logps, entropy, mask, cu_seqlens}, shift, options);
-  const double* table = sums.table.const_data_ptr<double>();
-  const double *tokens = table + kTokens * n, *surrogate = table + kSurrogate * n,
-               *divergence = table + kK3Sum * n;
-  double sequences = 0, all_tokens = 0;
-  for (std::int64_t s = 0; s < n; ++s) {
-    const bool held = p == nullptr || p[id[s]] != 0;
-    sequences += held;
-    all_tokens += held ? tokens[s] : 0.0;
-  }
-  Tensor coefficients = at::empty({n}, at::kDouble);
-  double* coefficient = coefficients.mutable_data_ptr<double>();
-  double value = 0;
-  const auto at_least_one = [](double x) { return x > 1 ? x : 1.0; };
-  for (std::int64_t s = 0; s < n; ++s) {
-    double weight = q[id[s]] * double(present);
-    if (factors.has_value()) weight *= pointer(factors)[s];
-    double by = at_least_one(all_tokens);
-    if (options.loss_type == PolicyLossType::kGrpo) by = sequences * at_least_one(tokens[s]);
-    if (options.loss_type == PolicyLossType::kDrGrpo) by = sequences * max_completion_length;
-    coefficient[s] = weight == 0 ? 0.0 : weight / by;
-    if (coefficient[s] != 0) value += coefficient[s] * (surrogate[s] + kl_beta * divergence[s]);
-  }
-  const auto dtype = statistics_dtype(logps);
-  return {scalar(value, dtype),
-          prompts[1].to(dtype, false, true),
-          prompts[0].to(dtype, false, true),
-          scalar(risk.value, dtype),
-          scalar(risk.dual, dtype),
-          adversary.group_weights,
-          coefficients.to(dtype),
-          sums.slopes,
-          sums.table.to(dtype)};
+      policy_sums({logps, old_logps, ref_logps, entropy, mask, cu_seqlens}, shift,
+                  {by_sequence, clip_low, clip_high, kl_beta, correct_kl});
+  return {sums.table[kSurrogate] + kl_beta * sums.table[kK3Sum], sums.slopes,
+          sums.table.to(statistics_dtype(logps))};
 }
 
 Tensor token_logprobs_backward(const Tensor& logits, const Tensor& labels,
@@ -374,12 +237,8 @@ pybind11::dict build_info() {
 }  // namespace
 }  // namespace drrlhf
 
-TORCH_LIBRARY(drrlhf_cpp, m) { drrlhf::define_ops(m); }
-
 TORCH_LIBRARY_IMPL(drrlhf_cpp, CPU, m) {
   m.impl("robust_risk", &drrlhf::robust_risk);
-  m.impl("preference_loss", &drrlhf::preference_loss);
-  m.impl("reward_loss", &drrlhf::reward_loss);
   m.impl("sequence_preference_loss", &drrlhf::sequence_preference_loss);
   m.impl("sequence_logprobs", &drrlhf::sequence_logprobs);
   m.impl("sequence_logprobs_backward", &drrlhf::spread_to_tokens);

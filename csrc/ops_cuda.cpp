@@ -3,6 +3,7 @@
 //
 // Compiled with DRRLHF_EMULATED, for tests, the same text serves CPU tensors (tests/emulated).
 #include <ATen/ATen.h>
+#include <torch/library.h>
 
 #include <array>
 #include <deque>
@@ -11,7 +12,6 @@
 #include "cuda/kernels.h"
 #include "message.h"
 #include "names.h"
-#include "schemas.h"
 
 #if !defined(DRRLHF_EMULATED)
 #include <c10/cuda/CUDAGuard.h>
@@ -121,18 +121,19 @@ int blocks_of_device(const at::Device& device) {
   return blocks;
 }
 
-struct Scene {  // an adversary and where it works
+// The set, nominal weights and groups of a call, and its workspace on the device.
+struct SolverArguments {
   CudaAdversary adversary;
   Workspace workspace;
   Tensor after;
 };
 
-Scene scene(Call& call, const Tensor& like, const OptionalTensor& nominal,
-            const OptionalTensor& groups, const OptionalTensor& group_weights, std::int64_t n,
-            std::string_view kind, double a, double b, double trim) {
-  Scene result = {};
+SolverArguments solver_arguments(Call& call, const Tensor& like, const OptionalTensor& nominal,
+                                 const OptionalTensor& groups, const OptionalTensor& group_weights,
+                                 std::int64_t n, const Ambiguity& set) {
+  SolverArguments result = {};
   CudaAdversary& adversary = result.adversary;
-  adversary.set = {by_name<Kind>("kind", kind, kKinds), a, b, trim};
+  adversary.set = set;
   adversary.nominal = call.numbers("nominal", nominal, n);
   const auto doubles = like.options().dtype(at::kDouble);
   result.after = at::empty({0}, doubles);
@@ -170,88 +171,18 @@ struct Answer {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> robust_risk(
     const Tensor& losses, const OptionalTensor& nominal, const OptionalTensor& groups,
-    const OptionalTensor& group_weights, std::string_view kind, double a, double b, double trim) {
+    const OptionalTensor& group_weights, std::string_view kind, double parameter,
+    double temperature, double trim, bool update) {
   Call call("robust_risk", losses);
   const std::int64_t n = losses.numel();
-  const Scene s = scene(call, losses, nominal, groups, group_weights, n, kind, a, b, trim);
+  const SolverArguments s = solver_arguments(call, losses, nominal, groups, group_weights, n,
+                                             ambiguity(kind, parameter, temperature, trim, update));
   const Answer answer(losses, n);
   if (n > 0) {
     call.check(robust_risk_cuda(call.numbers("losses", losses, n), n, s.adversary, answer.out(),
                                 s.workspace, call.stream()));
   }
   return {answer.value, answer.weights, answer.dual, s.after};
-}
-
-PairOptions pair_options(const Tensor& logps, std::string_view loss_type, double beta,
-                         double label_smoothing, double simpo_gamma, double discopop_tau,
-                         std::string_view f_divergence, double f_alpha) {
-  return {by_name<LossType>("loss_type", loss_type, kLossTypes), beta, label_smoothing, simpo_gamma,
-          discopop_tau, by_name<Divergence>("f_divergence", f_divergence, kDivergences), f_alpha,
-          // As TRL 1.16 clamps it per input dtype.
-          logps.scalar_type() == at::kHalf ? 11.0 : 80.0};
-}
-
-using NineTensors =
-    std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
-
-NineTensors preference_loss(const Tensor& chosen_logps, const Tensor& rejected_logps,
-                            const OptionalTensor& ref_chosen_logps,
-                            const OptionalTensor& ref_rejected_logps,
-                            const OptionalTensor& chosen_lengths,
-                            const OptionalTensor& rejected_lengths, const OptionalTensor& nominal,
-                            const OptionalTensor& groups, const OptionalTensor& group_weights,
-                            std::string_view loss_type, double beta, double label_smoothing,
-                            double simpo_gamma, double discopop_tau, std::string_view f_divergence,
-                            double f_alpha, std::string_view kind, double a, double b,
-                            double trim) {
-  Call call("preference_loss", chosen_logps);
-  const std::int64_t n = chosen_logps.numel();
-  const bool refers = ref_chosen_logps.has_value() && ref_rejected_logps.has_value();
-  const PairTensors in = {
-      call.numbers("chosen_logps", chosen_logps, n),
-      call.numbers("rejected_logps", rejected_logps, n),
-      refers ? call.numbers("ref_chosen_logps", *ref_chosen_logps, n) : Numbers{},
-      refers ? call.numbers("ref_rejected_logps", *ref_rejected_logps, n) : Numbers{},
-      call.numbers("chosen_lengths", chosen_lengths, n),
-      call.numbers("rejected_lengths", rejected_lengths, n)};
-  const Scene s = scene(call, chosen_logps, nominal, groups, group_weights, n, kind, a, b, trim);
-  const Answer answer(chosen_logps, n);
-  const auto fresh = [&] { return at::empty_like(answer.weights); };
-  const Tensor losses = fresh(), chosen_rewards = fresh(), rejected_rewards = fresh();
-  const Tensor d_chosen = at::empty({n}, chosen_logps.options());
-  const Tensor d_rejected = at::empty({n}, rejected_logps.options());
-  if (n > 0) {
-    const PairOut pairs = {out_of(losses), out_of(chosen_rewards), out_of(rejected_rewards),
-                           out_of(d_chosen), out_of(d_rejected)};
-    const PairOptions options = pair_options(chosen_logps, loss_type, beta, label_smoothing,
-                                             simpo_gamma, discopop_tau, f_divergence, f_alpha);
-    call.check(preference_loss_cuda(in, n, options, s.adversary, answer.out(), pairs, s.workspace,
-                                    call.stream()));
-  }
-  return {answer.value, answer.weights, losses,   chosen_rewards, rejected_rewards,
-          answer.dual,  s.after,        d_chosen, d_rejected};
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> reward_loss(
-    const Tensor& chosen_rewards, const Tensor& rejected_rewards, const OptionalTensor& margin,
-    const OptionalTensor& nominal, const OptionalTensor& groups,
-    const OptionalTensor& group_weights, double center_coefficient, std::string_view kind, double a,
-    double b, double trim) {
-  Call call("reward_loss", chosen_rewards);
-  const std::int64_t n = chosen_rewards.numel();
-  const Scene s = scene(call, chosen_rewards, nominal, groups, group_weights, n, kind, a, b, trim);
-  const Answer answer(chosen_rewards, n);
-  const Tensor losses = at::empty_like(answer.weights);
-  const Tensor d_chosen = at::empty({n}, chosen_rewards.options());
-  const Tensor d_rejected = at::empty({n}, rejected_rewards.options());
-  if (n > 0) {
-    const PairOut pairs = {out_of(losses), {}, {}, out_of(d_chosen), out_of(d_rejected)};
-    call.check(reward_loss_cuda(call.numbers("chosen_rewards", chosen_rewards, n),
-                                call.numbers("rejected_rewards", rejected_rewards, n),
-                                call.numbers("margin", margin, n), n, center_coefficient,
-                                s.adversary, answer.out(), pairs, s.workspace, call.stream()));
-  }
-  return {answer.value, answer.weights, losses, answer.dual, s.after, d_chosen, d_rejected};
 }
 
 Sequences sequences_of(Call& call, const Tensor& labels, const OptionalTensor& cu_seqlens,
@@ -275,32 +206,33 @@ Sequences sequences_of(Call& call, const Tensor& labels, const OptionalTensor& c
   return q;
 }
 
-NineTensors sequence_preference_loss(
-    const Tensor& logps, const Tensor& labels, const OptionalTensor& cu_seqlens,
-    const OptionalTensor& ref_logps, const OptionalTensor& nominal, const OptionalTensor& groups,
-    const OptionalTensor& group_weights, std::int64_t ignore_index, std::string_view loss_type,
-    double beta, double label_smoothing, double simpo_gamma, double discopop_tau,
-    std::string_view f_divergence, double f_alpha, std::string_view kind, double a, double b,
-    double trim) {
+using NineTensors =
+    std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+NineTensors sequence_preference_loss(const Tensor& logps, const Tensor& labels,
+                                     const OptionalTensor& cu_seqlens, const Tensor& ref_logps,
+                                     const OptionalTensor& nominal, const OptionalTensor& groups,
+                                     const OptionalTensor& group_weights, std::int64_t ignore_index,
+                                     double beta, double label_smoothing, std::string_view kind,
+                                     double parameter, double temperature, double trim,
+                                     bool update) {
   Call call("sequence_preference_loss", logps);
   const Sequences q = sequences_of(call, labels, cu_seqlens, ignore_index);
   DRRLHF_CHECK_VALUE(q.count % 2 == 0, "labels: expected an even number of stacked sequences, got ",
                      q.count);
   const std::int64_t n = q.count / 2;
-  const Scene s = scene(call, logps, nominal, groups, group_weights, n, kind, a, b, trim);
+  const SolverArguments s = solver_arguments(call, logps, nominal, groups, group_weights, n,
+                                             ambiguity(kind, parameter, temperature, trim, update));
   const Answer answer(logps, n);
   const auto fresh = [&] { return at::empty_like(answer.weights); };
   const Tensor losses = fresh(), chosen_rewards = fresh(), rejected_rewards = fresh();
   const Tensor sums = at::empty({2 * n}, answer.weights.options()), d_sums = at::empty_like(sums);
   if (n > 0) {
     const PairOut pairs = {out_of(losses), out_of(chosen_rewards), out_of(rejected_rewards),
-                           out_of(d_sums.narrow(0, 0, n)), out_of(d_sums.narrow(0, n, n))};
-    PairOptions options = pair_options(logps, loss_type, beta, label_smoothing, simpo_gamma,
-                                       discopop_tau, f_divergence, f_alpha);
-    options.exponent_limit = 80.0;  // sums are float64, whatever the tokens are
+                           out_of(sums), out_of(d_sums)};
     call.check(sequence_preference_loss_cuda(
         call.numbers("logps", logps, q.tokens), q, call.numbers("ref_logps", ref_logps, q.count), n,
-        options, s.adversary, answer.out(), pairs, out_of(sums), s.workspace, call.stream()));
+        {beta, label_smoothing}, s.adversary, answer.out(), pairs, s.workspace, call.stream()));
   }
   return {answer.value, answer.weights, losses, chosen_rewards, rejected_rewards,
           answer.dual,  s.after,        sums,   d_sums};
@@ -738,14 +670,11 @@ std::tuple<Tensor, Tensor, Tensor> linear_token_logprobs_backward(
 }  // namespace drrlhf
 
 #if defined(DRRLHF_EMULATED)
-TORCH_LIBRARY(drrlhf_emulated, m) { drrlhf::define_ops(m); }
 TORCH_LIBRARY_IMPL(drrlhf_emulated, CPU, m) {
 #else
 TORCH_LIBRARY_IMPL(drrlhf_cpp, CUDA, m) {
 #endif
   m.impl("robust_risk", &drrlhf::robust_risk);
-  m.impl("preference_loss", &drrlhf::preference_loss);
-  m.impl("reward_loss", &drrlhf::reward_loss);
   m.impl("sequence_preference_loss", &drrlhf::sequence_preference_loss);
   m.impl("sequence_logprobs", &drrlhf::sequence_logprobs);
   m.impl("sequence_logprobs_backward", &drrlhf::sequence_logprobs_backward);

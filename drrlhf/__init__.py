@@ -25,19 +25,25 @@ if TYPE_CHECKING:
         Group,
         parse_ambiguity,
     )
-    from drrlhf.head import LinearPreferenceLoss, linear_preference_loss
+    from drrlhf.functional.linear_preference_loss import (
+        LinearPreferenceLoss,
+        linear_preference_loss,
+    )
+    from drrlhf.functional.pair_losses import pair_losses
+    from drrlhf.functional.policy_loss import PolicyLoss, policy_loss
+    from drrlhf.functional.preference_loss import PreferenceLoss, preference_loss
+    from drrlhf.functional.reward_loss import RewardLoss, reward_loss
+    from drrlhf.functional.robust_risk import (
+        GroupState,
+        NormaliserState,
+        RobustRisk,
+        robust_risk,
+    )
     from drrlhf.logprobs import (
         TokenLogprobs,
         linear_token_logprobs,
         sequence_logprobs,
         token_logprobs,
-    )
-    from drrlhf.losses import (
-        PreferenceLoss,
-        RewardLoss,
-        pair_losses,
-        preference_loss,
-        reward_loss,
     )
     from drrlhf.modules import (
         LinearPreferenceLossModule,
@@ -46,8 +52,6 @@ if TYPE_CHECKING:
         RewardLossModule,
         RobustRiskModule,
     )
-    from drrlhf.policy import PolicyLoss, policy_loss
-    from drrlhf.robust import GroupState, NormaliserState, RobustRisk, robust_risk
 
 __all__ = [
     "ERM", "KL", "TV", "AmbiguitySet", "CVaR", "ChiSquare", "Group", "GroupState",
@@ -61,15 +65,16 @@ __all__ = [
 
 _HOME = {
     "ambiguity": "ERM KL TV AmbiguitySet ChiSquare CVaR Group parse_ambiguity",
-    "head": "LinearPreferenceLoss linear_preference_loss",
+    "functional": (
+        "GroupState LinearPreferenceLoss NormaliserState PolicyLoss PreferenceLoss RewardLoss "
+        "RobustRisk linear_preference_loss pair_losses policy_loss preference_loss reward_loss "
+        "robust_risk"
+    ),
     "logprobs": "TokenLogprobs linear_token_logprobs sequence_logprobs token_logprobs",
-    "losses": "PreferenceLoss RewardLoss pair_losses preference_loss reward_loss",
     "modules": (
         "LinearPreferenceLossModule PolicyLossModule PreferenceLossModule RewardLossModule "
         "RobustRiskModule"
     ),
-    "policy": "PolicyLoss policy_loss",
-    "robust": "GroupState NormaliserState RobustRisk robust_risk",
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names.split()}
 

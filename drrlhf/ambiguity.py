@@ -20,7 +20,7 @@ import dataclasses
 import difflib
 import math
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 
 def _number(owner: str, name: str, value: object, domain: str, inside) -> float:
@@ -44,6 +44,20 @@ def _exactly_one(owner: str, **options: float | None) -> None:
         )
 
 
+class Encoded(NamedTuple):
+    """An ambiguity set as the ops take it.
+
+    kind: the set and its form; parameter: its radius, alpha, penalty, step size or temperature;
+    temperature: of a CVaR that has one besides; update: whether a group set's weights are stepped.
+    """
+
+    kind: str
+    parameter: float = 0.0
+    temperature: float = 0.0
+    trim: float = 0.0
+    update: bool = True
+
+
 @dataclass(frozen=True)
 class AmbiguitySet:
     """Base of all sets. `trim` in [0, 1) sets the top nominal mass of losses aside first."""
@@ -62,8 +76,12 @@ class AmbiguitySet:
         value = _number(type(self).__name__, name, getattr(self, name), domain, inside)
         object.__setattr__(self, name, value)
 
-    def encode(self) -> tuple[str, float, float, float]:
-        """`(kind, a, b, trim)`: what the ops are told. Parameters that a kind lacks are 0."""
+    def encode(self, update: bool = True) -> Encoded:
+        """What the ops are told; whether to step group weights is the caller's choice."""
+        return self._encoded()._replace(trim=self.trim, update=update)
+
+    def _encoded(self) -> Encoded:
+        """Kind and parameters."""
         raise NotImplementedError
 
     def __str__(self) -> str:
@@ -83,8 +101,8 @@ class ERM(AmbiguitySet):
 
     name: ClassVar[str] = "erm"
 
-    def encode(self) -> tuple[str, float, float, float]:
-        return "erm", 0.0, 0.0, self.trim
+    def _encoded(self) -> Encoded:
+        return Encoded("erm")
 
 
 @dataclass(frozen=True)
@@ -132,11 +150,11 @@ class KL(AmbiguitySet):
                 )
             self._check("momentum", "[0, 1)", lambda m: 0 <= m < 1)
 
-    def encode(self) -> tuple[str, float, float, float]:
+    def _encoded(self) -> Encoded:
         if self.radius is not None:
-            return "kl_radius", self.radius, 0.0, self.trim
+            return Encoded("kl_radius", self.radius)
         assert self.temperature is not None
-        return "kl_temperature", self.temperature, 0.0, self.trim
+        return Encoded("kl_temperature", self.temperature)
 
 
 @dataclass(frozen=True)
@@ -159,8 +177,8 @@ class TV(AmbiguitySet):
         super().__post_init__()
         self._check("radius", "[0, 1]", lambda r: 0 <= r <= 1)
 
-    def encode(self) -> tuple[str, float, float, float]:
-        return "tv", self.radius, 0.0, self.trim
+    def _encoded(self) -> Encoded:
+        return Encoded("tv", self.radius)
 
 
 @dataclass(frozen=True)
@@ -190,11 +208,11 @@ class ChiSquare(AmbiguitySet):
         else:
             self._check("penalty", "(0, inf)", lambda c: c > 0)
 
-    def encode(self) -> tuple[str, float, float, float]:
+    def _encoded(self) -> Encoded:
         if self.radius is not None:
-            return "chi2_radius", self.radius, 0.0, self.trim
+            return Encoded("chi2_radius", self.radius)
         assert self.penalty is not None
-        return "chi2_penalty", self.penalty, 0.0, self.trim
+        return Encoded("chi2_penalty", self.penalty)
 
 
 @dataclass(frozen=True)
@@ -222,10 +240,10 @@ class CVaR(AmbiguitySet):
         if self.temperature is not None:
             self._check("temperature", "(0, inf)", lambda t: t > 0)
 
-    def encode(self) -> tuple[str, float, float, float]:
+    def _encoded(self) -> Encoded:
         if self.temperature is None:
-            return "cvar", self.alpha, 0.0, self.trim
-        return "cvar_temperature", self.alpha, self.temperature, self.trim
+            return Encoded("cvar", self.alpha)
+        return Encoded("cvar_temperature", self.alpha, self.temperature)
 
 
 @dataclass(frozen=True)
@@ -252,8 +270,8 @@ class Group(AmbiguitySet):
         object.__setattr__(self, "num_groups", int(self.num_groups))
         self._check("step_size", "[0, inf)", lambda s: s >= 0)
 
-    def encode(self) -> tuple[str, float, float, float]:
-        return "group", self.step_size, 0.0, self.trim
+    def _encoded(self) -> Encoded:
+        return Encoded("group", self.step_size)
 
 
 SETS: dict[str, type[AmbiguitySet]] = {s.name: s for s in (ERM, KL, TV, ChiSquare, CVaR, Group)}

@@ -30,8 +30,6 @@ logger = logging.getLogger(__name__)
 NAMES = ("cuda", "triton", "cpp", "reference")
 OPS = (
     "robust_risk",
-    "preference_loss",
-    "reward_loss",
     "sequence_preference_loss",
     "sequence_logprobs",
     "sequence_logprobs_backward",

@@ -5,12 +5,24 @@ from __future__ import annotations
 import difflib
 import os
 from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+F = TypeVar("F", bound=Callable[..., Any])
+
 # DRRLHF_DEBUG=1: devices assert what they otherwise answer with NaN.
 DEBUG = os.environ.get("DRRLHF_DEBUG", "0") not in ("", "0")
+
+
+def constant_in_graphs(function: F) -> F:
+    """A function of constants: compiled graphs call it once, while they are traced.
+
+    What torch.compiler.assume_constant_result does, without its second of import time.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 def check_value(

@@ -10,11 +10,13 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from drrlhf import backends, reference
+from drrlhf import backends
+from drrlhf.checks import constant_in_graphs
+from drrlhf.conventions import Keep
 
 
-class Room(NamedTuple):
-    """Bytes that the head may hold at a time, and how many of them for logits on their way."""
+class MemoryBudget(NamedTuple):
+    """Bytes that the head may hold at a time, and how many of them for temporary logits."""
 
     budget: int
     workspace: int
@@ -22,8 +24,8 @@ class Room(NamedTuple):
 
 # Unless the caller says otherwise. Products gain nothing from more rows than these hold; a GPU
 # needs more of them to be busy.
-ROOM_ON_CPU = Room(256 * 2**20, 48 * 2**20)
-ROOM_ON_GPU = Room(576 * 2**20, 512 * 2**20)
+ON_CPU = MemoryBudget(256 * 2**20, 48 * 2**20)
+ON_GPU = MemoryBudget(576 * 2**20, 512 * 2**20)
 
 # Triton's products. Fewer rows than these multiply the whole head for little: from there on the
 # logits are cheaper made twice, by all tokens and some columns at a time.
@@ -34,9 +36,9 @@ LEAST_COLUMNS = 4096
 
 
 class Plan(NamedTuple):
-    """What the forward keeps, one of `drrlhf.reference`'s KEEP_*, and the bytes for logits."""
+    """What the forward keeps, and the bytes for logits."""
 
-    keep: int
+    keep: Keep
     workspace: int
 
 
@@ -44,18 +46,20 @@ def plan(
     tokens: int, head: Tensor, need_hidden: bool, need_head: bool, memory_budget: int | None
 ) -> Plan:
     """For a head (V, D) of which these gradients are wanted, and a budget in bytes."""
-    room = ROOM_ON_CPU if head.device.type == "cpu" else ROOM_ON_GPU
-    budget = room.budget if memory_budget is None else memory_budget
-    workspace = min(budget, room.workspace)
+    default = ON_CPU if head.device.type == "cpu" else ON_GPU
+    budget = default.budget if memory_budget is None else memory_budget
+    workspace = min(budget, default.workspace)
     backend = _serving(head.device.type)
+    if backend == "reference":  # computes everything again
+        return Plan(Keep.NOTHING, workspace)
     if need_head and tokens * head.shape[0] * head.element_size() + workspace <= budget:
-        forms = {"triton": reference.KEEP_RATIOS, "cuda": reference.KEEP_ROWS}
-        return Plan(forms.get(backend, reference.KEEP_SLAB), workspace)
+        forms = {"triton": Keep.RATIOS, "cuda": Keep.ROWS}
+        return Plan(forms.get(backend, Keep.COLUMNS), workspace)
     if not need_hidden:
-        return Plan(reference.KEEP_NOTHING, workspace)
+        return Plan(Keep.NOTHING, workspace)
     if backend == "triton" and _twice_is_cheaper(tokens, head, need_head, workspace):
-        return Plan(reference.KEEP_NOTHING, workspace)
-    return Plan(reference.KEEP_HIDDEN, workspace)
+        return Plan(Keep.NOTHING, workspace)
+    return Plan(Keep.HIDDEN, workspace)
 
 
 def _twice_is_cheaper(tokens: int, head: Tensor, need_head: bool, workspace: int) -> bool:
@@ -70,9 +74,6 @@ def _twice_is_cheaper(tokens: int, head: Tensor, need_head: bool, workspace: int
     return need_head and workspace // (tokens * head.element_size()) >= LEAST_COLUMNS
 
 
+@constant_in_graphs
 def _serving(device: str) -> str:
     return backends.serving("linear_token_logprobs", device)
-
-
-# A graph is traced for the backend that serves then, as torch.compiler.assume_constant_result says.
-_serving._dynamo_marked_constant = True  # type: ignore[attr-defined]

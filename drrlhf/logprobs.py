@@ -8,8 +8,9 @@ from typing import Any, NamedTuple, overload
 import torch
 from torch import Tensor
 
-from drrlhf import head_memory, ops, reference
+from drrlhf import head_memory, ops
 from drrlhf.checks import check_choice, check_device, check_floating, check_integer, check_value
+from drrlhf.conventions import ENTROPY, IS_TOP1, LOG_SUM_SQ_PROBS, MEAN_LOGIT
 
 
 def _check_labels(
@@ -57,11 +58,11 @@ class TokenLogprobs(NamedTuple):
 
 
 _OUTPUT_BITS = {
-    "entropy": reference.ENTROPY,
+    "entropy": ENTROPY,
     "logsumexp": 0,
-    "mean_logit": reference.MEAN_LOGIT,
-    "is_top1": reference.IS_TOP1,
-    "log_sum_sq_probs": reference.LOG_SUM_SQ_PROBS,
+    "mean_logit": MEAN_LOGIT,
+    "is_top1": IS_TOP1,
+    "log_sum_sq_probs": LOG_SUM_SQ_PROBS,
 }
 
 
@@ -77,18 +78,19 @@ def _check_outputs(outputs: Sequence[str]) -> int:
     return bits
 
 
-def _result(found: tuple[Tensor, ...], outputs: Sequence[str]) -> Tensor | TokenLogprobs:
-    logps, lse, _, entropy, mean_logit, is_top1, log_sum_sq_probs = found[:7]
+def _result(found: Any, outputs: Sequence[str]) -> Tensor | TokenLogprobs:
     if not outputs:
-        return logps
+        return found.logp
     values = {
-        "entropy": entropy,
-        "logsumexp": lse,
-        "mean_logit": mean_logit,
-        "is_top1": is_top1,
-        "log_sum_sq_probs": log_sum_sq_probs,
+        "entropy": found.entropy,
+        "logsumexp": found.lse,
+        "mean_logit": found.mean_logit,
+        "is_top1": found.is_top1,
+        "log_sum_sq_probs": found.log_sum_sq_probs,
     }
-    return TokenLogprobs(logps, **{k: v if k in outputs else None for k, v in values.items()})
+    return TokenLogprobs(
+        found.logp, **{name: x if name in outputs else None for name, x in values.items()}
+    )
 
 
 @overload
@@ -147,7 +149,7 @@ def token_logprobs(
                 "inplace_backward: expected logits that an operation made, got a leaf tensor, "
                 "whose values the backward would destroy; leave it False"
             )
-        op = ops.InPlaceTokenLogprobs.apply
+        op = ops.token_logprobs_in_place
     return _result(op(logits, labels, ignore_index, float(temperature), softcap, bits), outputs)
 
 

@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from drrlhf import head, losses, policy, robust
+from drrlhf import functional
 from drrlhf.ambiguity import ERM, AmbiguitySet, Group, parse_ambiguity
-from drrlhf.robust import GroupState, NormaliserState
+from drrlhf.functional import GroupState, NormaliserState
 
 
 class _RobustModule(nn.Module):
@@ -45,8 +45,8 @@ class RobustRiskModule(_RobustModule):
     def __init__(self, ambiguity: str | AmbiguitySet = ERM(), **options: Any) -> None:  # noqa: B008
         super().__init__(ambiguity, options)
 
-    def forward(self, losses: Tensor, **keywords: Any) -> robust.RobustRisk:
-        return self._call(robust.robust_risk, losses, **keywords)
+    def forward(self, losses: Tensor, **keywords: Any) -> functional.RobustRisk:
+        return self._call(functional.robust_risk, losses, **keywords)
 
 
 class PreferenceLossModule(_RobustModule):
@@ -62,9 +62,9 @@ class PreferenceLossModule(_RobustModule):
         ref_chosen_logps: Tensor | None = None,
         ref_rejected_logps: Tensor | None = None,
         **keywords: Any,
-    ) -> losses.PreferenceLoss:
+    ) -> functional.PreferenceLoss:
         inputs = (chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps)
-        return self._call(losses.preference_loss, *inputs, **keywords)
+        return self._call(functional.preference_loss, *inputs, **keywords)
 
 
 class LinearPreferenceLossModule(_RobustModule):
@@ -80,9 +80,9 @@ class LinearPreferenceLossModule(_RobustModule):
         labels: Tensor,
         ref_logps: Tensor | None = None,
         **keywords: Any,
-    ) -> head.LinearPreferenceLoss:
+    ) -> functional.LinearPreferenceLoss:
         inputs = (hidden, weight, labels, ref_logps)
-        return self._call(head.linear_preference_loss, *inputs, **keywords)
+        return self._call(functional.linear_preference_loss, *inputs, **keywords)
 
 
 class RewardLossModule(_RobustModule):
@@ -93,8 +93,8 @@ class RewardLossModule(_RobustModule):
 
     def forward(
         self, chosen_rewards: Tensor, rejected_rewards: Tensor, **keywords: Any
-    ) -> losses.RewardLoss:
-        return self._call(losses.reward_loss, chosen_rewards, rejected_rewards, **keywords)
+    ) -> functional.RewardLoss:
+        return self._call(functional.reward_loss, chosen_rewards, rejected_rewards, **keywords)
 
 
 class PolicyLossModule(_RobustModule):
@@ -111,6 +111,6 @@ class PolicyLossModule(_RobustModule):
         rewards: Tensor,
         prompt_ids: Tensor,
         **keywords: Any,
-    ) -> policy.PolicyLoss:
+    ) -> functional.PolicyLoss:
         inputs = (logps, old_logps, advantages, rewards, prompt_ids)
-        return self._call(policy.policy_loss, *inputs, **keywords)
+        return self._call(functional.policy_loss, *inputs, **keywords)

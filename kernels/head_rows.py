@@ -13,9 +13,9 @@ from drrlhf.kernels.launch import DEBUG
 from drrlhf.kernels.numerics import narrow
 from drrlhf.kernels.softmax import transform
 
-from drrlhf import reference
+from drrlhf.conventions import IMPROBABLE
 
-IMPROBABLE = tl.constexpr(reference.IMPROBABLE)
+IMPROBABLE = tl.constexpr(IMPROBABLE)
 
 
 @triton.jit

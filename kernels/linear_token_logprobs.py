@@ -41,8 +41,7 @@ from drrlhf.kernels.tiles import (
 from drrlhf.kernels.token_logprobs import OPTIONAL
 from torch import Tensor
 
-from drrlhf import reference
-from drrlhf.reference import KEEP_HIDDEN, KEEP_RATIOS, KEEP_SLAB
+from drrlhf.conventions import ENTROPY, IS_TOP1, LOG_SUM_SQ_PROBS, MEAN_LOGIT, Keep, row_width
 
 ROWS, BLOCK = 16, 256  # of the kernels that only pass over rows
 AT_ONCE = 64  # parts that `finish_kernel` reads together
@@ -244,10 +243,10 @@ def _bias_gradient(d: Tensor, tokens: Tokens, factor: Tensor | None, out: Tensor
 def _outputs(head: Head, bits: int) -> dict[str, bool]:
     """What is found from the tiles of logits."""
     return {
-        "ENTROPY": bits & reference.ENTROPY != 0,
-        "MEAN": bits & reference.MEAN_LOGIT != 0 and head.softcap is not None,
-        "TOP1": bits & reference.IS_TOP1 != 0,
-        "SQUARES": bits & reference.LOG_SUM_SQ_PROBS != 0,
+        "ENTROPY": bits & ENTROPY != 0,
+        "MEAN": bits & MEAN_LOGIT != 0 and head.softcap is not None,
+        "TOP1": bits & IS_TOP1 != 0,
+        "SQUARES": bits & LOG_SUM_SQ_PROBS != 0,
     }
 
 
@@ -388,42 +387,42 @@ def linear_token_logprobs(
     workspace: bytes for the statistics of parts, and for the ratios on their way where they are
     not kept.
     """
-    assert keep != KEEP_SLAB, "a slab of columns is the CPU's; expected KEEP_RATIOS"
+    assert keep != Keep.COLUMNS, "a slab of columns is the CPU's; expected Keep.RATIOS"
     head = _head(hidden, weight, bias, labels, ignore_index, temperature, softcap, logit_scale)
     h, vocabulary = head.hidden, weight.shape[0]
     n = h.shape[0]
     results = [h.new_zeros(labels.shape, dtype=torch.float32) for _ in range(3)]
     for bit in OPTIONAL:
-        dtype = torch.bool if bit == reference.IS_TOP1 else torch.float32
+        dtype = torch.bool if bit == IS_TOP1 else torch.float32
         results.append(h.new_zeros(labels.shape if outputs & bit else (0,), dtype=dtype))
     # float16 holds no ratios: its rows are made from the logits, once these are summed.
     half = h.dtype == torch.float16
     kept = h.new_empty(0)
-    if keep == KEEP_HIDDEN:
+    if keep == Keep.HIDDEN:
         kept = torch.zeros(hidden.shape, dtype=h.dtype, device=h.device)
-    elif keep == KEEP_RATIOS:
+    elif keep == Keep.RATIOS:
         # Rows of float16 are made one by one, and a product reads to the end of the last block.
         room = h.new_zeros if half else h.new_empty
-        kept = room(n, reference.ratios_width(vocabulary))
+        kept = room(n, row_width(vocabulary))
         kept[:, vocabulary:] = 0
     if not n:
         return (*results, kept)
 
     tokens = compact(head.labels, ignore_index)
     counted = rows_of(h, tokens, n)
-    mean = results[4] if outputs & reference.MEAN_LOGIT and softcap is None else None
+    mean = results[4] if outputs & MEAN_LOGIT and softcap is None else None
     of_labels = _labels(head, tokens, mean)
-    stores = keep in (KEEP_HIDDEN, KEEP_RATIOS)
+    stores = keep in (Keep.HIDDEN, Keep.RATIOS)
     chunk = _rows_of_parts(head, outputs, workspace)
-    if keep == KEEP_HIDDEN:
+    if keep == Keep.HIDDEN:
         chunk = min(chunk, _rows_that_fit(h, vocabulary, workspace))
-        slab = h.new_empty(chunk, reference.ratios_width(vocabulary))
+        slab = h.new_empty(chunk, row_width(vocabulary))
     factor = torch.empty_like(of_labels.logit) if stores else None
     for first in range(0, n, chunk):
         slots = min(chunk, n - first)
         ratios = None
         if stores:
-            ratios = slab[:slots] if keep == KEEP_HIDDEN else kept[first : first + slots]
+            ratios = slab[:slots] if keep == Keep.HIDDEN else kept[first : first + slots]
         _fold(
             head, counted, tokens, of_labels, first, slots, results, outputs,
             None if half else ratios, factor,
@@ -434,7 +433,7 @@ def linear_token_logprobs(
         # By the time these are known few are left, most often none.
         far_rows = rows_of(h, far, slots)
         _gradient(head, far_rows, far, None, None, results[:4], ratios, slots, 0, vocabulary, at=at)
-        if keep == KEEP_HIDDEN:
+        if keep == Keep.HIDDEN:
             rows = kept.view(-1, h.shape[1])
             _product(_ratios(ratios, head), head.weight, tokens, rows, first, slots, factor=factor)
     return (*results, kept)
@@ -449,9 +448,7 @@ def _rows_of_parts(head: Head, outputs: int, workspace: int) -> int:
 
 def _rows_that_fit(h: Tensor, vocabulary: int, workspace: int) -> int:
     """Whole blocks of tokens whose ratios fit in the workspace; at least one."""
-    return _whole_blocks(
-        workspace // (reference.ratios_width(vocabulary) * h.element_size()), h.shape[0]
-    )
+    return _whole_blocks(workspace // (row_width(vocabulary) * h.element_size()), h.shape[0])
 
 
 def _whole_blocks(fitting: int, n: int) -> int:
@@ -462,7 +459,7 @@ def _columns_that_fit(h: Tensor, vocabulary: int, workspace: int) -> int:
     """Whole tiles of the vocabulary whose gradients by all tokens fit; at least one tile."""
     columns = tile_for(h, True).columns
     fitting = workspace // (h.shape[0] * h.element_size())
-    return min(max(columns, fitting // columns * columns), reference.ratios_width(vocabulary))
+    return min(max(columns, fitting // columns * columns), row_width(vocabulary))
 
 
 def linear_token_logprobs_backward(
@@ -502,7 +499,7 @@ def linear_token_logprobs_backward(
     d_bias = torch.empty(vocabulary if need_bias else 0, dtype=kind.dtype, device=h.device)
     if not n:
         return d_hidden, d_weight.zero_(), d_bias.zero_()
-    if keep == KEEP_HIDDEN and b is None and need_hidden:
+    if keep == Keep.HIDDEN and b is None and need_hidden:
         assert a is not None
         d_hidden = _scaled_rows(kept, a, head)
         need_hidden = False
@@ -510,7 +507,7 @@ def linear_token_logprobs_backward(
         return d_hidden, d_weight, d_bias
 
     rows = d_hidden.view(-1, h.shape[1])
-    if keep == KEEP_RATIOS and b is None:
+    if keep == Keep.RATIOS and b is None:
         assert a is not None
         tokens = compact(head.labels, ignore_index)
         factor = _factors(head, tokens, statistics, a)

@@ -1,8 +1,5 @@
-"""`policy_loss`: token log-probs and rewards to the prompt-weighted clipped surrogate. One launch.
-
-A program takes a sequence: its tokens' slopes and sums, and, where its number is also a prompt's,
-the mean reward of that prompt. The one that arrives last finds the worst case over the prompts and
-makes of it the coefficient of every sequence, which the backward multiplies the slopes by.
+"""`policy_loss`: token log-probs to the clipped surrogate of each sequence. A program takes a
+sequence: its tokens' slopes, and its sums. The backward multiplies the slopes.
 """
 
 from __future__ import annotations
@@ -10,18 +7,16 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from drrlhf.kernels.dual_search import solve
 from drrlhf.kernels.launch import DEBUG, numbers, on
 from drrlhf.kernels.numerics import expm1, number, put
-from drrlhf.kernels.robust_risk import adversary, unchanged
 from drrlhf.kernels.sequence_logprobs import TOKENS, WARPS, contiguous, limits
 from torch import Tensor
 
-from drrlhf.reference import EXPONENT_LIMIT, statistics_dtype
+from drrlhf.conventions import EXPONENT_LIMIT, SequenceStatistics, statistics_dtype
 
 LIMIT = tl.constexpr(EXPONENT_LIMIT)
 SMALL = tl.constexpr(0.34)  # below it the series of k3 has more digits than expm1(d) - d
-ROWS = 8  # of the table of sequences
+ROWS = len(SequenceStatistics._fields)  # of the table of sequences
 
 
 @triton.jit
@@ -85,20 +80,20 @@ def total(x, counted):
     return tl.sum(tl.where(counted, x, 0.0).to(tl.float64), 0)
 
 
-@triton.jit
-def one_sequence(
-    logps_ptr, old_ptr, ref_ptr, entropy_ptr, mask_ptr, cu_ptr, advantages_ptr, sums_ptr,
-    slopes_ptr, table_ptr, s, n, tokens, length, parameters,
+@triton.jit(debug=DEBUG)
+def policy_loss_kernel(
+    logps_ptr, old_ptr, ref_ptr, entropy_ptr, mask_ptr, cu_ptr, advantages_ptr, losses_ptr,
+    slopes_ptr, table_ptr, n, tokens, length, parameters,
     BY_SEQUENCE: tl.constexpr, OLD: tl.constexpr, REFERENCE: tl.constexpr, ENTROPY: tl.constexpr,
     MASKED: tl.constexpr, PACKED: tl.constexpr, CORRECTED: tl.constexpr, TOKENS: tl.constexpr,
     DOUBLE: tl.constexpr, DEBUG: tl.constexpr,
 ):  # fmt: skip
-    """Slopes and sums of sequence s; its tokens, and its loss, also into the scratch `sums`."""
+    s = tl.program_id(0)
     dtype = tl.float64 if DOUBLE else tl.float32
     begin, end, legal = limits(cu_ptr, s, n, tokens, length, PACKED, DEBUG)
     advantage = tl.load(advantages_ptr + s).to(dtype)
-    low, high = number(parameters, 3).to(dtype), number(parameters, 4).to(dtype)
-    kl_beta = number(parameters, 5)
+    low, high = number(parameters, 0).to(dtype), number(parameters, 1).to(dtype)
+    kl_beta = number(parameters, 2)
     none = tl.where(legal, 0.0, float("nan")).to(tl.float64)
     count, loss, divergence, ratios, entropies = none, none, none, none, none
     lower, higher, overflowed = none, none, none
@@ -155,111 +150,17 @@ def one_sequence(
     put(table_ptr + 5 * n + s, higher)
     put(table_ptr + 6 * n + s, overflowed)
     put(table_ptr + 7 * n + s, entropies)
-    tl.store(sums_ptr + s, count)
-    tl.store(sums_ptr + n + s, loss + kl_beta * divergence)
-
-
-@triton.jit
-def prompt_loss(rewards_ptr, ids_ptr, i, n, BLOCK: tl.constexpr):
-    """Minus the mean reward of prompt i; NaN where it has no sequence."""
-    gained, count = tl.zeros([], tl.float64), tl.zeros([], tl.float64)
-    for first in range(0, n, BLOCK):
-        s = first + tl.arange(0, BLOCK)
-        mine = (s < n) & (tl.load(ids_ptr + s, mask=s < n, other=-1) == i)
-        gained += total(tl.load(rewards_ptr + s, mask=mine, other=0.0), mine)
-        count += total(mine, mine)
-    return -gained / count
-
-
-@triton.jit
-def prompt_of(ids_ptr, nominal_ptr, s, n, m, WEIGHTED: tl.constexpr):
-    """The prompts of sequences s, which of them there are, and which of these are not masked."""
-    i = tl.load(ids_ptr + s, mask=s < n, other=-1).to(tl.int64)
-    legal = (s < n) & (i >= 0) & (i < m)
-    held = legal
-    if WEIGHTED:
-        held = held & (tl.load(nominal_ptr + i, mask=legal, other=0.0) != 0)
-    return i, legal, held
-
-
-@triton.jit(debug=DEBUG)
-def policy_loss_kernel(
-    logps_ptr, old_ptr, ref_ptr, entropy_ptr, mask_ptr, cu_ptr, advantages_ptr, rewards_ptr,
-    ids_ptr, factors_ptr, nominal_ptr, groups_ptr, before_ptr, after_ptr, scratch_ptr, masses_ptr,
-    sums_ptr, arrived_ptr, loss_ptr, weights_ptr, losses_ptr, risk_ptr, dual_ptr,
-    coefficients_ptr, slopes_ptr, table_ptr, n, m, tokens, length, size, parameters,
-    LOSS: tl.constexpr, BY_SEQUENCE: tl.constexpr, OLD: tl.constexpr, REFERENCE: tl.constexpr,
-    ENTROPY: tl.constexpr, MASKED: tl.constexpr, FACTORS: tl.constexpr, PACKED: tl.constexpr,
-    CORRECTED: tl.constexpr, TOKENS: tl.constexpr, DOUBLE: tl.constexpr, KIND: tl.constexpr,
-    NOMINAL: tl.constexpr, TRIMS: tl.constexpr, WEIGHTED: tl.constexpr, SIZE: tl.constexpr,
-    BLOCK: tl.constexpr, DEBUG: tl.constexpr,
-):  # fmt: skip
-    program = tl.program_id(0)
-    one_sequence(
-        logps_ptr, old_ptr, ref_ptr, entropy_ptr, mask_ptr, cu_ptr, advantages_ptr, sums_ptr,
-        slopes_ptr, table_ptr, program, n, tokens, length, parameters,
-        BY_SEQUENCE, OLD, REFERENCE, ENTROPY, MASKED, PACKED, CORRECTED, TOKENS, DOUBLE, DEBUG,
-    )  # fmt: skip
-    if program < m:
-        l = prompt_loss(rewards_ptr, ids_ptr, program, n, BLOCK)
-        tl.store(scratch_ptr + program, l)
-        put(losses_ptr + program, l)
-    # Releases what this program wrote, and acquires what the others did.
-    tl.debug_barrier()
-    if tl.atomic_add(arrived_ptr, 1, sem="acq_rel") == n - 1:
-        risk, dual = solve(
-            scratch_ptr, nominal_ptr, groups_ptr, before_ptr, after_ptr, masses_ptr, m, size,
-            number(parameters, 0), number(parameters, 1), number(parameters, 2),
-            KIND, NOMINAL, TRIMS, WEIGHTED, SIZE, BLOCK, DEBUG,
-        )  # fmt: skip
-        put(risk_ptr, risk)
-        put(dual_ptr, dual)
-        tl.debug_barrier()  # a sequence reads the weight of its prompt, which others wrote
-        present = tl.zeros([], tl.float64)
-        for first in range(0, m, BLOCK):
-            i = first + tl.arange(0, BLOCK)
-            put(weights_ptr + i, tl.load(scratch_ptr + 3 * m + i, mask=i < m, other=0.0), i < m)
-            there = i < m
-            if WEIGHTED:
-                there = there & (tl.load(nominal_ptr + i, mask=there, other=0.0) != 0)
-            present += total(there, there)
-        sequences, everything = tl.zeros([], tl.float64), tl.zeros([], tl.float64)
-        for first in range(0, n, BLOCK):
-            s = first + tl.arange(0, BLOCK)
-            _, _, held = prompt_of(ids_ptr, nominal_ptr, s, n, m, WEIGHTED)
-            sequences += total(held, held)
-            everything += total(tl.load(sums_ptr + s, mask=held, other=0.0), held)
-        loss = tl.zeros([], tl.float64)
-        for first in range(0, n, BLOCK):
-            s = first + tl.arange(0, BLOCK)
-            i, legal, held = prompt_of(ids_ptr, nominal_ptr, s, n, m, WEIGHTED)
-            weight = present * tl.load(scratch_ptr + 3 * m + i, mask=legal, other=0.0)
-            if FACTORS:
-                weight *= tl.load(factors_ptr + s, mask=s < n, other=0.0).to(tl.float64)
-            if LOSS == "grpo":
-                count = tl.load(sums_ptr + s, mask=s < n, other=1.0)
-                by = sequences * tl.where(count < 1, 1.0, count)
-            elif LOSS == "dr_grpo":
-                by = tl.zeros([BLOCK], tl.float64) + sequences * number(parameters, 6)
-            else:
-                by = tl.zeros([BLOCK], tl.float64) + tl.where(everything < 1, 1.0, everything)
-            coefficient = tl.where(weight == 0, 0.0, weight / by)
-            # A prompt that there is not has no weight to give.
-            coefficient = tl.where(legal, coefficient, float("nan"))
-            put(coefficients_ptr + s, coefficient, s < n)
-            part = coefficient * tl.load(sums_ptr + n + s, mask=s < n, other=0.0)
-            loss += total(part, (s < n) & (coefficient != 0))
-        put(loss_ptr, loss)
+    tl.store(losses_ptr + s, loss + kl_beta * divergence)
 
 
 @triton.jit
 def policy_loss_backward_kernel(
-    grad_ptr, slopes_ptr, coefficients_ptr, cu_ptr, out_ptr, n, tokens, length,
+    grad_ptr, slopes_ptr, cu_ptr, out_ptr, n, tokens, length,
     PACKED: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
     s = tl.program_id(0)
     begin, end, _ = limits(cu_ptr, s, n, tokens, length, PACKED, False)
-    factor = tl.load(grad_ptr) * tl.load(coefficients_ptr + s)
+    factor = tl.load(grad_ptr + s)
     for first in range(begin, end, TOKENS):
         o = first + tl.arange(0, TOKENS)
         slope = tl.load(slopes_ptr + o, mask=o < end, other=0.0)
@@ -274,69 +175,40 @@ def policy_loss(
     mask: Tensor | None,
     cu_seqlens: Tensor | None,
     advantages: Tensor,
-    rewards: Tensor,
-    prompt_ids: Tensor,
-    sequence_weights: Tensor | None,
-    nominal: Tensor | None,
-    groups: Tensor | None,
-    group_weights: Tensor | None,
-    num_prompts: int,
-    loss_type: str,
-    importance_level: str,
+    by_sequence: bool,
     clip_low: float,
     clip_high: float,
     kl_beta: float,
     correct_kl: bool,
-    max_completion_length: float,
-    kind: str,
-    a: float,
-    b: float,
-    trim: float,
-) -> tuple[Tensor, ...]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """As `drrlhf.reference.policy_loss`; what it refuses by value gives NaN."""
-    dtype, n, m = statistics_dtype(logps), advantages.numel(), num_prompts
-    assert m <= n, "there are more prompts than sequences"
-    make = logps.new_empty if n else logps.new_zeros
-    loss, risk, dual = (make((), dtype=dtype) for _ in range(3))
-    weights, losses = (logps.new_empty(m, dtype=dtype) for _ in range(2))
-    coefficients = logps.new_empty(n, dtype=dtype)
+    dtype, n = statistics_dtype(logps), advantages.numel()
+    losses = logps.new_empty(n, dtype=torch.float64)
     slopes = torch.empty(logps.shape, dtype=dtype, device=logps.device)
     table = logps.new_empty((ROWS, n), dtype=dtype)
     if not n:
-        after = unchanged(logps, group_weights)
-        return loss, weights, losses, risk, dual, after, coefficients, slopes, table
-    foe = adversary(logps, m, 4, nominal, groups, group_weights, kind, a, b, trim)
-    tokens = [contiguous(x) for x in (logps, old_logps, ref_logps, entropy, mask, cu_seqlens)]
-    parameters = numbers(
-        *foe.parameters, 1 - clip_low, 1 + clip_high, kl_beta, max_completion_length
-    )
+        return losses, slopes, table
     with on(logps):
         policy_loss_kernel[(n,)](
-            *tokens, advantages.contiguous(), rewards.contiguous(), prompt_ids.contiguous(),
-            contiguous(sequence_weights), *foe.pointers(),
-            torch.empty(2 * n, dtype=torch.float64, device=logps.device),
-            torch.zeros(1, dtype=torch.int32, device=logps.device), loss, weights, losses, risk,
-            dual, coefficients, slopes, table, n, m, logps.numel(), logps.shape[-1],
-            foe.groups_count, parameters, LOSS=loss_type,
-            BY_SEQUENCE=importance_level == "sequence", OLD=old_logps is not None,
-            REFERENCE=ref_logps is not None, ENTROPY=entropy is not None, MASKED=mask is not None,
-            FACTORS=sequence_weights is not None, PACKED=cu_seqlens is not None,
-            CORRECTED=correct_kl, TOKENS=TOKENS, DOUBLE=dtype == torch.float64, **foe.flags,
-            **foe.options,
+            *(contiguous(x) for x in (logps, old_logps, ref_logps, entropy, mask, cu_seqlens)),
+            advantages.contiguous(), losses, slopes, table, n, logps.numel(), logps.shape[-1],
+            numbers(1 - clip_low, 1 + clip_high, kl_beta), BY_SEQUENCE=by_sequence,
+            OLD=old_logps is not None, REFERENCE=ref_logps is not None,
+            ENTROPY=entropy is not None, MASKED=mask is not None, PACKED=cu_seqlens is not None,
+            CORRECTED=correct_kl, TOKENS=TOKENS, DOUBLE=dtype == torch.float64, DEBUG=DEBUG,
+            num_warps=WARPS,
         )  # fmt: skip
-    return loss, weights, losses, risk, dual, foe.after, coefficients, slopes, table
+    return losses, slopes, table
 
 
-def policy_loss_backward(
-    grad: Tensor, slopes: Tensor, coefficients: Tensor, cu_seqlens: Tensor | None
-) -> Tensor:
+def policy_loss_backward(grad: Tensor, slopes: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     """As `drrlhf.reference.policy_loss_backward`."""
-    out, n = torch.empty_like(slopes), coefficients.numel()
+    out, n = torch.empty_like(slopes), grad.numel()
     if not n:
         return out
     with on(slopes):
         policy_loss_backward_kernel[(n,)](
-            grad.to(slopes.dtype), slopes, coefficients, contiguous(cu_seqlens), out, n,
+            grad.to(slopes.dtype).contiguous(), slopes, contiguous(cu_seqlens), out, n,
             slopes.numel(), slopes.shape[-1], PACKED=cu_seqlens is not None, TOKENS=TOKENS,
             num_warps=WARPS,
         )  # fmt: skip

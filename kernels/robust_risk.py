@@ -7,12 +7,13 @@ from typing import Any, NamedTuple
 import torch
 import triton
 import triton.language as tl
-from drrlhf.kernels.dual_search import solve
 from drrlhf.kernels.launch import DEBUG, numbers, on
 from drrlhf.kernels.numerics import number, put
+from drrlhf.kernels.worst_case import solve
 from torch import Tensor
 
-from drrlhf.reference import statistics_dtype
+from drrlhf.ambiguity import Encoded
+from drrlhf.conventions import statistics_dtype
 
 SMALL, LARGE = (512, 4), (1024, 8)  # losses that a step looks at together, and warps
 # Left alone, ptxas settles for fewer registers than the search needs, and spills around divisions.
@@ -23,8 +24,8 @@ REGISTERS = 168
 def robust_risk_kernel(
     losses_ptr, nominal_ptr, groups_ptr, before_ptr, after_ptr, scratch_ptr, masses_ptr,
     value_ptr, weights_ptr, dual_ptr, n, size, parameters,
-    KIND: tl.constexpr, NOMINAL: tl.constexpr, TRIMS: tl.constexpr, WEIGHTED: tl.constexpr,
-    SIZE: tl.constexpr, BLOCK: tl.constexpr, DEBUG: tl.constexpr,
+    KIND: tl.constexpr, NOMINAL: tl.constexpr, TRIMS: tl.constexpr, UPDATE: tl.constexpr,
+    WEIGHTED: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, DEBUG: tl.constexpr,
 ):  # fmt: skip
     for first in range(0, n, BLOCK):
         o = first + tl.arange(0, BLOCK)
@@ -34,7 +35,7 @@ def robust_risk_kernel(
     value, dual = solve(
         scratch_ptr, nominal_ptr, groups_ptr, before_ptr, after_ptr, masses_ptr, n, size,
         number(parameters, 0), number(parameters, 1), number(parameters, 2),
-        KIND, NOMINAL, TRIMS, WEIGHTED, SIZE, BLOCK, DEBUG,
+        KIND, NOMINAL, TRIMS, UPDATE, WEIGHTED, SIZE, BLOCK, DEBUG,
     )  # fmt: skip
     put(value_ptr, value)
     put(dual_ptr, dual)
@@ -44,10 +45,11 @@ def robust_risk_kernel(
         put(weights_ptr + o, q, o < n)
 
 
-class Adversary(NamedTuple):
+class SolverArguments(NamedTuple):
     """The arguments of `dual_search.solve` besides the losses.
 
-    tensors: nominal, groups, group weights before and after. parameters: a, b, trim.
+    nominal, groups (n,), group weights before and after (G,), scratch, and scratch of the groups;
+    parameters: parameter, temperature and trim of the set.
     """
 
     nominal: Tensor | None
@@ -69,13 +71,18 @@ class Adversary(NamedTuple):
         return self.after.numel()
 
 
-def adversary(
-    like: Tensor, n: int, rows: int, nominal: Tensor | None, groups: Tensor | None,
-    group_weights: Tensor | None, kind: str, a: float, b: float, trim: float,
-) -> Adversary:  # fmt: skip
+def solver_arguments(
+    like: Tensor,
+    n: int,
+    rows: int,
+    nominal: Tensor | None,
+    groups: Tensor | None,
+    group_weights: Tensor | None,
+    ambiguity: Encoded,
+) -> SolverArguments:
     """Scratch with `rows` rows of n (the first four are the search's), and constants of a set."""
     size = 0
-    if kind == "group":
+    if ambiguity.kind == "group":
         assert groups is not None and group_weights is not None, "Group needs groups and state"
         size, groups = group_weights.numel(), groups.contiguous()
         group_weights = group_weights.contiguous()
@@ -83,26 +90,30 @@ def adversary(
     options = {"num_warps": warps}
     if like.is_cuda and torch.version.hip is None:
         options["maxnreg"] = REGISTERS
-    nothing_to_choose = {
-        "kl_radius": a == 0, "chi2_radius": a == 0, "tv": a == 0, "cvar": a == 1,
-        "cvar_temperature": a == 1,
-    }  # fmt: skip
+    # The parameter at which a set holds the nominal weights alone.
+    smallest = {"kl_radius": 0, "chi2_radius": 0, "tv": 0, "cvar": 1, "cvar_temperature": 1}
     scratch = torch.empty(rows * n + 2 * size, dtype=torch.float64, device=like.device)
-    return Adversary(
+    flags = {
+        "KIND": ambiguity.kind,
+        "NOMINAL": smallest.get(ambiguity.kind) == ambiguity.parameter,
+        "TRIMS": ambiguity.trim > 0,
+        "UPDATE": ambiguity.update or ambiguity.kind != "group",
+        "WEIGHTED": nominal is not None,
+        "SIZE": triton.next_power_of_2(max(size, 1)),
+        "BLOCK": block,
+        "DEBUG": DEBUG,
+    }
+    return SolverArguments(
         None if nominal is None else nominal.contiguous(),
         groups,
         group_weights,
         torch.empty(size, dtype=torch.float64, device=like.device),
         scratch,
         scratch[rows * n :],
-        (a, b, trim),
-        {
-            "KIND": kind, "NOMINAL": nothing_to_choose.get(kind, False), "TRIMS": trim > 0,
-            "WEIGHTED": nominal is not None, "SIZE": triton.next_power_of_2(max(size, 1)),
-            "BLOCK": block, "DEBUG": DEBUG,
-        },
+        (ambiguity.parameter, ambiguity.temperature, ambiguity.trim),
+        flags,
         options,
-    )  # fmt: skip
+    )
 
 
 def robust_risk(
@@ -110,10 +121,7 @@ def robust_risk(
     nominal: Tensor | None,
     groups: Tensor | None,
     group_weights: Tensor | None,
-    kind: str,
-    a: float,
-    b: float,
-    trim: float,
+    *ambiguity: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As `drrlhf.reference.robust_risk`; what it refuses by value gives NaN."""
     n = losses.numel()
@@ -123,13 +131,13 @@ def robust_risk(
     weights = losses.new_empty(n, dtype=dtype)
     if not n:
         return value, weights, dual, unchanged(losses, group_weights)
-    foe = adversary(losses, n, 4, nominal, groups, group_weights, kind, a, b, trim)
+    solver = solver_arguments(losses, n, 4, nominal, groups, group_weights, Encoded(*ambiguity))
     with on(losses):
         robust_risk_kernel[(1,)](
-            losses.contiguous(), *foe.pointers(), value, weights, dual, n, foe.groups_count,
-            numbers(*foe.parameters), **foe.flags, **foe.options,
+            losses.contiguous(), *solver.pointers(), value, weights, dual, n, solver.groups_count,
+            numbers(*solver.parameters), **solver.flags, **solver.options,
         )  # fmt: skip
-    return value, weights, dual, foe.after
+    return value, weights, dual, solver.after
 
 
 def unchanged(like: Tensor, group_weights: Tensor | None) -> Tensor:

@@ -9,7 +9,7 @@ from drrlhf.kernels.launch import DEBUG, on
 from drrlhf.kernels.numerics import put
 from torch import Tensor
 
-from drrlhf.reference import statistics_dtype
+from drrlhf.conventions import statistics_dtype
 
 TOKENS, WARPS = 1024, 4  # that a program takes at a time
 

@@ -24,7 +24,7 @@ from drrlhf.kernels.softmax import (
 )
 from torch import Tensor
 
-from drrlhf.reference import ENTROPY, IS_TOP1, LOG_SUM_SQ_PROBS, MEAN_LOGIT
+from drrlhf.conventions import ENTROPY, IS_TOP1, LOG_SUM_SQ_PROBS, MEAN_LOGIT
 
 # What `outputs` of the op asks for, in the order of its results.
 OPTIONAL = (ENTROPY, MEAN_LOGIT, IS_TOP1, LOG_SUM_SQ_PROBS)

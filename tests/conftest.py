@@ -21,7 +21,7 @@ if extension := os.environ.get("DRRLHF_EXTENSION"):
     sys.modules["drrlhf._C"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(sys.modules["drrlhf._C"])
 
-from drrlhf import backends
+from drrlhf import backends, ops
 
 # Parameter sets of one test: the interpreter takes a second for what a kernel does in none, the
 # host a millisecond. DRRLHF_MOST=1000 runs all.
@@ -46,6 +46,10 @@ def pytest_configure(config):
 
         torch.Generator = Generator
     if library := os.environ.get("DRRLHF_EMULATED"):
+        emulated = torch.library.Library("drrlhf_emulated", "DEF")
+        for schema in ops.SCHEMAS.values():
+            emulated.define(schema)
+        config.emulated = emulated  # its ops are gone when it is
         torch.ops.load_library(library)
         backends.LIBRARIES["cuda"] = "drrlhf_emulated"
         backends.DEVICES["cuda"] = ("cuda", "cpu")

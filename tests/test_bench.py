@@ -20,9 +20,9 @@ from drrlhf.bench import (
     memory,
     peers,
     profile,
-    reducers,
     registry,
     results,
+    robust_risk,
     runner,
     table,
     timing,
@@ -110,7 +110,7 @@ def test_every_case_is_measured_or_says_why_not(quick):
     if hasattr(dr, "linear_preference_loss"):
         assert measured == set(registry.OPS)
     sets = {r["metric"] for r in kept["records"] if r["op"] == "robust_risk"}
-    assert sets == set(reducers.SETS)
+    assert sets == set(robust_risk.SETS)
     assert peers.NOT_IN_QUICK[:30] in " ".join(result.output.split())
 
 

@@ -16,7 +16,8 @@ from three_ways import (
 )
 
 import drrlhf as dr
-from drrlhf import backends, reference
+from drrlhf import backends
+from drrlhf.reference.pair_losses import F_DIVERGENCES, PAIR_LOSSES
 
 PAIRS, LENGTH, WIDTH, VOCABULARY = 6, 5, 16, 40
 AMBIGUITIES = [
@@ -74,7 +75,7 @@ class Problem:
         """The same by its parts."""
         seq, n = self.logps(**(token_options or {})), self.pairs
         refs = (None, None) if ref_logps is None else (ref_logps[:n], ref_logps[n:])
-        if options.get("loss_type") in reference.LENGTH_LOSSES:
+        if PAIR_LOSSES[options.get("loss_type", "sigmoid")].lengths:
             options |= {"chosen_lengths": self.counts[:n], "rejected_lengths": self.counts[n:]}
         return dr.preference_loss(seq[:n], seq[n:], *refs, **options), seq
 
@@ -107,12 +108,12 @@ CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 
 
 @pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("loss_type", reference.LOSS_TYPES)
+@pytest.mark.parametrize("loss_type", PAIR_LOSSES)
 def test_equals_its_parts_for_every_loss_type(backend, loss_type, packed):
     problem = Problem(dtype=dtype_of(backend), packed=packed)
     problem.trained()
     options = {"loss_type": loss_type, "beta": 0.3}
-    if loss_type in reference.SMOOTHED_LOSSES:
+    if PAIR_LOSSES[loss_type].smoothing:
         options["label_smoothing"] = 0.1
     refs = None if loss_type == "simpo" else problem.ref_logps
     ours = problem.ours(ref_logps=refs, **options)
@@ -134,7 +135,7 @@ def test_equals_its_parts_for_every_ambiguity_set(backend, ambiguity, packed, un
         assert ours.weights[1] == 0
 
 
-@pytest.mark.parametrize("f_divergence", reference.F_DIVERGENCES)
+@pytest.mark.parametrize("f_divergence", F_DIVERGENCES)
 def test_pair_options_are_passed_on(backend, f_divergence):
     problem = Problem(dtype=dtype_of(backend))
     problem.trained()
@@ -437,10 +438,8 @@ def op_arguments(problem, **change):
     return {
         "logps": logps, "labels": problem.labels, "cu_seqlens": problem.cu_seqlens,
         "ref_logps": problem.ref_logps.float(), "nominal": None, "groups": None,
-        "group_weights": None, "ignore_index": -100, "loss_type": "sigmoid", "beta": 0.1,
-        "label_smoothing": 0.0, "simpo_gamma": 0.5, "discopop_tau": 0.05,
-        "f_divergence": "reverse_kl", "f_alpha": 0.5, "kind": "tv", "a": 0.2, "b": 0.0,
-        "trim": 0.0,
+        "group_weights": None, "ignore_index": -100, "beta": 0.1, "label_smoothing": 0.0,
+        "kind": "tv", "parameter": 0.2, "temperature": 0.0, "trim": 0.0, "update": True,
     } | change  # fmt: skip
 
 
@@ -461,7 +460,6 @@ def op_arguments(problem, **change):
             "groups",
         ),
         ({"kind": "nonsense"}, "kind: unknown"),
-        ({"loss_type": "nonsense"}, "loss_type: unknown"),
     ],
 )  # fmt: skip
 def test_the_kernel_checks_for_itself(change, message):
@@ -485,7 +483,7 @@ def test_opcheck(backend, packed, kind):
     change = {"kind": kind}
     if kind == "group":
         change |= {
-            "groups": torch.arange(PAIRS) % 2, "b": 1.0,
+            "groups": torch.arange(PAIRS) % 2,
             "group_weights": torch.full((2,), 0.5, dtype=torch.float64),
         }  # fmt: skip
     arguments = op_arguments(problem, **change)

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from three_ways import BACKENDS, assert_differentiable_once
+from three_ways import BACKENDS
 
 import drrlhf as dr
 from drrlhf import backends
@@ -72,7 +72,7 @@ def test_bad_input(backend, call, message):
         call(torch.tensor([1.0, 2.0, 3.0]))
 
 
-def test_compiles_and_opcheck(backend):
+def test_compiles(backend):
     torch._dynamo.reset()
     c, r = torch.randn(2, 5).unbind()
     c.requires_grad_()
@@ -81,10 +81,3 @@ def test_compiles_and_opcheck(backend):
     torch.testing.assert_close(value, step(c, r))
     (ours,), (eager,) = (torch.autograd.grad(x, c) for x in (value, step(c, r)))
     torch.testing.assert_close(ours, eager)
-    arguments = (c, r, None, None, None, None, 0.1, "tv", 0.3, 0.0, 0.0)
-    torch.library.opcheck(torch.ops.drrlhf.reward_loss.default, arguments)
-
-
-def test_double_backward_is_refused(backend):
-    leaves = [x.requires_grad_() for x in torch.randn(2, 4).unbind()]
-    assert_differentiable_once(dr.reward_loss(*leaves, ambiguity="tv:0.2").loss, *leaves)

@@ -537,7 +537,7 @@ def test_compiles_without_graph_breaks(backend, text):
         assert not torch.equal(state.weights, dr.GroupState(2).weights)
 
 
-@pytest.mark.parametrize("encoded", [("tv", 0.2, 0.0, 0.0), ("group", 0.1, 1.0, 0.0)])
+@pytest.mark.parametrize("encoded", [("tv", 0.2, 0.0, 0.0, True), ("group", 0.1, 0.0, 0.0, True)])
 def test_opcheck(backend, encoded):
     losses = torch.randn(5, requires_grad=True)
     grouped = (torch.tensor([0, 1, 1, 0, 1]), torch.full((2,), 0.5, dtype=torch.float64))

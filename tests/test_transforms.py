@@ -109,7 +109,7 @@ FUNCTIONS = [
     for function in SHAPES
 ]
 # What has a second derivative: of a linear op, and of Danskin's value, whose weights are constants.
-TWICE = (sequence_logprobs, robust_risk)
+TWICE = (sequence_logprobs, robust_risk, preference_loss, reward_loss)
 
 
 def inputs(function):

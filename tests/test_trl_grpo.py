@@ -137,13 +137,13 @@ def test_generating_within_a_step_is_waited_for(run):
 
 def test_completions_without_weight_are_left_out(run, monkeypatch):
     seen = []
-    real = grpo.policy_loss
+    real = grpo.surrogate
 
     def watched(logps, *rest, **options):
         seen.append(len(logps))
         return real(logps, *rest, **options)
 
-    monkeypatch.setattr(grpo, "policy_loss", watched)
+    monkeypatch.setattr(grpo, "surrogate", watched)
     run(ambiguity="cvar:0.25", **WHOLE)
     assert seen == [2]  # of four prompts one, with its two completions
 

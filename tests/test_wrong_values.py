@@ -7,6 +7,7 @@ a GPU, past their checks: the kernels, and plain PyTorch, which serves where the
 
 from __future__ import annotations
 
+import importlib
 import types
 
 import child
@@ -14,7 +15,8 @@ import pytest
 import torch
 from three_ways import BACKENDS, DEVICE, EMULATED, ON_GPU
 
-from drrlhf import backends, checks, ops, reference
+import drrlhf as dr
+from drrlhf import backends, checks, ops
 
 # The kernels of the CPU refuse by themselves, and name what is wrong.
 SILENT = [name for name in BACKENDS if name != "cpp"]
@@ -25,7 +27,9 @@ KEEPS = {"triton": (0, 1, 3), "cuda": (0, 1, 4), "reference": (0, 1, 2, 3, 4)}
 
 @pytest.fixture(params=SILENT, autouse=True)
 def backend(request, monkeypatch):
-    monkeypatch.setattr(reference, "check_value", lambda *_, **__: None)  # as on a device
+    for module in ("reference.robust_risk", "functional.policy_loss", "logprobs"):  # as on a device
+        module = importlib.import_module(f"drrlhf.{module}")
+        monkeypatch.setattr(module, "check_value", lambda *_, **__: None)
     with backends.use(request.param):
         yield request.param
 
@@ -91,8 +95,7 @@ def test_boundaries(boundaries, mean):
 def test_boundaries_of_pairs(boundaries):
     found = torch.ops.drrlhf.sequence_preference_loss(
         torch.randn(9), torch.zeros(9, dtype=torch.long), torch.tensor(boundaries), torch.zeros(2),
-        None, None, None, -100, "sigmoid", 0.1, 0.0, 0.5, 0.05, "reverse_kl", 0.5, "erm", 0.0,
-        0.0, 0.0,
+        None, None, None, -100, 0.1, 0.0, "erm", 0.0, 0.0, 0.0, True,
     )  # fmt: skip
     assert found[0].isnan()
 
@@ -101,7 +104,9 @@ def test_boundaries_of_pairs(boundaries):
 @pytest.mark.parametrize("kind, a", [("tv", 0.1), ("kl_radius", 0.1), ("erm", 0.0), ("cvar", 0.4)])
 def test_a_nominal_weight(kind, a, bad):
     nominal = torch.tensor([1.0, bad, 1.0])
-    value, weights, *_ = ops.robust_risk(torch.randn(3), nominal, None, None, kind, a, 0.0, 0.0)
+    value, weights, *_ = ops.robust_risk(
+        torch.randn(3), nominal, None, None, kind, a, 0.0, 0.0, True
+    )
     assert value.isnan() and weights.isnan().any()
 
 
@@ -111,48 +116,49 @@ def test_a_group(group, trim):
     state = torch.tensor([0.25, 0.75], dtype=torch.float64)
     groups = torch.tensor([0, 1, group])
     value, weights, _, after = ops.robust_risk(
-        torch.randn(3), None, groups, state, "group", 0.1, 1.0, trim
+        torch.randn(3), None, groups, state, "group", 0.1, 0.0, trim, True
     )
     assert value.isnan() and weights.isnan().all() and torch.equal(after, state)
 
 
-def policy(prompt_ids, prompts, **change):
-    x = {
-        "logps": -torch.rand(4, 5), "advantages": torch.tensor([1.0, -1.0, 0.5, 2.0]),
-        "rewards": torch.tensor([0.0, 1.0, 2.0, 3.0]), "cu_seqlens": None,
-    } | change  # fmt: skip
-    return ops.policy_loss(
-        x["logps"], None, None, None, None, x["cu_seqlens"], x["advantages"], x["rewards"],
-        torch.tensor(prompt_ids), None, None, None, None, prompts, "grpo", "token", 0.2, 0.2, 0.0,
-        True, 1.0, "tv", 0.1, 0.0, 0.0,
-    )  # fmt: skip
+def policy(prompt_ids, prompts, logps=None, **change):
+    logps = (-torch.rand(4, 5) if logps is None else logps).requires_grad_()
+    out = dr.policy_loss(
+        logps,
+        None,
+        torch.tensor([1.0, -1.0, 0.5, 2.0]),
+        torch.tensor([0.0, 1.0, 2.0, 3.0]),
+        torch.tensor(prompt_ids),
+        num_prompts=prompts,
+        loss_type="grpo",
+        ambiguity="tv:0.1",
+        **change,
+    )
+    return out, torch.autograd.grad(out.loss, logps)[0]
 
 
 @pytest.mark.skipif("cuda" in SILENT, reason="the backend has no such kernel")
 @pytest.mark.parametrize("bad", [-1, 2, 2**40])
 def test_a_prompt(bad):
-    loss, *_, coefficients, slopes, _ = policy([0, 1, bad, 0], 2)
-    assert loss.isnan() and coefficients.isnan().tolist() == [False, False, True, False]
-    d = torch.ops.drrlhf.policy_loss_backward(torch.ones(()), slopes, coefficients, None)
+    out, d = policy([0, 1, bad, 0], 2)
+    assert out.loss.isnan()
     assert d[2].isnan().all() and d[[0, 1, 3]].isfinite().all()
 
 
 @pytest.mark.skipif("cuda" in SILENT, reason="the backend has no such kernel")
 def test_a_prompt_without_a_sequence():
-    loss, weights, losses, *_ = policy([0, 0, 2, 2], 3)
-    assert losses.isnan().tolist() == [False, True, False]
-    assert loss.isnan() and weights.isnan().all()
+    out, _ = policy([0, 0, 2, 2], 3)
+    assert out.losses.isnan().tolist() == [False, True, False]
+    assert out.loss.isnan() and out.weights.isnan().all()
 
 
 @pytest.mark.skipif("cuda" in SILENT, reason="the backend has no such kernel")
 def test_boundaries_of_completions():
     """Only NaN may come of them: what a sequence without tokens adds is 0."""
     for boundaries in ([0, 5, 3, 9, 20], [0, 5, 9, 14, 21], [1, 5, 9, 14, 20], [0, -5, 9, 14, 20]):
-        cu = torch.tensor(boundaries)
-        loss, *_, coefficients, slopes, table = policy([0, 0, 1, 1], 2, logps=-torch.rand(20),
-                                                       cu_seqlens=cu)  # fmt: skip
-        assert loss.isnan() and table.isnan().any()
-        torch.ops.drrlhf.policy_loss_backward(torch.ones(()), slopes, coefficients, cu)
+        out, d = policy([0, 0, 1, 1], 2, -torch.rand(20), cu_seqlens=torch.tensor(boundaries))
+        assert out.loss.isnan() and torch.stack(out.sequences).isnan().any()
+        assert d.shape == (20,)
 
 
 # -- who looks at values ---------------------------------------------------------------------------

@@ -10,7 +10,8 @@ import torch
 from three_ways import BACKENDS
 
 import drrlhf as dr
-from drrlhf import backends, reference
+from drrlhf import backends
+from drrlhf.conventions import Keep
 
 SETS = [
     "erm", "kl:0.1", "kl:temperature=1", "tv:0.1", "chi2:0.5", "chi2:penalty=1", "cvar:0.3",
@@ -132,7 +133,7 @@ def test_a_head_of_no_entries_or_no_width_is_refused(backend, size, tokens):
 @pytest.mark.skipif(
     not {"cpp", "cuda"} & set(BACKENDS), reason="only compiled code ends a process that way"
 )
-@pytest.mark.parametrize("keep", [reference.KEEP_NOTHING, reference.KEEP_HIDDEN])
+@pytest.mark.parametrize("keep", [Keep.NOTHING, Keep.HIDDEN])
 def test_kernels_refuse_a_head_of_no_entries(keep):
     """Below the checks of the public functions."""
     library = "drrlhf_cpp" if "cpp" in BACKENDS else backends.LIBRARIES["cuda"]

@@ -222,31 +222,27 @@ def _linear_token_logprobs() -> Iterator[Variant]:
 
 
 def _pairs() -> Iterator[Variant]:
-    from drrlhf.kernels import preference_loss, reward_loss, robust_risk, sequence_preference_loss
+    from drrlhf.kernels import robust_risk, sequence_preference_loss
     from drrlhf.kernels.sequence_logprobs import TOKENS
 
     pair = ("fp32", "fp32")
     search = {
-        "NOMINAL": False, "TRIMS": False, "WEIGHTED": False, "SIZE": 8, "DEBUG": False,
+        "NOMINAL": False, "TRIMS": False, "UPDATE": True, "WEIGHTED": False, "SIZE": 8,
+        "DEBUG": False,
     }  # fmt: skip
     kinds = (
         "erm", "tv", "kl_radius", "kl_temperature", "chi2_radius", "chi2_penalty", "cvar",
         "cvar_temperature", "group",
     )  # fmt: skip
-    loss = {"LOSS": "sigmoid", "DIVERGENCE": "reverse_kl", "REFERENCE": True}
+    sums = {"SUMS": True, "SOLVES": True, "PACKED": True, "TOKENS": TOKENS}
+    fused = sequence_preference_loss.sequence_preference_loss_kernel
     for block, warps in (robust_risk.SMALL, robust_risk.LARGE):
         for kind in kinds:
             constants = search | {"KIND": kind, "BLOCK": block}
             for name, kernel, count, more in (
                 ("robust_risk", robust_risk.robust_risk_kernel, 3, {}),
-                ("preference_loss", preference_loss.preference_loss_kernel, 9,
-                 loss | {"LENGTHS": False, "WITH_LOSSES": True}),
-                ("reward_loss", reward_loss.reward_loss_kernel, 4,
-                 {"MARGIN": True, "WITH_LOSSES": True}),
-                ("sequence_preference_loss",
-                 sequence_preference_loss.sequence_preference_loss_kernel, 9,
-                 loss | {"SUMS": True, "SOLVES": True, "PACKED": True, "TOKENS": TOKENS}),
-            ):  # fmt: skip
+                ("sequence_preference_loss", fused, 5, sums),
+            ):
                 if name != "robust_risk" and kind not in ("tv", "kl_radius"):
                     continue
                 types = _types(kernel, parameters=(pair,) * count)
@@ -257,28 +253,22 @@ def _pairs() -> Iterator[Variant]:
 
 
 def _policy_loss() -> Iterator[Variant]:
-    from drrlhf.kernels import policy_loss, robust_risk
+    from drrlhf.kernels import policy_loss
     from drrlhf.kernels.sequence_logprobs import TOKENS, WARPS
 
     constants: dict[str, Any] = {
-        "OLD": True, "ENTROPY": True, "FACTORS": False, "TOKENS": TOKENS, "DOUBLE": False,
-        "NOMINAL": False, "TRIMS": False, "WEIGHTED": False, "SIZE": 1, "DEBUG": False,
-        "KIND": "tv",
+        "OLD": True, "ENTROPY": True, "REFERENCE": True, "CORRECTED": True, "TOKENS": TOKENS,
+        "DOUBLE": False, "DEBUG": False,
     }  # fmt: skip
     kernel = policy_loss.policy_loss_kernel
-    given = {"parameters": (("fp32", "fp32"),) * 7, "ids_ptr": "*i64", "sums_ptr": "*fp64"}
-    for block, warps in (robust_risk.SMALL, robust_risk.LARGE):
-        for loss_type, by_sequence, packed in (("dapo", False, False), ("grpo", True, True)):
-            more = {
-                "BLOCK": block, "LOSS": loss_type, "BY_SEQUENCE": by_sequence, "PACKED": packed,
-                "REFERENCE": True, "CORRECTED": True, "MASKED": not packed,
-            }  # fmt: skip
-            level, layout = "sequence" if by_sequence else "token", "packed" if packed else "padded"
-            yield Variant(
-                f"policy_loss, {loss_type} by {level}, {layout}, blocks of {block}", kernel,
-                _types(kernel, mask_ptr="*i64", **given), constants | more, warps,
-                robust_risk.REGISTERS,
-            )  # fmt: skip
+    given = {"parameters": (("fp32", "fp32"),) * 3, "losses_ptr": "*fp64", "mask_ptr": "*i64"}
+    for level, packed in (("token", False), ("sequence", True)):
+        more = {"BY_SEQUENCE": level == "sequence", "PACKED": packed, "MASKED": not packed}
+        layout = "packed" if packed else "padded"
+        yield Variant(
+            f"policy_loss, by {level}, {layout}", kernel, _types(kernel, **given),
+            constants | more, WARPS,
+        )  # fmt: skip
     kernel = policy_loss.policy_loss_backward_kernel
     yield Variant(
         "policy_loss_backward, padded rows", kernel, _types(kernel),

@@ -22,10 +22,11 @@ enum class Kind : int {
   kGroup,
 };
 
-// The set and its parameters: a, b as drrlhf.ambiguity encodes them.
+// The set and its parameters, as drrlhf.ambiguity.Encoded names them.
 struct Ambiguity {
   Kind kind;
-  double a, b, trim;
+  double parameter, temperature, trim;
+  bool update;
 };
 
 // l: losses. p: nominal weights, sum 1, at least one > 0; trimming changes them. d: scratch, then
@@ -332,10 +333,10 @@ DRRLHF_HD bool holds_nominal_alone(Ambiguity set) {
     case Kind::kKlRadius:
     case Kind::kChiSquareRadius:
     case Kind::kTv:
-      return set.a == 0;
+      return set.parameter == 0;
     case Kind::kCvar:
     case Kind::kCvarTemperature:
-      return set.a == 1;
+      return set.parameter == 1;
     default:
       return false;
   }
@@ -350,7 +351,7 @@ DRRLHF_HD Solution worst_case(const Team& team, const Problem& problem, Ambiguit
   const Bounds bound = loss_bounds(team, l, p);
   const double top = bound.top, bottom = bound.bottom;
   const double span = top > bottom ? top - bottom : 1.0;
-  const double a = set.a;
+  const double a = set.parameter;
   const auto keep_nominal = [&] { team.each([=](std::int64_t i) { q[i] = p[i]; }); };
 
   // The optimistic side is measured from the smallest loss, everything else from the largest.
@@ -372,7 +373,7 @@ DRRLHF_HD Solution worst_case(const Team& team, const Problem& problem, Ambiguit
     return {expected_loss(team, problem, top, span), dual};
   }
   if (set.kind == Kind::kCvarTemperature) {
-    return solve_cvar_temperature(team, problem, a, set.b, bottom, top);
+    return solve_cvar_temperature(team, problem, a, set.temperature, bottom, top);
   }
   const double at_top =
       team.template sum<1>([=](std::int64_t i) { return Sums<1>{{l[i] == top ? p[i] : 0.0}}; })

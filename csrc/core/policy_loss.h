@@ -1,23 +1,18 @@
 // The clipped surrogate of one token and its k3 divergence, with derivatives. Definition and
-// sources: drrlhf/reference.py.
+// sources: drrlhf/reference/policy_loss.py.
 #pragma once
 
 #include "math.h"
 
 namespace drrlhf {
 
-// In the order of the names in drrlhf/reference.py.
-enum class PolicyLossType { kGrpo, kBnpo, kDrGrpo, kDapo };
-
 struct PolicyOptions {
-  PolicyLossType loss_type;
   bool by_sequence;  // one ratio for a sequence, the geometric mean of its tokens'
   double clip_low, clip_high, kl_beta;
   bool correct_kl;  // the divergence times the ratio
-  double max_completion_length;
 };
 
-// Rows of the table of sequences.
+// Rows of the table of sequences: SequenceStatistics in drrlhf/conventions.py.
 enum SequenceSum {
   kTokens,
   kSurrogate,

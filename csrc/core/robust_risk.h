@@ -1,5 +1,5 @@
 // From losses as they come to worst-case weights: nominal weights normalised, masked losses put
-// aside, and what has no answer kept visible. Definition: drrlhf/reference.py.
+// aside, and what has no answer kept visible. Definition: drrlhf/reference/robust_risk.py.
 #pragma once
 
 #include "dual_search.h"
@@ -20,7 +20,7 @@ struct AdversaryOf {
 };
 
 // l, p, d: scratch (n,). `loss`: i -> loss of pair i, any of them possibly not finite. Writes q
-// (n,). A nominal weight that is negative or not finite, or a group that there is not, gives NaN.
+// (n,). A nominal weight that is negative or not finite, or an out-of-range group id, gives NaN.
 template <class Team, class Loss, class Adversary>
 DRRLHF_HD Solution robust_risk(const Team& team, Loss loss, const Adversary& adversary, double* l,
                                double* p, double* d, double* q) {
@@ -68,7 +68,7 @@ DRRLHF_HD Solution robust_risk(const Team& team, Loss loss, const Adversary& adv
   if (adversary.set.kind != Kind::kGroup) return worst_case(team, problem, adversary.set);
   trim_top(team, p, l, adversary.set.trim);
   return group_step(team, problem, adversary.group, adversary.weights, adversary.size,
-                    adversary.set.a, adversary.set.b != 0, adversary.masses,
+                    adversary.set.parameter, adversary.set.update, adversary.masses,
                     adversary.group_losses);
 }
 

@@ -253,13 +253,12 @@ PolicySums policy_sums(const PolicyTokens& tokens, const Tensor& advantages,
   return sums_of<float>(tokens, advantages, options, sequences);
 }
 
-Tensor policy_loss_backward(const Tensor& grad, const Tensor& slopes, const Tensor& coefficients,
+Tensor policy_loss_backward(const Tensor& grad, const Tensor& slopes,
                             const OptionalTensor& cu_seqlens) {
   const Sequences sequences("slopes", slopes, cu_seqlens);
-  DRRLHF_CHECK_VALUE(slopes.device().is_cpu() && coefficients.numel() == sequences.count,
-                     "coefficients: expected shape (", sequences.count, "), got ",
-                     coefficients.sizes());
-  const Tensor factors = (grad * coefficients).to(slopes.scalar_type()).contiguous();
+  DRRLHF_CHECK_VALUE(slopes.device().is_cpu() && grad.numel() == sequences.count,
+                     "grad: expected shape (", sequences.count, "), got ", grad.sizes());
+  const Tensor factors = grad.to(slopes.scalar_type()).contiguous();
   if (slopes.scalar_type() == at::kDouble) {
     return scaled<double>(slopes.contiguous(), factors, sequences);
   }

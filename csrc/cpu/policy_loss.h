@@ -23,7 +23,8 @@ struct PolicySums {
 PolicySums policy_sums(const PolicyTokens& tokens, const Tensor& advantages,
                        const PolicyOptions& options);
 
-Tensor policy_loss_backward(const Tensor& grad, const Tensor& slopes, const Tensor& coefficients,
+// grad (S,) times the slopes of each sequence's tokens.
+Tensor policy_loss_backward(const Tensor& grad, const Tensor& slopes,
                             const OptionalTensor& cu_seqlens);
 
 }  // namespace drrlhf

@@ -2,7 +2,7 @@
 
 #include <vector>
 
-#include "losses.h"
+#include "robust_risk.h"
 
 namespace drrlhf {
 namespace {

@@ -62,23 +62,6 @@ struct Workspace {
 Failure robust_risk_cuda(Numbers losses, std::int64_t n, const CudaAdversary& adversary,
                          const SolutionOut& out, Workspace workspace, Stream stream);
 
-struct PairTensors {
-  Numbers chosen, rejected, ref_chosen, ref_rejected, chosen_lengths, rejected_lengths;
-};
-
-struct PairOut {
-  NumbersOut losses, chosen_rewards, rejected_rewards, d_chosen, d_rejected;
-};
-
-Failure preference_loss_cuda(const PairTensors& in, std::int64_t n, const PairOptions& options,
-                             const CudaAdversary& adversary, const SolutionOut& out,
-                             const PairOut& pairs, Workspace workspace, Stream stream);
-
-// margin may be kNone; the rewards of `pairs` are not written.
-Failure reward_loss_cuda(Numbers chosen, Numbers rejected, Numbers margin, std::int64_t n,
-                         double center, const CudaAdversary& adversary, const SolutionOut& out,
-                         const PairOut& pairs, Workspace workspace, Stream stream);
-
 // Sequences are rows of `length` tokens, or with boundaries (S+1,) segments of packed ones.
 // Boundaries that leave [0, tokens] or decrease give NaN.
 struct Sequences {
@@ -93,12 +76,16 @@ Failure sequence_logprobs_cuda(Numbers logps, const Sequences& sequences, bool m
 Failure sequence_logprobs_backward_cuda(Numbers grad, const Sequences& sequences, bool mean,
                                         NumbersOut out, Stream stream);
 
-// Sequences are stacked [chosen..., rejected...]. sums, d_sums (2n,).
+// By pair (n,) losses and rewards; by sequence (2n,) sums and the gradient.
+struct PairOut {
+  NumbersOut losses, chosen_rewards, rejected_rewards, sums, d_sums;
+};
+
+// Sequences are stacked [chosen..., rejected...].
 Failure sequence_preference_loss_cuda(Numbers logps, const Sequences& sequences, Numbers ref_logps,
                                       std::int64_t n, const PairOptions& options,
                                       const CudaAdversary& adversary, const SolutionOut& out,
-                                      const PairOut& pairs, NumbersOut sums, Workspace workspace,
-                                      Stream stream);
+                                      const PairOut& pairs, Workspace workspace, Stream stream);
 
 // Logits (rows, vocabulary) with neighbouring entries, `stride` entries from row to row. Entry 0 is
 // entry `first` of the vocabulary that the labels mean.

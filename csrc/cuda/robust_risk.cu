@@ -37,7 +37,7 @@ int cooperative_blocks() {
 
 std::int64_t scratch_bytes(std::int64_t n, int num_groups, int blocks) {
   const std::int64_t doubles =
-      2 * std::int64_t(blocks) * kMostSums + 7 * n + 2 * std::int64_t(num_groups);
+      2 * std::int64_t(blocks) * kMostSums + 6 * n + 2 * std::int64_t(num_groups);
   return kCounters + doubles * static_cast<std::int64_t>(sizeof(double));
 }
 

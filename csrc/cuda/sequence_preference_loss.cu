@@ -11,7 +11,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     sequence_preference_loss_kernel(Numbers logps, Sequences q, Numbers ref_logps, std::int64_t n,
                                     int warps, PairOptions options, bool solves,
                                     CudaAdversary adversary, SolutionOut out, PairOut pairs,
-                                    NumbersOut sums, Scratch s) {
+                                    Scratch s) {
   DRRLHF_SHARED(Partials, partials);
   DRRLHF_SHARED(WarpSums, shared);
   // The first half of the block's groups of warps takes the chosen sequences.
@@ -23,17 +23,19 @@ __global__ void __launch_bounds__(kThreads, 1)
   const SequenceSum mine = sequence_sum(logps, q, sequence, warps, shared);
   DRRLHF_SHARED(WarpSums, ratios);
   if (threadIdx.x % members == 0 && sequence >= 0) {
-    put(sums, sequence, mine.total);
-    const bool refers = ref_logps.dtype != Dtype::kNone;
-    ratios.of[group] = {mine.total - (refers ? number_at(ref_logps, sequence) : 0.0), mine.count};
+    put(pairs.sums, sequence, mine.total);
+    ratios.of[group] = {mine.total - number_at(ref_logps, sequence), mine.count};
   }
   __syncthreads();
   if (!is_rejected && threadIdx.x % members == 0 && sequence >= 0) {
-    const SequenceSum chosen = ratios.of[pair], rejected = ratios.of[pair + pairs_of_block];
-    put(pairs.chosen_rewards, i, options.beta * chosen.total);
-    put(pairs.rejected_rewards, i, options.beta * rejected.total);
-    keep_pair(i, pair_loss(chosen.total, rejected.total, chosen.count, rejected.count, options),
-              pairs, s);
+    const double chosen = options.beta * ratios.of[pair].total;
+    const double rejected = options.beta * ratios.of[pair + pairs_of_block].total;
+    const PairLoss found = preference_pair_loss(chosen - rejected, options.label_smoothing);
+    put(pairs.chosen_rewards, i, chosen);
+    put(pairs.rejected_rewards, i, rejected);
+    put(pairs.losses, i, found.loss);
+    s.loss[i] = found.loss;
+    s.slope[i] = options.beta * found.slope;
   }
   if (solves && arrives_last(s)) {
     solve_pairs(team_of<false>(n, partials, s), adversary, out, pairs, s);
@@ -45,8 +47,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 Failure sequence_preference_loss_cuda(Numbers logps, const Sequences& sequences, Numbers ref_logps,
                                       std::int64_t n, const PairOptions& options,
                                       const CudaAdversary& adversary, const SolutionOut& out,
-                                      const PairOut& pairs, NumbersOut sums, Workspace workspace,
-                                      Stream stream) {
+                                      const PairOut& pairs, Workspace workspace, Stream stream) {
   const Scratch s(workspace, n, adversary.num_groups);
   const bool solves = n <= kOneBlockPairs;
   const int warps = warps_for(2 * n, 2), of_block = kWarps / warps / 2;
@@ -55,7 +56,7 @@ Failure sequence_preference_loss_cuda(Numbers logps, const Sequences& sequences,
       solves && blocks > 1 ? clear_cuda(workspace.scratch, kCounters, stream) : nullptr;
   if (failure != nullptr) return failure;
   failure = launch(sequence_preference_loss_kernel, blocks, kThreads, stream, logps, sequences,
-                   ref_logps, n, warps, options, solves, adversary, out, pairs, sums, s);
+                   ref_logps, n, warps, options, solves, adversary, out, pairs, s);
   if (failure != nullptr || solves) return failure;
   return solve_many_pairs(n, adversary, out, pairs, workspace, stream);
 }

@@ -9,11 +9,11 @@ namespace drrlhf {
 // Bytes at the front of the scratch by which blocks count each other; 0 before a launch.
 constexpr std::int64_t kCounters = 16;
 
-// Views of the workspace; loss, d_chosen, d_rejected (n,) are what the pairs' kernels leave there.
+// Views of the workspace; loss and slope (n,) are what the pairs' kernels leave there.
 struct Scratch {
   GridBarrier* barrier;
   unsigned* arrived;
-  double *grid_partials, *loss, *d_chosen, *d_rejected, *l, *p, *d, *q, *masses, *group_losses;
+  double *grid_partials, *loss, *slope, *l, *p, *d, *q, *masses, *group_losses;
 
   Scratch(const Workspace& workspace, std::int64_t n, int num_groups) {
     barrier = static_cast<GridBarrier*>(workspace.scratch);
@@ -21,7 +21,7 @@ struct Scratch {
     double* next = reinterpret_cast<double*>(static_cast<char*>(workspace.scratch) + kCounters);
     const auto take = [&](std::int64_t count) { return (next += count) - count; };
     grid_partials = take(2 * std::int64_t(workspace.blocks) * kMostSums);
-    for (double** array : {&loss, &d_chosen, &d_rejected, &l, &p, &d, &q}) *array = take(n);
+    for (double** array : {&loss, &slope, &l, &p, &d, &q}) *array = take(n);
     masses = take(num_groups);
     group_losses = take(num_groups);
   }
@@ -64,7 +64,7 @@ __device__ void solve(const Team& team, Loss loss, const CudaAdversary& adversar
   team.each([&](std::int64_t i) { put(out.weights, i, s.q[i]); });
 }
 
-// The losses and derivatives that lie in the scratch: worst case, and derivatives by its weights.
+// The losses and slopes that lie in the scratch: worst case, and the gradient of the sums.
 template <class Team>
 __device__ void solve_pairs(const Team& team, const CudaAdversary& adversary,
                             const SolutionOut& out, const PairOut& pairs, const Scratch& s) {
@@ -73,8 +73,9 @@ __device__ void solve_pairs(const Team& team, const CudaAdversary& adversary,
   team.each([&](std::int64_t i) {
     const double q = s.q[i];
     // Exactly 0 where the weight is, whatever the derivative.
-    put(pairs.d_chosen, i, q == 0 ? 0.0 : q * from_others(s.d_chosen + i));
-    put(pairs.d_rejected, i, q == 0 ? 0.0 : q * from_others(s.d_rejected + i));
+    const double d = q == 0 ? 0.0 : q * from_others(s.slope + i);
+    put(pairs.d_sums, i, d);
+    put(pairs.d_sums, team.n + i, -d);
   });
 }
 
@@ -95,13 +96,5 @@ __device__ inline bool arrives_last(const Scratch& s) {
 // Of pairs whose losses lie in the scratch, when there are too many for one block.
 Failure solve_many_pairs(std::int64_t n, const CudaAdversary& adversary, const SolutionOut& out,
                          const PairOut& pairs, const Workspace& workspace, Stream stream);
-
-__device__ inline void keep_pair(std::int64_t i, const PairLoss& pair, const PairOut& out,
-                                 const Scratch& s) {
-  put(out.losses, i, pair.loss);
-  s.loss[i] = pair.loss;
-  s.d_chosen[i] = pair.d_chosen;
-  s.d_rejected[i] = pair.d_rejected;
-}
 
 }  // namespace drrlhf

@@ -12,9 +12,9 @@ from torch import Tensor
 
 import drrlhf as dr
 from drrlhf import backends
-from drrlhf.bench import heads, peers, preference
+from drrlhf.bench import heads, linear_preference_loss, peers
 from drrlhf.bench.gate import Gate
-from drrlhf.bench.preference import BETA, ERM, KERNELS, ROBUST
+from drrlhf.bench.linear_preference_loss import BETA, ERM, KERNELS, ROBUST
 from drrlhf.bench.registry import OURS, SUITES, Case, Contest, Unavailable, Work, our
 
 SHAPES = {"cpu": (8, 256), "gpu": (16, 1024), "quick": (4, 12)}  # sequences, tokens of each
@@ -138,7 +138,7 @@ def _plain_step(ambiguity: str) -> Step:
             logits = logits.float()
         logps = logits.log_softmax(-1).gather(-1, labels[:, :-1, None]).squeeze(-1).sum(1)
         if ambiguity == "erm":
-            return preference.dpo_loss(logps - reference)
+            return linear_preference_loss.dpo_loss(logps - reference)
         chosen, rejected = (logps - reference).chunk(2)
         zeros = torch.zeros_like(chosen)
         with backends.use("reference"):
@@ -161,7 +161,7 @@ def _trl() -> Step:
         outputs = model(
             input_ids=ids, attention_mask=mask, labels=ids, use_cache=False, fused_lm_head=True
         )
-        return preference.dpo_loss(outputs.log_probs.sum(1) - reference)
+        return linear_preference_loss.dpo_loss(outputs.log_probs.sum(1) - reference)
 
     return step
 

@@ -22,19 +22,19 @@ from drrlhf.bench.gate import Gate
 OURS = "drrlhf"
 SUITES = {"cpu": "cpu", "gpu": "cuda", "quick": "cpu"}  # and the device of each
 
-# Op, and the module whose `cases(suite)` yields its cases.
-OPS = {
-    "ceilings": "ceilings",
-    "robust_risk": "reducers",
-    "preference_loss": "margins",
-    "sequence_preference_loss": "sequence_preference_loss",
-    "token_logprobs": "token_logprobs",
-    "linear_token_logprobs": "linear_token_logprobs",
-    "linear_preference_loss": "preference",
-    "policy_loss": "policy_loss",
-    "dpo_step": "dpo_step",
-    "trainer_step": "trainer_step",
-}
+# Each is a module of `drrlhf.bench` whose `cases(suite)` yields its cases.
+OPS = (
+    "ceilings",
+    "robust_risk",
+    "preference_loss",
+    "sequence_preference_loss",
+    "token_logprobs",
+    "linear_token_logprobs",
+    "linear_preference_loss",
+    "policy_loss",
+    "dpo_step",
+    "trainer_step",
+)
 
 
 # Ours that are measured by name where they are not the automatic choice.
@@ -173,9 +173,9 @@ def select(suite: str, ops: Iterable[str] = ()) -> list[Case]:
     if unknown := wanted - set(OPS):
         raise ValueError(f"op: expected one of {', '.join(OPS)}, got {min(unknown)!r}")
     cases: list[Case] = []
-    for op, module in OPS.items():
+    for op in OPS:
         if not wanted or op in wanted:
-            cases += importlib.import_module(f"drrlhf.bench.{module}").cases(suite)
+            cases += importlib.import_module(f"drrlhf.bench.{op}").cases(suite)
     return cases
 
 

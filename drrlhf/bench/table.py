@@ -11,7 +11,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from drrlhf.bench import heads, reducers, results, trainer_step
+from drrlhf.bench import heads, results, robust_risk, trainer_step
 from drrlhf.bench.registry import OURS
 from drrlhf.bench.runner import Outcome, Record
 
@@ -106,12 +106,12 @@ def _robust_risk_markdown(result: results.Result) -> str:
         record["metric"]: record["ratio"]
         for record in result["records"]
         if record["op"] == "robust_risk"
-        and record["shape"] == [reducers.PAIRS["cpu"]]
+        and record["shape"] == [robust_risk.PAIRS["cpu"]]
         and record["axis"] is None
         and _mine(record)
     }
-    rows = [(f"`{name}`", f"{ratios[name]:.1f}") for name in reducers.SETS if name in ratios]
-    return _markdown(("set", f"ratio to `{reducers.BASELINE}`"), rows)
+    rows = [(f"`{name}`", f"{ratios[name]:.1f}") for name in robust_risk.SETS if name in ratios]
+    return _markdown(("set", f"ratio to `{robust_risk.BASELINE}`"), rows)
 
 
 def _head_markdown(result: results.Result) -> str:

@@ -29,7 +29,7 @@ import drrlhf as dr
 from drrlhf import backends
 from drrlhf.bench import dpo_step, heads, peers
 from drrlhf.bench.gate import Gate
-from drrlhf.bench.preference import BETA
+from drrlhf.bench.linear_preference_loss import BETA
 from drrlhf.bench.registry import OURS, SUITES, Case, Contest, Unavailable, Work, variant
 
 # batches, pairs in each, tokens of each sequence

@@ -1,7 +1,13 @@
-"""The torch.library that holds every op: schema, kernel by backend, fake and autograd."""
+"""The torch.library that holds every op: its schema, kernel by backend, fake and autograd.
+
+A schema stands in one place, the op's file, and names every argument and result. From it come the
+definitions that the compiled backends implement, and the named tuples in which Python has an op's
+arguments and results: nobody counts positions.
+"""
 
 from __future__ import annotations
 
+from collections import namedtuple
 from collections.abc import Callable
 from typing import Any
 
@@ -11,48 +17,81 @@ from torch import Tensor
 from drrlhf import backends
 
 LIBRARY = torch.library.Library("drrlhf", "DEF")
+# The compiled extension registers implementations alone (csrc/ops.cpp, csrc/ops_cuda.cpp).
+COMPILED = torch.library.Library("drrlhf_cpp", "DEF")
+SCHEMAS: dict[str, str] = {}
 
 
-def define(name: str, schema: str, fake: Callable[..., Any]) -> Any:
-    """Register `drrlhf::name`, run by whichever backend serves it; returns the op overload.
+def _named(kind: str, fields: list[str]) -> Any:
+    return namedtuple(kind, fields)  # type: ignore[misc]
 
-    The kernel is registered for all devices at once: `drrlhf.backends` decides at every call, so
-    that a choice made by name holds inside compiled graphs too.
+
+class Op:
+    """An op `drrlhf::name`, run by whichever backend serves it.
+
+    Calling it gives its results by name (a single one as it is). `Arguments` and `Results` are
+    named tuples in the order of the schema.
     """
 
-    def run(first: Tensor, *rest: Any) -> Any:
-        return backends.kernel(name, first.device.type, first.dtype)(first, *rest)
+    def __init__(self, name: str, schema: str, fake: Callable[..., Any]) -> None:
+        def run(first: Tensor, *rest: Any) -> Any:
+            return backends.kernel(name, first.device.type, first.dtype)(first, *rest)
 
-    LIBRARY.define(name + schema)
-    LIBRARY.impl(name, run, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"drrlhf::{name}", fake, lib=LIBRARY)
-    return getattr(torch.ops.drrlhf, name).default
+        SCHEMAS[name] = name + schema
+        for library in (LIBRARY, COMPILED):
+            library.define(name + schema)
+        # For all devices at once: `drrlhf.backends` decides at every call, so that a choice made by
+        # name holds inside compiled graphs too.
+        LIBRARY.impl(name, run, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"drrlhf::{name}", fake, lib=LIBRARY)
+        self.name = name
+        self.overload = getattr(torch.ops.drrlhf, name).default
+        parsed = self.overload._schema
+        self.Arguments = _named(f"{name}_arguments", [a.name for a in parsed.arguments])
+        results = [r.name for r in parsed.returns]
+        self.Results: Any = _named(f"{name}_results", results) if len(results) > 1 else None
+        self._call: Callable[..., Any] = self.overload
+
+    def __call__(self, *arguments: Any, **named: Any) -> Any:
+        if named:
+            arguments = self.Arguments(*arguments, **named)
+        found = self._call(*arguments)
+        return found if self.Results is None else self.Results(*found)
+
+    def gradients(self, **known: Any) -> tuple:
+        """What a backward returns: these gradients, and None for every other argument."""
+        return self.Arguments(**dict.fromkeys(self.Arguments._fields) | known)
+
+    def differentiate(self, backward: Callable[..., Any], setup: Callable[..., None]) -> None:
+        """Register backward(ctx, grads) and setup(ctx, arguments, results), both by name.
+
+        What torch.library makes of a backward cannot be transformed by torch.func, an
+        autograd.Function that sets its context up apart from its forward can: there it takes over.
+        """
+        results = self.Results or _named(f"{self.name}_result", ["value"])
+
+        def by_name(ctx: Any, inputs: Any, output: Any) -> None:
+            output = output if isinstance(output, tuple) else (output,)
+            setup(ctx, self.Arguments(*inputs), results(*output))
+
+        def from_named(ctx: Any, *grads: Any) -> tuple:
+            return tuple(backward(ctx, results(*grads)))
+
+        op = self.overload
+        torch.library.register_autograd(op, from_named, setup_context=by_name, lib=LIBRARY)
+        parts = {
+            "forward": staticmethod(lambda *arguments: op(*arguments)),
+            "setup_context": staticmethod(by_name),
+            "backward": staticmethod(from_named),
+            "generate_vmap_rule": True,
+        }
+        function: Any = type(f"{self.name}_transformed", (torch.autograd.Function,), parts)
+        self._call = lambda *a: function.apply(*a) if transformed() else op(*a)
 
 
 def transformed() -> bool:
     """Whether `torch.func` transforms what runs: grad, vjp, jacrev, vmap ..."""
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
-
-
-def autograd(op: Any, backward: Callable[..., Any], setup: Callable[..., None]) -> Any:
-    """Register the backward of the overload `op`; returns the op for callers.
-
-    What torch.library makes of a backward cannot be transformed by torch.func, an
-    autograd.Function that sets its context up apart from its forward can: there it takes over.
-    """
-    torch.library.register_autograd(op, backward, setup_context=setup, lib=LIBRARY)
-    parts = {
-        "forward": staticmethod(lambda *arguments: op(*arguments)),
-        "setup_context": staticmethod(lambda ctx, inputs, output: setup(ctx, inputs, output)),
-        "backward": staticmethod(backward),
-        "generate_vmap_rule": True,
-    }
-    function: Any = type(f"{op._opname}_transformed", (torch.autograd.Function,), parts)
-
-    def call(*arguments: Any) -> Any:
-        return function.apply(*arguments) if transformed() else op(*arguments)
-
-    return call
 
 
 def first_order_only(op: str, gradients: tuple, *sources: Tensor | None) -> tuple:

@@ -1,4 +1,4 @@
-"""`robust_risk`: per-pair losses in; worst-case value, weights and dual out."""
+"""`robust_risk`: losses in; worst-case value, weights and dual out."""
 
 from __future__ import annotations
 
@@ -7,40 +7,50 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from drrlhf.ops.library import autograd, define
-from drrlhf.reference import statistics_dtype
+from drrlhf.conventions import statistics_dtype
+from drrlhf.ops.library import Op
+
+# What every op with an adversary takes: nominal weights, groups, and an `ambiguity.Encoded`.
+ADVERSARY = "Tensor? nominal, Tensor? groups, Tensor? group_weights"
+SET = "str kind, float parameter, float temperature, float trim, bool update"
 
 
-def fake_solution(losses: Tensor, group_weights: Tensor | None) -> tuple[Tensor, ...]:
-    """value (), weights (n,), dual (), group weights (G,) without their contents."""
+def fake_group_weights(like: Tensor, group_weights: Tensor | None) -> Tensor:
+    """Group weights (G,) without their contents; (0,) without a group set."""
+    if group_weights is None:
+        return like.new_empty(0, dtype=torch.float64)
+    return torch.empty_like(group_weights)
+
+
+def _fake(losses, nominal, groups, group_weights, *rest):
     dtype = statistics_dtype(losses)
-    scalar = losses.new_empty((), dtype=dtype)
-    state = losses.new_empty(0, dtype=torch.float64) if group_weights is None else group_weights
-    return scalar, losses.new_empty(losses.shape, dtype=dtype), scalar.clone(), state.clone()
+    return (
+        losses.new_empty((), dtype=dtype),
+        losses.new_empty(losses.shape, dtype=dtype),
+        losses.new_empty((), dtype=dtype),
+        fake_group_weights(losses, group_weights),
+    )
 
 
-def _fake(losses, nominal, groups, group_weights, kind, a, b, trim):
-    return fake_solution(losses, group_weights)
-
-
-def _setup(ctx: Any, inputs: Any, output: Any) -> None:
-    ctx.save_for_backward(output[1])
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.dtype = inputs[0].dtype
+def _setup(ctx: Any, arguments: Any, results: Any) -> None:
+    ctx.save_for_backward(results.weights)
+    ctx.mark_non_differentiable(*results[1:])
+    ctx.dtype = arguments.losses.dtype
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, grad_value: Tensor | None, *unused: Any) -> tuple:
+def _backward(ctx: Any, grads: Any) -> tuple:
     # Danskin: d value / d losses = q, and q itself is a constant.
     (q,) = ctx.saved_tensors
-    grad = None if grad_value is None else (grad_value * q).to(ctx.dtype)
-    return grad, None, None, None, None, None, None, None
+    return robust_risk.gradients(
+        losses=None if grads.value is None else (grads.value * q).to(ctx.dtype)
+    )
 
 
-_OP = define(
+robust_risk = Op(
     "robust_risk",
-    "(Tensor losses, Tensor? nominal, Tensor? groups, Tensor? group_weights, str kind, float a, "
-    "float b, float trim) -> (Tensor, Tensor, Tensor, Tensor)",
+    f"(Tensor losses, {ADVERSARY}, {SET}) -> "
+    "(Tensor value, Tensor weights, Tensor dual, Tensor stepped)",
     _fake,
 )
-robust_risk = autograd(_OP, _backward, _setup)
+robust_risk.differentiate(_backward, _setup)

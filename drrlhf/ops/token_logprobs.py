@@ -7,11 +7,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from drrlhf.ops.library import autograd, define, first_order_only
-from drrlhf.reference import ENTROPY, IS_TOP1, LOG_SUM_SQ_PROBS, MEAN_LOGIT, statistics_dtype
+from drrlhf.conventions import ENTROPY, IS_TOP1, LOG_SUM_SQ_PROBS, MEAN_LOGIT, statistics_dtype
+from drrlhf.ops.library import Op, first_order_only
 
-# In the order of the op's outputs, after logp, lse and lse_tail.
-OPTIONAL = (ENTROPY, MEAN_LOGIT, IS_TOP1, LOG_SUM_SQ_PROBS)
+# What a forward gives by token, in the order of every op over the vocabulary.
+STATISTICS = (
+    "Tensor logp, Tensor lse, Tensor lse_tail, Tensor entropy, Tensor mean_logit, Tensor is_top1, "
+    "Tensor log_sum_sq_probs"
+)
+# What a backward needs of it, after the upstream gradients.
+UPSTREAM = (
+    "Tensor? grad, Tensor? grad_entropy, Tensor logp, Tensor lse, Tensor lse_tail, Tensor entropy"
+)
+OPTIONAL = (ENTROPY, MEAN_LOGIT, IS_TOP1, LOG_SUM_SQ_PROBS)  # the last four of STATISTICS
 
 
 def fake_statistics(like: Tensor, shape: Any, outputs: int) -> tuple[Tensor, ...]:
@@ -29,6 +37,14 @@ def fake_statistics(like: Tensor, shape: Any, outputs: int) -> tuple[Tensor, ...
     )
 
 
+def mark_statistics(ctx: Any, outputs: int, results: Any) -> None:
+    """Gradients flow to the log-probs, and to the entropy where it was asked for."""
+    differentiable = {"logp", "entropy"} if outputs & ENTROPY else {"logp"}
+    constants = [x for name, x in results._asdict().items() if name not in differentiable]
+    ctx.mark_non_differentiable(*constants)
+    ctx.set_materialize_grads(False)
+
+
 def _fake(logits, labels, ignore_index, temperature, softcap, outputs):
     return fake_statistics(logits, logits.shape[:-1], outputs)
 
@@ -37,43 +53,36 @@ def _fake_backward(logits, *rest):
     return logits.new_empty(logits.shape)
 
 
-def _setup(ctx: Any, inputs: Any, output: Any) -> None:
-    logits, labels, ignore_index, temperature, softcap, outputs = inputs
-    ctx.options = (ignore_index, temperature, softcap)
-    ctx.save_for_backward(logits, labels, *output[:4])
-    # The entropy takes a gradient only where it was asked for.
-    ctx.mark_non_differentiable(*output[1 : 3 if outputs & ENTROPY else 4], *output[4:])
-    ctx.set_materialize_grads(False)
+def _setup(ctx: Any, a: Any, r: Any) -> None:
+    ctx.options = (a.ignore_index, a.temperature, a.softcap)
+    ctx.save_for_backward(a.logits, a.labels, r.logp, r.lse, r.lse_tail, r.entropy)
+    mark_statistics(ctx, a.outputs, r)
 
 
-def _backward(ctx: Any, grad: Tensor | None, lse: Any, tail: Any, grad_entropy: Tensor | None,
-              *unused: Any) -> tuple:  # fmt: skip
+def _backward(ctx: Any, grads: Any) -> tuple:
+    grad, grad_entropy = grads.logp, grads.entropy
     if grad is None and grad_entropy is None:
-        return (None,) * 6
+        return token_logprobs.gradients()
     logits, labels, *statistics = ctx.saved_tensors
-    arguments = (labels, grad, grad_entropy, *statistics, *ctx.options)
-    found = token_logprobs_backward(logits, *arguments)
-    only = first_order_only("token_logprobs", (found,), logits, grad, grad_entropy)
-    return only + (None,) * 5
+    found = token_logprobs_backward(logits, labels, grad, grad_entropy, *statistics, *ctx.options)
+    (only,) = first_order_only("token_logprobs", (found,), logits, grad, grad_entropy)
+    return token_logprobs.gradients(logits=only)
 
 
-_OP = define(
+token_logprobs = Op(
     "token_logprobs",
     "(Tensor logits, Tensor labels, int ignore_index, float temperature, float? softcap, "
-    "int outputs) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"int outputs) -> ({STATISTICS})",
     _fake,
 )
-_BACKWARD = (
-    "Tensor labels, Tensor? grad, Tensor? grad_entropy, Tensor logp, Tensor lse, Tensor lse_tail, "
-    "Tensor entropy, int ignore_index, float temperature, float? softcap)"
-)
-token_logprobs_backward = define(
+_BACKWARD = f"Tensor labels, {UPSTREAM}, int ignore_index, float temperature, float? softcap)"
+token_logprobs_backward = Op(
     "token_logprobs_backward", f"(Tensor logits, {_BACKWARD} -> Tensor", _fake_backward
 )
-token_logprobs_backward_ = define(
+token_logprobs_backward_ = Op(
     "token_logprobs_backward_", f"(Tensor(a!) logits, {_BACKWARD} -> ()", lambda *arguments: None
 )
-token_logprobs = autograd(_OP, _backward, _setup)
+token_logprobs.differentiate(_backward, _setup)
 
 
 class InPlace(torch.autograd.Function):
@@ -83,18 +92,25 @@ class InPlace(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, *rest: Any) -> tuple:
-        output = token_logprobs(logits, *rest)
-        _setup(ctx, (logits, *rest), output)
-        return output
+    def forward(ctx: Any, *arguments: Any) -> tuple:
+        results = token_logprobs(*arguments)
+        _setup(ctx, token_logprobs.Arguments(*arguments), results)
+        return tuple(results)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor | None, *others: Tensor | None) -> tuple:  # type: ignore[override]
-        grad_entropy = others[2]
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple:  # type: ignore[override]
+        upstream = token_logprobs.Results(*grads)
+        grad, grad_entropy = upstream.logp, upstream.entropy
         if grad is None and grad_entropy is None:
-            return (None,) * 6
+            return tuple(token_logprobs.gradients())
         logits, labels, *statistics = ctx.saved_tensors
         token_logprobs_backward_(logits, labels, grad, grad_entropy, *statistics, *ctx.options)
         torch.autograd.graph.increment_version(logits)  # which the C++ kernel does not do
-        only = first_order_only("token_logprobs", (logits.detach(),), logits, grad, grad_entropy)
-        return only + (None,) * 5
+        gradients = (logits.detach(),)
+        (only,) = first_order_only("token_logprobs", gradients, logits, grad, grad_entropy)
+        return tuple(token_logprobs.gradients(logits=only))
+
+
+def token_logprobs_in_place(*arguments: Any) -> Any:
+    """`token_logprobs` by `InPlace`."""
+    return token_logprobs.Results(*InPlace.apply(*arguments))

@@ -45,8 +45,8 @@ def worst_case_weights(
     assert not isinstance(ambiguity, Group), "an adversary over examples has no groups"
     nominal = None if mass is None else torch.from_numpy(np.ascontiguousarray(mass))
     losses = torch.from_numpy(np.ascontiguousarray(values))
-    value, weights, _, _ = ops.robust_risk(losses, nominal, None, None, *ambiguity.encode())
-    return value.item(), weights.numpy()
+    risk = ops.robust_risk(losses, nominal, None, None, *ambiguity.encode())
+    return risk.value.item(), risk.weights.numpy()
 
 
 def error_codes(margin: Array) -> NDArray[np.int64]:

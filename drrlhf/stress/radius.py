@@ -32,8 +32,8 @@ _ROUNDING = 1e-12
 
 def strength_of(ambiguity: AmbiguitySet) -> float:
     """The radius, or 1 - alpha for CVaR: 0 is no adversary, more is stronger."""
-    name, value, _, _ = ambiguity.encode()
-    return round(1 - value, 12) if name == "cvar" else value
+    encoded = ambiguity.encode()
+    return round(1 - encoded.parameter, 12) if encoded.kind == "cvar" else encoded.parameter
 
 
 # How far the search goes.

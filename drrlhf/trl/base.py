@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,10 +16,6 @@ from drrlhf.trl.seam import overridden
 from drrlhf.trl.step import Pass, StepMixin
 
 logger = get_logger(__name__)
-
-# A loss with everything but the worst case fixed: takes what `robust_risk` takes besides its
-# losses, gives value (), weights (n,), losses (n,).
-RobustLoss = Callable[..., tuple[Tensor, Tensor, Tensor]]
 
 
 class AmbiguityMixin(StepMixin):
@@ -133,26 +128,26 @@ class AmbiguityMixin(StepMixin):
 
     def _reduced(
         self,
-        loss: RobustLoss,
+        losses: Tensor,  # (n,), differentiable
         correct: Tensor,  # (n,)
         nominal: Tensor | None,  # (n,)
         groups: Tensor | None,  # (n,)
     ) -> Tensor:
         """The number () to backpropagate for a batch: in one pass, or in one of the step's two."""
         if self._pass is not None:
-            value, losses = self._pass.reduce(loss)
+            value = self._pass.reduce(losses)
             self._pass.seen.append(Pairs(losses.detach(), correct, nominal, groups))
             return value
         if self._evaluated is not None and not self.model.training:
             self._check_groups(groups)
-            value, _, losses = loss(ambiguity="erm", nominal=nominal)
-            table = Pairs(losses, correct, nominal, groups).table()
+            value = robust_risk(losses, nominal=nominal).value
+            table = Pairs(losses.detach(), correct, nominal, groups).table()
             self._evaluated.append(self.accelerator.gather_for_metrics(table).cpu())
             return value
-        value, weights, losses = loss(**self._risk_arguments(nominal, groups))
-        seen = Pairs(losses.detach(), correct, nominal, groups, weights)
-        self._log_pairs(seen, value.detach())
-        return value
+        risk = robust_risk(losses, **self._risk_arguments(nominal, groups))
+        seen = Pairs(losses.detach(), correct, nominal, groups, risk.weights)
+        self._log_pairs(seen, risk.value.detach())
+        return risk.value
 
     # -- metrics -------------------------------------------------------------------------------
 

@@ -7,16 +7,19 @@ from typing import Any
 
 import torch
 import trl
-from torch import Tensor
 
-from drrlhf import pair_losses, preference_loss, robust_risk
-from drrlhf.reference import LOSS_TYPES, SMOOTHED_LOSSES
+from drrlhf import pair_losses
+from drrlhf.conventions import statistics_dtype
+from drrlhf.functional.robust_risk import unmasked_gradient
+from drrlhf.reference.pair_losses import PAIR_LOSSES as EVERY_PAIR_LOSS
+from drrlhf.reference.pair_losses import names
 from drrlhf.trl import columns, head
 from drrlhf.trl.base import AmbiguityMixin, logger
 from drrlhf.trl.seam import Recorder, overridden
 
 # Losses of one pair each: the adversary weighs these. simpo is not a DPO loss of TRL's.
-PAIR_LOSSES = tuple(name for name in LOSS_TYPES if name != "simpo")
+PAIR_LOSSES = tuple(name for name in EVERY_PAIR_LOSS if name != "simpo")
+SMOOTHED_LOSSES = names(smoothing=True)
 # Losses that TRL sorts over the batch: no pair has a loss of its own to be weighed.
 SORTED_LOSSES = ("aot", "aot_unpaired")
 # Added to the worst-case risk as they are, by TRL, and never weighed.
@@ -166,22 +169,16 @@ class DPOTrainer(AmbiguityMixin, trl.DPOTrainer):
             counted = torch.stack(completions.chunk(2)).any(0)
             nominal = counted.to(chosen) * (1 if nominal is None else nominal)
 
-        def loss(**risk: Any) -> tuple[Tensor, Tensor, Tensor]:
-            if len(terms) == 1 and terms[0][1] == 1 and not self.use_weighting:
-                options = common | self._loss_options(terms[0][0]) | risk
-                value, weights, losses, *_ = preference_loss(chosen, rejected, **options)
-                return value, weights, losses
-            losses = torch.zeros_like(chosen)
-            for name, weight in terms:
-                options = common | self._loss_options(name)
-                losses = losses + weight * pair_losses(chosen, rejected, **options)
-            if self.use_weighting:
-                losses = losses * self._wpo_weights(recorder, mask)
-            value, weights, _ = robust_risk(losses, **risk)
-            return value, weights, losses
-
+        dtype = statistics_dtype(chosen)
+        both = [unmasked_gradient(logps.to(dtype), nominal) for logps in (chosen, rejected)]
+        losses = torch.zeros_like(both[0])
+        for name, weight in terms:
+            options = common | self._loss_options(name)
+            losses = losses + weight * pair_losses(*both, **options)
+        if self.use_weighting:
+            losses = losses * self._wpo_weights(recorder, mask)
         won = (chosen - ref_chosen > rejected - ref_rejected).detach()
-        return self._reduced(loss, won, nominal, groups)
+        return self._reduced(losses, won, nominal, groups)
 
     def _loss_options(self, loss_type: str) -> dict[str, Any]:
         smoothing = self.label_smoothing if loss_type in SMOOTHED_LOSSES else 0.0

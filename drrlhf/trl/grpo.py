@@ -12,9 +12,10 @@ import trl
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from drrlhf import Group, models, policy_loss, reward_inputs, robust_risk
-from drrlhf.policy import PolicyLoss
-from drrlhf.reference import POLICY_LOSS_TYPES
+from drrlhf import Group, models, reward_inputs, robust_risk
+from drrlhf.conventions import POLICY_LOSS_TYPES, SequenceStatistics
+from drrlhf.functional.policy_loss import surrogate
+from drrlhf.functional.robust_risk import weighted_sum
 from drrlhf.trl import columns, head, prompts
 from drrlhf.trl.prompts import FACTOR, PassRates, PromptSampler
 from drrlhf.trl.seam import overridden
@@ -62,6 +63,7 @@ class GRPOTrainer(SetMixin, trl.GRPOTrainer):
     __signature__ = inspect.signature(trl.GRPOTrainer)
     _members = "completions"
     num_generations: Any
+    max_completion_length: Any
     reward_func_names: Any
     chat_template_kwargs: Any
     _signature_columns: Any
@@ -334,45 +336,41 @@ class GRPOTrainer(SetMixin, trl.GRPOTrainer):
             compute_aux_loss=self.aux_loss_enabled,
             **{name: inputs.get(name) for name in MULTIMODAL},
         )
-        out = policy_loss(
+        found = surrogate(
             logps,
             inputs.get("old_per_token_logps"),
             inputs["advantages"],
-            torch.zeros_like(factor),
-            torch.zeros_like(factor, dtype=torch.long),
             mask=mask,
             ref_logps=inputs["ref_per_token_logps"] if self.beta else None,
+            entropy=entropies,
             kl_beta=self.beta,
             correct_kl=self.args.use_bias_correction_kl,
             clip_low=self.epsilon_low,
             clip_high=self.epsilon_high,
-            loss_type=self.loss_type,
             importance_level=self.importance_sampling_level,
-            max_completion_length=self.max_completion_length,
-            entropy=entropies,
-            sequence_weights=factor,
-            num_prompts=1,
         )
-        self._log_tokens(out)
+        self._log_tokens(found.sequences)
         accumulated = self.current_gradient_accumulation_steps
-        # From a mean over the completions that kept weight to TRL's, over all of them.
+        # What TRL divides by; completions that were left out count there too.
+        by: Any
         if self.loss_type == "dapo":
             window = inputs["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes
             by = window * accumulated / self.args.steps_per_generation
-            loss = out.loss * (mask.sum().clamp(min=1) / by)
         elif self.loss_type == "bnpo":
-            loss = out.loss * (mask.sum().clamp(min=1) / tokens.clamp(min=1)) / accumulated
+            by = tokens.clamp(min=1) * accumulated
+        elif self.loss_type == "grpo":
+            by = found.sequences.tokens.clamp(min=1) * (count * accumulated)
         else:
-            loss = out.loss * (len(factor) / count) / accumulated
+            by = self.max_completion_length * count * accumulated
+        loss = weighted_sum(factor / by, found.losses).to(factor.dtype)
         if self.aux_loss_enabled:
             loss = loss + self.router_aux_loss_coef * auxiliary / accumulated
             gathered = self.accelerator.gather_for_metrics(auxiliary)
             self._metrics["train"]["aux_loss"].append(gathered.mean().item())
         return loss
 
-    def _log_tokens(self, out: PolicyLoss) -> None:
+    def _log_tokens(self, s: SequenceStatistics) -> None:
         """TRL's metrics of tokens, and how many ratios were clamped, over all processes."""
-        s = out.sequences
         counted = s.tokens > 0
         low, high = (torch.where(counted, x / s.tokens, 0) for x in (s.low_clipped, s.high_clipped))
         sums = [s.tokens, s.entropy, s.kl, s.overflowed]

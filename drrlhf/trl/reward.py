@@ -6,9 +6,9 @@ import inspect
 from typing import Any
 
 import trl
-from torch import Tensor
 
-from drrlhf import reward_inputs, reward_loss
+from drrlhf import reward_inputs
+from drrlhf.functional.reward_loss import reward_losses
 from drrlhf.trl import columns
 from drrlhf.trl.base import AmbiguityMixin
 from drrlhf.trl.seam import Recorder
@@ -61,17 +61,8 @@ class RewardTrainer(AmbiguityMixin, trl.RewardTrainer):
         recorder = Recorder(self._runner(model))
         result = super().compute_loss(recorder, inputs, return_outputs, num_items_in_batch)
         chosen, rejected = recorder.output("logits").squeeze(-1).chunk(2)
-
-        def loss(**risk: Any) -> tuple[Tensor, Tensor, Tensor]:
-            out = reward_loss(
-                chosen,
-                rejected,
-                margin=inputs.get("margin"),
-                center_coefficient=self.args.center_rewards_coefficient or 0.0,
-                **risk,
-            )
-            return out.loss, out.weights, out.losses
-
+        center = self.args.center_rewards_coefficient or 0.0
+        losses = reward_losses(chosen, rejected, inputs.get("margin"), center, nominal)
         correct = chosen.detach() > rejected.detach()
-        value = self._reduced(loss, correct, nominal, groups)
+        value = self._reduced(losses, correct, nominal, groups)
         return (value, result[1]) if return_outputs else value

@@ -10,7 +10,7 @@ batch; what is held in between are scalars of the pairs. Where the model draws r
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from drrlhf import ERM, reward_inputs, robust_risk
+from drrlhf.functional.robust_risk import weighted_sum
 from drrlhf.trl import pairs, rows
 from drrlhf.trl.pairs import Pairs
 from drrlhf.trl.seam import overridden
@@ -39,14 +40,11 @@ class Pass:
     seen: list[Pairs] = field(default_factory=list)
     references: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
-    def reduce(self, loss: Callable[..., Any]) -> tuple[Tensor, Tensor]:
-        """The number () to backpropagate, and the losses (n,)."""
+    def reduce(self, losses: Tensor) -> Tensor:
+        """The number () to backpropagate for losses (n,)."""
         if self.weights is None:
-            _, _, losses = loss(ambiguity="erm")
-            return losses.new_zeros(()), losses
-        # An op weighs by nominal / sum nominal; NaN (a loss is not finite) comes with the factor.
-        mean, _, losses = loss(ambiguity="erm", nominal=self.weights.nan_to_num())
-        return mean * (self.weights.sum() * self.scale), losses
+            return losses.new_zeros(())
+        return weighted_sum(self.weights, losses) * self.scale
 
 
 class Microbatch(NamedTuple):

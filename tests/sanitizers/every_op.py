@@ -8,7 +8,8 @@ from __future__ import annotations
 import torch
 
 import drrlhf as dr
-from drrlhf import reference
+from drrlhf.conventions import IMPORTANCE_LEVELS, POLICY_LOSS_TYPES
+from drrlhf.reference.pair_losses import PAIR_LOSSES
 
 SETS = (
     "erm", "kl:0.1", "kl:temperature=1", "tv:0.2", "chi2:0.5", "chi2:penalty=1", "cvar:0.3",
@@ -49,11 +50,11 @@ def pairs() -> None:
             backward(rewards.loss, a, b)
         group = dr.Group(num_groups=3, step_size=0.1)
         read(*dr.robust_risk(torch.randn(n), group, groups=torch.arange(n) % 3))
-        for loss_type in reference.LOSS_TYPES:
-            smooth = 0.1 if loss_type in reference.SMOOTHED_LOSSES else 0.0
+        for loss_type in PAIR_LOSSES:
+            smooth = 0.1 if PAIR_LOSSES[loss_type].smoothing else 0.0
             a, b = leaf(n), leaf(n)
             refs = [None, None] if loss_type == "simpo" else [torch.zeros(n)] * 2
-            lengths = [torch.ones(n)] * 2 if loss_type in reference.LENGTH_LOSSES else [None] * 2
+            lengths = [torch.ones(n)] * 2 if PAIR_LOSSES[loss_type].lengths else [None] * 2
             out = dr.preference_loss(
                 a, b, *refs, loss_type=loss_type, label_smoothing=smooth,
                 chosen_lengths=lengths[0], rejected_lengths=lengths[1],
@@ -112,8 +113,8 @@ def sequences() -> None:
 def policies() -> None:
     boundaries, prompts = torch.tensor([0, 3, 4, 150, 290]), torch.tensor([0, 1, 0, 1])
     for cu_seqlens, shape in ((boundaries, (290,)), (None, (4, 9))):
-        for loss_type in reference.POLICY_LOSS_TYPES:
-            for level in reference.IMPORTANCE_LEVELS:
+        for loss_type in POLICY_LOSS_TYPES:
+            for level in IMPORTANCE_LEVELS:
                 logps = leaf(*shape)
                 out = dr.policy_loss(
                     logps, torch.randn(shape), torch.randn(4), torch.randn(4), prompts,

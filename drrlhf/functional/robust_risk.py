@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor, nn
 
-from drrlhf import checks, distributed, ops, reference
-from drrlhf.ambiguity import ERM, AmbiguitySet, Group, parse_ambiguity
-from drrlhf.checks import check_device, check_floating, check_integer, check_value, check_vector
+from drrlhf import checks, distributed, ops
+from drrlhf.ambiguity import ERM, AmbiguitySet, Encoded, Group, parse_ambiguity
+from drrlhf.checks import (
+    check_device,
+    check_floating,
+    check_integer,
+    check_value,
+    check_vector,
+    constant_in_graphs,
+)
+from drrlhf.reference.robust_risk import check_groups, normalised
 
 
 class RobustRisk(NamedTuple):
@@ -61,31 +69,8 @@ class NormaliserState(nn.Module):
         return self
 
 
-class Adversary(NamedTuple):
-    """Checked arguments of the worst case, as the ops take them."""
-
-    nominal: Tensor | None
-    groups: Tensor | None
-    group_weights: Tensor | None
-    encoded: tuple[str, float, float, float]
-
-
-class Evaluation(NamedTuple):
-    """What every loss op gives, in one order: value (), weights, losses (n,), dual (), the stepped
-    group weights (G,), and whatever else that op has. `value` is differentiated; `risk` () is the
-    worst case where that is another number."""
-
-    value: Tensor
-    weights: Tensor
-    losses: Tensor
-    dual: Tensor
-    stepped: Tensor
-    others: tuple[Tensor, ...] = ()
-    risk: Tensor | None = None
-
-
-class Options(NamedTuple):
-    """The arguments that every robust loss shares, as the user gave them."""
+class RiskOptions(TypedDict, total=False):
+    """The keyword arguments of `robust_risk`, which every robust loss passes on to it."""
 
     ambiguity: str | AmbiguitySet
     nominal: Tensor | None
@@ -97,8 +82,20 @@ class Options(NamedTuple):
     check_finite: bool
 
 
-# No adversary: what an op is asked when the weights are already known, or not wanted.
-NO_ADVERSARY = ERM().encode()
+RISK_OPTIONS = frozenset(RiskOptions.__annotations__)
+
+
+class Options(NamedTuple):
+    """`RiskOptions` with their defaults."""
+
+    ambiguity: str | AmbiguitySet = ERM()
+    nominal: Tensor | None = None
+    groups: Tensor | None = None
+    group_state: GroupState | None = None
+    normaliser_state: NormaliserState | None = None
+    update: bool = True
+    process_group: Any = None
+    check_finite: bool = False
 
 
 class Parsed(NamedTuple):
@@ -106,7 +103,7 @@ class Parsed(NamedTuple):
 
     num_groups: int
     momentum: float | None
-    encoded: tuple[str, float, float, float]
+    encoded: Encoded
 
 
 def _parsed(ambiguity: AmbiguitySet) -> Parsed:
@@ -114,56 +111,82 @@ def _parsed(ambiguity: AmbiguitySet) -> Parsed:
     return Parsed(groups, momentum, ambiguity.encode())
 
 
+@constant_in_graphs
 def _parse_text(ambiguity: str) -> Parsed:
     return _parsed(parse_ambiguity(ambiguity))
 
 
-# What torch.compiler.assume_constant_result does, without its second of import time.
-_parse_text._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-def parse(ambiguity: str | AmbiguitySet) -> Parsed:
-    """What the ops need of a set, or of a string that names one; ValueError as parse_ambiguity."""
+def _parse(ambiguity: str | AmbiguitySet) -> Parsed:
     return _parsed(ambiguity) if isinstance(ambiguity, AmbiguitySet) else _parse_text(ambiguity)
 
 
-def check_adversary(first: Tensor, parsed: Parsed, options: Options, like: str) -> Adversary:
-    """Check and encode what every robust loss takes besides its losses."""
-    n, num_groups, encoded = first.numel(), parsed.num_groups, parsed.encoded
+class Solver(NamedTuple):
+    """Checked arguments of the worst case of n losses.
+
+    nominal, groups (n,), group_weights (G,) and encoded are those of the ops; momentum that of a
+    running normaliser; options as the user gave them.
+    """
+
+    nominal: Tensor | None
+    groups: Tensor | None
+    group_weights: Tensor | None
+    encoded: Encoded
+    momentum: float | None
+    options: Options
+
+    def reweigh(self, value: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """An op's value () and weights (n,); with momentum those of the running normaliser."""
+        if self.momentum is None:
+            return value, weights
+        running, scale = _stream(value.detach(), weights, self)
+        return WithGradientOf.apply(running, value * scale), weights * scale
+
+    def keep(self, stepped: Tensor) -> None:
+        """Store the group weights that an op hands back: stepped, or as they were."""
+        if self.options.group_state is not None and stepped.numel():
+            with torch.no_grad():
+                self.options.group_state.weights.copy_(stepped)
+
+
+def solver(n: int, on: Tensor, like: str, options: Options) -> Solver:
+    """Check and encode what the worst case of n losses takes besides them.
+
+    `on` is a tensor on their device, `like` what messages call them.
+    """
+    parsed = _parse(options.ambiguity)
     nominal, groups, group_state = options.nominal, options.groups, options.group_state
     if nominal is not None:
         check_vector("nominal", nominal, n, like)
-        check_device("nominal", nominal, like, first)
+        check_device("nominal", nominal, like, on)
         if checks.DEBUG:  # not every kernel asserts; the CPU's raise by themselves
-            reference.normalised(nominal, n, first)
+            normalised(nominal, n, on)
     if parsed.momentum is not None and options.normaliser_state is not None:
-        _check_state_device(
-            "normaliser_state", options.normaliser_state.log_normaliser, like, first
-        )
-    if not num_groups:
-        return Adversary(nominal, None, None, encoded)
+        _check_state_device("normaliser_state", options.normaliser_state.log_normaliser, like, on)
+    kind, parameter, temperature, trim, _ = parsed.encoded
+    encoded = Encoded(kind, parameter, temperature, trim, options.update)
+    if not parsed.num_groups:
+        return Solver(nominal, None, None, encoded, parsed.momentum, options)
     if groups is None:
         raise ValueError(
             f"groups: {options.ambiguity} needs the group id of every pair, expected an integer "
             f"tensor of shape ({n},), got None"
         )
     check_vector("groups", groups, n, like)
-    check_device("groups", groups, like, first)
+    check_device("groups", groups, like, on)
     check_integer("groups", groups)
     if group_state is None:
-        weights = first.new_full((num_groups,), 1 / num_groups, dtype=torch.float64)
+        weights = on.new_full((parsed.num_groups,), 1 / parsed.num_groups, dtype=torch.float64)
     else:
         weights = group_state.weights
-        if weights.numel() != num_groups:
+        if weights.numel() != parsed.num_groups:
             raise ValueError(
-                f"group_state: expected {num_groups} groups as {options.ambiguity}, "
-                f"got {weights.numel()}; build it with GroupState({num_groups})"
+                f"group_state: expected {parsed.num_groups} groups as {options.ambiguity}, "
+                f"got {weights.numel()}; build it with GroupState({parsed.num_groups})"
             )
-        _check_state_device("group_state", weights, like, first)
+        _check_state_device("group_state", weights, like, on)
     if checks.DEBUG:
-        reference.check_groups(groups, weights)
-    kind, step_size, _, trim = encoded
-    return Adversary(nominal, groups, weights, (kind, step_size, float(options.update), trim))
+        check_groups(groups, weights)
+    return Solver(nominal, groups, weights, encoded, parsed.momentum, options)
 
 
 def summable(nominal: Tensor | None) -> Tensor | None:
@@ -174,127 +197,72 @@ def summable(nominal: Tensor | None) -> Tensor | None:
     return p * torch.where(p.amax() > 2.0**960, 2.0**-64, 1.0)  # exact
 
 
-def _check_state_device(name: str, state: Tensor, like: str, first: Tensor) -> None:
-    if state.device != first.device:
+def _check_state_device(name: str, state: Tensor, like: str, on: Tensor) -> None:
+    if state.device != on.device:
         raise ValueError(
-            f"{name}: expected it on {first.device} as {like}, got {state.device}; move it with "
+            f"{name}: expected it on {on.device} as {like}, got {state.device}; move it with "
             f"{name}.to(...)"
         )
 
 
-def evaluate_worst_case(
-    evaluate: Callable[[Adversary], Evaluation],
-    first: Tensor,
-    like: str,
-    options: Options,
-    check: Callable[[], None] = lambda: None,
-) -> Evaluation:
-    """The worst case of the losses that `evaluate` computes: what every robust loss comes down to.
-
-    Args:
-        evaluate: calls the loss's op; differentiable.
-        first: a tensor (n,) on the losses' device; `like`: its name in messages.
-        check: raises what is wrong with the loss's own arguments, before anything is gathered.
-
-    Returns:
-        Evaluation, its weights, losses and dual detached. With a process group value and dual are
-        those of all ranks' pairs, weights and losses this rank's, and the gradient of value is
-        scaled by the number of ranks.
-    """
+def worst_case(losses: Tensor, like: str, options: Options) -> RobustRisk:
+    """`robust_risk` of losses (n,) that messages call `like`."""
     if options.process_group is not None:
-        return _across_ranks(evaluate, first, like, options, check)
-    check()
-    parsed = parse(options.ambiguity)
-    adversary = check_adversary(first, parsed, options, like)
-    out = evaluate(adversary._replace(nominal=summable(adversary.nominal)))
-    if options.check_finite:
-        _require_finite(out.losses, adversary.nominal)
-    _store(options, out.stepped)
-    value, risk, weights = out.value, out.risk, out.weights.detach()
-    if parsed.momentum is not None:
-        batch = (value if risk is None else risk).detach()
-        running, scale = _stream(batch, weights, parsed, options)
-        value, weights = value * scale, weights * scale
-        if risk is None:
-            value = Reported.apply(running, value)
-        else:
-            risk = running
-    return out._replace(
-        value=value, weights=weights, losses=out.losses.detach(), dual=out.dual.detach(), risk=risk
+        return _across_ranks(losses, like, options)
+    problem = solver(losses.numel(), losses, like, options)
+    out = ops.robust_risk(
+        losses, summable(problem.nominal), problem.groups, problem.group_weights, *problem.encoded
     )
+    if options.check_finite:
+        require_finite(losses, problem.nominal)
+    problem.keep(out.stepped)
+    value, weights = problem.reweigh(out.value, out.weights)
+    return RobustRisk(value, weights.detach(), out.dual.detach())
 
 
 @torch.compiler.disable
-def _across_ranks(
-    evaluate: Callable[[Adversary], Evaluation],
-    first: Tensor,
-    like: str,
-    options: Options,
-    check: Callable[[], None],
-) -> Evaluation:
+def _across_ranks(losses: Tensor, like: str, options: Options) -> RobustRisk:
     """The same where the pairs lie on several ranks: gather, solve everywhere, take one's slice."""
-    with distributed.agreement(options.process_group, first.device):
-        check()
-        parsed = parse(options.ambiguity)
-        adversary = check_adversary(first, parsed, options, like)
-        with torch.no_grad():
-            out = evaluate(Adversary(None, None, None, NO_ADVERSARY))
-    solved = solve_across_ranks(out.losses, parsed, adversary, options)
-    weights = solved.mine
-    # An op weighs by nominal / sum nominal; NaN (a loss is not finite) comes back with the factor.
-    share = weights.sum() * len(solved.pairs.sizes)
-    local = evaluate(Adversary(torch.nan_to_num(weights), None, None, NO_ADVERSARY))
-    return local._replace(
-        value=Reported.apply(solved.value, local.value * share),
-        weights=weights,
-        losses=out.losses,
-        dual=solved.dual,
-    )
-
-
-class Solution(NamedTuple):
-    """The worst case of the pairs of all ranks: value (), weights (N,), dual (), and the pairs."""
-
-    value: Tensor
-    weights: Tensor
-    dual: Tensor
-    pairs: distributed.Gathered
-
-    @property
-    def mine(self) -> Tensor:
-        """The weights (n,) of this rank's pairs."""
-        return self.pairs.mine(self.weights)
-
-
-def solve_across_ranks(
-    losses: Tensor, parsed: Parsed, adversary: Adversary, options: Options
-) -> Solution:
-    """Gather the losses (n,) of all ranks and solve: the same everywhere, as one process would."""
-    state, normaliser = adversary.group_weights, options.normaliser_state
+    with distributed.agreement(options.process_group, losses):
+        problem = solver(losses.numel(), losses, like, options)
+    state, normaliser = problem.group_weights, options.normaliser_state
     facts = {
         "ambiguity set": str(parse_ambiguity(options.ambiguity)),
         "argument update": str(options.update),
     }
     if state is not None:
         facts["group weights"] = str(state.tolist())
-    if parsed.momentum is not None and normaliser is not None:
+    if problem.momentum is not None and normaliser is not None:
         facts["running normaliser"] = str(normaliser.log_normaliser.item())
     pairs = distributed.gather(
-        losses, adversary.nominal, adversary.groups, options.process_group, facts
+        losses, problem.nominal, problem.groups, options.process_group, facts
     )
     if options.check_finite:
-        _require_finite(pairs.losses, pairs.nominal, pairs.place)
-    value, weights, dual, stepped = ops.robust_risk(
-        pairs.losses, summable(pairs.nominal), pairs.groups, state, *adversary.encoded
+        require_finite(pairs.losses, pairs.nominal, pairs.place)
+    solved = ops.robust_risk(
+        pairs.losses, summable(pairs.nominal), pairs.groups, state, *problem.encoded
     )
-    _store(options, stepped)
-    if parsed.momentum is not None:
-        value, scale = _stream(value, weights, parsed, options)
-        weights = weights * scale
-    return Solution(value, weights, dual, pairs)
+    problem.keep(solved.stepped)
+    value, weights = problem.reweigh(solved.value, solved.weights)
+    mine = pairs.mine(weights)
+    local = weighted_sum(mine, losses) * len(pairs.sizes)  # gradients will be averaged
+    return RobustRisk(WithGradientOf.apply(value, local), mine, solved.dual)
 
 
-class Reported(torch.autograd.Function):
+def unmasked_gradient(x: Tensor, nominal: Tensor | None) -> Tensor:
+    """x (n,), from which no gradient comes where nominal is 0: 0 times a derivative that is not
+    finite would be NaN."""
+    if nominal is None or nominal.shape != x.shape or nominal.device != x.device:
+        return x
+    return torch.where(nominal == 0, x.detach(), x)
+
+
+def weighted_sum(weights: Tensor, losses: Tensor) -> Tensor:
+    """sum_s weights_s losses_s (), of (S,) each; a weight of 0 takes no part, NaN or not."""
+    return torch.where(weights == 0, 0, weights * losses).sum()
+
+
+class WithGradientOf(torch.autograd.Function):
     """A number () to report, with the gradient of another one ()."""
 
     @staticmethod
@@ -310,25 +278,23 @@ class Reported(torch.autograd.Function):
         return None, grad
 
 
-def _stream(
-    value: Tensor, weights: Tensor, parsed: Parsed, options: Options
-) -> tuple[Tensor, Tensor]:
+def _stream(value: Tensor, weights: Tensor, problem: Solver) -> tuple[Tensor, Tensor]:
     """The running value t log Z and the factor from the batch's weights to p exp(l/t) / Z.
 
     Z <- m Z + (1 - m) Z_batch in log space, where the batch's value is t log Z_batch. A batch
     without pairs, or with a loss that is not finite, leaves Z alone.
     """
-    temperature, momentum = parsed.encoded[1], parsed.momentum
+    temperature, momentum = problem.encoded.parameter, problem.momentum
     assert momentum is not None
     batch = value.double() / temperature
-    state = options.normaliser_state
+    state = problem.options.normaliser_state
     before = batch if state is None else state.log_normaliser
     before = torch.where(before.isnan(), batch, before)
     # log m rather than m: at m = 0 it is -inf, and the batch alone is left
     kept = math.log(momentum) if momentum else -math.inf
     after = torch.logaddexp(before + kept, batch + math.log1p(-momentum))
     usable = batch.isfinite() & (weights.sum() > 0)
-    if state is not None and options.update:
+    if state is not None and problem.options.update:
         with torch.no_grad():
             state.log_normaliser.copy_(torch.where(usable, after, state.log_normaliser))
     scale = torch.where(usable, torch.exp(batch - after), 1.0)
@@ -336,14 +302,7 @@ def _stream(
     return running.to(value.dtype), scale.to(value.dtype)
 
 
-def _store(options: Options, stepped: Tensor) -> None:
-    """Keep the group weights that an op hands back: stepped, or as they were without update."""
-    if options.group_state is not None and stepped.numel():
-        with torch.no_grad():
-            options.group_state.weights.copy_(stepped)
-
-
-def _require_finite(
+def require_finite(
     losses: Tensor, nominal: Tensor | None, place: Callable[[int], str] = "index {}".format
 ) -> None:
     """ValueError that names the first unmasked non-finite entry of `losses` (n,)."""
@@ -412,18 +371,17 @@ def robust_risk(
             refused its arguments, or was asked something else.
     """
 
-    def check() -> None:
+    with distributed.agreement(process_group, losses):
         check_vector("losses", losses)
         check_floating("losses", losses)
-
-    def evaluate(adversary: Adversary) -> Evaluation:
-        nominal, groups, state, encoded = adversary
-        value, weights, dual, stepped = ops.robust_risk(losses, nominal, groups, state, *encoded)
-        return Evaluation(value, weights, losses, dual, stepped)
-
     options = Options(
-        ambiguity, nominal, groups, group_state, normaliser_state, update, process_group,
+        ambiguity,
+        nominal,
+        groups,
+        group_state,
+        normaliser_state,
+        update,
+        process_group,
         check_finite,
-    )  # fmt: skip
-    out = evaluate_worst_case(evaluate, losses, "losses", options, check)
-    return RobustRisk(out.value, out.weights, out.dual)
+    )
+    return worst_case(losses, "losses", options)

@@ -1,5 +1,5 @@
-"""`preference_loss`: from margins to gradients by every backend that can, with and without launch
-costs, against the same mathematics in plain PyTorch.
+"""`preference_loss`: from sequence log-probs to gradients by every backend that can, with and
+without launch costs, against the same mathematics in plain PyTorch.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 import torch
 from torch import Tensor
 
-from drrlhf import backends, ops
+from drrlhf import backends
 from drrlhf.ambiguity import parse_ambiguity
 from drrlhf.bench.gate import Gate
 from drrlhf.bench.registry import (
@@ -20,6 +20,7 @@ from drrlhf.bench.registry import (
     Unavailable,
     Work,
     other_backends,
+    our,
     variant,
 )
 
@@ -27,14 +28,11 @@ PAIRS = {"cpu": 4096, "gpu": 4096, "quick": 64}
 SETS = ("erm", "tv:0.1", "kl:0.1", "chi2:0.5", "cvar:0.3")
 REFERENCE = "reference"
 GRAPH = variant("CUDA graph")  # without what Python costs a launch
-# loss_type, beta, label_smoothing, simpo_gamma, discopop_tau, f_divergence, f_alpha
-LOSS = ("sigmoid", 0.1, 0.0, 0.5, 0.05, "reverse_kl", 0.5)
-
 Call = Callable[[torch.dtype], tuple[Tensor, ...]]
 
 
 def cases(suite: str) -> Iterator[Case]:
-    """One op that returns loss, weights and gradients, for each kind of set."""
+    """Loss, weights and the gradient, for each kind of set."""
     for text in SETS:
         yield Case(
             op="preference_loss",
@@ -45,7 +43,7 @@ def cases(suite: str) -> Iterator[Case]:
             threads=1,
             order=4,
             build=lambda text=text: contest(  # type: ignore[misc]
-                "preference_loss", suite, _margins(suite, text), 7
+                "robust_risk", suite, _margins(suite, text)
             ),
         )
 
@@ -53,18 +51,24 @@ def cases(suite: str) -> Iterator[Case]:
 def _margins(suite: str, text: str) -> Call:
     device, generator = SUITES[suite], torch.Generator().manual_seed(0)
     logps = [torch.randn(PAIRS[suite], generator=generator).mul(20).to(device) for _ in range(4)]
-    encoded = parse_ambiguity(text).encode()
-    return lambda dtype: ops.preference_loss(
-        *(x.to(dtype) for x in logps), None, None, None, None, None, *LOSS, *encoded
-    )
+    ambiguity = parse_ambiguity(text)
+
+    def call(dtype: torch.dtype) -> tuple[Tensor, ...]:
+        chosen, *others = (x.to(dtype) for x in logps)
+        chosen = chosen.detach().requires_grad_()
+        out = our("preference_loss")(chosen, *others, ambiguity=ambiguity)
+        (gradient,) = torch.autograd.grad(out.loss, chosen)
+        return out.loss.detach(), out.weights, gradient
+
+    return call
 
 
-def contest(op: str, suite: str, call: Call, gradient: int) -> Contest:
-    """`call` of the op, which returns loss, weights, ..., and a gradient at index `gradient`."""
+def contest(op: str, suite: str, call: Call) -> Contest:
+    """`call` gives loss, weights and a gradient; `op` is the one whose backends are compared."""
     device = SUITES[suite]
 
     def named(found: tuple[Tensor, ...]) -> Mapping[str, Tensor]:
-        return {"loss": found[0], "weights": found[1], "gradient": found[gradient]}
+        return {"loss": found[0], "weights": found[1], "gradient": found[2]}
 
     def by(backend: str | None, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
         if backend is None:
@@ -83,10 +87,15 @@ def contest(op: str, suite: str, call: Call, gradient: int) -> Contest:
     def graph(backend: str | None) -> Work:
         if device != "cuda":
             raise Unavailable("CUDA graphs are a GPU's")
+        # A capture must not compile, and autograd's threads must have met the side stream.
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
         try:
-            by(backend)  # compiles, which a capture must not
+            with torch.cuda.stream(side):
+                by(backend)
         except backends.BackendError as error:
             raise Unavailable(str(error)) from error
+        torch.cuda.current_stream().wait_stream(side)
         torch.cuda.synchronize()
         captured = torch.cuda.CUDAGraph()
         with torch.cuda.graph(captured):

@@ -1,0 +1,231 @@
+"""`linear_preference_loss`: the whole head of a direct preference method in one call."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
+
+import torch
+from torch import Tensor
+
+from drrlhf import distributed, ops
+from drrlhf.checks import check_device, check_vector
+from drrlhf.conventions import FUSED_PAIR_LOSS
+from drrlhf.functional.options import take
+from drrlhf.functional.pair_losses import PAIR_LOSS_OPTIONS, CheckedPairs, read_options
+from drrlhf.functional.preference_loss import PreferenceLossOptions, reduced
+from drrlhf.functional.robust_risk import (
+    RISK_OPTIONS,
+    Options,
+    require_finite,
+    solver,
+    summable,
+)
+from drrlhf.logprobs import check_boundaries, linear_token_logprobs, sequence_logprobs
+from drrlhf.reference.pair_losses import PAIR_LOSSES, PairOptions
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+
+class LinearPreferenceLoss(NamedTuple):
+    """What `linear_preference_loss` returns: loss () to backpropagate; the rest is detached.
+
+    weights, losses, chosen_rewards, rejected_rewards (n,), dual (), and the sequences' log-probs
+    logps (2n,) under the policy.
+    """
+
+    loss: Tensor
+    weights: Tensor
+    losses: Tensor
+    chosen_rewards: Tensor
+    rejected_rewards: Tensor
+    dual: Tensor
+    logps: Tensor
+
+
+class HeadOptions(TypedDict, total=False):
+    """The options of `linear_token_logprobs`."""
+
+    ignore_index: int
+    temperature: float
+    softcap: float | None
+    logit_scale: float
+    memory_budget: int | None
+
+
+class LinearPreferenceLossOptions(HeadOptions, PreferenceLossOptions, total=False):
+    """The options of `linear_token_logprobs`, `pair_losses` and `robust_risk`."""
+
+
+HEAD_OPTIONS = frozenset(HeadOptions.__annotations__)
+
+
+def linear_preference_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    ref_logps: Tensor | None = None,
+    *,
+    bias: Tensor | None = None,
+    ref_hidden: Tensor | None = None,
+    ref_weight: Tensor | None = None,
+    ref_bias: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    **options: Unpack[LinearPreferenceLossOptions],
+) -> LinearPreferenceLoss:
+    """Worst case of a direct preference loss, from hidden states: `preference_loss` of the sums of
+    `linear_token_logprobs` by sequence. For DPO's loss (sigmoid, without an f-divergence, and with
+    no process group) everything after the token log-probs is one op.
+
+    Sequences are stacked [chosen…, rejected…]: of 2n, sequence i and sequence n + i are pair i.
+
+    Args:
+        hidden: (2n, L, D) padded, or (T, D) packed with `cu_seqlens`.
+        weight, bias: output head (V, D), (V,).
+        labels: (2n, L) or (T,), aligned with hidden (already shifted); `ignore_index` marks
+            prompts and padding.
+        ref_logps: (2n,) sums of the reference model's log-probs. Or give `ref_hidden`, shaped as
+            hidden, to have them computed here without gradients, by `ref_weight` and `ref_bias`
+            where the reference has a head of its own. Neither for simpo.
+        cu_seqlens: (2n+1,) integer boundaries of packed sequences: 0, ..., T.
+        ignore_index, temperature, softcap, logit_scale, memory_budget: `linear_token_logprobs`.
+        beta, loss_type, label_smoothing, f_divergence, f_alpha_divergence_coef, simpo_gamma,
+            discopop_tau: `preference_loss`; the lengths that some loss types need are counted.
+        ambiguity, nominal, groups, group_state, normaliser_state, update, process_group,
+            check_finite: `robust_risk`.
+
+    Returns:
+        `LinearPreferenceLoss`. Gradients flow to hidden, weight and bias, once.
+
+    Raises:
+        ValueError: an odd number of sequences, and whatever the functions named above refuse.
+    """
+    about_head, about_loss, about_risk = take(
+        "linear_preference_loss", options, HEAD_OPTIONS, PAIR_LOSS_OPTIONS, RISK_OPTIONS
+    )
+    ignore_index, risk = about_head.get("ignore_index", -100), Options(**about_risk)
+    sequences = Sequences(labels, cu_seqlens, ignore_index)
+    with distributed.agreement(risk.process_group, hidden):
+        count = _check_sequences(labels, cu_seqlens)
+        if ref_hidden is not None:
+            if ref_logps is not None:
+                raise ValueError("ref_hidden: ref_logps is given too; pass one of them")
+            with torch.no_grad():
+                ref_logps = sequences.sums(
+                    linear_token_logprobs(
+                        ref_hidden,
+                        weight if ref_weight is None else ref_weight,
+                        labels,
+                        bias=bias if ref_weight is None else ref_bias,
+                        **about_head,
+                    )
+                )
+        elif ref_weight is not None or ref_bias is not None:
+            raise ValueError("ref_weight, ref_bias: they read ref_hidden, which is None")
+        if ref_logps is not None:
+            check_vector("ref_logps", ref_logps, count, "the stacked sequences")
+            check_device("ref_logps", ref_logps, "hidden", hidden)
+        loss_type, loss = read_options((ref_logps, ref_logps), hidden, **about_loss)
+        logps = linear_token_logprobs(hidden, weight, labels, bias=bias, **about_head)
+    plain = loss_type == FUSED_PAIR_LOSS and loss.f_divergence == "reverse_kl"
+    if plain and risk.process_group is None:
+        assert ref_logps is not None
+        return _in_one_op(logps, sequences, ref_logps, loss, risk)
+    return _composed(logps, sequences, ref_logps, about_loss, risk)
+
+
+class Sequences(NamedTuple):
+    """Which tokens belong to which of the stacked sequences, and which of them are valid."""
+
+    labels: Tensor
+    cu_seqlens: Tensor | None
+    ignore_index: int
+
+    def sums(self, tokens: Tensor) -> Tensor:
+        """Sums (2n,) of the valid tokens' log-probs."""
+        return sequence_logprobs(
+            tokens, self.labels, cu_seqlens=self.cu_seqlens, ignore_index=self.ignore_index
+        )
+
+    def lengths(self) -> Tensor:
+        """Valid tokens (2n,) of each sequence, float64."""
+        return self.sums(torch.ones_like(self.labels, dtype=torch.float64))
+
+
+def _in_one_op(
+    logps: Tensor, sequences: Sequences, ref_logps: Tensor, loss: PairOptions, risk: Options
+) -> LinearPreferenceLoss:
+    first = logps.new_empty(ref_logps.numel() // 2)
+    problem = solver(first.numel(), first, "the pairs", risk)
+    out = ops.sequence_preference_loss(
+        logps,
+        sequences.labels,
+        sequences.cu_seqlens,
+        ref_logps,
+        summable(problem.nominal),
+        problem.groups,
+        problem.group_weights,
+        sequences.ignore_index,
+        loss.beta,
+        loss.label_smoothing,
+        *problem.encoded,
+    )
+    if risk.check_finite:
+        require_finite(out.losses, problem.nominal)
+    problem.keep(out.stepped)
+    value, weights = problem.reweigh(out.value, out.weights)
+    rewards = (out.chosen_rewards, out.rejected_rewards)
+    return LinearPreferenceLoss(value, weights.detach(), out.losses, *rewards, out.dual, out.sums)
+
+
+def _composed(
+    logps: Tensor,
+    sequences: Sequences,
+    ref_logps: Tensor | None,
+    about_loss: dict[str, Any],
+    risk: Options,
+) -> LinearPreferenceLoss:
+    """Sums of sequences, pair losses, worst case, one after another. In float64 up to the losses:
+    a sum of many log-probs leaves float32 few digits for the difference of two of them."""
+    sums = sequences.sums(logps.double())
+    chosen, rejected = _halves(sums)
+    references = (None, None) if ref_logps is None else _halves(ref_logps)
+    lengths: tuple[Tensor | None, Tensor | None] = (None, None)
+    if PAIR_LOSSES[about_loss.get("loss_type", FUSED_PAIR_LOSS)].lengths:
+        lengths = _halves(sequences.lengths())
+    tensors: Any = (chosen, rejected, *references, *lengths)
+    pairs = CheckedPairs(*tensors, **about_loss)
+    out = reduced(pairs, *pairs.log_ratios(), "the pairs", risk)
+    found = LinearPreferenceLoss(*out, sums.detach())
+    return LinearPreferenceLoss(*(x.to(logps.dtype) for x in found))
+
+
+def _halves(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Of stacked sequences (2n,), the chosen (n,) and the rejected (n,)."""
+    n = x.numel() // 2
+    return x[:n], x[n:]
+
+
+def _check_sequences(labels: Tensor, cu_seqlens: Tensor | None) -> int:
+    """The number of stacked sequences; ValueError where they are not stacked pairs."""
+    if cu_seqlens is None:
+        if labels.dim() != 2:
+            raise ValueError(
+                f"labels: expected padded (2n, L), got {tuple(labels.shape)}; packed (T,) needs "
+                "cu_seqlens"
+            )
+        count = labels.shape[0]
+    else:
+        if labels.dim() != 1:
+            raise ValueError(
+                f"labels: expected packed (T,) with cu_seqlens, got {tuple(labels.shape)}"
+            )
+        check_device("cu_seqlens", cu_seqlens, "labels", labels)
+        check_boundaries(cu_seqlens, labels.shape[0])
+        count = cu_seqlens.shape[0] - 1
+    if count % 2:
+        raise ValueError(
+            f"labels: expected an even number of sequences, stacked [chosen…, rejected…], got "
+            f"{count}; drop the one without a partner"
+        )
+    return count

@@ -1,0 +1,188 @@
+"""`pair_losses`: the losses of preference pairs, one number each, not reduced."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, TypedDict
+
+import torch
+from torch import Tensor
+
+from drrlhf.checks import check_choice, check_device, check_floating, check_vector
+from drrlhf.reference.pair_losses import (
+    F_DIVERGENCES,
+    PAIR_LOSSES,
+    PairOptions,
+    alpha_exponent_limit,
+    names,
+)
+from drrlhf.reference.pair_losses import pair_losses as formula
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+
+class PairLossOptions(TypedDict, total=False):
+    """The keyword arguments of `pair_losses` that say which loss it is.
+
+    beta: inverse strength of the pull towards the reference; for ipo, its tau.
+    loss_type: sigmoid, hinge, ipo, exo_pair, nca_pair, bco_pair, robust (rDPO, not the adversary
+        here), sppo_hard, apo_zero, apo_down, discopop, sigmoid_norm, simpo.
+    label_smoothing: flip probability, in [0, 0.5), for sigmoid and robust; (0, 1) for exo_pair.
+    f_divergence: reverse_kl, forward_kl, js_divergence, alpha_divergence (arXiv 2309.16240);
+        f_alpha_divergence_coef: alpha of the last.
+    simpo_gamma: target margin of simpo: -log sigmoid(beta (mean difference) - gamma).
+    discopop_tau: temperature of discopop's gate.
+    """
+
+    beta: float
+    loss_type: str
+    label_smoothing: float
+    f_divergence: str
+    f_alpha_divergence_coef: float
+    simpo_gamma: float
+    discopop_tau: float
+
+
+PAIR_LOSS_OPTIONS = frozenset(PairLossOptions.__annotations__)
+
+
+def read_options(
+    references: tuple[Tensor | None, Tensor | None],
+    dtype_of: Tensor,
+    *,
+    beta: float = 0.1,
+    loss_type: str = "sigmoid",
+    label_smoothing: float = 0.0,
+    f_divergence: str = "reverse_kl",
+    f_alpha_divergence_coef: float = 0.5,
+    simpo_gamma: float = 0.5,
+    discopop_tau: float = 0.05,
+) -> tuple[str, PairOptions]:
+    """The loss type and its options; ValueError where they, or the references that it gets, do not
+    go together."""
+    check_choice("loss_type", loss_type, tuple(PAIR_LOSSES))
+    check_choice("f_divergence", f_divergence, F_DIVERGENCES)
+    loss = PAIR_LOSSES[loss_type]
+    if not loss.reference:
+        if references != (None, None):
+            raise ValueError(
+                f"ref_chosen_logps: {loss_type} has no reference model; pass None for both"
+            )
+    elif None in references:
+        raise ValueError(
+            f"ref_chosen_logps, ref_rejected_logps: {loss_type} needs both, got "
+            f"{'None' if references == (None, None) else 'one'}; pass zeros for no reference"
+        )
+    if f_divergence != "reverse_kl" and not loss.divergences:
+        raise ValueError(
+            f"f_divergence: {f_divergence} holds only for losses of the reward difference "
+            f"({', '.join(names(divergences=True))}), got loss_type={loss_type!r}; use 'reverse_kl'"
+        )
+    if loss.smoothing is None:
+        if label_smoothing != 0:
+            raise ValueError(
+                f"label_smoothing: {loss_type} takes none, got {label_smoothing!r}; leave it at 0 "
+                f"or use one of {', '.join(names(smoothing=True))}"
+            )
+    else:
+        limit = float(loss.smoothing.rstrip(")").split(",")[1])
+        zero = label_smoothing == 0 and loss.smoothing.startswith("(")
+        if zero or not 0 <= label_smoothing < limit:
+            raise ValueError(
+                f"label_smoothing: {loss_type} expects {loss.smoothing}, got {label_smoothing!r}"
+            )
+    for name, number in (("beta", beta), ("discopop_tau", discopop_tau)):
+        if not number > 0:
+            raise ValueError(f"{name}: expected a number > 0, got {number!r}")
+    if not f_alpha_divergence_coef > 0:
+        raise ValueError(
+            f"f_alpha_divergence_coef: expected a number > 0, got {f_alpha_divergence_coef!r}"
+        )
+    return loss_type, PairOptions(
+        beta,
+        label_smoothing,
+        simpo_gamma,
+        discopop_tau,
+        f_divergence,
+        f_alpha_divergence_coef,
+        alpha_exponent_limit(dtype_of.dtype),
+    )
+
+
+class CheckedPairs:
+    """Arguments of `pair_losses` that go together, each (n,)."""
+
+    def __init__(
+        self,
+        chosen_logps: Tensor,
+        rejected_logps: Tensor,
+        ref_chosen_logps: Tensor | None,
+        ref_rejected_logps: Tensor | None,
+        chosen_lengths: Tensor | None,
+        rejected_lengths: Tensor | None,
+        **options: Unpack[PairLossOptions],
+    ) -> None:
+        check_vector("chosen_logps", chosen_logps)
+        for name, value in (
+            ("chosen_logps", chosen_logps),
+            ("rejected_logps", rejected_logps),
+            ("ref_chosen_logps", ref_chosen_logps),
+            ("ref_rejected_logps", ref_rejected_logps),
+            ("chosen_lengths", chosen_lengths),
+            ("rejected_lengths", rejected_lengths),
+        ):
+            if value is None and name != "rejected_logps":
+                continue
+            check_vector(name, value, chosen_logps.numel(), "chosen_logps")  # type: ignore[arg-type]
+            check_device(name, value, "chosen_logps", chosen_logps)
+            if not name.endswith("lengths"):
+                check_floating(name, value)  # type: ignore[arg-type]
+        self.policy = chosen_logps, rejected_logps
+        self.references = ref_chosen_logps, ref_rejected_logps
+        self.lengths = chosen_lengths, rejected_lengths
+        self.loss_type, self.options = read_options(self.references, chosen_logps, **options)
+        if PAIR_LOSSES[self.loss_type].lengths and None in self.lengths:
+            raise ValueError(
+                f"chosen_lengths, rejected_lengths: {self.loss_type} divides by the number of "
+                "completion tokens; expected two tensors of shape (n,)"
+            )
+
+    def log_ratios(self, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+        """log pi - log pi_ref (n,) of the chosen and the rejected, log pi without a reference;
+        subtracted in `dtype`, or as they come."""
+        (chosen, rejected), (ref_chosen, ref_rejected) = self.policy, self.references
+        if dtype is not None:
+            chosen, rejected = chosen.to(dtype), rejected.to(dtype)
+        if ref_chosen is None or ref_rejected is None:
+            return chosen, rejected
+        return chosen - ref_chosen, rejected - ref_rejected
+
+    def losses(self, chosen: Tensor, rejected: Tensor) -> Tensor:
+        """Losses (n,) of log-ratios (n,)."""
+        return formula(chosen, rejected, *self.lengths, self.loss_type, self.options)
+
+
+def pair_losses(
+    chosen_logps: Tensor,
+    rejected_logps: Tensor,
+    ref_chosen_logps: Tensor | None = None,
+    ref_rejected_logps: Tensor | None = None,
+    *,
+    chosen_lengths: Tensor | None = None,
+    rejected_lengths: Tensor | None = None,
+    **options: Unpack[PairLossOptions],
+) -> Tensor:
+    """Per-pair losses (n,), differentiable and not reduced; arguments as in `preference_loss`.
+
+    For combining several loss types or weighing pairs before `robust_risk` reduces them.
+    """
+    pairs = CheckedPairs(
+        chosen_logps,
+        rejected_logps,
+        ref_chosen_logps,
+        ref_rejected_logps,
+        chosen_lengths,
+        rejected_lengths,
+        **options,
+    )
+    return pairs.losses(*pairs.log_ratios())
