@@ -23,7 +23,7 @@ BIN := $(VENV)/bin
 TESTS_OF_OPS := $(patsubst %,tests/test_%.py,robust_risk preference_loss reward_loss token_logprobs \
   linear_token_logprobs sequence_logprobs linear_preference_loss policy_loss kernels many_pairs \
   zero_sizes transforms wrong_values every_kernel determinism)
-CXX_FILES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu tests/emulated/*.h)
+CXX_FILES := $(wildcard csrc/*.cpp csrc/*.h $(addprefix csrc/*/*.,cpp h inc cu) tests/emulated/*.h)
 # Tests that share what takes long to make go to one worker.
 SIDE_BY_SIDE := -n 2 --dist loadgroup
 EMULATED := build/emulated/ops_cuda.so

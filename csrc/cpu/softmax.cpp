@@ -45,7 +45,7 @@ void merge(Others& into, const Others& from) {
 namespace baseline {
 namespace {
 #define DRRLHF_LANES 4
-#include "softmax_kernels.h"
+#include "softmax_kernels.inc"
 #undef DRRLHF_LANES
 }  // namespace
 }  // namespace baseline
@@ -57,7 +57,7 @@ namespace {
 namespace avx2 {
 namespace {
 #define DRRLHF_LANES 8
-#include "softmax_kernels.h"
+#include "softmax_kernels.inc"
 #undef DRRLHF_LANES
 }  // namespace
 }  // namespace avx2
@@ -68,7 +68,7 @@ namespace {
 namespace avx512 {
 namespace {
 #define DRRLHF_LANES 16
-#include "softmax_kernels.h"
+#include "softmax_kernels.inc"
 #undef DRRLHF_LANES
 }  // namespace
 }  // namespace avx512
