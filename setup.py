@@ -22,7 +22,7 @@ from setuptools.command.build_py import build_py
 
 MODE = os.environ.get("DRRLHF_BUILD", "auto")
 CPU_SOURCES = ["csrc/ops.cpp", *(str(p) for p in sorted(Path("csrc/cpu").glob("*.cpp")))]
-CUDA_SOURCES = ["csrc/ops_cuda.cpp", *(str(p) for p in sorted(Path("csrc/cuda").glob("*.cu")))]
+CUDA_SOURCES = ["csrc/ops_cuda.cpp", *(str(p) for p in sorted(Path("csrc/cuda").glob("*.c*")))]
 HEADERS = [str(p) for kind in ("*.h", "*.inc") for p in sorted(Path("csrc").rglob(kind))]
 FLAGS = [
     "-O3", "-g0", "-std=c++20", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off",

@@ -16,7 +16,7 @@ import torch
 from torch.utils.cpp_extension import include_paths, library_paths
 
 ROOT = Path(__file__).resolve().parents[2]
-SOURCES = [ROOT / "csrc/ops_cuda.cpp", *sorted((ROOT / "csrc/cuda").glob("*.cu"))]
+SOURCES = [ROOT / "csrc/ops_cuda.cpp", *sorted((ROOT / "csrc/cuda").glob("*.c*"))]
 
 
 def newest() -> float:
