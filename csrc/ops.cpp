@@ -22,6 +22,8 @@
 namespace drrlhf {
 namespace {
 
+using namespace cpu;
+
 // (n,) as contiguous float64, checked against n.
 Tensor load(const char* name, const Tensor& x, std::int64_t n) {
   DRRLHF_CHECK_VALUE(x.dim() == 1 && x.numel() == n, name, ": expected shape (", n, "), got ",

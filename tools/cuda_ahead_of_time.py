@@ -43,7 +43,7 @@ def compile_source(source: Path, architectures: tuple[int, ...] = ARCHITECTURES)
 def name_of(mangled: str) -> str:
     """A kernel's name and template arguments, without namespaces and parameters."""
     whole = subprocess.run(["c++filt", mangled], capture_output=True, text=True, check=True).stdout
-    name = re.sub(r"\(anonymous namespace\)|drrlhf::|::", "", whole)
+    name = re.sub(r"\(anonymous namespace\)|drrlhf::(?:cuda::)?|::", "", whole)
     return re.sub(r"\([^()<>]*(?:\([^()]*\)[^()]*)*\)\s*$", "", name).removeprefix("void ").strip()
 
 

@@ -11,7 +11,7 @@
 #include "../core/platform.h"
 #include "softmax.h"
 
-namespace drrlhf {
+namespace drrlhf::cpu {
 
 bool multiplies_bfloat16() {
 #ifdef DRRLHF_MULTIVERSIONED
@@ -124,4 +124,4 @@ DRRLHF_MULTIVERSION void add_scaled_row(const std::uint16_t* x, std::int64_t n, 
   }
 }
 
-}  // namespace drrlhf
+}  // namespace drrlhf::cpu

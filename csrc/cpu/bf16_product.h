@@ -6,7 +6,7 @@
 
 #include <cstdint>
 
-namespace drrlhf {
+namespace drrlhf::cpu {
 
 // Whether this processor multiplies bfloat16 into float32 by itself, and this torch offers it.
 bool multiplies_bfloat16();
@@ -44,4 +44,4 @@ void scaled(const float* x, std::int64_t n, float factor, float* out);
 void add_scaled(const float* x, std::int64_t n, float factor, float* out);
 void add_scaled_row(const std::uint16_t* x, std::int64_t n, float factor, float* out);
 
-}  // namespace drrlhf
+}  // namespace drrlhf::cpu

@@ -2,7 +2,7 @@
 
 #include "memory.h"
 
-namespace drrlhf {
+namespace drrlhf::cpu {
 
 HeadSums::HeadSums(const Tensor& weight, std::int64_t tokens, std::int64_t workspace)
     : weight_(weight),
@@ -144,4 +144,4 @@ Tensor gradient_buffer(std::int64_t rows, std::int64_t tokens, at::ScalarType dt
   return buffer;
 }
 
-}  // namespace drrlhf
+}  // namespace drrlhf::cpu

@@ -14,7 +14,7 @@
 #include "logprobs.h"
 #include "tile_sizes.h"
 
-namespace drrlhf {
+namespace drrlhf::cpu {
 
 // Sums by token (tokens, D) of factors times the head's rows: sums = P head for P (tokens, V) that
 // is made piece by piece. The head is taken block by block, each block packed once, and every
@@ -189,4 +189,4 @@ void weight_gradient(const Tensor& hidden, const std::vector<float>& factor, Ten
   if (d_bias != nullptr) d_bias->copy_(sums);
 }
 
-}  // namespace drrlhf
+}  // namespace drrlhf::cpu

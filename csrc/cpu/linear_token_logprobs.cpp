@@ -17,7 +17,7 @@
 #include "memory.h"
 #include "tile_sizes.h"
 
-namespace drrlhf {
+namespace drrlhf::cpu {
 
 void check_head(const Tensor& hidden, const Head& head, const Tensor& labels) {
   const Tensor& weight = head.weight;
@@ -393,4 +393,4 @@ EightTensors linear_token_logprobs_cpu(const Tensor& hidden, const Head& head, c
   return Forward(hidden, head, labels, outputs, keep, workspace).run();
 }
 
-}  // namespace drrlhf
+}  // namespace drrlhf::cpu

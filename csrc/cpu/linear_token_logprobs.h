@@ -5,7 +5,7 @@
 
 #include "logprobs.h"
 
-namespace drrlhf {
+namespace drrlhf::cpu {
 
 // Kernels run on plain tensors: no graph is recorded, and autocast must not narrow a product.
 struct PlainTensors {
@@ -27,4 +27,4 @@ float divisor(const Transform& t, float logp);
 // d logp / d logits (V, valid tokens) at the front of what the forward kept with Keep::kSlab.
 Tensor kept_gradient(const Tensor& kept, std::int64_t vocabulary, std::int64_t valid);
 
-}  // namespace drrlhf
+}  // namespace drrlhf::cpu

@@ -16,7 +16,7 @@
 #include "memory.h"
 #include "tile_sizes.h"
 
-namespace drrlhf {
+namespace drrlhf::cpu {
 namespace {
 
 // Copies the columns `place` of a kept gradient (V, valid tokens) to rows of
@@ -377,4 +377,4 @@ std::tuple<Tensor, Tensor, Tensor> linear_token_logprobs_backward_cpu(
   return {d_hidden, d_weight, d_bias};
 }
 
-}  // namespace drrlhf
+}  // namespace drrlhf::cpu

@@ -4,7 +4,7 @@
 
 #include "bf16_product.h"
 
-namespace drrlhf {
+namespace drrlhf::cpu {
 namespace {
 
 // Rows of hidden (..., D) at places of (...); a view where they are all rows in order.
@@ -182,4 +182,4 @@ void GradientTiles::write(const float* tile, std::int64_t stride, std::int64_t f
                                   scratch.data() + at::get_thread_num() * tokens.columns());
 }
 
-}  // namespace drrlhf
+}  // namespace drrlhf::cpu

@@ -13,7 +13,7 @@
 #include "logprobs.h"
 #include "tile_sizes.h"
 
-namespace drrlhf {
+namespace drrlhf::cpu {
 
 // Some tokens: their places in (...), their rows of hidden, and their labels.
 struct Tokens {
@@ -188,4 +188,4 @@ struct GradientTiles {
              std::int64_t column, std::int64_t count, void* out, std::int64_t out_stride);
 };
 
-}  // namespace drrlhf
+}  // namespace drrlhf::cpu

@@ -9,7 +9,7 @@
 
 #include "softmax.h"
 
-namespace drrlhf {
+namespace drrlhf::cpu {
 
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
@@ -97,4 +97,4 @@ std::tuple<Tensor, Tensor, Tensor> linear_token_logprobs_backward_cpu(
     const Tensor& lse_tail, const Tensor& entropy, const Tensor& kept, Keep keep,
     std::int64_t workspace, bool need_hidden, bool need_weight, bool need_bias);
 
-}  // namespace drrlhf
+}  // namespace drrlhf::cpu

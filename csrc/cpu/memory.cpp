@@ -5,7 +5,7 @@
 #include <unistd.h>
 #endif
 
-namespace drrlhf {
+namespace drrlhf::cpu {
 
 at::Tensor empty_on_huge_pages(at::IntArrayRef shape, at::ScalarType dtype) {
   at::Tensor result = at::empty(shape, dtype);
@@ -22,4 +22,4 @@ at::Tensor empty_on_huge_pages(at::IntArrayRef shape, at::ScalarType dtype) {
   return result;
 }
 
-}  // namespace drrlhf
+}  // namespace drrlhf::cpu

@@ -6,7 +6,7 @@
 #include "../message.h"
 #include "sequences.h"
 
-namespace drrlhf {
+namespace drrlhf::cpu {
 namespace {
 
 constexpr std::int64_t kBlock = 128;      // tokens that are worked on before they are summed
@@ -265,4 +265,4 @@ Tensor policy_loss_backward(const Tensor& grad, const Tensor& slopes,
   return scaled<float>(slopes.contiguous(), factors, sequences);
 }
 
-}  // namespace drrlhf
+}  // namespace drrlhf::cpu

@@ -6,7 +6,7 @@
 #include "../core/policy_loss.h"
 #include "logprobs.h"
 
-namespace drrlhf {
+namespace drrlhf::cpu {
 
 // Tensors of tokens are shaped as logps, (S, L) or (T,) with cu_seqlens (S+1,).
 struct PolicyTokens {
@@ -27,4 +27,4 @@ PolicySums policy_sums(const PolicyTokens& tokens, const Tensor& advantages,
 Tensor policy_loss_backward(const Tensor& grad, const Tensor& slopes,
                             const OptionalTensor& cu_seqlens);
 
-}  // namespace drrlhf
+}  // namespace drrlhf::cpu

@@ -4,7 +4,7 @@
 
 #include "robust_risk.h"
 
-namespace drrlhf {
+namespace drrlhf::cpu {
 namespace {
 
 struct Nominal {
@@ -37,4 +37,4 @@ Solution robust_risk_cpu(const double* losses, std::int64_t n, const AdversaryAr
   return solve(losses, n, adversary, scratch.data(), q);
 }
 
-}  // namespace drrlhf
+}  // namespace drrlhf::cpu

@@ -3,7 +3,7 @@
 
 #include "../core/dual_search.h"
 
-namespace drrlhf {
+namespace drrlhf::cpu {
 
 // What every robust loss takes besides its losses. nominal (n,) or null for uniform; groups (n,)
 // and group_weights (num_groups,) for Kind::kGroup alone, where the weights are stepped in place.
@@ -19,4 +19,4 @@ struct AdversaryArguments {
 Solution robust_risk_cpu(const double* l, std::int64_t n, const AdversaryArguments& adversary,
                          double* q);
 
-}  // namespace drrlhf
+}  // namespace drrlhf::cpu

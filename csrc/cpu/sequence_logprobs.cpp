@@ -4,7 +4,7 @@
 #include "logprobs.h"
 #include "sequences.h"
 
-namespace drrlhf {
+namespace drrlhf::cpu {
 
 SequenceSums sequence_sums(const Tensor& logps, const Tensor& labels,
                            const OptionalTensor& cu_seqlens, std::int64_t ignore_index) {
@@ -54,4 +54,4 @@ Tensor spread_to_tokens(const Tensor& per_sequence, const Tensor& labels,
   return result.to(per_sequence.scalar_type());
 }
 
-}  // namespace drrlhf
+}  // namespace drrlhf::cpu

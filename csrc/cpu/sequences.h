@@ -6,7 +6,7 @@
 #include "../message.h"
 #include "logprobs.h"
 
-namespace drrlhf {
+namespace drrlhf::cpu {
 
 struct Sequences {
   std::int64_t count, length;
@@ -42,4 +42,4 @@ struct Sequences {
   }
 };
 
-}  // namespace drrlhf
+}  // namespace drrlhf::cpu

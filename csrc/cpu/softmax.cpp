@@ -15,7 +15,7 @@
 
 #define DRRLHF_INLINE inline __attribute__((always_inline))
 
-namespace drrlhf {
+namespace drrlhf::cpu {
 namespace {
 constexpr float kInfinityF = __builtin_huge_valf();
 }
@@ -125,4 +125,4 @@ TokenStatistics finish(const Others& o, float label_z, std::int64_t label, std::
   return s;
 }
 
-}  // namespace drrlhf
+}  // namespace drrlhf::cpu

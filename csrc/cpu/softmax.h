@@ -9,7 +9,7 @@
 #include <cfloat>
 #include <cstdint>
 
-namespace drrlhf {
+namespace drrlhf::cpu {
 
 struct Transform {
   float scale, softcap, inverse_temperature;
@@ -107,4 +107,4 @@ void merge(Others& into, const Others& from);
 
 TokenStatistics finish(const Others& others, float label_z, std::int64_t label, std::int64_t n);
 
-}  // namespace drrlhf
+}  // namespace drrlhf::cpu

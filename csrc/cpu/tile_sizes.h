@@ -9,7 +9,7 @@
 
 #include "softmax.h"
 
-namespace drrlhf {
+namespace drrlhf::cpu {
 
 // Rows of the head in a tile of logits that no blocked product makes.
 inline constexpr std::int64_t kTileRows = 64;
@@ -49,4 +49,4 @@ inline std::int64_t tokens_per_pass(std::int64_t tokens, std::int64_t vocabulary
   return std::min(most, round_up((tokens + passes - 1) / passes, most >= 64 ? 64 : kColumnBlock));
 }
 
-}  // namespace drrlhf
+}  // namespace drrlhf::cpu

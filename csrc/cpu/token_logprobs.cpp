@@ -4,7 +4,7 @@
 #include "../message.h"
 #include "logprobs.h"
 
-namespace drrlhf {
+namespace drrlhf::cpu {
 
 Storage storage_of(const char* argument, const Tensor& x) {
   DRRLHF_CHECK_VALUE(x.device().is_cpu(), argument, ": expected a CPU tensor, got ", x.device());
@@ -138,4 +138,4 @@ void token_logprobs_backward_cpu(const Tensor& logits, const Tensor& labels,
   });
 }
 
-}  // namespace drrlhf
+}  // namespace drrlhf::cpu

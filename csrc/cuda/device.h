@@ -12,7 +12,7 @@
 
 #include "kernels.h"
 
-namespace drrlhf {
+namespace drrlhf::cuda {
 
 #if defined(DRRLHF_EMULATED)
 // Few threads, for the host takes one at a time; enough for every kind of collective.
@@ -170,4 +170,4 @@ __device__ inline std::int64_t integer_at(const Integers& x, std::int64_t i) {
                 : static_cast<const std::int32_t*>(x.data)[i];
 }
 
-}  // namespace drrlhf
+}  // namespace drrlhf::cuda

@@ -7,7 +7,7 @@
 
 #include "device.h"
 
-namespace drrlhf {
+namespace drrlhf::cuda {
 
 // What a grid waits by; in global memory, zero before the launch.
 struct GridBarrier {
@@ -170,4 +170,4 @@ struct DeviceTeam {
   }
 };
 
-}  // namespace drrlhf
+}  // namespace drrlhf::cuda

@@ -5,7 +5,7 @@
 #include "../core/dual_search.h"
 #include "../core/pair_losses.h"
 
-namespace drrlhf {
+namespace drrlhf::cuda {
 
 // A cudaStream_t, for those who have no CUDA header.
 using Stream = void*;
@@ -149,4 +149,4 @@ Failure scale_rows_cuda(const void* x, Dtype dtype, std::int64_t rows, std::int6
 // Sets bytes to 0 in the order of the stream.
 Failure clear_cuda(void* data, std::int64_t bytes, Stream stream);
 
-}  // namespace drrlhf
+}  // namespace drrlhf::cuda

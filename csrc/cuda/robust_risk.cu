@@ -2,7 +2,7 @@
 // more than kOneBlockPairs.
 #include "worst_case.h"
 
-namespace drrlhf {
+namespace drrlhf::cuda {
 namespace {
 
 template <bool kGrid>
@@ -60,4 +60,4 @@ Failure robust_risk_cuda(Numbers losses, std::int64_t n, const CudaAdversary& ad
                             losses, n, adversary, out, s);
 }
 
-}  // namespace drrlhf
+}  // namespace drrlhf::cuda

@@ -1,7 +1,7 @@
 // What is left between the products of a head: rows times a factor, and memory set to 0.
 #include "softmax.h"
 
-namespace drrlhf {
+namespace drrlhf::cuda {
 namespace {
 
 template <Dtype kDtype>
@@ -49,4 +49,4 @@ Failure clear_cuda(void* data, std::int64_t bytes, Stream stream) {
   return clear_memory(data, bytes, stream);
 }
 
-}  // namespace drrlhf
+}  // namespace drrlhf::cuda

@@ -1,7 +1,7 @@
 // sequence_logprobs: sums or means of token log-probs by sequence, and back to the tokens.
 #include "sequence_sums.h"
 
-namespace drrlhf {
+namespace drrlhf::cuda {
 namespace {
 
 __global__ void __launch_bounds__(kThreads)
@@ -49,4 +49,4 @@ Failure sequence_logprobs_backward_cuda(Numbers grad, const Sequences& sequences
                 sequences, mean, out);
 }
 
-}  // namespace drrlhf
+}  // namespace drrlhf::cuda

@@ -4,7 +4,7 @@
 #include "sequence_sums.h"
 #include "worst_case.h"
 
-namespace drrlhf {
+namespace drrlhf::cuda {
 namespace {
 
 __global__ void __launch_bounds__(kThreads, 1)
@@ -61,4 +61,4 @@ Failure sequence_preference_loss_cuda(Numbers logps, const Sequences& sequences,
   return solve_many_pairs(n, adversary, out, pairs, workspace, stream);
 }
 
-}  // namespace drrlhf
+}  // namespace drrlhf::cuda

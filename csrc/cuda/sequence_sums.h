@@ -3,7 +3,7 @@
 
 #include "device_team.h"
 
-namespace drrlhf {
+namespace drrlhf::cuda {
 
 struct Span {
   std::int64_t begin, end;
@@ -78,4 +78,4 @@ inline int warps_for(std::int64_t sequences, int least) {
   return warps;
 }
 
-}  // namespace drrlhf
+}  // namespace drrlhf::cuda

@@ -5,7 +5,7 @@
 
 #include "device_team.h"
 
-namespace drrlhf {
+namespace drrlhf::cuda {
 
 constexpr float kLargest = 3.4028234663852886e38f;
 constexpr float kInfinityF = __builtin_huge_valf(), kNanF = __builtin_nanf("");
@@ -359,4 +359,4 @@ __device__ void write_row(const ElementOf<kIn>* x, ElementOf<kOut>* out, std::in
   if (edges) edge(body + threadIdx.x, body + threadIdx.x < vocabulary);
 }
 
-}  // namespace drrlhf
+}  // namespace drrlhf::cuda

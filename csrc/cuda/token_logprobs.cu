@@ -2,7 +2,7 @@
 // request; and both at once for a slab of logits that a matrix product has just left.
 #include "softmax.h"
 
-namespace drrlhf {
+namespace drrlhf::cuda {
 namespace {
 
 template <Dtype kDtype, bool kExtras, bool kCapped>
@@ -201,4 +201,4 @@ Failure slab_gradient_cuda(const Logits& logits, Integers labels, std::int64_t i
                     });
 }
 
-}  // namespace drrlhf
+}  // namespace drrlhf::cuda

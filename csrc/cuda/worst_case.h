@@ -4,7 +4,7 @@
 #include "../core/robust_risk.h"
 #include "device_team.h"
 
-namespace drrlhf {
+namespace drrlhf::cuda {
 
 // Bytes at the front of the scratch by which blocks count each other; 0 before a launch.
 constexpr std::int64_t kCounters = 16;
@@ -97,4 +97,4 @@ __device__ inline bool arrives_last(const Scratch& s) {
 Failure solve_many_pairs(std::int64_t n, const CudaAdversary& adversary, const SolutionOut& out,
                          const PairOut& pairs, const Workspace& workspace, Stream stream);
 
-}  // namespace drrlhf
+}  // namespace drrlhf::cuda
