@@ -95,14 +95,26 @@ def _result(found: Any, outputs: Sequence[str]) -> Tensor | TokenLogprobs:
 
 @overload
 def token_logprobs(  # type: ignore[overload-overlap]
-    logits: Tensor, labels: Tensor, *, ignore_index: int = ..., temperature: float = ...,
-    softcap: float | None = ..., outputs: tuple[()] = ..., inplace_backward: bool = ...,
-) -> Tensor: ...  # fmt: skip
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    ignore_index: int = ...,
+    temperature: float = ...,
+    softcap: float | None = ...,
+    outputs: tuple[()] = ...,
+    inplace_backward: bool = ...,
+) -> Tensor: ...
 @overload
 def token_logprobs(
-    logits: Tensor, labels: Tensor, *, ignore_index: int = ..., temperature: float = ...,
-    softcap: float | None = ..., outputs: Sequence[str], inplace_backward: bool = ...,
-) -> TokenLogprobs: ...  # fmt: skip
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    ignore_index: int = ...,
+    temperature: float = ...,
+    softcap: float | None = ...,
+    outputs: Sequence[str],
+    inplace_backward: bool = ...,
+) -> TokenLogprobs: ...
 def token_logprobs(
     logits: Tensor,
     labels: Tensor,
@@ -155,16 +167,32 @@ def token_logprobs(
 
 @overload
 def linear_token_logprobs(  # type: ignore[overload-overlap]
-    hidden: Tensor, weight: Tensor, labels: Tensor, *, bias: Tensor | None = ...,
-    ignore_index: int = ..., temperature: float = ..., softcap: float | None = ...,
-    logit_scale: float = ..., outputs: tuple[()] = ..., memory_budget: int | None = ...,
-) -> Tensor: ...  # fmt: skip
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = ...,
+    ignore_index: int = ...,
+    temperature: float = ...,
+    softcap: float | None = ...,
+    logit_scale: float = ...,
+    outputs: tuple[()] = ...,
+    memory_budget: int | None = ...,
+) -> Tensor: ...
 @overload
 def linear_token_logprobs(
-    hidden: Tensor, weight: Tensor, labels: Tensor, *, bias: Tensor | None = ...,
-    ignore_index: int = ..., temperature: float = ..., softcap: float | None = ...,
-    logit_scale: float = ..., outputs: Sequence[str], memory_budget: int | None = ...,
-) -> TokenLogprobs: ...  # fmt: skip
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = ...,
+    ignore_index: int = ...,
+    temperature: float = ...,
+    softcap: float | None = ...,
+    logit_scale: float = ...,
+    outputs: Sequence[str],
+    memory_budget: int | None = ...,
+) -> TokenLogprobs: ...
 def linear_token_logprobs(
     hidden: Tensor,
     weight: Tensor,
@@ -244,9 +272,17 @@ def linear_token_logprobs(
     need_hidden = learning and hidden.requires_grad
     plan = head_memory.plan(labels.numel(), weight, need_hidden, need_head, memory_budget)
     found = ops.linear_token_logprobs(
-        hidden, weight, bias, labels, ignore_index, float(temperature), softcap,
-        float(logit_scale), bits, *plan,
-    )  # fmt: skip
+        hidden,
+        weight,
+        bias,
+        labels,
+        ignore_index,
+        float(temperature),
+        softcap,
+        float(logit_scale),
+        bits,
+        *plan,
+    )
     return _result(found, outputs)
 
 

@@ -61,9 +61,12 @@ class Build:
     def record(self) -> dict[str, Any]:
         """One row of the table."""
         return {
-            "kernel": self.variant.name, "arch": f"sm_{self.arch}", "registers": self.registers,
-            "spills": self.spills, "shared": self.shared,
-        }  # fmt: skip
+            "kernel": self.variant.name,
+            "arch": f"sm_{self.arch}",
+            "registers": self.registers,
+            "spills": self.spills,
+            "shared": self.shared,
+        }
 
 
 _SIZES = frozenset(
@@ -91,9 +94,16 @@ _SIZES = frozenset(
 _POINTED = ("*bf16", "i32", "i32", "i32")
 _NUMBERS = {"scale", "softcap", "inverse_temperature", "unit"}
 _INTEGERS = {
-    "rows_ptr", "slots_ptr", "count_ptr", "listed_ptr", "listed_count_ptr", "arrived_ptr",
-    "label_ptr", "blocks_ptr", "blocks_count_ptr",
-}  # fmt: skip
+    "rows_ptr",
+    "slots_ptr",
+    "count_ptr",
+    "listed_ptr",
+    "listed_count_ptr",
+    "arrived_ptr",
+    "label_ptr",
+    "blocks_ptr",
+    "blocks_count_ptr",
+}
 _LABELS = {"labels_ptr", "groups_ptr", "cu_ptr"}
 _DOUBLES = {"scratch_ptr", "masses_ptr", "before_ptr", "after_ptr"}
 
@@ -125,9 +135,10 @@ def _token_logprobs() -> Iterator[Variant]:
         common = {"CAPPED": False, "PRECISE": dtype == "fp32", "ROWS": rows, "BLOCK": block}
         for aligned in (True, False):
             options: dict[str, Any] = {
-                "warps": warps, "streams": True,
+                "warps": warps,
+                "streams": True,
                 "divisible": _SIZES if aligned else frozenset(),
-            }  # fmt: skip
+            }
             how = f"{dtype}, {'aligned' if aligned else 'any'} rows"
             kernel: Any = op.token_logprobs_kernel
             for extras in (False, True):
@@ -135,10 +146,11 @@ def _token_logprobs() -> Iterator[Variant]:
                     f"token_logprobs{' with all outputs' if extras else ''} ({how})",
                     kernel,
                     _types(kernel, x_ptr="*" + dtype),
-                    common | dict.fromkeys(("ENTROPY", "MEAN", "TOP1", "SQUARES"), extras)
+                    common
+                    | dict.fromkeys(("ENTROPY", "MEAN", "TOP1", "SQUARES"), extras)
                     | {"ALIGNED": aligned, "DEBUG": False},
                     **options,
-                )  # fmt: skip
+                )
             kernel = op.token_logprobs_backward_kernel
             yield Variant(
                 f"token_logprobs_backward ({how})",
@@ -154,17 +166,27 @@ def _linear_token_logprobs() -> Iterator[Variant]:
     from drrlhf.kernels import tiles
 
     def variant(
-        what: str, kernel: Any, blocks: dict[str, tuple[str, str]], three_stages: bool,
-        out: str | None = None, small: bool = False, **constants: Any,
-    ) -> Variant:  # fmt: skip
+        what: str,
+        kernel: Any,
+        blocks: dict[str, tuple[str, str]],
+        three_stages: bool,
+        out: str | None = None,
+        small: bool = False,
+        **constants: Any,
+    ) -> Variant:
         narrow = {"bias_ptr": "*bf16"}
         if out is not None:
             narrow["out_ptr"] = out
         return Variant(
-            f"linear_token_logprobs, {what} (bf16)", kernel, _types(kernel, **narrow),
-            constants | {"PRECISION": "ieee", "BLOCK_ROWS": tiles.BLOCK_ROWS}, divisible=_SIZES,
-            blocks=blocks, three_stages=three_stages, small=small,
-        )  # fmt: skip
+            f"linear_token_logprobs, {what} (bf16)",
+            kernel,
+            _types(kernel, **narrow),
+            constants | {"PRECISION": "ieee", "BLOCK_ROWS": tiles.BLOCK_ROWS},
+            divisible=_SIZES,
+            blocks=blocks,
+            three_stages=three_stages,
+            small=small,
+        )
 
     of_logits = {"h_blocks": ("rows", "depth"), "w_blocks": ("columns", "depth")}
     logits = {"BIAS": False, "CAPPED": False, "PRECISE": False}
@@ -183,42 +205,66 @@ def _linear_token_logprobs() -> Iterator[Variant]:
     )
     for what, of, asked, store in folds:
         yield variant(
-            what, products.fold_kernel, fold, store, RAGGED=False, RISING=True,
-            STORE=store, small=of is bent, **of,
+            what,
+            products.fold_kernel,
+            fold,
+            store,
+            RAGGED=False,
+            RISING=True,
+            STORE=store,
+            small=of is bent,
+            **of,
             **dict[str, Any]((name, name in asked) for name in names),
-        )  # fmt: skip
+        )
     gradient = of_logits | {"out_blocks": ("rows", "piece")}
     for what, of, more in (
         ("gradient", logits, {"BY_LOGP": True, "BY_ENTROPY": False, "ONES": False}),
         ("gradient at slots", logits, {"BY_LOGP": True, "BY_ENTROPY": False, "ONES": True}),
         (
-            "gradient with entropy, bias and softcap", bent,
+            "gradient with entropy, bias and softcap",
+            bent,
             {"BY_LOGP": True, "BY_ENTROPY": True, "ONES": False},
         ),
-    ):  # fmt: skip
+    ):
         yield variant(
-            what, products.gradient_kernel, gradient, True, "*bf16", of is bent,
-            AT_SLOTS="slots" in what, **of, **more,
-        )  # fmt: skip
+            what,
+            products.gradient_kernel,
+            gradient,
+            True,
+            "*bf16",
+            of is bent,
+            AT_SLOTS="slots" in what,
+            **of,
+            **more,
+        )
     along = {"a_blocks": ("rows", "depth"), "b_blocks": ("depth", "columns")}
     across = {"a_blocks": ("depth", "rows"), "b_blocks": ("depth", "columns")}
     once = {"LISTED": False, "PARTIAL": False, "FACTOR": False, "ADD": False, "ACROSS": False}
     kernel = products.product_kernel
     yield variant("gradient of hidden", kernel, along, False, "*bf16", **once | {"FACTOR": True})
     yield variant(
-        "gradient of hidden from kept ratios", kernel, along, False, "*bf16",
+        "gradient of hidden from kept ratios",
+        kernel,
+        along,
+        False,
+        "*bf16",
         **once | {"FACTOR": True, "LISTED": True},
-    )  # fmt: skip
+    )
     yield variant(
         "gradient of hidden, added", kernel, along, False, "*fp32", **once | {"ADD": True}
     )
-    yield variant("gradient of hidden in parts", kernel, along, False, "*fp32",
-                  **once | {"PARTIAL": True})  # fmt: skip
+    yield variant(
+        "gradient of hidden in parts", kernel, along, False, "*fp32", **once | {"PARTIAL": True}
+    )
     yield variant("gradient of weight", kernel, across, True, "*bf16", **once | {"ACROSS": True})
     yield variant(
-        "gradient of weight from kept ratios", kernel, across, True, "*bf16",
+        "gradient of weight from kept ratios",
+        kernel,
+        across,
+        True,
+        "*bf16",
         **once | {"ACROSS": True, "LISTED": True},
-    )  # fmt: skip
+    )
 
 
 def _pairs() -> Iterator[Variant]:
@@ -227,13 +273,24 @@ def _pairs() -> Iterator[Variant]:
 
     pair = ("fp32", "fp32")
     search = {
-        "NOMINAL": False, "TRIMS": False, "UPDATE": True, "WEIGHTED": False, "SIZE": 8,
+        "NOMINAL": False,
+        "TRIMS": False,
+        "UPDATE": True,
+        "WEIGHTED": False,
+        "SIZE": 8,
         "DEBUG": False,
-    }  # fmt: skip
+    }
     kinds = (
-        "erm", "tv", "kl_radius", "kl_temperature", "chi2_radius", "chi2_penalty", "cvar",
-        "cvar_temperature", "group",
-    )  # fmt: skip
+        "erm",
+        "tv",
+        "kl_radius",
+        "kl_temperature",
+        "chi2_radius",
+        "chi2_penalty",
+        "cvar",
+        "cvar_temperature",
+        "group",
+    )
     sums = {"SUMS": True, "SOLVES": True, "PACKED": True, "TOKENS": TOKENS}
     fused = sequence_preference_loss.sequence_preference_loss_kernel
     for block, warps in (robust_risk.SMALL, robust_risk.LARGE):
@@ -247,9 +304,13 @@ def _pairs() -> Iterator[Variant]:
                     continue
                 types = _types(kernel, parameters=(pair,) * count)
                 yield Variant(
-                    f"{name}, {kind}, blocks of {block}", kernel, types, constants | more, warps,
+                    f"{name}, {kind}, blocks of {block}",
+                    kernel,
+                    types,
+                    constants | more,
+                    warps,
                     robust_risk.REGISTERS,
-                )  # fmt: skip
+                )
 
 
 def _policy_loss() -> Iterator[Variant]:
@@ -257,23 +318,36 @@ def _policy_loss() -> Iterator[Variant]:
     from drrlhf.kernels.sequence_logprobs import TOKENS, WARPS
 
     constants: dict[str, Any] = {
-        "OLD": True, "ENTROPY": True, "REFERENCE": True, "CORRECTED": True, "TOKENS": TOKENS,
-        "DOUBLE": False, "DEBUG": False,
-    }  # fmt: skip
+        "OLD": True,
+        "ENTROPY": True,
+        "REFERENCE": True,
+        "CORRECTED": True,
+        "TOKENS": TOKENS,
+        "DOUBLE": False,
+        "DEBUG": False,
+    }
     kernel = policy_loss.policy_loss_kernel
     given = {"parameters": (("fp32", "fp32"),) * 3, "losses_ptr": "*fp64", "mask_ptr": "*i64"}
     for level, packed in (("token", False), ("sequence", True)):
         more = {"BY_SEQUENCE": level == "sequence", "PACKED": packed, "MASKED": not packed}
         layout = "packed" if packed else "padded"
         yield Variant(
-            f"policy_loss, by {level}, {layout}", kernel, _types(kernel, **given),
-            constants | more, WARPS,
-        )  # fmt: skip
+            f"policy_loss, by {level}, {layout}",
+            kernel,
+            _types(kernel, **given),
+            constants | more,
+            WARPS,
+        )
     kernel = policy_loss.policy_loss_backward_kernel
     yield Variant(
-        "policy_loss_backward, padded rows", kernel, _types(kernel),
-        {"PACKED": False, "TOKENS": TOKENS}, WARPS, divisible=_SIZES, streams=True,
-    )  # fmt: skip
+        "policy_loss_backward, padded rows",
+        kernel,
+        _types(kernel),
+        {"PACKED": False, "TOKENS": TOKENS},
+        WARPS,
+        divisible=_SIZES,
+        streams=True,
+    )
 
 
 def variants() -> Iterator[Variant]:
@@ -300,8 +374,11 @@ def build(variant: Variant, arch: int) -> Build:
         if constants.get("LISTED") and constants.get("ACROSS"):
             tile = tile.looked_up()
         constants = constants | {
-            "BM": tile.rows, "BN": tile.columns, "BK": tile.depth, "GROUP": tile.group,
-        }  # fmt: skip
+            "BM": tile.rows,
+            "BN": tile.columns,
+            "BK": tile.depth,
+            "GROUP": tile.group,
+        }
         warps, stages = tile.warps, tile.stages
         sides = tile._asdict() | {"piece": tile.columns // tiles.PIECES.value}
         constants["DESCRIBED"] = arch >= 90
@@ -312,9 +389,10 @@ def build(variant: Variant, arch: int) -> Build:
     names = variant.kernel.arg_names
     signature = {n: "constexpr" if n in constants else types[n] for n in names}
     whole = {
-        n for n, kind in signature.items()
+        n
+        for n, kind in signature.items()
         if n in variant.divisible or (isinstance(kind, str) and kind.startswith("*"))
-    }  # fmt: skip
+    }
     whole_in = [
         (names.index(n), i) for n, kind in signature.items() if kind is _POINTED for i in range(4)
     ]

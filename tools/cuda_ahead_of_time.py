@@ -20,9 +20,15 @@ SOURCES = Path(__file__).parents[1] / "csrc" / "cuda"
 ARCHITECTURES = (80, 90, 100)
 FILE = "cuda_kernels_ahead_of_time.json"
 FLAGS = [
-    "-O3", "-std=c++20", "-c", "-o", "/dev/null", "-Xptxas=-v", "-Werror=all-warnings",
+    "-O3",
+    "-std=c++20",
+    "-c",
+    "-o",
+    "/dev/null",
+    "-Xptxas=-v",
+    "-Werror=all-warnings",
     "-Xcompiler=-Wall,-Wextra,-Werror",
-]  # fmt: skip
+]
 _ENTRY = re.compile(
     r"Compiling entry function '(?P<kernel>\w+)' for 'sm_(?P<arch>\d+)'.*?"
     r"(?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads.*?"
@@ -54,12 +60,13 @@ def records(said: str) -> list[dict[str, object]]:
         shared = re.search(r"(\d+) bytes smem", entry["rest"])
         rows.append(
             {
-                "kernel": name_of(entry["kernel"]), "arch": f"sm_{entry['arch']}",
+                "kernel": name_of(entry["kernel"]),
+                "arch": f"sm_{entry['arch']}",
                 "registers": int(entry["registers"]),
                 "spills": int(entry["stores"]) + int(entry["loads"]),
                 "shared": int(shared[1]) if shared else 0,
             }
-        )  # fmt: skip
+        )
     return rows
 
 

@@ -27,6 +27,11 @@ def cases(suite: str) -> Iterator[Case]:
 
     yield Case("ceilings", "copy", "float32", (n,), copy, bytes=8 * n, order=1)
     yield Case(
-        "ceilings", "matrix product", "bfloat16", (side, side, side), product,
-        flops=2 * side**3, order=1,
-    )  # fmt: skip
+        "ceilings",
+        "matrix product",
+        "bfloat16",
+        (side, side, side),
+        product,
+        flops=2 * side**3,
+        order=1,
+    )

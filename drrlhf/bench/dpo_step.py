@@ -24,16 +24,27 @@ STANDARD = 0.05  # the largest relative error of plain bfloat16 that others may 
 # Models of random weights, told apart from uniform ones by their spread.
 _RANDOM: dict[str, dict[str, Any]] = {
     "quick": {
-        "vocab_size": 211, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
-        "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 64,
+        "vocab_size": 211,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "max_position_embeddings": 64,
         "initializer_range": 0.2,
     },
     "gpu": {
-        "vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192,
-        "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8,
-        "max_position_embeddings": 4096, "tie_word_embeddings": True, "initializer_range": 0.02,
+        "vocab_size": 128256,
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 4096,
+        "tie_word_embeddings": True,
+        "initializer_range": 0.02,
     },
-}  # fmt: skip
+}
 
 Step = Callable[[Any, Tensor, Tensor, Tensor], Tensor]  # model, ids, labels, reference -> loss ()
 

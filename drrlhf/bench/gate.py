@@ -38,9 +38,13 @@ class Verdict(NamedTuple):
 
 
 def judge(
-    quantity: str, result: Tensor, plain: Tensor, truth: Tensor, floor: float = 0.0,
+    quantity: str,
+    result: Tensor,
+    plain: Tensor,
+    truth: Tensor,
+    floor: float = 0.0,
     most: float = math.inf,
-) -> Verdict:  # fmt: skip
+) -> Verdict:
     """Hold `result` against `truth` (float64), allowing it twice the RMS error of `plain`.
 
     The worst element may be four times as far off as plain's. Errors of plain below the rounding

@@ -41,9 +41,11 @@ RECOMPUTE, SLAB = variant("recompute"), variant("slab kept")
 BUDGETS: dict[str, dict[str, int]] = {
     "cpu": {RECOMPUTE: SMALL_BUDGET, SLAB: LARGE_BUDGET},
     "gpu": {
-        SLAB: LARGE_BUDGET, variant("48 MiB"): 48 << 20, variant("256 MiB"): 256 << 20,
+        SLAB: LARGE_BUDGET,
+        variant("48 MiB"): 48 << 20,
+        variant("256 MiB"): 256 << 20,
     },
-}  # fmt: skip
+}
 BUDGETS["quick"] = BUDGETS["cpu"] | BUDGETS["gpu"]
 # What TRL's DPO trainer asks of the head besides log-probs: by our names, and by TRL's.
 EXTRAS = ("entropy", "mean_logit", "is_top1")

@@ -14,8 +14,10 @@ from drrlhf.bench.registry import OURS, SUITES, Case, Contest, Unavailable, Work
 SHAPES = {"cpu": (1024, 32000, 1024), "gpu": (8192, 128256, 4096), "quick": (40, 211, 32)}
 # Of a model of 1B parameters: twice the tokens, half the width.
 MORE_SHAPES: dict[str, tuple[tuple[int, int, int], ...]] = {
-    "cpu": (), "gpu": ((16384, 128256, 2048),), "quick": ((24, 131, 16),)
-}  # fmt: skip
+    "cpu": (),
+    "gpu": ((16384, 128256, 2048),),
+    "quick": ((24, 131, 16),),
+}
 MEMORY_SHAPES = {"cpu": (4096, 128256, 1024), "gpu": (8192, 128256, 4096), "quick": (64, 509, 32)}
 TOKENS = {"cpu": (128, 256, 512, 2048), "gpu": (1024, 4096, 16384), "quick": (20,)}
 VOCABULARIES = {"cpu": (8192, 65536, 128256), "gpu": (32000, 65536, 262144), "quick": (101,)}

@@ -88,8 +88,9 @@ def _ratios(records: list[Record]) -> Any:
                 edgecolor="white",
                 label=None if name in named else name,
             )
-            axis.annotate(f" {record['ratio']:.3g}", (max(record["ratio"], 1), place),
-                          va="center", fontsize=6)  # fmt: skip
+            axis.annotate(
+                f" {record['ratio']:.3g}", (max(record["ratio"], 1), place), va="center", fontsize=6
+            )
             named.add(name)
             place += 1
         axis.set_yticks(list(ticks.values()), list(ticks), fontsize="x-small")

@@ -21,8 +21,10 @@ from drrlhf.bench.trl_policy import trl_policy_loss
 SHAPES = {"cpu": (64, 8, 512), "gpu": (64, 8, 512), "quick": (4, 2, 16)}
 # The same, vocabulary, depth.
 HEADS = {
-    "cpu": (8, 4, 64, 49152, 576), "gpu": (16, 8, 128, 151936, 4096), "quick": (2, 2, 8, 211, 32),
-}  # fmt: skip
+    "cpu": (8, 4, 64, 49152, 576),
+    "gpu": (16, 8, 128, 151936, 4096),
+    "quick": (2, 2, 8, 211, 32),
+}
 SET = "tv:0.1"
 ERM = f"{OURS} (erm)"
 WAYS: tuple[tuple[str, dict[str, Any]], ...] = (
@@ -65,12 +67,15 @@ def _batch(prompts: int, each: int, length: int, device: str) -> dict[str, Tenso
     near = [0.1 * torch.randn(n, length, generator=draw) for _ in range(2)]
     logps = -4 * torch.rand(n, length, generator=draw)
     found = {
-        "logps": logps, "old_logps": logps + near[0], "ref_logps": logps + near[1],
+        "logps": logps,
+        "old_logps": logps + near[0],
+        "ref_logps": logps + near[1],
         "entropy": 3 * torch.rand(n, length, generator=draw),
         "mask": torch.ones(n, length, dtype=torch.long),
-        "advantages": torch.randn(n, generator=draw), "rewards": torch.randn(n, generator=draw),
+        "advantages": torch.randn(n, generator=draw),
+        "rewards": torch.randn(n, generator=draw),
         "prompt_ids": torch.arange(prompts).repeat_interleave(each),
-    }  # fmt: skip
+    }
     return {name: tensor.to(device) for name, tensor in found.items()}
 
 

@@ -39,8 +39,10 @@ OPS = (
 
 # Ours that are measured by name where they are not the automatic choice.
 BY_NAME: dict[str, tuple[str, ...]] = {
-    "cpu": (), "gpu": ("cuda", "triton"), "quick": ("reference",)
-}  # fmt: skip
+    "cpu": (),
+    "gpu": ("cuda", "triton"),
+    "quick": ("reference",),
+}
 
 
 def variant(*what: str) -> str:

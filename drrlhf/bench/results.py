@@ -24,8 +24,15 @@ from drrlhf.files import write_text
 Result = dict[str, Any]
 
 PEERS = (
-    "trl", "transformers", "peft", "triton", "liger-kernel", "cut-cross-entropy", "sqwash", "dro",
-)  # fmt: skip
+    "trl",
+    "transformers",
+    "peft",
+    "triton",
+    "liger-kernel",
+    "cut-cross-entropy",
+    "sqwash",
+    "dro",
+)
 
 
 def background(suite: str) -> Result:

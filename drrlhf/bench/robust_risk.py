@@ -15,9 +15,18 @@ from drrlhf.bench.gate import Gate
 from drrlhf.bench.registry import OURS, SUITES, Case, Contest, Work
 
 SETS = (
-    "erm", "tv:0.1", "kl:0.1", "kl:temperature=1", "kl:temperature=-1", "chi2:0.5",
-    "chi2:penalty=1", "cvar:0.3", "cvar:0.3,trim=0.05", "cvar:0.3,temperature=0.5", "group:4",
-)  # fmt: skip
+    "erm",
+    "tv:0.1",
+    "kl:0.1",
+    "kl:temperature=1",
+    "kl:temperature=-1",
+    "chi2:0.5",
+    "chi2:penalty=1",
+    "cvar:0.3",
+    "cvar:0.3,trim=0.05",
+    "cvar:0.3,temperature=0.5",
+    "group:4",
+)
 PAIRS = {"cpu": 4096, "gpu": 4096, "quick": 128}
 SCALING = {
     "cpu": (64, 256, 1024, 16384, 65536),

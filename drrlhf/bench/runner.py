@@ -45,9 +45,13 @@ class Outcome:
 
 
 def run(
-    case: Case, suite: str, *, rounds: int = DEFAULT_ROUNDS, seconds: float = 10.0,
+    case: Case,
+    suite: str,
+    *,
+    rounds: int = DEFAULT_ROUNDS,
+    seconds: float = 10.0,
     budget: Budget | None = None,
-) -> Outcome:  # fmt: skip
+) -> Outcome:
     """Gate, time and meter one case; a failed gate leaves its outcome without records.
 
     rounds, seconds: as in `timing.interleave`. budget: of the whole run, of which this is a case;
@@ -172,9 +176,13 @@ def _time(
         _leave(name, error, contest, works, outcome)
 
     samples = timing.interleave(
-        dict(works), rounds=rounds, seconds=seconds, clock=timing.clock_of(device), drop=drop,
+        dict(works),
+        rounds=rounds,
+        seconds=seconds,
+        clock=timing.clock_of(device),
+        drop=drop,
         late=lambda: budget.spent,
-    )  # fmt: skip
+    )
     times = {name: timing.summarise(found) for name, found in samples.items()}
     baseline = min(
         (name for name in contest.baseline if name in times),
@@ -203,9 +211,13 @@ def _time(
 
 
 def _meter(
-    case: Case, contest: Contest, works: dict[str, Work], device: str, outcome: Outcome,
+    case: Case,
+    contest: Contest,
+    works: dict[str, Work],
+    device: str,
+    outcome: Outcome,
     budget: Budget,
-) -> list[Record]:  # fmt: skip
+) -> list[Record]:
     records = []
     for name, work in list(works.items()):
         try:

@@ -98,9 +98,13 @@ def _spread(pairs: int, longest: int) -> list[int]:
 
 
 def _contest(
-    suite: str, shape: tuple[int, int, int], contenders: Mapping[str, dict[str, Any]], mixed: bool,
-    adapters: bool, whole: bool,
-) -> Contest:  # fmt: skip
+    suite: str,
+    shape: tuple[int, int, int],
+    contenders: Mapping[str, dict[str, Any]],
+    mixed: bool,
+    adapters: bool,
+    whole: bool,
+) -> Contest:
     device = SUITES[suite]
     base = dpo_step.policy_model(suite, device)
     vocabulary = base.config.vocab_size
@@ -228,8 +232,10 @@ def _batches(
         attention = (place < lengths[:, None]).long()
         completion = attention * (place >= (lengths // 4)[:, None])
         batch = {
-            "input_ids": ids * attention, "attention_mask": attention, "completion_mask": completion
-        }  # fmt: skip
+            "input_ids": ids * attention,
+            "attention_mask": attention,
+            "completion_mask": completion,
+        }
         made.append({name: tensor.to(device) for name, tensor in batch.items()})
     return made
 
@@ -317,7 +323,7 @@ def _step(trainer: Any, batches: list[dict[str, Tensor]]) -> None:
 
 def _plain(
     policy: Any, start: Any, batches: list[dict[str, Tensor]], ambiguity: str
-) -> dict[str, Tensor]:  # fmt: skip
+) -> dict[str, Tensor]:
     """The watched gradient of the one big batch, from full logits in plain PyTorch."""
     sides = {
         name: torch.cat([part for side in (0, 1) for part in _halves(batches, name, side)])

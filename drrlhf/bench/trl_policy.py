@@ -45,19 +45,32 @@ def trl_policy_loss(
     entropies = torch.zeros_like(logps) if entropy is None else entropy
     trainer: Any = SimpleNamespace(
         _get_per_token_logps_and_entropies=lambda *a, **k: (logps, entropies, None),
-        aux_loss_enabled=False, top_entropy_quantile=1.0, off_policy_mask_threshold=None,
-        importance_sampling_level=importance_level, beta=kl_beta, loss_type=loss_type,
-        epsilon_low=clip_low, epsilon_high=clip_high, use_vllm=False,
+        aux_loss_enabled=False,
+        top_entropy_quantile=1.0,
+        off_policy_mask_threshold=None,
+        importance_sampling_level=importance_level,
+        beta=kl_beta,
+        loss_type=loss_type,
+        epsilon_low=clip_low,
+        epsilon_high=clip_high,
+        use_vllm=False,
         args=SimpleNamespace(use_bias_correction_kl=correct_kl, delta=None, steps_per_generation=1),
-        model=SimpleNamespace(training=True), current_gradient_accumulation_steps=1,
-        max_completion_length=max_completion_length, accelerator=_Alone(),
-        _entropy_bonus_enabled=False, _metrics={"train": defaultdict(list)},
-    )  # fmt: skip
+        model=SimpleNamespace(training=True),
+        current_gradient_accumulation_steps=1,
+        max_completion_length=max_completion_length,
+        accelerator=_Alone(),
+        _entropy_bonus_enabled=False,
+        _metrics={"train": defaultdict(list)},
+    )
     prompts = torch.ones(len(logps), 1, dtype=torch.long, device=logps.device)
     inputs: dict[str, Any] = {
-        "prompt_ids": prompts, "prompt_mask": prompts, "completion_mask": mask,
-        "completion_ids": mask, "advantages": advantages, "num_items_in_batch": mask.sum(),
-    }  # fmt: skip
+        "prompt_ids": prompts,
+        "prompt_mask": prompts,
+        "completion_mask": mask,
+        "completion_ids": mask,
+        "advantages": advantages,
+        "num_items_in_batch": mask.sum(),
+    }
     if old_logps is not None:
         inputs["old_per_token_logps"] = old_logps
     if ref_logps is not None:

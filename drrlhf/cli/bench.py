@@ -147,9 +147,14 @@ def _cases(
 
 
 def _measure(
-    cases: list[Case], suite: str, rounds: int | None, budget: Budget, outcomes: list[Outcome],
-    keep: _Keeper, console: Console,
-) -> None:  # fmt: skip
+    cases: list[Case],
+    suite: str,
+    rounds: int | None,
+    budget: Budget,
+    outcomes: list[Outcome],
+    keep: _Keeper,
+    console: Console,
+) -> None:
     """Run the cases; what each gave is printed, kept and added to `outcomes` when it is there."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -159,9 +164,12 @@ def _measure(
     late: list[Case] = []
     columns = (BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn())
     progress = Progress(
-        *columns, TextColumn("{task.description}"), console=console, transient=True,
+        *columns,
+        TextColumn("{task.description}"),
+        console=console,
+        transient=True,
         disable=not console.is_terminal,
-    )  # fmt: skip
+    )
     with progress:
         task = progress.add_task("", total=len(cases))
         for op, group in itertools.groupby(cases, key=lambda case: case.op):

@@ -39,9 +39,14 @@ def build(settings: Settings, data: Any, eval_data: Any, console: Console) -> An
         make = trl.DPOTrainer
         config = trl.DPOConfig(**arguments | {"loss_type": [settings.loss_type]})
     trainer, callbacks = _made(
-        make, settings, console,
-        args=config, processing_class=tokenizer, train_dataset=train, eval_dataset=held_out,
-    )  # fmt: skip
+        make,
+        settings,
+        console,
+        args=config,
+        processing_class=tokenizer,
+        train_dataset=train,
+        eval_dataset=held_out,
+    )
     for what, part, kept in (
         ("", data, trainer.train_dataset),
         ("held-out ", eval_data, trainer.eval_dataset),
@@ -181,5 +186,7 @@ def _tell_left_out(what: str, data: Any, kept: Any, max_length: int, console: Co
         console.print(
             f"Group {names[group] if names else group} has no {what}pair left: all of its are "
             f"longer than --max-length {max_length} tokens.",
-            soft_wrap=True, highlight=False, markup=False,
-        )  # fmt: skip
+            soft_wrap=True,
+            highlight=False,
+            markup=False,
+        )

@@ -107,8 +107,9 @@ def _with_model(kind: str, options: dict[str, Any], console: Console) -> dict[st
     if kind == "reward" and described.kind != models.REWARD:
         console.print(
             f"{name} ({described.found}) is no reward model: its head is new and begins at random.",
-            soft_wrap=True, highlight=False,
-        )  # fmt: skip
+            soft_wrap=True,
+            highlight=False,
+        )
     if lora:
         require("peft")
     rate = options["learning_rate"]

@@ -163,9 +163,12 @@ def promote(checkpoint: Path, output_dir: Path) -> None:
     """Copy model and tokenizer of a finished run's last checkpoint to `output_dir`, file by file
     whole."""
     training_only = (
-        "optimizer.pt", "scheduler.pt", "trainer_state.json", "training_args.bin",
+        "optimizer.pt",
+        "scheduler.pt",
+        "trainer_state.json",
+        "training_args.bin",
         "drrlhf_state.safetensors",
-    )  # fmt: skip
+    )
     for path in sorted(checkpoint.iterdir()):
         if path.is_file() and path.name not in training_only and path.suffix != ".pth":
             write_whole(output_dir / path.name, partial(shutil.copy2, path))

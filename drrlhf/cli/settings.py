@@ -75,10 +75,16 @@ class Option:
 
 
 def _option(
-    default: Any, help: str, panel: str, *names: str, of: tuple[str, ...] = KINDS,
-    instead: Mapping[str, Mapping[str, Any]] | None = None, to: str | None = None,
-    free: bool = False, **rules: Any,
-) -> Any:  # fmt: skip
+    default: Any,
+    help: str,
+    panel: str,
+    *names: str,
+    of: tuple[str, ...] = KINDS,
+    instead: Mapping[str, Mapping[str, Any]] | None = None,
+    to: str | None = None,
+    free: bool = False,
+    **rules: Any,
+) -> Any:
     """A field with an `Option`; that of a kind that does not take it is None."""
     said = {"default": default, "help": help, "rich_help_panel": panel, **rules}
     option = Option(names, said, of, instead or {}, to, free)

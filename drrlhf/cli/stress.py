@@ -127,9 +127,13 @@ def stress(options: Options) -> None:
             load = _scored if options.model else _read
             result = _stressed(
                 lambda: load(options, console),
-                require=options.require or [], floor=options.floor, ambiguity=options.ambiguity,
-                resamples=options.resamples, min_support=options.min_support, seed=options.seed,
-            )  # fmt: skip
+                require=options.require or [],
+                floor=options.floor,
+                ambiguity=options.ambiguity,
+                resamples=options.resamples,
+                min_support=options.min_support,
+                seed=options.seed,
+            )
             from drrlhf.stress import write_report
 
             page = write_report(result, options.output_dir)
@@ -213,8 +217,10 @@ def _scored(options: Options, console: Console) -> dict[str, Scores]:
         if getattr(judge, "began_with_adapters", False):
             console.print(
                 f"{name}: the reference is what its training began with, in {directory}/ref.",
-                soft_wrap=True, highlight=False, markup=False,
-            )  # fmt: skip
+                soft_wrap=True,
+                highlight=False,
+                markup=False,
+            )
         # What took minutes is kept, whatever may be wrong with it: --scores reads it again.
         path = options.output_dir / f"{name.strip(os.sep).replace(os.sep, '_')}.scores.parquet"
         options.output_dir.mkdir(parents=True, exist_ok=True)
@@ -268,17 +274,21 @@ def _print(result: dict[str, Any], console: Console) -> None:
             console.print(
                 f"  Below the whole: {what}, {accuracy['value']:.1%} "
                 f"[{accuracy['low']:.1%}, {accuracy['high']:.1%}] of {group['pairs']} pairs.",
-                highlight=False, markup=False,
-            )  # fmt: skip
+                highlight=False,
+                markup=False,
+            )
         for one in model["counterfactuals"]:
             console.print(
                 f"  {one['what']}: {100 * one['lost']['value']:+.1f} points of accuracy lost, "
                 f"{one['flipped']:.1%} of {one['pairs']} decisions flip.",
-                highlight=False, markup=False,
-            )  # fmt: skip
+                highlight=False,
+                markup=False,
+            )
         for one in model["requirements"]:
             console.print(
                 f"{name}: {one['requirement']}: {'met' if one['met'] else 'MISSED'}, "
                 f"{one['found']['value']:.4f}",
-                style="green" if one["met"] else "bold red", highlight=False, markup=False,
-            )  # fmt: skip
+                style="green" if one["met"] else "bold red",
+                highlight=False,
+                markup=False,
+            )

@@ -65,9 +65,13 @@ def suggest_radius(
             )
         with console.status("Searching ..."):
             found = suggest(
-                loaded, group_by=group_by, quantile=quantile, resamples=resamples,
-                min_support=min_support, seed=seed,
-            )  # fmt: skip
+                loaded,
+                group_by=group_by,
+                quantile=quantile,
+                resamples=resamples,
+                min_support=min_support,
+                seed=seed,
+            )
         if output is not None:
             _write(found, output)
     console.print(_table(found))

@@ -208,10 +208,14 @@ def compare(
 def _machine() -> dict[str, Any]:
     accelerated = torch.cuda.is_available()
     return {
-        "bf16": accelerated or fast_dtype() == torch.bfloat16, "use_cpu": not accelerated,
-        "gradient_checkpointing": False, "logging_steps": 1, "save_strategy": "no",
-        "report_to": "none", "disable_tqdm": True,
-    }  # fmt: skip
+        "bf16": accelerated or fast_dtype() == torch.bfloat16,
+        "use_cpu": not accelerated,
+        "gradient_checkpointing": False,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
 
 
 def _config(folder: Path, ambiguity: str, settings: Mapping[str, Any], seed: int) -> GRPOConfig:
@@ -247,7 +251,7 @@ def _trainer(
         peft_config=LoraConfig(
             r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"
         ),
-    )  # fmt: skip
+    )
     trainer.remove_callback(PrinterCallback)
     return trainer
 
@@ -267,9 +271,13 @@ def _train(trainer: GRPOTrainer, config: GRPOConfig) -> list[dict[str, Any]]:
 
 
 def _score(
-    trainer: GRPOTrainer, held_out: Mapping[str, Rows], seed: int,
-    into: dict[str, list[float]], console: Console, title: str,
-) -> None:  # fmt: skip
+    trainer: GRPOTrainer,
+    held_out: Mapping[str, Rows],
+    seed: int,
+    into: dict[str, list[float]],
+    console: Console,
+    title: str,
+) -> None:
     """Append the mean reward of sampled completions of every domain's prompts; the same draws for
     every policy of a seed."""
     for domain, rows in held_out.items():

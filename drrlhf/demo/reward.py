@@ -216,9 +216,12 @@ class _Drawn:
 
 
 def _draw(
-    pool: Mapping[str, Sequence[Text]], sizes: Mapping[str, int], seed: int, noisy: bool,
+    pool: Mapping[str, Sequence[Text]],
+    sizes: Mapping[str, int],
+    seed: int,
+    noisy: bool,
     rows: Mapping[str, int],
-) -> dict[str, _Drawn]:  # fmt: skip
+) -> dict[str, _Drawn]:
     def drawn(domain: str, n: int) -> _Drawn:
         pairs: list[Pair] = sentiment.make_pairs(pool[domain], n, seed=seed, noisy=noisy)
         indices = [[rows[pair.chosen], rows[pair.rejected]] for pair in pairs]
@@ -231,9 +234,13 @@ def _draw(
 
 
 def train_head(
-    vectors: Tensor, pairs: Tensor, groups: Tensor, config: Config, seed: int,
+    vectors: Tensor,
+    pairs: Tensor,
+    groups: Tensor,
+    config: Config,
+    seed: int,
     nominal: Tensor | None = None,
-) -> nn.Module:  # fmt: skip
+) -> nn.Module:
     """A reward head (d -> hidden -> 1) trained on ``pairs`` (n, 2), rows of chosen and rejected.
 
     ``groups`` (n,) is used by `dr.Group` alone; ``nominal`` (n,) weighs pairs. Equal seeds start
@@ -276,9 +283,13 @@ def accuracies(head: nn.Module, vectors: Tensor, drawn: Mapping[str, _Drawn]) ->
 
 
 def _all_seeds(
-    pools: Mapping[str, Mapping[str, Sequence[Text]]], vectors: Tensor, rows: Mapping[str, int],
-    seeds: int, scale: Scale, console: Console,
-) -> list[dict[str, Any]]:  # fmt: skip
+    pools: Mapping[str, Mapping[str, Sequence[Text]]],
+    vectors: Tensor,
+    rows: Mapping[str, int],
+    seeds: int,
+    scale: Scale,
+    console: Console,
+) -> list[dict[str, Any]]:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
         task = progress.add_task("Training reward models", total=seeds * len(GRID) * scale.configs)
@@ -289,9 +300,13 @@ def _all_seeds(
 
 
 def _one_seed(
-    seed: int, pools: Mapping[str, Mapping[str, Sequence[Text]]], vectors: Tensor,
-    rows: Mapping[str, int], scale: Scale, done: Callable[[], None],
-) -> dict[str, Any]:  # fmt: skip
+    seed: int,
+    pools: Mapping[str, Mapping[str, Sequence[Text]]],
+    vectors: Tensor,
+    rows: Mapping[str, int],
+    scale: Scale,
+    done: Callable[[], None],
+) -> dict[str, Any]:
     rare = round(RARE_SHARE * scale.train_pairs)
     sizes = {MAIN: scale.train_pairs - rare, RARE: rare}
     train = _draw(pools["train"], sizes, seed, True, rows)
@@ -322,9 +337,11 @@ def _one_seed(
 
 
 def _summary(
-    runs: Sequence[Mapping[str, Any]], scale: Scale,
-    pools: Mapping[str, Mapping[str, Sequence[Text]]], seconds: Mapping[str, float],
-) -> dict[str, Any]:  # fmt: skip
+    runs: Sequence[Mapping[str, Any]],
+    scale: Scale,
+    pools: Mapping[str, Mapping[str, Sequence[Text]]],
+    seconds: Mapping[str, float],
+) -> dict[str, Any]:
     erm = [run["methods"]["erm"]["accuracy"]["worst"] for run in runs]
     methods = {}
     for method in GRID:
@@ -428,14 +445,19 @@ def plot(results: Mapping[str, Any], path: Path) -> None:
     figure.suptitle(
         "Reward models on derived preferences: trained on movie reviews and a few tweets, "
         "tested on four domains",
-        fontsize=13, x=0.01, ha="left",
-    )  # fmt: skip
+        fontsize=13,
+        x=0.01,
+        ha="left",
+    )
     figure.text(
-        0.01, -0.01,
+        0.01,
+        -0.01,
         f"Mean and standard error of {seeds} seeds; equal tuning; dashed: erm.  "
         + results["preference"],
-        fontsize=8.5, color="0.35", va="top",
-    )  # fmt: skip
+        fontsize=8.5,
+        color="0.35",
+        va="top",
+    )
     save(figure, path, dpi=160, bbox_inches="tight", facecolor="white")
 
 
@@ -458,10 +480,15 @@ def _panel(panel: Any, methods: Mapping[str, Any], domain: str) -> None:
             mean, height, xerr=error, fmt="o", color=colour, markersize=6, elinewidth=1.6, capsize=3
         )
         panel.annotate(
-            f"{mean:.1f}", (mean, height), xytext=(0, 7), textcoords="offset points",
-            ha="center", fontsize=8, color=colour,
+            f"{mean:.1f}",
+            (mean, height),
+            xytext=(0, 7),
+            textcoords="offset points",
+            ha="center",
+            fontsize=8,
+            color=colour,
             bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6},
-        )  # fmt: skip
+        )
     panel.grid(axis="x", color="0.92")
     panel.set_axisbelow(True)
     panel.tick_params(length=0)

@@ -351,9 +351,12 @@ def _unreadable(source: str, number: int, batch: Any, error: Exception) -> DataE
 
 
 def _unfit(
-    name: str, values: Sequence[Any], numbers: Sequence[int], where: Callable[[int], str],
+    name: str,
+    values: Sequence[Any],
+    numbers: Sequence[int],
+    where: Callable[[int], str],
     error: Exception,
-) -> DataError:  # fmt: skip
+) -> DataError:
     """Names the first value at which no type is left."""
     fine, unfit = 0, len(values)  # so many first values fit, so many do not
     while unfit - fine > 1:
@@ -397,10 +400,12 @@ def _table_of_rows(
         sizes.append(len(block))
     if not {f"{name}_length" for name in measured} & blocks.keys():
         blocks |= lengths
-    return pa.table({
-        name: _joined([chunks.get(i, pa.nulls(size)) for i, size in enumerate(sizes)])
-        for name, chunks in blocks.items()
-    })  # fmt: skip
+    return pa.table(
+        {
+            name: _joined([chunks.get(i, pa.nulls(size)) for i, size in enumerate(sizes)])
+            for name, chunks in blocks.items()
+        }
+    )
 
 
 def _columns(block: list[tuple[int, Any]], where: Callable[[int], str]) -> dict[str, list[Any]]:

@@ -13,7 +13,17 @@ from drrlhf.functional.robust_risk import (
 )
 
 __all__ = [
-    "GroupState", "LinearPreferenceLoss", "NormaliserState", "PolicyLoss", "PreferenceLoss",
-    "RewardLoss", "RobustRisk", "linear_preference_loss", "pair_losses", "policy_loss",
-    "preference_loss", "reward_loss", "robust_risk",
-]  # fmt: skip
+    "GroupState",
+    "LinearPreferenceLoss",
+    "NormaliserState",
+    "PolicyLoss",
+    "PreferenceLoss",
+    "RewardLoss",
+    "RobustRisk",
+    "linear_preference_loss",
+    "pair_losses",
+    "policy_loss",
+    "preference_loss",
+    "reward_loss",
+    "robust_risk",
+]

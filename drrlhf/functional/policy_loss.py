@@ -356,9 +356,14 @@ def _count(prompt_ids: Tensor, num_prompts: int | None) -> int:
 
 
 def _check_tokens(
-    logps: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, old_logps: Tensor | None,
-    ref_logps: Tensor | None, entropy: Tensor | None, advantages: Tensor,
-) -> None:  # fmt: skip
+    logps: Tensor,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    old_logps: Tensor | None,
+    ref_logps: Tensor | None,
+    entropy: Tensor | None,
+    advantages: Tensor,
+) -> None:
     """ValueError where the token tensors, or the number of sequences, do not go together."""
     if not isinstance(logps, Tensor):
         raise ValueError(f"logps: expected a torch.Tensor, got {type(logps).__name__}")

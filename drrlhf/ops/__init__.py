@@ -9,6 +9,13 @@ from drrlhf.ops.sequence_preference_loss import sequence_preference_loss
 from drrlhf.ops.token_logprobs import token_logprobs, token_logprobs_in_place
 
 __all__ = [
-    "SCHEMAS", "linear_token_logprobs", "policy_loss", "robust_risk", "sequence_logprobs",
-    "sequence_preference_loss", "token_logprobs", "token_logprobs_in_place", "transformed",
-]  # fmt: skip
+    "SCHEMAS",
+    "linear_token_logprobs",
+    "policy_loss",
+    "robust_risk",
+    "sequence_logprobs",
+    "sequence_preference_loss",
+    "token_logprobs",
+    "token_logprobs_in_place",
+    "transformed",
+]

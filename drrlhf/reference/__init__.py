@@ -15,8 +15,15 @@ from drrlhf.reference.token_logprobs import (
 )
 
 __all__ = [
-    "linear_token_logprobs", "linear_token_logprobs_backward", "policy_loss",
-    "policy_loss_backward", "robust_risk", "sequence_logprobs", "sequence_logprobs_backward",
-    "sequence_preference_loss", "token_logprobs", "token_logprobs_backward",
+    "linear_token_logprobs",
+    "linear_token_logprobs_backward",
+    "policy_loss",
+    "policy_loss_backward",
+    "robust_risk",
+    "sequence_logprobs",
+    "sequence_logprobs_backward",
+    "sequence_preference_loss",
+    "token_logprobs",
+    "token_logprobs_backward",
     "token_logprobs_backward_",
-]  # fmt: skip
+]

@@ -77,9 +77,16 @@ def token_logprobs(
 
 
 def _logit_gradient(
-    z: Tensor, labels: Tensor, grad: Tensor | None, grad_entropy: Tensor | None,
-    logp: Tensor, lse: Tensor, lse_tail: Tensor, entropy: Tensor, ignore_index: int,
-) -> Tensor:  # fmt: skip
+    z: Tensor,
+    labels: Tensor,
+    grad: Tensor | None,
+    grad_entropy: Tensor | None,
+    logp: Tensor,
+    lse: Tensor,
+    lse_tail: Tensor,
+    entropy: Tensor,
+    ignore_index: int,
+) -> Tensor:
     """d / dz of grad logp + grad_entropy entropy, (..., V)."""
     valid, _, index = _counted(labels, ignore_index, z.shape[-1])
     log_p = (z - lse.unsqueeze(-1)) - lse_tail.unsqueeze(-1)

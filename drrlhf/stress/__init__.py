@@ -9,7 +9,18 @@ from drrlhf.stress.scores import Attribute, Scores, from_table, load_scores
 from drrlhf.stress.scoring import score_pairs, score_table
 
 __all__ = [
-    "Attribute", "Policy", "Requirement", "RewardModel", "Scores", "from_table", "load_judge",
-    "load_scores", "parse_requirement", "score_pairs", "score_table", "stress_test",
-    "suggest_radius", "write_report",
-]  # fmt: skip
+    "Attribute",
+    "Policy",
+    "Requirement",
+    "RewardModel",
+    "Scores",
+    "from_table",
+    "load_judge",
+    "load_scores",
+    "parse_requirement",
+    "score_pairs",
+    "score_table",
+    "stress_test",
+    "suggest_radius",
+    "write_report",
+]

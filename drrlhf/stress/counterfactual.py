@@ -107,12 +107,14 @@ def losses(
         sums = counts(blocks[known], nowhere, 1)[:, 0], counts(blocks[known], nowhere, 1, now - old)
         pairs[: len(sums[0])], lost[: len(sums[0])] = sums[0], sums[1][:, 0]
         drawn = (draws @ lost / np.maximum(draws @ pairs, 1)).tolist()
-        table.append({
-            "what": what,
-            "pairs": len(old),
-            "accuracy_before": 1 - float(old.mean()),
-            "accuracy": 1 - float(now.mean()),
-            "lost": band(float((now - old).mean()), drawn),
-            "flipped": float((np.sign(margin[known]) != np.sign(new[known])).mean()),
-        })  # fmt: skip
+        table.append(
+            {
+                "what": what,
+                "pairs": len(old),
+                "accuracy_before": 1 - float(old.mean()),
+                "accuracy": 1 - float(now.mean()),
+                "lost": band(float((now - old).mean()), drawn),
+                "flipped": float((np.sign(margin[known]) != np.sign(new[known])).mean()),
+            }
+        )
     return sorted(table, key=lambda one: -one["lost"]["value"])

@@ -67,8 +67,9 @@ class Sample:
     into at most `ATOMS` atoms of equal mass, whose small bias is taken back.
     """
 
-    def __init__(self, margin: Array, table: Callable[[NDArray[np.int64], int], Array],
-                 draws: Array) -> None:  # fmt: skip
+    def __init__(
+        self, margin: Array, table: Callable[[NDArray[np.int64], int], Array], draws: Array
+    ) -> None:
         """``table(codes, size)`` counts codes by block, (J, size); ``draws`` is (B, J)."""
         by_block = table(error_codes(margin), len(ERRORS))
         self.error_mass = by_block.sum(0)

@@ -89,9 +89,12 @@ def _columns(
 
 
 def _column(
-    attributes: tuple[str, ...], names: list[tuple[str, ...]], codes: NDArray[np.int64],
-    errors: NDArray[np.int64], blocks: NDArray[np.int64],
-) -> _Column:  # fmt: skip
+    attributes: tuple[str, ...],
+    names: list[tuple[str, ...]],
+    codes: NDArray[np.int64],
+    errors: NDArray[np.int64],
+    blocks: NDArray[np.int64],
+) -> _Column:
     known = codes >= 0
     # Only groups that are there: a pair of attributes may have ten thousand that are not.
     there, compact = np.unique(codes[known], return_inverse=True)

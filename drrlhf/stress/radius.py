@@ -170,13 +170,15 @@ def _of_groups(
             too_small.append(name)
             continue
         target = float(losses[inside].mean())
-        each.append({
-            "group": name,
-            "pairs": int(inside.sum()),
-            "mean_loss": target,
-            "mean_loss_outside": float(losses[~inside].mean()),
-            "sets": {f: _text(covering(losses[~inside], target, f)) for f in families},
-        })  # fmt: skip
+        each.append(
+            {
+                "group": name,
+                "pairs": int(inside.sum()),
+                "mean_loss": target,
+                "mean_loss_outside": float(losses[~inside].mean()),
+                "sets": {f: _text(covering(losses[~inside], target, f)) for f in families},
+            }
+        )
     if len(each) < 2:
         raise ValueError(
             f"group_by: {column!r} has {len(each)} groups of at least {min_support} prompts with "

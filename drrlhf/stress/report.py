@@ -31,10 +31,12 @@ def write_report(result: Mapping[str, Any], output_dir: str | os.PathLike[str]) 
     folder = Path(output_dir)
     page, data = render(result), json.dumps(_finite(result), indent=1, allow_nan=False) + "\n"
     folder.mkdir(parents=True, exist_ok=True)
-    write_together({
-        folder / HTML_FILE: writes_text(page),
-        folder / JSON_FILE: writes_text(data),
-    })  # fmt: skip
+    write_together(
+        {
+            folder / HTML_FILE: writes_text(page),
+            folder / JSON_FILE: writes_text(data),
+        }
+    )
     return folder / HTML_FILE
 
 
@@ -119,9 +121,13 @@ def _panel(axis: Any, result: Mapping[str, Any], family: str, metric: str) -> No
         color = PALETTE[number % len(PALETTE)]
         found = [one[metric] for one in points]
         axis.fill_between(
-            x, [one["low"] for one in found], [one["high"] for one in found],
-            color=color, alpha=0.2, linewidth=0,
-        )  # fmt: skip
+            x,
+            [one["low"] for one in found],
+            [one["high"] for one in found],
+            color=color,
+            alpha=0.2,
+            linewidth=0,
+        )
         axis.plot(x, [one["value"] for one in found], color=color, label=name, marker=".")
     if metric == "accuracy":
         axis.axhline(result["settings"]["floor"], color="black", linewidth=1, linestyle="--")

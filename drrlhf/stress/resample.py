@@ -27,9 +27,11 @@ def resampled(blocks: int, times: int, seed: int) -> NDArray[np.float64]:
 
 
 def counts(
-    blocks: NDArray[np.int64], codes: NDArray[np.int64], size: int,
+    blocks: NDArray[np.int64],
+    codes: NDArray[np.int64],
+    size: int,
     values: NDArray[np.float64] | None = None,
-) -> NDArray[np.float64]:  # fmt: skip
+) -> NDArray[np.float64]:
     """(J, size): of each block and code the number of pairs, or the sum of their ``values``."""
     rows = int(blocks.max()) + 1
     flat = np.bincount(blocks * size + codes, weights=values, minlength=rows * size)

@@ -78,9 +78,13 @@ def stress_test(
 
 
 def check_options(
-    require: Sequence[str | Requirement], floor: float, ambiguity: str | AmbiguitySet,
-    resamples: int, min_support: int, seed: int,
-) -> tuple[list[Requirement], AmbiguitySet]:  # fmt: skip
+    require: Sequence[str | Requirement],
+    floor: float,
+    ambiguity: str | AmbiguitySet,
+    resamples: int,
+    min_support: int,
+    seed: int,
+) -> tuple[list[Requirement], AmbiguitySet]:
     """The requirements and the set that was asked for; `ValueError` as `stress_test` says."""
     _check("floor", floor, 0 <= floor <= 1, "lie in [0, 1]")
     _check("resamples", resamples, resamples >= 20, "be at least 20, for a band")
@@ -96,9 +100,14 @@ def _check(name: str, value: Any, fine: bool, wanted: str) -> None:
 
 
 def _model(
-    scores: Scores, required: Sequence[Requirement], floor: float, described: AmbiguitySet,
-    resamples: int, min_support: int, seed: int,
-) -> dict[str, Any]:  # fmt: skip
+    scores: Scores,
+    required: Sequence[Requirement],
+    floor: float,
+    described: AmbiguitySet,
+    resamples: int,
+    min_support: int,
+    seed: int,
+) -> dict[str, Any]:
     blocks = resample.blocks_of(scores.prompts, seed)
     draws = resample.resampled(int(blocks.max()) + 1, resamples, seed)
     sample = curves.Sample(

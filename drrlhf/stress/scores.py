@@ -155,9 +155,18 @@ def from_table(
             ("chosen is shorter", "equally long", "chosen is longer"),
         )
     return Scores(
-        margin, np.unique(prompts[rows], return_inverse=True)[1], attributes, longer,
-        _position(table), counterfactuals, ignored, source, read, dropped, int(missing[rows].sum()),
-    )  # fmt: skip
+        margin,
+        np.unique(prompts[rows], return_inverse=True)[1],
+        attributes,
+        longer,
+        _position(table),
+        counterfactuals,
+        ignored,
+        source,
+        read,
+        dropped,
+        int(missing[rows].sum()),
+    )
 
 
 # ---- scores --------------------------------------------------------------------------------------

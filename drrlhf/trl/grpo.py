@@ -23,9 +23,17 @@ from drrlhf.trl.sets import SetMixin
 
 # What TRL's batches hold of images; completions of such a batch are not taken apart.
 MULTIMODAL = (
-    "pixel_values", "image_grid_thw", "num_images", "pixel_attention_mask", "spatial_shapes",
-    "num_tiles", "image_sizes", "token_type_ids", "mm_token_type_ids", "image_position_ids",
-)  # fmt: skip
+    "pixel_values",
+    "image_grid_thw",
+    "num_images",
+    "pixel_attention_mask",
+    "spatial_shapes",
+    "num_tiles",
+    "image_sizes",
+    "token_type_ids",
+    "mm_token_type_ids",
+    "image_position_ids",
+)
 
 
 def _prepared(batch: Any) -> Any:
@@ -137,11 +145,13 @@ class GRPOTrainer(SetMixin, trl.GRPOTrainer):
         def rewards(prompts: list[Any], completions: list[Any], **_: Any) -> list[float]:
             ids = [
                 reward_inputs.reward_ids(
-                    tokenizer, prompt, completion,
+                    tokenizer,
+                    prompt,
+                    completion,
                     **reward_inputs.template_arguments(row) | self.chat_template_kwargs,
                 )
                 for row, prompt, completion in zip(inputs, prompts, completions, strict=True)
-            ]  # fmt: skip
+            ]
             return reward_inputs.scores(model, ids, self.accelerator.device).tolist()
 
         return rewards
@@ -440,9 +450,12 @@ def _beyond(config: Any) -> list[str]:
     if config.loss_type not in POLICY_LOSS_TYPES:
         found.append(f"loss_type={config.loss_type!r}")
     for name, plain in (
-        ("delta", None), ("top_entropy_quantile", 1.0), ("off_policy_mask_threshold", None),
-        ("use_adaptive_entropy", False), ("entropy_coef", 0.0),
-    ):  # fmt: skip
+        ("delta", None),
+        ("top_entropy_quantile", 1.0),
+        ("off_policy_mask_threshold", None),
+        ("use_adaptive_entropy", False),
+        ("entropy_coef", 0.0),
+    ):
         if getattr(config, name) != plain:
             found.append(f"{name}={getattr(config, name)!r}")
     if config.use_vllm and config.vllm_importance_sampling_correction:

@@ -262,6 +262,8 @@ def _listening(module: Any) -> Iterator[list[Tensor]]:
 def _flash_arguments(lengths: list[int], device: torch.device) -> dict[str, Any]:
     bounds = torch.tensor([0, *lengths], device=device).cumsum(0, dtype=torch.int32)
     return {
-        "cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds,
-        "max_length_q": max(lengths), "max_length_k": max(lengths),
-    }  # fmt: skip
+        "cu_seq_lens_q": bounds,
+        "cu_seq_lens_k": bounds,
+        "max_length_q": max(lengths),
+        "max_length_k": max(lengths),
+    }

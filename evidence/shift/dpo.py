@@ -169,9 +169,14 @@ def _rows_of(*drawn: Drawn) -> list[int]:
 
 
 def _train(
-    policy: Policy, answers: Mapping[int, Answer], reference: Tensor, drawing: Any,
-    ambiguity: str, settings: Settings, seed: int,
-) -> None:  # fmt: skip
+    policy: Policy,
+    answers: Mapping[int, Answer],
+    reference: Tensor,
+    drawing: Any,
+    ambiguity: str,
+    settings: Settings,
+    seed: int,
+) -> None:
     groups = drawing.groups
     parsed = dr.parse_ambiguity(ambiguity.replace("G", str(int(groups.max()) + 1)))
     state = dr.GroupState(parsed.num_groups) if isinstance(parsed, dr.Group) else None
@@ -187,10 +192,16 @@ def _train(
             stacked = drawing.train.rows[batch].T.flatten()  # [chosen..., rejected...]
             hidden, tokens, ends = policy.hidden([answers[row] for row in stacked.tolist()])
             loss = dr.linear_preference_loss(
-                hidden, policy.head, tokens, reference[stacked], cu_seqlens=ends,
-                beta=settings.beta, ambiguity=parsed,
-                groups=None if state is None else groups[batch], group_state=state,
-            ).loss  # fmt: skip
+                hidden,
+                policy.head,
+                tokens,
+                reference[stacked],
+                cu_seqlens=ends,
+                beta=settings.beta,
+                ambiguity=parsed,
+                groups=None if state is None else groups[batch],
+                group_state=state,
+            ).loss
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -223,9 +234,13 @@ def main() -> None:
     settings = QUICK if options.quick else Settings()
     own = own_facts(settings)
     done = {(r["scenario"], r["seed"], r["method"]) for r in done_already(options.output, own)}
-    tasks = [(scenario.name, seed, method, settings) for seed in range(options.seeds)
-             for scenario in DPO_SCENARIOS for method in _methods(scenario)
-             if (scenario.name, seed, method) not in done]  # fmt: skip
+    tasks = [
+        (scenario.name, seed, method, settings)
+        for seed in range(options.seeds)
+        for scenario in DPO_SCENARIOS
+        for method in _methods(scenario)
+        if (scenario.name, seed, method) not in done
+    ]
     load()
     run_tasks(options.output, own, tasks, _task, options.workers)
 

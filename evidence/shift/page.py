@@ -65,8 +65,11 @@ def page(
     ]
     if dpo:
         runs = len({record["seed"] for record in dpo})
-        parts += ["## DPO", f"SmolLM2's first 8 layers, {runs} paired seeds, nothing tuned.",
-                  *_results(dpo, DPO_FAMILIES, "dpo")]  # fmt: skip
+        parts += [
+            "## DPO",
+            f"SmolLM2's first 8 layers, {runs} paired seeds, nothing tuned.",
+            *_results(dpo, DPO_FAMILIES, "dpo"),
+        ]
     if suggestions:
         parts += ["## A radius by `drrlhf suggest-radius`", *_chooser(records, suggestions)]
     parts += [
@@ -166,9 +169,14 @@ def _rows(families: Sequence[str], cells: Mapping[str, Sequence[str]], title: st
 
 
 def _table(
-    records: Sequence[Record], measure: str, families: Sequence[str], title: str, scale: float,
-    plain: str, signed: str,
-) -> str:  # fmt: skip
+    records: Sequence[Record],
+    measure: str,
+    families: Sequence[str],
+    title: str,
+    scale: float,
+    plain: str,
+    signed: str,
+) -> str:
     cells: dict[str, list[str]] = {}
     for family in families:
         values = table(records, family, measure)
@@ -224,8 +232,11 @@ def plot_doses(header: Mapping[str, Any], records: Sequence[Record], path: Path)
             panel.plot(
                 range(len(grid)),
                 [100 * (one - base[family]).mean() for one in found],
-                color=color, marker="o", markersize=3, label=family,
-            )  # fmt: skip
+                color=color,
+                marker="o",
+                markersize=3,
+                label=family,
+            )
         panel.axhline(0, color="black", linewidth=1)
         panel.set_xticks(
             range(len(grid)), [_short(one["ambiguity"]) for _, one in grid], fontsize=7
@@ -235,8 +246,12 @@ def plot_doses(header: Mapping[str, Any], records: Sequence[Record], path: Path)
         panel.spines[["top", "right"]].set_visible(False)
     for panel in panels:  # what is left of the grid
         panel.set_axis_off()
-    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside upper left",
-                  ncols=len(families), frameon=False)  # fmt: skip
+    figure.legend(
+        *figure.axes[0].get_legend_handles_labels(),
+        loc="outside upper left",
+        ncols=len(families),
+        frameon=False,
+    )
     figure.supylabel("accuracy under shift above erm, points", fontsize=9)
     figure.supxlabel(f"strength, learning rate {rate:g}", fontsize=9)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -265,11 +280,15 @@ def plot(records: Sequence[Record], families: Sequence[str], path: Path) -> None
             for method, one in found.items():
                 height = methods.index(method)
                 panel.errorbar(
-                    100 * one.difference, height + 0.2 * shift - 0.1,
+                    100 * one.difference,
+                    height + 0.2 * shift - 0.1,
                     xerr=[[100 * (one.difference - one.low)], [100 * (one.high - one.difference)]],
-                    fmt=marker, color=color, markersize=4, capsize=2,
+                    fmt=marker,
+                    color=color,
+                    markersize=4,
+                    capsize=2,
                     label=ACCURACIES[measure] if not height else None,
-                )  # fmt: skip
+                )
         panel.axvline(0, color="black", linewidth=1)
         panel.set_yticks(range(len(methods)), methods)
         panel.set_title(f"{family}\n{fill(SAID[family], 26)}", fontsize=7)

@@ -48,8 +48,9 @@ def one(scenario_name: str, seed: int, index: int, sizes: Sizes) -> dict[str, An
         "bootstrap": suggest_radius(_training(rewards, drawing))["bootstrap"]["sets"],
     }
     losses = losses_of(held_out.margin)
-    out = fmean(marks(rewards, of)["nll"] for name, of in drawing.test.items()
-                if name.endswith("/out"))  # fmt: skip
+    out = fmean(
+        marks(rewards, of)["nll"] for name, of in drawing.test.items() if name.endswith("/out")
+    )
     return {
         "scenario": scenario.name,
         "seed": seed,
@@ -117,9 +118,8 @@ def coverage(
     mine = [one for one in suggestions if shift in (None, FAMILY_OF[one["scenario"]])]
     found = [one["rules"][rule][family] for one in mine]
     covered = fmean(
-        of["worst"] is not None and of["worst"] >= one["out loss"]
-        for one, of in zip(mine, found)
-    )  # fmt: skip
+        of["worst"] is not None and of["worst"] >= one["out loss"] for one, of in zip(mine, found)
+    )
     order = {"none": np.inf} | {of["set"]: _strength(of["set"]) for of in found if of["set"]}
     ranked = sorted((of["set"] or "none" for of in found), key=lambda text: order[text])
     return covered, ranked[len(ranked) // 2]
@@ -162,8 +162,11 @@ def main() -> None:
     sizes = Sizes(**header["sizes"])
     own = {"sizes": header["sizes"]}
     done = {(r["scenario"], r["seed"]) for r in done_already(options.output, own)}
-    tasks = [(r["scenario"], r["seed"], chosen(r["methods"][BASE]), sizes) for r in records
-             if (r["scenario"], r["seed"]) not in done]  # fmt: skip
+    tasks = [
+        (r["scenario"], r["seed"], chosen(r["methods"][BASE]), sizes)
+        for r in records
+        if (r["scenario"], r["seed"]) not in done
+    ]
     run.load()
     run_tasks(options.output, own, tasks, _task, options.workers)
 

@@ -43,10 +43,14 @@ def one(scenario: Scenario, seed: int, sizes: Sizes, configs: int) -> dict[str, 
             head = train_head(scaled, drawing.train.rows, drawing.groups, config, seed)
             with torch.no_grad():
                 rewards = head(scaled).squeeze(-1)
-            found[method].append({
-                "val": {k: rounded(marks(rewards, v))["accuracy"] for k, v in drawing.val.items()},
-                "test": {k: rounded(marks(rewards, v)) for k, v in drawing.test.items()},
-            })  # fmt: skip
+            found[method].append(
+                {
+                    "val": {
+                        k: rounded(marks(rewards, v))["accuracy"] for k, v in drawing.val.items()
+                    },
+                    "test": {k: rounded(marks(rewards, v)) for k, v in drawing.test.items()},
+                }
+            )
     return {"scenario": scenario.name, "seed": seed, "methods": found}
 
 
@@ -74,8 +78,12 @@ def main() -> None:
     sizes, configs = (QUICK, 1) if options.quick else (Sizes(), 6)
     own = own_facts(sizes, configs)
     done = {(record["scenario"], record["seed"]) for record in done_already(options.output, own)}
-    tasks = [(scenario.name, seed, sizes, configs) for seed in range(options.seeds)
-             for scenario in SCENARIOS if (scenario.name, seed) not in done]  # fmt: skip
+    tasks = [
+        (scenario.name, seed, sizes, configs)
+        for seed in range(options.seeds)
+        for scenario in SCENARIOS
+        if (scenario.name, seed) not in done
+    ]
     load()  # once, before there are workers to wait for it
     run_tasks(options.output, own, tasks, _task, options.workers)
 

@@ -82,9 +82,10 @@ def run_tasks(
     """Append ``work(task)`` of every task to ``path``, in whatever order they end."""
     path.parent.mkdir(parents=True, exist_ok=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with path.open("a", encoding="utf-8") as file, Progress(
-        *columns, TimeElapsedColumn()
-    ) as progress:  # fmt: skip
+    with (
+        path.open("a", encoding="utf-8") as file,
+        Progress(*columns, TimeElapsedColumn()) as progress,
+    ):
         if not file.tell():
             file.write(json.dumps(header(**own)) + "\n")
         bar = progress.add_task("scenarios and seeds", total=len(tasks))
