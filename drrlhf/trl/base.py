@@ -1,4 +1,4 @@
-"""What both trainers share: the columns, the reduction, the states and metrics of the set."""
+"""What the trainers of pairs share: columns, the reduction of a batch, metrics."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from accelerate.logging import get_logger
 from torch import Tensor
 
 from drrlhf import robust_risk
-from drrlhf.trl import columns, packing, pairs
-from drrlhf.trl.pairs import Pairs
+from drrlhf.trl import columns, packing, weighted
 from drrlhf.trl.seam import overridden
-from drrlhf.trl.step import Pass, StepMixin
+from drrlhf.trl.step import Pass, TwoPasses
+from drrlhf.trl.weighted import PAIRS, Weighted
 
 logger = get_logger(__name__)
 
 
-class AmbiguityMixin(StepMixin):
+class AmbiguityMixin(TwoPasses):
     """Put before a TRL trainer: reads ``args.ambiguity`` and keeps what the set needs.
 
     Metrics added to TRL's own, for every set but plain ``"erm"`` (there only with weights):
@@ -45,7 +45,6 @@ class AmbiguityMixin(StepMixin):
         config = given.get("args")
         self._read_set(config, given)
         self._pass: Pass | None = None
-        self._evaluated: list[Tensor] | None = None
         if config is not None:
             self._check_arguments(config)
         # TRL's DPO trainer would warn that it ignores the flag, and clear it.
@@ -103,29 +102,6 @@ class AmbiguityMixin(StepMixin):
 
     # -- the reduction -------------------------------------------------------------------------
 
-    def _risk_arguments(self, nominal: Tensor | None, groups: Tensor | None) -> dict[str, Any]:
-        """The keyword arguments that ``robust_risk`` and the losses share."""
-        self._check_groups(groups)
-        arguments: dict[str, Any] = {
-            "ambiguity": self.ambiguity,
-            "nominal": nominal,
-            "process_group": self._process_group,
-            # one step of the adversary for one step of the optimizer; a stream takes every batch
-            "update": self.model.training and (self._streaming or self.accelerator.sync_gradients),
-        }
-        if self.group_state is not None:
-            arguments |= {"groups": groups, "group_state": self.group_state}
-        if self.normaliser_state is not None:
-            arguments["normaliser_state"] = self.normaliser_state
-        return arguments
-
-    def _check_groups(self, groups: Tensor | None) -> None:
-        if self.group_state is not None and groups is None:
-            raise ValueError(
-                f"ambiguity={str(self.ambiguity)!r} needs a column 'group', and the batch has "
-                "none: add it to the dataset, and let a data_collator of your own keep it."
-            )
-
     def _reduced(
         self,
         losses: Tensor,  # (n,), differentiable
@@ -134,44 +110,41 @@ class AmbiguityMixin(StepMixin):
         groups: Tensor | None,  # (n,)
     ) -> Tensor:
         """The number () to backpropagate for a batch: in one pass, or in one of the step's two."""
+        seen = Weighted(losses.detach(), nominal, groups, correct=correct)
         if self._pass is not None:
-            value = self._pass.reduce(losses)
-            self._pass.seen.append(Pairs(losses.detach(), correct, nominal, groups))
-            return value
+            self._pass.seen.append(seen)
+            return self._pass.reduce(losses)
         if self._evaluated is not None and not self.model.training:
             self._check_groups(groups)
-            value = robust_risk(losses, nominal=nominal).value
-            table = Pairs(losses.detach(), correct, nominal, groups).table()
-            self._evaluated.append(self.accelerator.gather_for_metrics(table).cpu())
-            return value
-        risk = robust_risk(losses, **self._risk_arguments(nominal, groups))
-        seen = Pairs(losses.detach(), correct, nominal, groups, risk.weights)
-        self._log_pairs(seen, risk.value.detach())
+            self._evaluated.append(self.accelerator.gather_for_metrics(seen.table()).cpu())
+            return robust_risk(losses, nominal=nominal).value
+        update = self.model.training and (self._streaming or self.accelerator.sync_gradients)
+        risk = self._solve(losses, nominal, groups, update, self._process_group)
+        self._log_pairs(seen._replace(weights=risk.weights), risk.value.detach())
         return risk.value
 
     # -- metrics -------------------------------------------------------------------------------
 
-    def _log_pairs(self, seen: Pairs, value: Tensor) -> None:
+    def _log_pairs(self, seen: Weighted, value: Tensor) -> None:
         """Metrics of the pairs of this rank, whose worst case has the value (), over all ranks."""
         if seen.groups is None and not (self._adversarial or seen.nominal is not None):
             return
         table = seen.table()
         if self.accelerator.num_processes > 1:
             if self._process_group is None:  # then every rank's weights sum to 1
-                table[:, -1] /= self.accelerator.num_processes
+                assert seen.weights is not None
+                weights = seen.weights / self.accelerator.num_processes
+                table = seen._replace(weights=weights).table()
             padded = self.accelerator.pad_across_processes(table, dim=0, pad_index=float("nan"))
             table = self.accelerator.gather(padded)
-            table = table[~table[:, 2].isnan()]
+            table = table[~table[:, 1].isnan()]
             value = self.accelerator.gather(value.reshape(1)).mean()
-        everyone = pairs.from_table(table.cpu())
+        everyone = weighted.from_table(table.cpu())
         found: dict[str, float] = {}
         if self._adversarial or seen.nominal is not None:
-            found |= pairs.summary(everyone, value.item())
-        group_weights = None if self.group_state is None else self.group_state.weights
-        found |= pairs.by_group(everyone, group_weights, self._label)
-        metrics = self._metrics["train" if self.model.training else "eval"]
-        for name, number in found.items():
-            metrics[name].append(number)
+            found |= weighted.summary(everyone, value.item(), PAIRS)
+        found |= self._by_group(everyone, PAIRS)
+        self._log(found, "train" if self.model.training else "eval")
 
     def evaluation_loop(
         self,
@@ -182,38 +155,24 @@ class AmbiguityMixin(StepMixin):
         metric_key_prefix: str = "eval",
     ) -> Any:
         """TRL's loop; then the worst case over all of its pairs, which no batch sees alone."""
-        self._evaluated = []
-        try:
+        with self._evaluating() as tables:
             output = super().evaluation_loop(  # type: ignore[misc]
                 dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
             )
-            tables = self._evaluated
-        finally:
-            self._evaluated = None
         if not tables:
             return output
-        seen = pairs.from_table(torch.cat(tables))
+        seen = weighted.from_table(torch.cat(tables))._replace(weights=None)
         assert seen.nominal is not None
-        weighted = bool((seen.nominal != 1).any())
         found = {}
-        if self._adversarial or weighted:
-            device = self.accelerator.device
-            risk = robust_risk(
-                seen.losses.to(device),
-                self.ambiguity,
-                nominal=seen.nominal.to(device),
-                groups=None if seen.groups is None else seen.groups.to(device),
-                group_state=self.group_state,
-                normaliser_state=self.normaliser_state,
-                update=False,
-            )
+        if self._adversarial or bool((seen.nominal != 1).any()):
+            there = seen.on(self.accelerator.device)
+            risk = self._solve(there.losses, there.nominal, there.groups, update=False)
             seen = seen._replace(weights=risk.weights.cpu())
-            found = pairs.summary(seen, risk.value.item())
+            found = weighted.summary(seen, risk.value.item(), PAIRS)
             if not self._loss_outside_the_set:
                 output.metrics[f"{metric_key_prefix}_loss"] = risk.value.item()
-        else:
-            seen = seen._replace(weights=None)
-        found |= pairs.worst_group(seen) | pairs.by_group(seen, None, self._label)
+        found |= weighted.worst_group(seen)
+        found |= weighted.by_group(seen, None, self._label, PAIRS)
         for name, number in found.items():
             self._metrics["eval"][name] = [number]
         return output

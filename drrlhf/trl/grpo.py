@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import time
 from typing import Any
@@ -12,14 +11,15 @@ import trl
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from drrlhf import Group, models, reward_inputs, robust_risk
+from drrlhf import Group, models, reward_inputs
 from drrlhf.conventions import POLICY_LOSS_TYPES, SequenceStatistics
 from drrlhf.functional.policy_loss import surrogate
 from drrlhf.functional.robust_risk import weighted_sum
-from drrlhf.trl import columns, head, prompts
+from drrlhf.trl import columns, head, prompts, weighted
 from drrlhf.trl.prompts import FACTOR, PassRates, PromptSampler
 from drrlhf.trl.seam import overridden
-from drrlhf.trl.sets import SetMixin
+from drrlhf.trl.step import StepMixin
+from drrlhf.trl.weighted import PROMPTS, Weighted
 
 # What TRL's batches hold of images; completions of such a batch are not taken apart.
 MULTIMODAL = (
@@ -40,7 +40,7 @@ def _prepared(batch: Any) -> Any:
     return batch
 
 
-class GRPOTrainer(SetMixin, trl.GRPOTrainer):
+class GRPOTrainer(StepMixin, trl.GRPOTrainer):
     """TRL's ``GRPOTrainer``; each prompt's share of the objective is weighed by ``args.ambiguity``.
 
     With V the mean reward of a prompt's completions and q the worst-case weights of -V over the m
@@ -76,8 +76,6 @@ class GRPOTrainer(SetMixin, trl.GRPOTrainer):
     chat_template_kwargs: Any
     _signature_columns: Any
     num_generations_eval: Any
-    _calls_left = 0
-    _evaluated: list[Tensor] | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         given = inspect.signature(super().__init__).bind(*args, **kwargs).arguments
@@ -86,7 +84,6 @@ class GRPOTrainer(SetMixin, trl.GRPOTrainer):
         self._read_set(config, given)
         if config is not None:
             self._check_arguments(config)
-        self._held: list[dict[str, Any]] = []
         self._prompts_met = 0
         self._rewards: Tensor | None = None
         pads = _pad_token_ids(given.get("reward_funcs"))
@@ -216,38 +213,26 @@ class GRPOTrainer(SetMixin, trl.GRPOTrainer):
 
     # -- the step ------------------------------------------------------------------------------
 
-    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
-        """The microbatches of one optimizer step, as the loop fetches them."""
-        batches, items = super().get_batch_samples(*args, **kwargs)
-        self._calls_left, self._held = len(batches), []
-        return batches, items
+    def _wants_whole_step(self, batches: int) -> bool:
+        return self._reweighing and self.robust_scope == "step"
 
-    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
-        """A microbatch's loss () after its backward. With an adversary over the step, every call
-        but the last only generates and scores, and the last one does the rest for all of them."""
-        if not self._reweighing or self.robust_scope != "step":
-            return super().training_step(model, inputs, num_items_in_batch)
-        model.train()
+    def _collect(self, batch: Any) -> Any:
+        """Generates and scores."""
         start = time.perf_counter()
-        self._held.append(self._prepare_inputs(inputs))
+        prepared = self._prepare_inputs(batch)
         self._current_train_step_time += time.perf_counter() - start  # as TRL counts it
         self._step += 1
-        self._calls_left -= 1
-        if self._calls_left > 0:
-            return torch.zeros((), device=self.accelerator.device)
-        held, self._held = self._held, []
-        factors = self._weigh(held)
-        self._step -= len(held)
+        return prepared
+
+    def _whole_step(self, model: Any, batches: list[Any], items: Any) -> Tensor:
+        factors = self._weigh(batches)
+        self._step -= len(batches)
         total = torch.zeros((), device=self.accelerator.device)
-        state = self.accelerator.gradient_state
         with overridden(self, _prepare_inputs=_prepared):
-            for i, (batch, factor) in enumerate(zip(held, factors, strict=True)):
-                last = i == len(held) - 1
-                state._set_sync_gradients(last)
-                context = contextlib.nullcontext() if last else self.accelerator.no_sync(model)
-                with context:
-                    batch = batch | {FACTOR: factor}
-                    total += super().training_step(model, batch, num_items_in_batch)
+            for i, (batch, factor) in enumerate(zip(batches, factors, strict=True)):
+                last = i == len(batches) - 1
+                self.accelerator.gradient_state._set_sync_gradients(last)
+                total += self._backward(model, batch | {FACTOR: factor}, last, items)
         return total
 
     def _weigh(self, batches: list[dict[str, Any]]) -> list[Tensor]:
@@ -261,34 +246,19 @@ class GRPOTrainer(SetMixin, trl.GRPOTrainer):
         found, place = prompts.from_table(rows)
         # One step of the adversary for one of the optimizer; a stream takes every batch.
         whole = self.robust_scope == "step" or self._streaming
-        found, risk = self._solved(found, update=whole or self.accelerator.sync_gradients)
-        self._log_prompts(found, risk, "train")
-        assert found.weights is not None
-        factors = (len(found.values) * found.weights)[place][mine]
+        update = whole or self.accelerator.sync_gradients
+        risk = self._solve(found.losses, found.nominal, found.groups, update)
+        found = found._replace(weights=risk.weights)
+        self._log_prompts(found, risk.value.item(), "train")
+        factors = (len(found.losses) * risk.weights)[place][mine]
         return list(factors.to(torch.float32).split([len(b[prompts.PROMPT]) for b in batches]))
 
-    def _solved(self, found: prompts.Prompts, update: bool) -> tuple[prompts.Prompts, float]:
-        """The same prompts with their worst-case weights, and the risk. Every process has all of
-        the prompts, and finds the same."""
-        risk = robust_risk(
-            -found.values,
-            self.ambiguity,
-            nominal=found.nominal,
-            groups=found.groups if self.group_state is not None else None,
-            group_state=self.group_state,
-            normaliser_state=self.normaliser_state,
-            update=update,
-        )
-        return found._replace(weights=risk.weights), risk.value.item()
-
-    def _log_prompts(self, found: prompts.Prompts, risk: float | None, mode: str) -> None:
+    def _log_prompts(self, found: Weighted, risk: float | None, mode: str) -> None:
         """Metrics of all processes' prompts; without a risk they are not weighed."""
-        state = None if self.group_state is None else self.group_state.weights
-        metrics = prompts.by_group(found, state, self._label)
+        metrics = self._by_group(found, PROMPTS)
         if risk is not None:
-            metrics |= prompts.summary(found, risk)
-        for name, number in metrics.items():
-            self._metrics[mode][name].append(number)
+            metrics |= weighted.summary(found, risk, PROMPTS)
+        self._log(metrics, mode)
 
     # -- the loss ------------------------------------------------------------------------------
 
@@ -406,23 +376,19 @@ class GRPOTrainer(SetMixin, trl.GRPOTrainer):
         }
         if self.beta:
             metrics["kl"] = kl / max(tokens, 1.0)
-        for name, number in metrics.items():
-            self._metrics["train"][name].append(number)
+        self._log(metrics, "train")
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """TRL's loop; then the worst case over all of its prompts."""
-        self._evaluated = []
-        try:
+        with self._evaluating() as tables:
             output = super().evaluation_loop(*args, **kwargs)
-            tables = self._evaluated
-        finally:
-            self._evaluated = None
         if tables:
             found, _ = prompts.from_table(torch.cat(tables).to(self.accelerator.device))
-            risk = None
+            value = None
             if self._reweighing:
-                found, risk = self._solved(found, update=False)
-            self._log_prompts(found, risk, "eval")
+                risk = self._solve(found.losses, found.nominal, found.groups, update=False)
+                found, value = found._replace(weights=risk.weights), risk.value.item()
+            self._log_prompts(found, value, "eval")
         return output
 
     def _states(self) -> dict[str, torch.nn.Module]:

@@ -1,4 +1,4 @@
-"""What is known of the prompts of a step: how well they went, and how much each is to weigh.
+"""What is known of the prompts of a step: in which order they come, and how well they went.
 
 Every completion carries its prompt's facts beside TRL's own tensors, so that they follow TRL's
 shuffling, splitting and buffering.
@@ -7,14 +7,14 @@ shuffling, splitting and buffering.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from trl.trainer.utils import RepeatSampler
 
-from drrlhf.trl.pairs import LOGGED_GROUPS, nominal_mean, states, unevenness
+from drrlhf.trl.weighted import Weighted
 
 # Columns (B,) of a prepared batch: the prompt's number, mean reward, nominal weight and group, and
 # the factor of the completion's contribution once it is known.
@@ -41,30 +41,17 @@ class PromptSampler(RepeatSampler):
                 torch.randperm(self.num_samples, generator=self.generator)
 
 
-class Prompts(NamedTuple):
-    """m prompts: mean rewards V, nominal weights (0 masks), groups (-1: none), worst-case weights
-    where they are known; each (m,) float64 but groups, int64."""
-
-    values: Tensor
-    nominal: Tensor
-    groups: Tensor
-    weights: Tensor | None = None
-
-    @property
-    def present(self) -> Tensor:
-        return self.nominal > 0
-
-
 def table(batches: Sequence[dict[str, Any]]) -> Tensor:
     """What a rank tells of the completions (n, 4) of its batches, in the order of `COLUMNS`."""
     columns = (torch.cat([batch[name].double() for batch in batches]) for name in COLUMNS)
     return torch.stack(tuple(columns), 1)
 
 
-def from_table(rows: Tensor) -> tuple[Prompts, Tensor]:
+def from_table(rows: Tensor) -> tuple[Weighted, Tensor]:
     """The prompts of completions (n, 4), and which of them each completion (n,) belongs to.
 
-    A prompt whose completions could not be scored (its value is NaN) is masked.
+    The loss of a prompt is minus its mean reward. A prompt whose completions could not be scored
+    (its value is NaN) is masked.
     """
     numbers, place = rows[:, 0].unique(return_inverse=True)
     found = rows.new_zeros(len(numbers), rows.shape[1])
@@ -72,32 +59,7 @@ def from_table(rows: Tensor) -> tuple[Prompts, Tensor]:
     _, values, nominal, groups = found.unbind(1)
     scored = ~values.isnan()
     values, nominal = torch.where(scored, values, 0), torch.where(scored, nominal, 0)
-    return Prompts(values, nominal, groups.long()), place
-
-
-def summary(prompts: Prompts, risk: float) -> dict[str, float]:
-    """The ``robust/…`` metrics: reward is the nominal mean of V, worst_case_reward minus the risk;
-    the others as `pairs.summary`, over prompts."""
-    assert prompts.weights is not None
-    mean = nominal_mean(prompts.values, prompts.nominal)
-    own = {"robust/reward": mean, "robust/worst_case_reward": -risk}
-    return own | unevenness(prompts.weights, prompts.present)
-
-
-def by_group(
-    prompts: Prompts, state: Tensor | None, label: Callable[[int], str] = str
-) -> dict[str, float]:
-    """The ``group/…`` metrics: reward and weight of each group present, and its state; group g is
-    called ``label(g)``."""
-    metrics: dict[str, float] = {}
-    for g in prompts.groups.unique().tolist():
-        rows = (prompts.groups == g) & prompts.present
-        if 0 <= g < LOGGED_GROUPS and rows.any():
-            name = f"group/{label(g)}"
-            metrics[f"{name}/reward"] = prompts.values[rows].mean().item()
-            if prompts.weights is not None:
-                metrics[f"{name}/weight"] = prompts.weights[rows].sum().item()
-    return metrics | states(state, label)
+    return Weighted(-values, nominal, groups.long()), place
 
 
 def identity(prompt: Any) -> int:

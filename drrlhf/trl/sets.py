@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import DistributedType
+from torch import Tensor
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from drrlhf import ERM, Group, GroupState, NormaliserState, parse_ambiguity
+from drrlhf import ERM, Group, GroupState, NormaliserState, parse_ambiguity, robust_risk
+from drrlhf.functional import RobustRisk
 from drrlhf.groups import Groups, from_data, with_count
-from drrlhf.trl import columns, state
+from drrlhf.trl import columns, state, weighted
 from drrlhf.trl.seam import overridden
+from drrlhf.trl.weighted import Weighted
 
 GROUPS = "groups"  # a checkpoint's fact: what the data call the groups, in order
 
@@ -40,6 +44,7 @@ class SetMixin:
     _get_output_dir: Any
     _push_from_checkpoint: Any
     _members = "pairs"  # what the adversary weighs, in messages
+    _evaluated: list[Tensor] | None = None
     _by_column = True  # whether the groups of a Group set are those of the column
 
     def _read_set(self, config: Any, given: Mapping[str, Any]) -> None:
@@ -100,6 +105,54 @@ class SetMixin:
         """What the metrics call a group."""
         named = self._by_column and self._groups is not None
         return self._groups.label(group) if named else str(group)  # type: ignore[union-attr]
+
+    # -- the worst case ------------------------------------------------------------------------
+
+    def _solve(
+        self,
+        losses: Tensor,
+        nominal: Tensor | None,
+        groups: Tensor | None,
+        update: bool,
+        process_group: Any = None,
+    ) -> RobustRisk:
+        """The worst case of losses (n,), differentiable by them. One step of the adversary is for
+        one of the optimizer; a stream takes every batch: ``update`` says whether this is it."""
+        self._check_groups(groups)
+        return robust_risk(
+            losses,
+            self.ambiguity,
+            nominal=nominal,
+            groups=None if self.group_state is None else groups,
+            group_state=self.group_state,
+            normaliser_state=self.normaliser_state,
+            update=update,
+            process_group=process_group,
+        )
+
+    def _check_groups(self, groups: Tensor | None) -> None:
+        if self.group_state is not None and groups is None:
+            raise ValueError(
+                f"ambiguity={str(self.ambiguity)!r} needs a column 'group', and the batch has "
+                "none: add it to the dataset, and let a data_collator of your own keep it."
+            )
+
+    @contextlib.contextmanager
+    def _evaluating(self) -> Iterator[list[Tensor]]:
+        """Collects the tables of an evaluation's batches, which `_evaluated` gets meanwhile."""
+        self._evaluated = []
+        try:
+            yield self._evaluated
+        finally:
+            self._evaluated = None
+
+    def _log(self, metrics: dict[str, float], mode: str) -> None:
+        for name, number in metrics.items():
+            self._metrics[mode][name].append(number)  # type: ignore[attr-defined]
+
+    def _by_group(self, rows: Weighted, kind: weighted.Kind) -> dict[str, float]:
+        state = None if self.group_state is None else self.group_state.weights
+        return weighted.by_group(rows, state, self._label, kind)
 
     # -- checks --------------------------------------------------------------------------------
 

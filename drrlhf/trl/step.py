@@ -19,10 +19,10 @@ from torch import Tensor
 
 from drrlhf import ERM, reward_inputs, robust_risk
 from drrlhf.functional.robust_risk import weighted_sum
-from drrlhf.trl import pairs, rows
-from drrlhf.trl.pairs import Pairs
+from drrlhf.trl import rows, weighted
 from drrlhf.trl.seam import overridden
 from drrlhf.trl.sets import SetMixin
+from drrlhf.trl.weighted import Weighted
 
 
 @dataclass
@@ -37,7 +37,7 @@ class Pass:
     weights: Tensor | None = None
     scale: int = 1
     outside: float = 1.0
-    seen: list[Pairs] = field(default_factory=list)
+    seen: list[Weighted] = field(default_factory=list)
     references: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
     def reduce(self, losses: Tensor) -> Tensor:
@@ -85,61 +85,95 @@ def _itself(tensor: Any) -> Any:
 
 
 class StepMixin(SetMixin):
-    """The part of our trainers that takes a whole optimizer step at a time.
+    """Takes a whole optimizer step at a time, in every trainer: collect, solve once, then run
+    forward and backward with fixed weights.
 
-    It lets the trainer's loop fetch the microbatches of a step and call for each of them, does
-    nothing at all but the last of these calls, and everything then.
+    `Trainer` calls ``training_step`` once per microbatch. All calls but the last return 0; the last
+    one runs the whole step. What a microbatch is collected as, and what the step consists of, is
+    the trainer's (`_collect`, `_whole_step`).
     """
+
+    _held: list[Any]
+    _takes_whole_step = False
+    _calls_left = 0
+
+    def _wants_whole_step(self, batches: int) -> bool:
+        """Whether a step of so many microbatches is taken as one."""
+        raise NotImplementedError
+
+    def _collect(self, batch: Any) -> Any:
+        """What is kept of a microbatch until the last one is there."""
+        raise NotImplementedError
+
+    def _whole_step(self, model: Any, batches: list[Any], items: Any) -> Tensor:
+        """Forward and backward of all microbatches; the step's loss ()."""
+        raise NotImplementedError
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """The microbatches of one optimizer step, as the loop fetches them."""
+        batches, items = super().get_batch_samples(*args, **kwargs)  # type: ignore[misc]
+        self._takes_whole_step = self._wants_whole_step(len(batches))
+        self._calls_left, self._held = len(batches), []
+        return batches, items
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        """A microbatch's loss () after its backward, or the step's after the last one."""
+        if not self._takes_whole_step:
+            return super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]
+        model.train()
+        self._held.append(self._collect(inputs))
+        self._calls_left -= 1
+        if self._calls_left:
+            return torch.zeros((), device=self.accelerator.device)
+        batches, self._held = self._held, []
+        self._takes_whole_step = False
+        return self._whole_step(model, batches, num_items_in_batch)
+
+    def _backward(self, model: Any, batch: Any, last: bool, items: Any = None) -> Tensor:
+        """Forward and backward of a microbatch whose weights are fixed; its loss (). Gradients are
+        shared between processes after the last one."""
+        with contextlib.nullcontext() if last else self.accelerator.no_sync(model=model):
+            return super().training_step(model, batch, items)  # type: ignore[misc]
+
+
+class TwoPasses(StepMixin):
+    """The step of a trainer of pairs."""
 
     _pass: Pass | None
     _metrics: dict[str, Any]
     _total_train_tokens: Any
-    _step_batches: list[Any] | None = None
-    _calls_left = 0
 
     @property
     def _loss_outside_the_set(self) -> bool:
         """Whether a batch's loss has terms that the adversary does not weigh."""
         return False
 
-    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
-        """The microbatches of one optimizer step, as the loop fetches them."""
-        batches, items = super().get_batch_samples(*args, **kwargs)  # type: ignore[misc]
-        whole = self._reweighing and not self._streaming and self.robust_scope == "step"
-        self._step_batches = batches if whole and len(batches) > 1 else None
-        self._calls_left = len(batches)
-        return batches, items
+    def _wants_whole_step(self, batches: int) -> bool:
+        step = self.robust_scope == "step" and not self._streaming
+        return self._reweighing and step and batches > 1
 
-    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
-        """A microbatch's loss () after its backward; with two passes, the step's at its end."""
-        if self._step_batches is None:
-            return super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]
-        self._calls_left -= 1
-        if self._calls_left:
-            return torch.zeros((), device=self.accelerator.device)
-        batches, self._step_batches = self._step_batches, None
-        return self._whole_step(model, batches)
+    def _collect(self, batch: Any) -> Any:
+        return batch
 
-    def _whole_step(self, model: Any, batches: list[Any]) -> Tensor:
-        model.train()
+    def _whole_step(self, model: Any, batches: list[Any], items: Any) -> Tensor:
         batches = [self._prepare_inputs(batch) for batch in batches]  # type: ignore[attr-defined]
         if self.ambiguity == ERM():  # the weights are in the columns: no first pass
-            return self._known_step(model, batches)
+            return self._fixed_weight_step(model, batches)
         first = Pass()
         outside, starts, end = self._first_pass(model, batches, first)
-        seen = pairs.together(first.seen)
-        value, weights = self._solve(seen)
-        self._log_pairs(seen._replace(weights=weights), value)  # type: ignore[attr-defined]
+        seen = weighted.concatenate(first.seen)
+        risk = self._solve(seen.losses, seen.nominal, seen.groups, True, self._process_group)
+        self._log_pairs(seen._replace(weights=risk.weights), risk.value)  # type: ignore[attr-defined]
         if first.references:
             batches = [
                 dict(batch) | {"ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
                 for batch, (chosen, rejected) in zip(batches, first.references, strict=True)
             ]
-        plan = self._plan(batches, weights, starts)
+        plan = self._plan(batches, risk.weights, starts)
         with self._unlogged():
             self._second_pass(model, batches, plan)
         end.restore(self.accelerator.device)
-        return value + outside
+        return risk.value + outside
 
     def _first_pass(
         self, model: Any, batches: list[Any], first: Pass
@@ -154,14 +188,6 @@ class StepMixin(SetMixin):
                     outside.append(self.compute_loss(model, batch))  # type: ignore[attr-defined]
         end = Generators.now(device)
         return torch.stack(outside).mean(), None if starts[0].equal(end) else starts, end
-
-    def _solve(self, seen: Pairs) -> tuple[Tensor, Tensor]:
-        """The worst case of all ranks' pairs: value (), and the weights (n,) of this rank's."""
-        risk = robust_risk(
-            seen.losses,
-            **self._risk_arguments(seen.nominal, seen.groups),  # type: ignore[attr-defined]
-        )
-        return risk.value, risk.weights
 
     def _plan(
         self, batches: Sequence[Mapping[str, Any]], weights: Tensor, starts: list[Generators] | None
@@ -214,27 +240,24 @@ class StepMixin(SetMixin):
             if generators is not None:
                 generators.restore(self.accelerator.device)
             known = Pass(weights, self._ranks, 1 / len(batches))
-            self._known_weights(model, batch, known, last=i == len(plan) - 1)
+            self._fixed_weights(model, batch, known, last=i == len(plan) - 1)
 
     @property
     def _pad_token_id(self) -> int:
         """What fills rows up; 0 where the model has no pad token, and so none that it looks for."""
         return reward_inputs.pad_token_id(self.model) or 0
 
-    def _known_weights(self, model: Any, batch: Any, known: Pass, last: bool) -> Tensor:
-        """Forward and backward of a microbatch with fixed weights; its loss ()."""
-        with (
-            contextlib.nullcontext() if last else self.accelerator.no_sync(model=model),
-            overridden(self, _pass=known, current_gradient_accumulation_steps=1),
-        ):
-            return super().training_step(model, batch)  # type: ignore[misc]
+    def _fixed_weights(self, model: Any, batch: Any, known: Pass, last: bool) -> Tensor:
+        """`_backward` of a microbatch with the weights of a pass."""
+        with overridden(self, _pass=known, current_gradient_accumulation_steps=1):
+            return self._backward(model, batch, last)
 
     @property
     def _ranks(self) -> int:
         """Over how many processes gradients will be averaged."""
         return self.accelerator.num_processes if self._process_group is not None else 1
 
-    def _known_step(self, model: Any, batches: list[Any]) -> Tensor:
+    def _fixed_weight_step(self, model: Any, batches: list[Any]) -> Tensor:
         """Nominal weights alone: those of a pair within the step are known before any loss is."""
         device = self.accelerator.device
         nominal = [batch.get("weight", torch.ones(rows.count(batch))) for batch in batches]
@@ -247,9 +270,9 @@ class StepMixin(SetMixin):
             zip(batches, weights.split([len(part) for part in nominal]), strict=True)
         ):
             known = Pass(q, self._ranks, 1 / len(batches))
-            total += self._known_weights(model, batch, known, last=i == len(batches) - 1)
+            total += self._fixed_weights(model, batch, known, last=i == len(batches) - 1)
             seen += known.seen
-        found = pairs.together(seen)
+        found = weighted.concatenate(seen)
         value = (weights * torch.where(weights > 0, found.losses, 0)).sum() * self._ranks
         self._log_pairs(found._replace(weights=weights), value)  # type: ignore[attr-defined]
         return total
