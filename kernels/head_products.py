@@ -68,6 +68,45 @@ def power(x, PRECISE: tl.constexpr):
 
 
 @triton.jit
+def labels_of(label_ptr, t_ptr, slots, live, PRECISE: tl.constexpr):
+    """Labels of some slots, -1 where there is none, and their logits as far as float32 goes."""
+    labels = tl.load(label_ptr + slots, mask=live, other=-1)
+    t = tl.load(t_ptr + slots, mask=live, other=0.0)
+    if not PRECISE:
+        t = t * LOG2E
+    # NaN stays.
+    return labels, tl.where(t < -LARGEST, -LARGEST, tl.where(t > LARGEST, LARGEST, t))
+
+
+@triton.jit
+def store_nearest(nearest_ptr, rows, slots, y, columns, labels, here):
+    """Of rows whose label lies in this piece: its logit as this product made it, and the largest
+    before it."""
+    if tl.max(here.to(tl.int32), 0) != 0:
+        own = tl.where(columns[None, :] == labels[:, None], y, 0.0)
+        tl.store(nearest_ptr + rows, tl.sum(own, 1), mask=here)
+        earlier = columns[None, :] < labels[:, None]
+        before = tl.max(tl.where(earlier, y, float("-inf")), 1)
+        tl.store(nearest_ptr + slots + rows, before, mask=here)
+
+
+@triton.jit
+def store_parts(
+    p_part, field, m, total, shifted, squares, plain, live,
+    ENTROPY: tl.constexpr, SQUARES: tl.constexpr, MEAN: tl.constexpr,
+):  # fmt: skip
+    """The statistics of a tile, field by field."""
+    tl.store(p_part, m, mask=live)
+    tl.store(p_part + field, total, mask=live)
+    if ENTROPY:
+        tl.store(p_part + SHIFTED * field, shifted, mask=live)
+    if SQUARES:
+        tl.store(p_part + SQUARED * field, squares, mask=live)
+    if MEAN:
+        tl.store(p_part + PLAIN * field, plain, mask=live)
+
+
+@triton.jit
 def fold_kernel(
     h_blocks, w_blocks, ratios_blocks, bias_ptr, label_ptr, t_ptr, nearest_ptr, parts_ptr,
     count_ptr, first_slot, slots_here, width, vocabulary, bias_stride, parts_stride,
@@ -80,28 +119,24 @@ def fold_kernel(
 ):  # fmt: skip
     """Logits of `slots_here` slots from `first_slot`, their statistics by tile, ratios where STORE.
 
-    h: the counted rows of hidden side by side, 0 behind the last of them. parts: (fields, column
-    blocks, slots). Of a tile's entries other than the label: the reference m, which is the
-    label's logit or, where the largest lies far above it, that; sum e, e = exp(z - m); on request
-    sum e (z - m); sum e^2; sum z, the label's too; the largest. Whether the label comes first among
-    equals is seen in its own tile alone: nearest (2 + PIECES, slots) are its z as this product made
-    it, for equal logits must stay equal, the largest before it in its own piece, and the largest of
-    each piece of its tile. RISING: z grows with x.
+    h: the valid rows of hidden side by side, then 0. parts (fields, column blocks, slots), of a
+    tile's entries other than the label: the reference m, its logit or, where the largest lies far
+    above, that; sum e, e = exp(z - m); on request sum e (z - m); sum e^2; sum z, the label's too;
+    the largest. nearest (2 + PIECES, slots), from the label's tile alone, tells whether it comes
+    first among equals: its z as this product made it, the largest before it in its piece, and the
+    largest of each piece. RISING: z grows with x.
     """
-    # Then the logits' scale joins the subtraction in one instruction.
-    AS_THEY_ARE: tl.constexpr = RISING and not (BIAS or CAPPED or PRECISE)
+    AS_THEY_ARE: tl.constexpr = RISING and not (BIAS or CAPPED or PRECISE)  # scaled when subtracted
     CLOSE: tl.constexpr = PRECISE and (ENTROPY or SQUARES)
     HEADROOM: tl.constexpr = NEAR if CLOSE else (FAR if PRECISE else FAR * LOG2E)
     PIECE: tl.constexpr = BN // PIECES
     count = tl.maximum(tl.minimum(tl.load(count_ptr) - first_slot, slots_here), 0)
-    # Whole blocks, for a product over slots reads them to their end.
-    row_blocks = tl.cdiv(count, BLOCK_ROWS) * (BLOCK_ROWS // BM)
+    row_blocks = tl.cdiv(count, BLOCK_ROWS) * (BLOCK_ROWS // BM)  # products read whole blocks
     column_blocks = tl.cdiv(vocabulary, BN)
     field = (tl.zeros([], tl.int64) + column_blocks) * parts_stride
     steps = tl.cdiv(width, BK)
     tl.assume(steps > 0)
-    # The tile that a step belongs to is counted apart for what follows the product, so that the
-    # loads of the next tile need not wait for it.
+    # Counted apart from the loop's tile: the loads of the next one need not wait for this.
     done = tl.program_id(0) - programs
     for tile in tl.range(tl.program_id(0), row_blocks * column_blocks, programs, flatten=True):
         i_rows, i_columns = place_of(tile, row_blocks, column_blocks, GROUP)
@@ -114,16 +149,9 @@ def fold_kernel(
         i_rows, i_columns = place_of(done, row_blocks, column_blocks, GROUP)
         rows = i_rows * BM + tl.arange(0, BM)
         live = rows < count
-        labels = tl.load(label_ptr + first_slot + rows, mask=live, other=-1)
-        t = tl.load(t_ptr + first_slot + rows, mask=live, other=0.0)
-        if not PRECISE:
-            t = t * LOG2E
-        # As far as float32 goes; NaN stays.
-        t = tl.where(t < -LARGEST, -LARGEST, tl.where(t > LARGEST, LARGEST, t))
+        labels, t = labels_of(label_ptr, t_ptr, first_slot + rows, live, PRECISE)
         first = i_columns * BN
-        unit = 1.0
-        if AS_THEY_ARE:
-            unit = scale * inverse_temperature * LOG2E
+        unit = scale * inverse_temperature * LOG2E if AS_THEY_ARE else 1.0
         xs = pieces(x, BM, BN)
         others = ()
         top = tl.zeros([BM], tl.float32) - float("inf")
@@ -145,24 +173,18 @@ def fold_kernel(
                 counts = counts & (columns < vocabulary)[None, :]
             if TOP1:
                 here = live & (labels // PIECE == i_columns * PIECES + i)
-                if tl.max(here.to(tl.int32), 0) != 0:
-                    own = tl.where(columns[None, :] == labels[:, None], y, 0.0)
-                    tl.store(nearest_ptr + rows, tl.sum(own, 1), mask=here)
-                    earlier = columns[None, :] < labels[:, None]
-                    before = tl.max(tl.where(earlier, y, float("-inf")), 1)
-                    tl.store(nearest_ptr + slots_here + rows, before, mask=here)
+                store_nearest(nearest_ptr, rows, slots_here, y, columns, labels, here)
             y = tl.where(counts, y, float("-inf"))
             others = others + (y,)  # type: ignore[assignment]  # noqa: RUF005
             of_piece = tl.max(y, 1)
             top = tl.maximum(top, of_piece)
             if TOP1:
-                here = live & (labels // BN == i_columns)
-                tl.store(nearest_ptr + (2 + i) * slots_here + rows, of_piece, mask=here)
+                mine = live & (labels // BN == i_columns)
+                tl.store(nearest_ptr + (2 + i) * slots_here + rows, of_piece, mask=mine)
         p_part = parts_ptr + (tl.zeros([], tl.int64) + i_columns) * parts_stride + rows
         if TOP1:
             tl.store(p_part + TOP * field, top, mask=live)
-        top = top * unit
-        m = tl.where(top > t + HEADROOM, top, t)
+        m = tl.where(top * unit > t + HEADROOM, top * unit, t)
         total = tl.zeros([BM], tl.float32)
         shifted, squares = total, total
         for i in tl.static_range(PIECES):
@@ -182,14 +204,9 @@ def fold_kernel(
                 # A row without an answer must not reach others through a product: `factor_of`.
                 e = tl.where(e == e, e, 0.0)
                 store_block(ratios_blocks, i_rows * BM, first + i * PIECE, e, DESCRIBED)
-        tl.store(p_part, m, mask=live)
-        tl.store(p_part + field, total, mask=live)
-        if ENTROPY:
-            tl.store(p_part + SHIFTED * field, shifted, mask=live)
-        if SQUARES:
-            tl.store(p_part + SQUARED * field, squares, mask=live)
-        if MEAN:
-            tl.store(p_part + PLAIN * field, plain * unit, mask=live)
+        store_parts(
+            p_part, field, m, total, shifted, squares, plain * unit, live, ENTROPY, SQUARES, MEAN
+        )
 
 
 @triton.jit

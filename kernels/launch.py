@@ -12,7 +12,7 @@ from torch import Tensor
 
 from drrlhf.checks import DEBUG
 
-__all__ = ["DEBUG", "INTERPRETED", "numbers", "on"]
+__all__ = ["DEBUG", "INTERPRETED", "numbers", "on", "registers"]
 
 # TRITON_INTERPRET=1: kernels run in Python, on CPU tensors.
 INTERPRETED = bool(triton.knobs.runtime.interpret)
@@ -23,6 +23,12 @@ def on(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
     if tensor.device.type == "cpu":
         return contextlib.nullcontext()
     return torch.get_device_module(tensor.device).device(tensor.device)
+
+
+def registers(tensor: Tensor, count: int) -> dict[str, int]:
+    """Launch options by which ptxas may give a thread `count` registers. Left alone it settles for
+    fewer than float64 divisions and exponentials need, and spills around them."""
+    return {"maxnreg": count} if tensor.is_cuda and torch.version.hip is None else {}
 
 
 def numbers(*values: float) -> tuple[tuple[float, float], ...]:

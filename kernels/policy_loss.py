@@ -7,7 +7,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from drrlhf.kernels.launch import DEBUG, numbers, on
+from drrlhf.kernels.launch import DEBUG, numbers, on, registers
 from drrlhf.kernels.numerics import expm1, number, put
 from drrlhf.kernels.sequence_logprobs import TOKENS, WARPS, contiguous, limits
 from torch import Tensor
@@ -16,6 +16,7 @@ from drrlhf.conventions import EXPONENT_LIMIT, SequenceStatistics, statistics_dt
 
 LIMIT = tl.constexpr(EXPONENT_LIMIT)
 SMALL = tl.constexpr(0.34)  # below it the series of k3 has more digits than expm1(d) - d
+REGISTERS = 168
 ROWS = len(SequenceStatistics._fields)  # of the table of sequences
 
 
@@ -196,7 +197,7 @@ def policy_loss(
             OLD=old_logps is not None, REFERENCE=ref_logps is not None,
             ENTROPY=entropy is not None, MASKED=mask is not None, PACKED=cu_seqlens is not None,
             CORRECTED=correct_kl, TOKENS=TOKENS, DOUBLE=dtype == torch.float64, DEBUG=DEBUG,
-            num_warps=WARPS,
+            num_warps=WARPS, **registers(logps, REGISTERS),
         )  # fmt: skip
     return losses, slopes, table
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 import triton.language as tl
-from drrlhf.kernels.launch import DEBUG, numbers, on
+from drrlhf.kernels.launch import DEBUG, numbers, on, registers
 from drrlhf.kernels.numerics import number, put
 from drrlhf.kernels.worst_case import solve
 from torch import Tensor
@@ -16,7 +16,6 @@ from drrlhf.ambiguity import Encoded
 from drrlhf.conventions import statistics_dtype
 
 SMALL, LARGE = (512, 4), (1024, 8)  # losses that a step looks at together, and warps
-# Left alone, ptxas settles for fewer registers than the search needs, and spills around divisions.
 REGISTERS = 168
 
 
@@ -87,9 +86,7 @@ def solver_arguments(
         size, groups = group_weights.numel(), groups.contiguous()
         group_weights = group_weights.contiguous()
     block, warps = SMALL if n <= SMALL[0] else LARGE
-    options = {"num_warps": warps}
-    if like.is_cuda and torch.version.hip is None:
-        options["maxnreg"] = REGISTERS
+    options = {"num_warps": warps} | registers(like, REGISTERS)
     # The parameter at which a set holds the nominal weights alone.
     smallest = {"kl_radius": 0, "chi2_radius": 0, "tv": 0, "cvar": 1, "cvar_temperature": 1}
     scratch = torch.empty(rows * n + 2 * size, dtype=torch.float64, device=like.device)

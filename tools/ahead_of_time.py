@@ -337,6 +337,7 @@ def _policy_loss() -> Iterator[Variant]:
             _types(kernel, **given),
             constants | more,
             WARPS,
+            policy_loss.REGISTERS,
         )
     kernel = policy_loss.policy_loss_backward_kernel
     yield Variant(

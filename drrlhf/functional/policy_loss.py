@@ -230,14 +230,13 @@ def policy_loss(
         _check_loss_type(loss_type, max_completion_length)
         _check_sequences(logps, advantages, rewards, prompt_ids, sequence_weights)
         prompts = Prompts(prompt_ids, _count(prompt_ids, num_prompts))
+        tokens = found.sequences.tokens
         _check_rewards(rewards, prompts, risk.nominal, risk.check_finite)
         if sequence_weights is None:
-            _check_prompts_have_tokens(found.sequences.tokens, prompts)
+            _check_prompts_have_tokens(tokens, prompts)
     losses = -prompts.means(rewards.detach().double())
     value, weights, dual = worst_case(losses, "the prompts", risk)
-    shares, ranks = _shares(
-        loss_type, found.sequences.tokens.double(), max_completion_length, prompts, risk
-    )
+    shares, ranks = _shares(loss_type, tokens.double(), max_completion_length, prompts, risk)
     factors = prompts.spread(weights, math.nan) * shares
     if sequence_weights is not None:
         factors = factors * sequence_weights.detach().double()
@@ -245,15 +244,15 @@ def policy_loss(
     if risk.process_group is not None:
         everyone = distributed.total(loss.reshape(1), risk.process_group)[0] / ranks
         loss = WithGradientOf.apply(everyone, loss)
-    dtype = statistics_dtype(logps)
-    return PolicyLoss(
-        loss.to(dtype),
-        weights.to(dtype),
-        losses.to(dtype),
-        value.detach().to(dtype),
-        dual.to(dtype),
-        found.sequences,
-    )
+    results = (loss, weights, losses, value.detach(), dual)
+    return _result(results, statistics_dtype(logps), found.sequences)
+
+
+def _result(
+    numbers: tuple[Tensor, ...], dtype: torch.dtype, sequences: SequenceStatistics
+) -> PolicyLoss:
+    loss, weights, losses, risk, dual = (x.to(dtype) for x in numbers)
+    return PolicyLoss(loss, weights, losses, risk, dual, sequences)
 
 
 def _shares(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -48,46 +49,53 @@ def linear_token_logprobs(
     return (*found, hidden.new_full(shape, math.nan))
 
 
-def linear_token_logprobs_backward(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    grad: Tensor | None,
-    grad_entropy: Tensor | None,
-    logp: Tensor,
-    lse: Tensor,
-    lse_tail: Tensor,
-    entropy: Tensor,
-    kept: Tensor,
-    ignore_index: int,
-    temperature: float,
-    softcap: float | None,
-    logit_scale: float,
-    keep: int,
-    workspace: int,
-    need_hidden: bool,
-    need_weight: bool,
-    need_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+class Upstream(NamedTuple):
+    """The arguments of `linear_token_logprobs_backward`, as its schema has them."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    labels: Tensor
+    grad: Tensor | None
+    grad_entropy: Tensor | None
+    logp: Tensor
+    lse: Tensor
+    lse_tail: Tensor
+    entropy: Tensor
+    kept: Tensor
+    ignore_index: int
+    temperature: float
+    softcap: float | None
+    logit_scale: float
+    keep: int
+    workspace: int
+    need_hidden: bool
+    need_weight: bool
+    need_bias: bool
+
+
+def linear_token_logprobs_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden (..., D), weight (V, D) and bias (V,), empty where not needed.
 
     Always from the logits, computed again.
     """
-    logits = linear_logits(hidden, weight, bias, logit_scale)
-    statistics = (logp, lse, lse_tail, entropy)
+    a = Upstream(*arguments)
+    weight, grads = a.weight, (a.grad, a.grad_entropy)
+    logits = linear_logits(a.hidden, weight, a.bias, a.logit_scale)
+    statistics = (a.logp, a.lse, a.lse_tail, a.entropy)
     d = token_logprobs_backward(
-        logits, labels, grad, grad_entropy, *statistics, ignore_index, temperature, softcap
+        logits, a.labels, *grads, *statistics, a.ignore_index, a.temperature, a.softcap
     )
-    d = (d * logit_scale).reshape(-1, weight.shape[0])
-    counted = needs_gradient(labels != ignore_index, grad, grad_entropy).reshape(-1, 1)
-    rows = torch.where(counted, hidden.reshape(-1, hidden.shape[-1]).to(d.dtype), 0)
-    like_bias = weight if bias is None else bias
+    d = (d * a.logit_scale).reshape(-1, weight.shape[0])
+    trained = needs_gradient(a.labels != a.ignore_index, *grads).reshape(-1, 1)
+    hidden = a.hidden.reshape(-1, a.hidden.shape[-1])
+    like_bias = weight if a.bias is None else a.bias
     with torch.autocast(hidden.device.type, enabled=False):
-        return (
-            (d @ weight.to(d.dtype)).view(hidden.shape).to(hidden.dtype)
-            if need_hidden
-            else hidden.new_empty(0),
-            (d.T @ rows).to(weight.dtype) if need_weight else weight.new_empty(0),
-            d.sum(0).to(like_bias.dtype) if need_bias else like_bias.new_empty(0),
+        d_hidden = (
+            (d @ weight.to(d.dtype)).view(a.hidden.shape) if a.need_hidden else d.new_empty(0)
         )
+        d_weight = d.new_empty(0)
+        if a.need_weight:
+            d_weight = d.T @ torch.where(trained, hidden.to(d.dtype), 0)
+        d_bias = d.sum(0) if a.need_bias else d.new_empty(0)
+    return d_hidden.to(hidden.dtype), d_weight.to(weight.dtype), d_bias.to(like_bias.dtype)

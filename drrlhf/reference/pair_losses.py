@@ -50,11 +50,11 @@ def alpha_exponent_limit(dtype: torch.dtype) -> float:
 def divergence_score(u: Tensor, o: PairOptions) -> Tensor:
     """f'(exp(u)) up to a constant: the implicit reward of a log-ratio u (arXiv 2309.16240)."""
     if o.f_divergence == "forward_kl":
-        return -torch.expm1(-u)
+        return 1 - torch.exp(-u)
     if o.f_divergence == "js_divergence":
         return math.log(2) + F.logsigmoid(u)
     if o.f_divergence == "alpha_divergence" and abs(o.f_alpha - 1) >= 1e-6:
-        return torch.expm1(((o.f_alpha - 1) * u).clamp(max=o.exponent_limit)) / (o.f_alpha - 1)
+        return (torch.exp(((o.f_alpha - 1) * u).clamp(max=o.exponent_limit)) - 1) / (o.f_alpha - 1)
     return u
 
 
