@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import torch
 
 from drrlhf import reference
+from drrlhf.conventions import FUSED_PAIR_LOSS
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +57,13 @@ SERVED: dict[str, frozenset[str]] = {
 TRITON_FIRST = frozenset(op for op in OPS if op.startswith("linear_"))
 # The torch.library that holds a backend's ops.
 LIBRARIES = {"cpp": "drrlhf_cpp", "cuda": "drrlhf_cpp"}
+# What a row of `explain` adds to the choice.
+NOTES = {
+    "sequence_preference_loss": (
+        f"for loss_type {FUSED_PAIR_LOSS!r}; the others are sequence_logprobs, pair losses in "
+        "plain PyTorch and robust_risk"
+    )
+}
 # Ops over the vocabulary: fast in the dtypes of models, and float64 is for checking them.
 NO_FLOAT64 = frozenset(op for op in OPS if "token_logprobs" in op)
 
@@ -285,7 +293,9 @@ def explain() -> list[Choice]:
                 chosen, why_none = "", f"DRRLHF_BACKEND or use() asks for {_forced!r} alone"
             for backend in NAMES:
                 reason = _obstacle(op, backend, device)
-                if not reason and backend != chosen:
-                    reason = why_none or f"{chosen} comes first"
+                if not reason:
+                    reason = NOTES.get(op, "")
+                    if backend != chosen:
+                        reason = why_none or f"{chosen} comes first"
                 rows.append(Choice(op, device, backend, backend == chosen, reason))
     return rows
