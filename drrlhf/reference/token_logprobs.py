@@ -87,8 +87,8 @@ def _logit_gradient(
     entropy: Tensor,
     ignore_index: int,
 ) -> Tensor:
-    """d / dz of grad logp + grad_entropy entropy, (..., V)."""
-    valid, _, index = _counted(labels, ignore_index, z.shape[-1])
+    """d / dz of grad logp + grad_entropy entropy, (..., V); of all rows, wanted or not."""
+    _, _, index = _counted(labels, ignore_index, z.shape[-1])
     log_p = (z - lse.unsqueeze(-1)) - lse_tail.unsqueeze(-1)
     p = torch.exp(log_p)
     d = torch.zeros_like(z)
@@ -101,7 +101,7 @@ def _logit_gradient(
         # d entropy / dz_j = -p_j (log p_j + entropy)
         slope = torch.where(p > 0, p * (log_p + entropy.unsqueeze(-1)), 0)
         d = d - grad_entropy.to(z.dtype).unsqueeze(-1) * slope
-    return torch.where(needs_gradient(valid, grad, grad_entropy).unsqueeze(-1), d, 0)
+    return d
 
 
 def needs_gradient(valid: Tensor, grad: Tensor | None, grad_entropy: Tensor | None) -> Tensor:
@@ -132,6 +132,9 @@ def token_logprobs_backward(
     d = _logit_gradient(z, labels, grad, grad_entropy, *statistics, ignore_index) / temperature
     if softcap is not None:
         d = d * (1 - torch.tanh(x / softcap) ** 2)
+    # Last, for the slope of a capped NaN is NaN, and 0 times it too.
+    asked = needs_gradient(labels != ignore_index, grad, grad_entropy).unsqueeze(-1)
+    d = torch.where(asked, d, 0)
     return d.to(logits.dtype)
 
 
