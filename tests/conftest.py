@@ -4,6 +4,16 @@ for CUDA kernels built for the host (DRRLHF_EMULATED=FILE.so), on a GPU
 a test makes is made, and with fresh memory filled with NaN (DRRLHF_FILL=1), so that whatever reads
 what nothing wrote is found; with another build of the extension (DRRLHF_EXTENSION=FILE), such as
 tests/sanitizers makes.
+
+The tests stand in three layers, by their marks. What is neither runs in every mode.
+
+mathematics: what an op means. Proved once, on plain PyTorch, in the usual run.
+(none): what a backend does. `test_backends_equal_reference` holds each to plain PyTorch, and with
+    it to the mathematics; beside it stand the tests of a backend's own traps.
+accuracy: errors beside those of PyTorch. Only where the arithmetic is the real one: in the usual
+    run and on a GPU, neither interpreted nor emulated.
+
+DRRLHF_ALL=1 runs all of them in whatever mode it is.
 """
 
 from __future__ import annotations
@@ -11,7 +21,6 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
-from collections import defaultdict
 
 import pytest
 import torch
@@ -23,10 +32,9 @@ if extension := os.environ.get("DRRLHF_EXTENSION"):
 
 from drrlhf import backends, ops
 
-# Parameter sets of one test: the interpreter takes a second for what a kernel does in none, the
-# host a millisecond. DRRLHF_MOST=1000 runs all.
-MOST = 5 if os.environ.get("TRITON_INTERPRET") == "1" else 24
-MOST = int(os.environ.get("DRRLHF_MOST", MOST))
+MODES = ("DRRLHF_FILL", "TRITON_INTERPRET", "DRRLHF_EMULATED")
+USUAL = not any(os.environ.get(mode, "0") != "0" for mode in MODES)
+ALL = os.environ.get("DRRLHF_ALL", "0") != "0"
 FILL = os.environ.get("DRRLHF_FILL") == "1"
 
 
@@ -56,22 +64,25 @@ def pytest_configure(config):
         backends._no_cuda = lambda: ""
 
 
+def _left_out(item):
+    """Whether another backend, or another mode, has proved what this test proves."""
+    if ALL:
+        return False
+    if item.get_closest_marker("mathematics"):
+        parameters = item.callspec.params if hasattr(item, "callspec") else {}
+        return not USUAL or parameters.get("backend", "reference") != "reference"
+    return not USUAL and item.get_closest_marker("accuracy") is not None
+
+
 def pytest_collection_modifyitems(config, items):
-    """Leaves out what takes minutes unless it is asked for by its mark; of a test with many
-    parameter sets, runs as many as MOST, evenly spread, in another mode than the usual."""
-    dropped = set()
-    if "cuda_build" not in config.getoption("-m"):
-        dropped = {item for item in items if item.get_closest_marker("cuda_build")}
-    modes = ("DRRLHF_FILL", "TRITON_INTERPRET", "DRRLHF_EMULATED")
-    if any(os.environ.get(mode, "0") != "0" for mode in modes):
-        by_test = defaultdict(list)
-        for item in items:
-            by_test[item.nodeid.split("[")[0]].append(item)
-        kept = set()
-        for same in by_test.values():
-            step = max(1.0, len(same) / MOST)
-            kept |= {same[int(i * step)] for i in range(min(len(same), MOST))}
-        dropped |= set(items) - kept
+    """Leaves out what takes minutes unless it is asked for by its mark, and what another layer
+    proves."""
+    built = "cuda_build" in config.getoption("-m")
+    dropped = {
+        item
+        for item in items
+        if (item.get_closest_marker("cuda_build") and not built) or _left_out(item)
+    }
     config.hook.pytest_deselected(items=list(dropped))
     items[:] = [item for item in items if item not in dropped]
 

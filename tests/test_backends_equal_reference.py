@@ -23,25 +23,21 @@ ROWS = [
 ]
 
 
-class Tolerance:
-    """What two right answers of one dtype may lie apart: relative, and by the largest of them.
-
-    Rounding follows the largest term of a sum, not the sum: of numbers that cancel only the second
-    part is left.
-    """
-
-    # float64: the searches for a dual variable end where no better is to be found, and meet there.
-    # float32: sums of up to some thousand terms in another order, 2^-24 each; an exponential of
-    # numbers of some tens keeps as many units fewer of its last place as its argument has.
-    # bfloat16, float16: what is float32 until then is rounded once by each of the two, and where a
-    # gradient is a product of numbers that were rounded before (`narrow_factors`), once more each.
-    RELATIVE = {
-        torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 2 * 2.0**-8,
-        torch.float16: 2 * 2.0**-11,
-    }  # fmt: skip
-    # Of a row that is sure these are differences of numbers of the size of 1. Elsewhere what is below
-    # the least is 0, as 1 - tanh^2 at infinity.
-    LEAST = {"entropy": 1e-6, "log_sum_sq_probs": 1e-6}
+# What two right answers of one dtype may lie apart: relative, and by the largest of them, for the
+# rounding of a sum follows its largest term, and numbers that cancel have nothing else left.
+#
+# float64: the searches for a dual variable end where no better is to be found, and meet there.
+# float32: sums of up to some thousand terms in another order, 2^-24 each; an exponential of numbers
+# of some tens keeps as many units fewer of its last place as its argument has.
+# bfloat16, float16: what is float32 until then is rounded once by each of the two, and where a
+# gradient is a product of numbers that were rounded before, once more each.
+RELATIVE = {
+    torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 2 * 2.0**-8,
+    torch.float16: 2 * 2.0**-11,
+}  # fmt: skip
+# Of a row that is sure these are differences of numbers of the size of 1. Elsewhere what is below
+# the least is 0, as 1 - tanh^2 at infinity.
+LEAST = {"entropy": 1e-6, "log_sum_sq_probs": 1e-6}
 
 
 def assert_equal(ours: torch.Tensor, plain: torch.Tensor, made: cases.Made, name: str) -> None:
@@ -51,8 +47,8 @@ def assert_equal(ours: torch.Tensor, plain: torch.Tensor, made: cases.Made, name
         assert torch.equal(ours, plain), name
         return
     arithmetic = statistics_dtype(made.leaves[0])
-    relative = max(Tolerance.RELATIVE[ours.dtype], Tolerance.RELATIVE[arithmetic])
-    least = Tolerance.LEAST.get(name, 1e-16)
+    relative = max(RELATIVE[ours.dtype], RELATIVE[arithmetic])
+    least = LEAST.get(name, 1e-16)
     size = plain[plain.isfinite()].abs().max().item() if plain.isfinite().any() else 0.0
     torch.testing.assert_close(
         ours, plain, rtol=relative, atol=relative * size + least, equal_nan=True,

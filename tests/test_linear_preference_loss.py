@@ -32,9 +32,6 @@ def backend(request):
         yield request.param
 
 
-needs_cpp = pytest.mark.skipif("cpp" not in BACKENDS, reason="the C++ extension is not built")
-
-
 class Problem:
     """Stacked pairs whose sequences differ in length; prompts and padding are ignored."""
 
@@ -175,6 +172,7 @@ def test_token_options_and_bias_are_passed_on(backend, packed):
     torch.testing.assert_close(ours.logps, expected.detach(), **CLOSE)
 
 
+@pytest.mark.mathematics
 @pytest.mark.parametrize("packed", [False, True])
 def test_packed_equals_padded(backend, packed):
     found = []
@@ -214,6 +212,7 @@ def test_reference_from_hidden_states(backend, own_head, packed):
         assert not torch.allclose(without.losses, ours.losses)
 
 
+@pytest.mark.accuracy
 @pytest.mark.parametrize("packed", [False, True])
 def test_erm_is_what_one_would_write(backend, packed):
     """DPO in plain PyTorch at the same dtype, by the three-way tolerance."""
@@ -245,6 +244,7 @@ def test_erm_is_what_one_would_write(backend, packed):
         assert_no_worse(*values, name)
 
 
+@pytest.mark.mathematics
 @pytest.mark.parametrize("ambiguity", ["erm", "kl:0.1", "tv:0.2", "cvar:0.4"])
 @pytest.mark.parametrize("loss_type", ["sigmoid", "ipo", "simpo", "hinge"])
 def test_gradcheck_of_the_reference(ambiguity, loss_type):
@@ -278,6 +278,7 @@ def test_groups_with_state(backend):
     assert not torch.equal(ours.weights, after_one)
 
 
+@pytest.mark.mathematics
 def test_a_masked_pair_costs_nothing_even_when_nan(backend):
     problem = Problem(dtype=dtype_of(backend))
     problem.ref_logps[1] = math.nan
@@ -298,6 +299,7 @@ def test_check_finite_names_the_pair(backend):
         problem.ours(check_finite=True)
 
 
+@pytest.mark.mathematics
 def test_pairs_without_weight_leave_no_gradient(backend):
     """CVaR drops easy pairs: exactly 0, at every token of both of their sequences."""
     problem = Problem(dtype=dtype_of(backend))
@@ -331,6 +333,7 @@ def test_sequences_without_labels_and_batches_without_pairs(backend):
     assert packed.logps.tolist() == [0, 0]
 
 
+@pytest.mark.accuracy
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_narrow_dtypes(backend, dtype):
     problem = Problem(dtype=dtype)
@@ -430,67 +433,6 @@ def test_bad_input(backend, change, message):
         "ref_logps": P.ref_logps,
     }
     assert_refused(lambda: dr.linear_preference_loss(**(arguments | change)), message, backend)
-
-
-def op_arguments(problem, **change):
-    """What the op of everything after the token log-probs takes, by name."""
-    logps = -torch.rand(problem.labels.shape, generator=torch.Generator().manual_seed(1))
-    return {
-        "logps": logps, "labels": problem.labels, "cu_seqlens": problem.cu_seqlens,
-        "ref_logps": problem.ref_logps.float(), "nominal": None, "groups": None,
-        "group_weights": None, "ignore_index": -100, "beta": 0.1, "label_smoothing": 0.0,
-        "kind": "tv", "parameter": 0.2, "temperature": 0.0, "trim": 0.0, "update": True,
-    } | change  # fmt: skip
-
-
-@needs_cpp
-@pytest.mark.parametrize(
-    "change,message",
-    [
-        ({"cu_seqlens": torch.tensor([1, 9, 20])}, "from 0 to"),
-        ({"cu_seqlens": torch.tensor([0, 9, 2**40])}, "from 0 to"),
-        ({"cu_seqlens": torch.tensor([0, 2**40, 0])}, "from 0 to|not decrease"),
-        ({"cu_seqlens": torch.zeros(0, dtype=torch.long)}, r"expected shape \(S\+1,\)"),
-        ({"labels": torch.zeros(3, dtype=torch.long)}, "expected"),
-        ({"ref_logps": torch.zeros(3)}, "ref_logps: expected shape"),
-        ({"nominal": torch.zeros(3)}, "nominal: expected shape"),
-        ({"kind": "group", "groups": torch.zeros(3), "group_weights": torch.ones(2)}, "groups"),
-        (
-            {"kind": "group", "groups": torch.full((6,), 9), "group_weights": torch.ones(2)},
-            "groups",
-        ),
-        ({"kind": "nonsense"}, "kind: unknown"),
-    ],
-)  # fmt: skip
-def test_the_kernel_checks_for_itself(change, message):
-    problem = Problem(dtype=torch.float32, packed=True)
-    with pytest.raises(ValueError, match=message):
-        torch.ops.drrlhf_cpp.sequence_preference_loss(*op_arguments(problem, **change).values())
-
-
-@needs_cpp
-def test_the_kernel_checks_for_pairs():
-    arguments = op_arguments(Problem(dtype=torch.float32))
-    arguments |= {name: arguments[name][:3] for name in ("logps", "labels", "ref_logps")}
-    with pytest.raises(ValueError, match="even number"):
-        torch.ops.drrlhf_cpp.sequence_preference_loss(*arguments.values())
-
-
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("kind", ["tv", "group"])
-def test_opcheck(backend, packed, kind):
-    problem = Problem(dtype=torch.float32, packed=packed)
-    change = {"kind": kind}
-    if kind == "group":
-        change |= {
-            "groups": torch.arange(PAIRS) % 2,
-            "group_weights": torch.full((2,), 0.5, dtype=torch.float64),
-        }  # fmt: skip
-    arguments = op_arguments(problem, **change)
-    arguments["logps"].requires_grad_()
-    torch.library.opcheck(
-        torch.ops.drrlhf.sequence_preference_loss.default, tuple(arguments.values())
-    )
 
 
 @pytest.mark.parametrize("packed", [False, True])

@@ -122,6 +122,7 @@ def hold(cases, kernels, entropy=False, **options):
                 assert_no_worse(*pooled, f"{'gradient of ' * part}{name}, keeping {what}")
 
 
+@pytest.mark.accuracy
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_no_less_accurate_than_plain_pytorch(backend, dtype, shape):
@@ -139,6 +140,7 @@ def test_no_less_accurate_than_plain_pytorch(backend, dtype, shape):
     hold(cases, {f"{k}, {w}": kernel(k, w) for k in keeps for w in workspaces})
 
 
+@pytest.mark.accuracy
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("options", OPTIONS)
 def test_options_and_entropy(backend, dtype, options):
@@ -148,6 +150,7 @@ def test_options_and_entropy(backend, dtype, options):
         hold(cases, {k: kernel(k, MIB, entropy) for k in KEEPS}, entropy, **options)
 
 
+@pytest.mark.accuracy
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", [0.1, 10.0])
 def test_flat_and_confident(backend, dtype, size):
@@ -259,6 +262,7 @@ def test_what_triton_keeps_at_real_sizes(monkeypatch, tokens, needs, budget, kee
     assert head_memory.plan(tokens, head, *needs, budget).keep == keep
 
 
+@pytest.mark.mathematics
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("keep", KEEPS)
 @pytest.mark.parametrize("active", [0, 1, 2, 16, 63, 77])
@@ -304,6 +308,7 @@ def test_memory_behind_the_tokens_is_never_read(backend, fresh_memory_is_nan, ke
         assert error < 0.02, f"gradient of {name}: relative error {error:.3g}"
 
 
+@pytest.mark.mathematics
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("keep", KEEPS)
 @pytest.mark.parametrize("tokens", [1, 5, 16, 17])
@@ -323,6 +328,7 @@ def test_columns_beyond_the_tokens_never_count(backend, dtype, keep, tokens):
         torch.testing.assert_close(ours.double(), truth, **close)
 
 
+@pytest.mark.mathematics
 def test_all_labels_ignored(backend):
     hidden, weight, bias, labels, _ = problem(20, 16, 70)
     hidden[3] = math.nan
@@ -333,6 +339,7 @@ def test_all_labels_ignored(backend):
         assert (logps == 0).all() and all((t.grad == 0).all() for t in x)
 
 
+@pytest.mark.mathematics
 @pytest.mark.parametrize("keep", KEEPS)
 @pytest.mark.parametrize("entropy", [False, True])
 def test_tokens_that_nobody_asks_about_may_hold_nan(backend, keep, entropy):
@@ -363,6 +370,7 @@ SPECIAL = {
 }
 
 
+@pytest.mark.mathematics
 @pytest.mark.parametrize("vocabulary", [1, 2, 5, 70, 200])
 @pytest.mark.parametrize("name", SPECIAL)
 def test_special_logits_give_what_plain_pytorch_gives(backend, name, vocabulary):
@@ -388,6 +396,7 @@ def test_special_logits_give_what_plain_pytorch_gives(backend, name, vocabulary)
                     )  # fmt: skip
 
 
+@pytest.mark.mathematics
 def test_nan_in_one_token_stays_there(backend):
     hidden, weight, bias, _, _ = problem(20, 16, 70)
     hidden[3, 5] = math.nan
@@ -403,6 +412,7 @@ def test_nan_in_one_token_stays_there(backend):
 # --------------------------------------------------------------------------- optional outputs
 
 
+@pytest.mark.accuracy
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("vocabulary", [2, 63, 200, 1100])
 @pytest.mark.parametrize("level", [0.0, 1.0, 30.0])
@@ -505,6 +515,7 @@ def test_autocast_narrows_no_product_of_the_op(backend):
             assert torch.equal(a, b)
 
 
+@pytest.mark.accuracy
 def test_bf16_logits_are_not_rounded(backend):
     hidden, weight, _, labels, _ = problem(64, 128, 500, torch.bfloat16)
     truth = plain(hidden.double() @ weight.double().T, labels)
@@ -513,6 +524,7 @@ def test_bf16_logits_are_not_rounded(backend):
     assert (ours - truth).abs().max() < 0.01 * (rounded - truth).abs().max()
 
 
+@pytest.mark.accuracy
 def test_narrow_gradients_accumulate_in_float32(backend):
     """A thousand tokens with one label: bfloat16 sums would stop growing at 256."""
     hidden = torch.ones(1000, 16, dtype=torch.bfloat16)
@@ -530,6 +542,7 @@ def test_narrow_gradients_accumulate_in_float32(backend):
 # --------------------------------------------------------------------------- the definition
 
 
+@pytest.mark.mathematics
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("options", OPTIONS)
 def test_reference_by_gradcheck(bias, options):
@@ -576,6 +589,7 @@ def test_a_backward_may_follow_another_backends_forward(dtype, entropy):
             torch.testing.assert_close(a, b, **exact, msg=lambda m: f"{pair} {name}: {m}")  # noqa: B023
 
 
+@pytest.mark.accuracy
 @needs_cpp
 @pytest.mark.parametrize("keep", KEEPS)
 @pytest.mark.parametrize("threads, workspace", [(1, 48 * MIB), (8, MIB // 4)])

@@ -82,6 +82,7 @@ def run(arguments, **options):
 OPTIONS = {"max_completion_length": 11, "clip_low": 0.1, "clip_high": 0.28}
 
 
+@pytest.mark.mathematics
 @pytest.mark.parametrize("correct_kl", [True, False])
 @pytest.mark.parametrize("kl_beta", [0.0, 0.05])
 @pytest.mark.parametrize("level", IMPORTANCE_LEVELS)
@@ -110,6 +111,7 @@ def test_erm_is_trl(loss_type, level, kl_beta, correct_kl):
         assert out.clip_fraction.item() > 0.1  # the clip was at work
 
 
+@pytest.mark.mathematics
 @pytest.mark.parametrize("level", IMPORTANCE_LEVELS)
 def test_without_old_log_probs_the_ratio_is_one(level):
     """And a gradient flows nonetheless, as in TRL with its detached copy."""
@@ -121,6 +123,7 @@ def test_without_old_log_probs_the_ratio_is_one(level):
     assert grad.abs().sum() > 0 and out.ratio.item() == 1
 
 
+@pytest.mark.mathematics
 @pytest.mark.parametrize("ambiguity", SETS)
 @pytest.mark.parametrize("loss_type", POLICY_LOSS_TYPES)
 def test_weighted_sum_of_the_prompts_contributions(loss_type, ambiguity):
@@ -144,6 +147,7 @@ def test_weighted_sum_of_the_prompts_contributions(loss_type, ambiguity):
     torch.testing.assert_close(out.loss, expected)
 
 
+@pytest.mark.mathematics
 def test_weights_come_from_rewards_alone_and_are_constants():
     x = batch()
     x["rewards"] = x["rewards"].requires_grad_()
@@ -158,6 +162,7 @@ def test_weights_come_from_rewards_alone_and_are_constants():
     torch.testing.assert_close(shifted.weights, out.weights)
 
 
+@pytest.mark.mathematics
 def test_worse_prompts_weigh_more():
     x = batch(counts=(2, 2, 2))
     x["rewards"] = x["prompt_ids"].to(x["rewards"])  # prompt 0 is the worst
@@ -165,6 +170,7 @@ def test_worse_prompts_weigh_more():
     assert weights[0] > weights[1] > weights[2]
 
 
+@pytest.mark.mathematics
 @pytest.mark.parametrize("loss_type", POLICY_LOSS_TYPES)
 @pytest.mark.parametrize("level", IMPORTANCE_LEVELS)
 @pytest.mark.parametrize("ambiguity", ["erm", "tv:0.3"])
@@ -182,6 +188,7 @@ def test_packed_is_padded(loss_type, level, ambiguity):
         torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.mathematics
 def test_a_packed_batch_may_have_a_mask_too():
     x = batch()
     p = packed(x)
@@ -195,6 +202,7 @@ def test_a_packed_batch_may_have_a_mask_too():
     torch.testing.assert_close(grad, expected[x["mask"].bool()])
 
 
+@pytest.mark.accuracy
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("level", IMPORTANCE_LEVELS)
 def test_as_exact_as_the_dtype_allows(dtype, level):
@@ -216,6 +224,7 @@ def test_as_exact_as_the_dtype_allows(dtype, level):
     assert_no_worse(grad, plain, true_grad)
 
 
+@pytest.mark.mathematics
 def test_gradient_scales_with_what_comes_from_above():
     x = batch()
     _, grad = run(x, ambiguity="tv:0.3")
@@ -223,6 +232,7 @@ def test_gradient_scales_with_what_comes_from_above():
     torch.testing.assert_close(scaled, -2.5 * grad)
 
 
+@pytest.mark.mathematics
 def test_small_divergences_keep_their_digits():
     """exp(d) - d - 1 as written loses everything below the square root of the rounding."""
     d = torch.tensor([[1e-3, -1e-4, 1e-6, 3e-8]])
@@ -237,6 +247,7 @@ def test_small_divergences_keep_their_digits():
     assert out.sequences.kl.item() == pytest.approx(expected.item(), rel=1e-9)
 
 
+@pytest.mark.mathematics
 def test_all_rewards_equal_and_advantages_zero():
     x = batch()
     x |= {"advantages": torch.zeros_like(x["advantages"]), "rewards": 0 * x["rewards"] + 2}
@@ -246,6 +257,7 @@ def test_all_rewards_equal_and_advantages_zero():
         torch.testing.assert_close(out.weights, torch.full_like(out.weights, 1 / 4))
 
 
+@pytest.mark.mathematics
 def test_one_prompt_of_one_completion():
     x = batch(counts=(1,), mask=torch.ones(1, 9, dtype=torch.long))
     plain, plain_grad = run(x)
@@ -255,6 +267,7 @@ def test_one_prompt_of_one_completion():
         torch.testing.assert_close(grad, plain_grad)
 
 
+@pytest.mark.mathematics
 def test_groups_of_prompts_take_a_step():
     x = batch()
     state = dr.GroupState(2).to(DEVICE)
@@ -271,6 +284,7 @@ def test_groups_of_prompts_take_a_step():
     assert not torch.equal(state.weights, dr.GroupState(2).weights.to(DEVICE))
 
 
+@pytest.mark.mathematics
 def test_running_normaliser_scales_loss_and_weights():
     x, state = batch(), dr.NormaliserState().to(DEVICE)
     dr.policy_loss(**x, ambiguity="kl:temperature=1,momentum=0.5", normaliser_state=state)
@@ -283,6 +297,7 @@ def test_running_normaliser_scales_loss_and_weights():
     assert out.risk.item() == pytest.approx(state.log_normaliser.item())
 
 
+@pytest.mark.mathematics
 @pytest.mark.parametrize("loss_type", POLICY_LOSS_TYPES)
 def test_a_masked_prompt_is_absent(loss_type):
     """Nominal weight 0: NaN in its rewards and tokens does not matter, and it is not counted."""
@@ -302,6 +317,7 @@ def test_a_masked_prompt_is_absent(loss_type):
     assert not grad[gone].any() and out.weights[2] == 0
 
 
+@pytest.mark.mathematics
 def test_a_prompt_without_weight_is_worth_nothing_whatever_it_holds():
     x = batch(counts=(2, 2, 2), mask=None)
     x["rewards"] = -x["prompt_ids"].to(x["rewards"])
@@ -312,6 +328,7 @@ def test_a_prompt_without_weight_is_worth_nothing_whatever_it_holds():
     assert torch.isfinite(out.loss) and not grad[best].any() and torch.isfinite(grad).all()
 
 
+@pytest.mark.mathematics
 def test_nan_log_probs_are_seen():
     x = batch(mask=None)
     bad = x["logps"].detach().clone()
@@ -321,6 +338,7 @@ def test_nan_log_probs_are_seen():
         assert torch.isnan(out.loss)
 
 
+@pytest.mark.mathematics
 def test_overflowing_ratios_are_clamped_and_counted():
     x = batch(counts=(2, 2), mask=None, ref_logps=None)
     old = x["logps"].detach().clone()
@@ -337,6 +355,7 @@ def test_overflowing_ratios_are_clamped_and_counted():
     assert torch.isfinite(with_reference.loss)
 
 
+@pytest.mark.mathematics
 @pytest.mark.parametrize("level", IMPORTANCE_LEVELS)
 def test_what_is_clamped_takes_no_gradient(level):
     """Neither the divergence through a clamped log-ratio to the reference, nor its correction
@@ -491,6 +510,7 @@ def test_wrong_shapes_and_options_are_named(change, words, backend):
     assert_refused(lambda: dr.policy_loss(**(x | change(x))), words, backend)
 
 
+@pytest.mark.mathematics
 def test_reference_is_its_own_definition():
     """The backward op against autograd of the formula written plainly."""
     x = batch()

@@ -38,6 +38,7 @@ def arguments(loss_type, n=7, dtype=torch.float64, seed=0):
     return logps, options
 
 
+@pytest.mark.mathematics
 def test_sigmoid_by_hand(backend):
     c, r = torch.tensor([-1.0, -2.0]), torch.tensor([-3.0, -2.5])
     rc, rr = torch.tensor([-1.5, -1.0]), torch.tensor([-2.0, -2.0])
@@ -51,6 +52,7 @@ def test_sigmoid_by_hand(backend):
     assert not out.losses.requires_grad
 
 
+@pytest.mark.mathematics
 def test_simpo_by_hand(backend):
     c, r = torch.tensor([-4.0]), torch.tensor([-9.0])
     lengths = {"chosen_lengths": torch.tensor([2]), "rejected_lengths": torch.tensor([3])}
@@ -58,6 +60,7 @@ def test_simpo_by_hand(backend):
     torch.testing.assert_close(out.loss.item(), math.log1p(math.exp(-(2 * (-2 + 3) - 0.3))))
 
 
+@pytest.mark.mathematics
 @pytest.mark.parametrize("loss_type,f_divergence", CASES)
 def test_op_equals_definition_with_gradients(backend, loss_type, f_divergence):
     """The op's closed-form derivatives against autograd through the definition."""
@@ -75,6 +78,7 @@ def test_op_equals_definition_with_gradients(backend, loss_type, f_divergence):
             torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-12)
 
 
+@pytest.mark.mathematics
 @pytest.mark.parametrize("loss_type,f_divergence", CASES)
 def test_gradcheck(backend, loss_type, f_divergence):
     logps, options = arguments(loss_type)
@@ -90,6 +94,7 @@ def test_gradcheck(backend, loss_type, f_divergence):
     )
 
 
+@pytest.mark.mathematics
 @pytest.mark.parametrize("ambiguity", ["tv:0.3", "cvar:0.4", "kl:0.2", "group:2"])
 def test_equals_losses_then_robust_risk(backend, ambiguity):
     logps, options = arguments("sigmoid", n=12)
@@ -104,6 +109,7 @@ def test_equals_losses_then_robust_risk(backend, ambiguity):
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.mathematics
 def test_upstream_gradient_is_applied_and_graph_can_be_kept(backend):
     logps, options = arguments("sigmoid")
     chosen = logps[0].requires_grad_()
@@ -115,6 +121,7 @@ def test_upstream_gradient_is_applied_and_graph_can_be_kept(backend):
     torch.testing.assert_close(first, -2.5 * unit)
 
 
+@pytest.mark.mathematics
 def test_weights_are_not_differentiated_through(backend):
     """A softmax weight that is not detached gives easy pairs a negative weight."""
     logps, options = arguments("sigmoid", n=30)
@@ -125,6 +132,7 @@ def test_weights_are_not_differentiated_through(backend):
         assert (out.weights >= 0).all() and (grad <= 0).all()
 
 
+@pytest.mark.mathematics
 def test_second_derivatives_are_those_of_the_weighted_losses(backend):
     """The weights are constants there too."""
     logps, options = arguments("sigmoid")
@@ -139,6 +147,7 @@ def test_second_derivatives_are_those_of_the_weighted_losses(backend):
     torch.testing.assert_close(*found)
 
 
+@pytest.mark.accuracy
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_no_less_accurate_than_plain_pytorch(backend, dtype):
     logps, options = arguments("sigmoid", n=257)
@@ -160,6 +169,7 @@ def test_no_less_accurate_than_plain_pytorch(backend, dtype):
     assert rms(out_grad, truth_grad) <= 2 * rms(theirs_grad, truth_grad) + 1e-12
 
 
+@pytest.mark.mathematics
 def test_robust_dpo_losses_may_be_negative(backend):
     """rDPO's loss goes below 0; solvers that assume l >= 0 break on it."""
     logps, options = arguments("robust", n=50)
@@ -170,6 +180,7 @@ def test_robust_dpo_losses_may_be_negative(backend):
     torch.testing.assert_close(out.weights, risk.weights)
 
 
+@pytest.mark.mathematics
 @pytest.mark.parametrize("n", [0, 1])
 def test_smallest_batches(backend, n):
     c = torch.randn(n, requires_grad=True)
@@ -183,6 +194,7 @@ def test_smallest_batches(backend, n):
         torch.testing.assert_close(out.loss.detach(), expected)
 
 
+@pytest.mark.mathematics
 def test_masked_nan_pair_contributes_nothing(backend):
     c = torch.tensor([1.0, math.nan, 0.5], requires_grad=True)
     z = torch.zeros(3)
@@ -191,6 +203,7 @@ def test_masked_nan_pair_contributes_nothing(backend):
     assert torch.isfinite(out.loss) and grad[1] == 0 and torch.isfinite(grad).all()
 
 
+@pytest.mark.mathematics
 def test_zero_weight_pairs_get_exactly_zero_gradient(backend):
     c = torch.tensor([9.0, -4.0, 3.0, 1.0], requires_grad=True)
     z = torch.zeros(4)

@@ -23,6 +23,7 @@ def definition(chosen, rejected, margin=0.0, center=0.0):
     return -F.logsigmoid(chosen - rejected - margin) + center * (chosen + rejected) ** 2
 
 
+@pytest.mark.mathematics
 @pytest.mark.parametrize("margin", [False, True])
 @pytest.mark.parametrize("center", [0.0, 0.3])
 @pytest.mark.parametrize("ambiguity", ["erm", "tv:0.2", "cvar:0.3", "kl:0.4", "chi2:penalty=0.5"])
@@ -40,6 +41,7 @@ def test_equals_losses_then_robust_risk(backend, margin, center, ambiguity):
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.mathematics
 def test_gradcheck(backend):
     c, r = torch.randn(2, 6, dtype=torch.float64).unbind()
     assert torch.autograd.gradcheck(
@@ -48,6 +50,7 @@ def test_gradcheck(backend):
     )
 
 
+@pytest.mark.mathematics
 def test_confident_pairs_keep_their_digits(backend):
     """-log sigmoid(40) is 4e-18, not 0; its gradient is not 0 either."""
     c = torch.tensor([40.0], requires_grad=True)

@@ -124,10 +124,10 @@ def scalar_value(problem: Problem, ambiguity) -> float:
     return l.max() + span * best.fun
 
 
+@pytest.mark.mathematics
 @pytest.mark.parametrize("family", FAMILIES)
-def test_value_equals_a_convex_solver(family):
-    """1000 random problems a set, 50 if interpreted: 1e-6 relative in float64, 1e-5 in float32, on
-    every backend."""
+def test_value_equals_a_convex_solver(backend, family):
+    """1000 random problems a set: 1e-6 relative in float64, 1e-5 in float32."""
     rng = np.random.default_rng(FAMILIES.index(family))
     for _ in range(1 if SLOW else 20):
         problems = [random_problem(rng) for _ in range(50)]
@@ -136,16 +136,14 @@ def test_value_equals_a_convex_solver(family):
             expected = [scalar_value(p, s) for p, s in zip(problems, sets)]
         else:
             expected = conic_values(family, problems, sets)
-        for name in BACKENDS:
-            with backends.use(name):
-                for problem, ambiguity, value in zip(problems, sets, expected):
-                    size = np.abs(problem.losses[problem.p > 0]).max() or 1.0
-                    risk = solve(problem, ambiguity)
-                    assert abs(risk.value.item() - value) <= 1e-6 * size, (name, ambiguity, problem)
-                    assert abs(risk.weights.sum().item() - 1) <= 1e-6
-                    single = solve(problem, ambiguity, torch.float32)
-                    assert abs(single.value.item() - value) <= 1e-5 * size, (name, ambiguity)
-                    assert abs(single.weights.sum().item() - 1) <= 1e-6
+        for problem, ambiguity, value in zip(problems, sets, expected):
+            size = np.abs(problem.losses[problem.p > 0]).max() or 1.0
+            risk = solve(problem, ambiguity)
+            assert abs(risk.value.item() - value) <= 1e-6 * size, (ambiguity, problem)
+            assert abs(risk.weights.sum().item() - 1) <= 1e-6
+            single = solve(problem, ambiguity, torch.float32)
+            assert abs(single.value.item() - value) <= 1e-5 * size, ambiguity
+            assert abs(single.weights.sum().item() - 1) <= 1e-6
 
 
 # ------------------------------------------------------------------ certificates
@@ -214,6 +212,7 @@ def dual_objective(ambiguity, dual, l, p):
     raise AssertionError(ambiguity)
 
 
+@pytest.mark.mathematics
 @pytest.mark.parametrize("text", SETS)
 def test_primal_equals_dual(backend, text):
     """q is feasible and reaches the value; the dual variable bounds the value from above."""
@@ -238,6 +237,7 @@ def test_primal_equals_dual(backend, text):
 # ------------------------------------------------------------------ gradients and symmetry
 
 
+@pytest.mark.mathematics
 @pytest.mark.parametrize("text", [*SETS, "group:3,step_size=0.4"])
 def test_gradient_is_the_weights(backend, text):
     rng = np.random.default_rng(3)
@@ -251,6 +251,7 @@ def test_gradient_is_the_weights(backend, text):
         assert torch.autograd.gradcheck(lambda x: dr.robust_risk(x, text).value, (l,), atol=1e-6)
 
 
+@pytest.mark.mathematics
 @pytest.mark.parametrize("text", [*SETS, "group:3,step_size=0.4"])
 def test_permuting_the_batch_permutes_the_weights(backend, text):
     rng = np.random.default_rng(5)
@@ -265,6 +266,7 @@ def test_permuting_the_batch_permutes_the_weights(backend, text):
         torch.testing.assert_close(two.value, one.value, atol=1e-9 * l.abs().max(), rtol=0)
 
 
+@pytest.mark.mathematics
 @pytest.mark.parametrize("text", SETS)
 def test_ties_share_in_proportion_to_p(backend, text):
     l = torch.tensor([1.0, 2, 2, 2, 0, 0, 1], dtype=torch.float64)
@@ -275,6 +277,7 @@ def test_ties_share_in_proportion_to_p(backend, text):
         torch.testing.assert_close(ratio, ratio[:1].expand_as(ratio), atol=1e-12, rtol=1e-9)
 
 
+@pytest.mark.mathematics
 @pytest.mark.parametrize("text", [s for s in SETS if "temperature" not in s and "pen" not in s])
 @pytest.mark.parametrize("shift,scale", [(1e4, 1.0), (-1e4, 1.0), (0.0, 1e-6), (0.0, 1e4)])
 def test_shift_and_scale(backend, text, shift, scale):
@@ -292,6 +295,7 @@ MEAN, MAX, MIN = (P * L).sum(), L.max(), L.min()
 AT_TOP = P[L == MAX].sum().item()
 
 
+@pytest.mark.mathematics
 @pytest.mark.parametrize(
     "text,limit",
     [
@@ -315,6 +319,7 @@ def test_limits(backend, text, limit):
         torch.testing.assert_close(risk.weights, expected, atol=1e-6, rtol=0)
 
 
+@pytest.mark.mathematics
 def test_cvar_with_temperature_between_its_limits(backend):
     cold = dr.robust_risk(L, "cvar:0.4,temperature=1e-6", nominal=P)
     sharp = dr.robust_risk(L, "cvar:0.4", nominal=P)
@@ -325,6 +330,7 @@ def test_cvar_with_temperature_between_its_limits(backend):
     torch.testing.assert_close(free.weights, soft.weights)
 
 
+@pytest.mark.mathematics
 @pytest.mark.parametrize("text", ["kl:temperature=1e10", "cvar:0.5,temperature=1e10"])
 def test_large_temperatures_keep_their_digits(backend, text):
     """t log sum p exp(l/t) multiplies the rounding of the logarithm by t, unless it is log1p."""
@@ -332,12 +338,14 @@ def test_large_temperatures_keep_their_digits(backend, text):
     torch.testing.assert_close(value, MEAN, atol=1e-8, rtol=0)
 
 
+@pytest.mark.mathematics
 def test_optimistic_kl_gives_high_losses_less_weight(backend):
     q = dr.robust_risk(L, "kl:temperature=-1", nominal=P).weights / P
     order = torch.argsort(L)
     assert (q[order].diff() <= 1e-12).all() and q[order][0] > 1 > q[order][-1]
 
 
+@pytest.mark.mathematics
 def test_trim_is_fractional(backend):
     l = torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=torch.float64)
     risk = dr.robust_risk(l, "erm:trim=0.3")  # all of the 4 and a fifth of the 3
@@ -347,6 +355,7 @@ def test_trim_is_fractional(backend):
     torch.testing.assert_close(whole.weights[:3], torch.tensor([0, 1, 5]).double() / 6)
 
 
+@pytest.mark.mathematics
 def test_trim_leaves_no_rounding_behind(backend):
     """k of n is what trim = k/n means, though k/n is not exact in binary: a loss of which 1e-17 is
     left would draw all that the TV adversary moves."""
@@ -360,6 +369,7 @@ def test_trim_leaves_no_rounding_behind(backend):
 # ------------------------------------------------------------------ masks, emptiness, non-finite
 
 
+@pytest.mark.mathematics
 @pytest.mark.parametrize("text", [*SETS, "group:2"])
 def test_masked_entries_never_matter(backend, text):
     l = torch.tensor([0.5, math.nan, 2.0, -1.0, math.inf], dtype=torch.float64, requires_grad=True)
@@ -373,6 +383,7 @@ def test_masked_entries_never_matter(backend, text):
     assert (l.grad[[1, 4]] == 0).all()
 
 
+@pytest.mark.mathematics
 @pytest.mark.parametrize("text", [*SETS, "group:2"])
 @pytest.mark.parametrize("n", [0, 3])
 def test_nothing_unmasked_gives_zero_connected(backend, text, n):
@@ -398,6 +409,7 @@ def test_a_non_finite_loss_is_seen(backend, text, bad):
         dr.robust_risk(l, text, groups=groups, check_finite=True)
 
 
+@pytest.mark.mathematics
 @pytest.mark.parametrize("text", SETS)
 @pytest.mark.parametrize("n", [1, 5])
 def test_all_equal_losses(backend, text, n):
@@ -407,6 +419,7 @@ def test_all_equal_losses(backend, text, n):
         torch.testing.assert_close(risk.weights, torch.full((n,), 1 / n, dtype=torch.float64))
 
 
+@pytest.mark.mathematics
 @pytest.mark.parametrize("text", ["kl:temperature=1e-3", "cvar:0.3,temperature=1e-3", "kl:0.5"])
 @pytest.mark.parametrize("sign", [1, -1])
 def test_exponentials_do_not_underflow(backend, text, sign):
@@ -417,6 +430,7 @@ def test_exponentials_do_not_underflow(backend, text, sign):
     assert l.min() <= risk.value <= l.max()
 
 
+@pytest.mark.mathematics
 @pytest.mark.parametrize("text", SETS)
 def test_half_precision_losses(backend, text):
     l = torch.tensor([0.5, -1.0, 3.0, 0.25])
@@ -433,6 +447,7 @@ def test_half_precision_losses(backend, text):
 # ------------------------------------------------------------------ groups
 
 
+@pytest.mark.mathematics
 def test_group_step_by_hand(backend):
     state = dr.GroupState(3)
     l, groups = torch.tensor([1.0, 3.0, 5.0], dtype=torch.float64), torch.tensor([0, 0, 2])
@@ -447,6 +462,7 @@ def test_group_step_by_hand(backend):
     assert abs(state.weights.sum().item() - 1) < 1e-12
 
 
+@pytest.mark.mathematics
 def test_groups_are_weighed_after_trimming(backend):
     """The 9 goes first, with a third of the 5, and group means and masses are of what is left."""
     l, groups = torch.tensor([1.0, 2.0, 9.0, 5.0]).double(), torch.tensor([0, 0, 1, 1])
@@ -458,6 +474,7 @@ def test_groups_are_weighed_after_trimming(backend):
     torch.testing.assert_close(risk.weights, expected)
 
 
+@pytest.mark.mathematics
 def test_group_without_update_leaves_the_state(backend):
     state = dr.GroupState(2)
     state.weights.copy_(torch.tensor([0.2, 0.8], dtype=torch.float64))
@@ -467,6 +484,7 @@ def test_group_without_update_leaves_the_state(backend):
     assert state.weights.tolist() == [0.2, 0.8]
 
 
+@pytest.mark.mathematics
 def test_group_survives_huge_losses(backend):
     """exp(step_size * L) overflows long before the losses do; weights may not die either."""
     state = dr.GroupState(2)
@@ -577,6 +595,7 @@ def test_backends_agree_to_rounding(text):
         torch.testing.assert_close(one.weights, two.weights, atol=1e-9, rtol=0)
 
 
+@pytest.mark.mathematics
 @pytest.mark.parametrize("ambiguity", ["erm", "tv:0.2", "kl:0.5", "cvar:0.3,temperature=0.5"])
 def test_weights_whose_sum_overflows(backend, ambiguity):
     """Only ratios matter: also of weights whose sum is no float64, or that are subnormal."""

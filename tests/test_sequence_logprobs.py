@@ -34,6 +34,7 @@ def problem(dtype=torch.float32):
     return logps, labels, inside, torch.tensor([0, 3, 3, 8, 9, 9])
 
 
+@pytest.mark.mathematics
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_packed_equals_padded(backend, reduction, dtype):
@@ -47,6 +48,7 @@ def test_packed_equals_padded(backend, reduction, dtype):
     torch.testing.assert_close(one[2], getattr(expected, reduction)())
 
 
+@pytest.mark.mathematics
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
 @pytest.mark.parametrize("packed", [False, True])
 def test_gradients_reach_counted_tokens_alone(backend, reduction, packed):
@@ -64,6 +66,7 @@ def test_gradients_reach_counted_tokens_alone(backend, reduction, packed):
     assert torch.equal(logps.grad, expected[inside] if packed else expected)
 
 
+@pytest.mark.mathematics
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
 @pytest.mark.parametrize("packed", [False, True])
 def test_gradcheck_twice(backend, reduction, packed):
@@ -87,6 +90,7 @@ def test_gradcheck_twice(backend, reduction, packed):
         torch.testing.assert_close(second, expected)
 
 
+@pytest.mark.accuracy
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
 def test_no_less_accurate_than_plain_pytorch(backend, reduction):
     g = torch.Generator().manual_seed(5)
@@ -131,6 +135,7 @@ def test_layouts_and_integers_of_any_width(backend, dtype):
     assert torch.equal(gradient, (labels != -100).float())
 
 
+@pytest.mark.mathematics
 def test_a_nan_that_counts_is_seen(backend):
     logps, labels, inside, cu = problem()
     logps[0, 1] = math.nan

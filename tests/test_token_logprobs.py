@@ -88,6 +88,7 @@ def hold(logits, labels, upstream, what="", **options):
     assert_no_worse(*gradients, f"gradients {what}")
 
 
+@pytest.mark.accuracy
 @pytest.mark.parametrize(
     ("backend", "vocabulary"), some_for_the_reference(SIZES), indirect=["backend"]
 )
@@ -98,6 +99,7 @@ def test_no_less_accurate_than_plain_pytorch(backend, dtype, vocabulary):
         hold(*problem(rows, vocabulary, dtype), str(options), **options)
 
 
+@pytest.mark.accuracy
 @pytest.mark.parametrize("softcap,size", [(5.0, 20.0), (0.5, 4.0), (30.0, 0.01), (30.0, 100.0)])
 @pytest.mark.parametrize("vocabulary", [2, 17, 257, 2049])
 def test_softcap_of_small_and_large_arguments(backend, softcap, size, vocabulary):
@@ -137,6 +139,7 @@ HARD = {
 }
 
 
+@pytest.mark.accuracy
 @pytest.mark.parametrize(
     ("backend", "vocabulary"), some_for_the_reference([3, 65, 2049, 4500]), indirect=["backend"]
 )
@@ -151,6 +154,7 @@ def test_hard_rows(backend, name, vocabulary):
     hold(logits, logits.argmax(-1), upstream)
 
 
+@pytest.mark.mathematics
 @pytest.mark.parametrize("vocabulary", [2, 64, 2049])
 def test_equal_logits(backend, vocabulary):
     for level in (0.0, 9e3, -9e3, 1e4, -1e4, 1e6, -1e7, 1e9, 1e30, -1e30):
@@ -163,6 +167,7 @@ def test_equal_logits(backend, vocabulary):
         torch.testing.assert_close(logits.grad, expected.float())
 
 
+@pytest.mark.mathematics
 def test_one_entry(backend):
     logits = torch.tensor([[3.0], [-1e4], [0.0]], requires_grad=True)
     found = dr.token_logprobs(logits, torch.tensor([0, 0, -100]), outputs=OUTPUTS)
@@ -174,6 +179,7 @@ def test_one_entry(backend):
     assert logits.grad.tolist() == [[0], [0], [0]]
 
 
+@pytest.mark.mathematics
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_true_class_at_saturation(backend, dtype):
     """p -> 1: 1 - p is 0 in float32 from a gap of 17 on; the gradient is not."""
@@ -216,6 +222,7 @@ SPECIAL = {
 }
 
 
+@pytest.mark.mathematics
 @pytest.mark.parametrize("vocabulary", [1, 2, 5, 70, 2051])
 @pytest.mark.parametrize("name", SPECIAL)
 def test_special_logits_give_what_plain_pytorch_gives(backend, name, vocabulary):
@@ -240,6 +247,7 @@ def test_special_logits_give_what_plain_pytorch_gives(backend, name, vocabulary)
                 assert_same_kind(ours.grad, theirs.grad, what)
 
 
+@pytest.mark.mathematics
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("vocabulary", [2, 70, 2051])
 def test_rows_of_a_mask_alone(backend, dtype, vocabulary):
@@ -255,6 +263,7 @@ def test_rows_of_a_mask_alone(backend, dtype, vocabulary):
         torch.testing.assert_close(ours.grad, theirs.grad, equal_nan=True)
 
 
+@pytest.mark.mathematics
 def test_a_masked_label_and_masked_others(backend):
     logits = torch.tensor([[0.0, -INFINITY, 1.0], [-INFINITY, 0.0, 0.0]], requires_grad=True)
     logp = dr.token_logprobs(logits, torch.tensor([0, 0]))
@@ -264,6 +273,7 @@ def test_a_masked_label_and_masked_others(backend):
     assert torch.isfinite(logits.grad).all() and logits.grad[0, 1] == 0
 
 
+@pytest.mark.mathematics
 def test_ignored_rows_are_exactly_zero_even_when_nan(backend):
     logits = torch.randn(3, 4)
     logits[1] = math.nan
@@ -279,6 +289,7 @@ def test_ignored_rows_are_exactly_zero_even_when_nan(backend):
     assert (torch.autograd.grad(logps.sum(), logits)[0] == 0).all()
 
 
+@pytest.mark.mathematics
 def test_a_row_without_upstream_gradient_gets_none_even_when_nan(backend):
     logits = torch.tensor([[1.0, math.nan], [1.0, 2.0]], requires_grad=True)
     logps = dr.token_logprobs(logits, torch.tensor([0, 0]))
@@ -290,6 +301,7 @@ def test_a_row_without_upstream_gradient_gets_none_even_when_nan(backend):
 # --------------------------------------------------------------------------- optional outputs
 
 
+@pytest.mark.accuracy
 @pytest.mark.parametrize("offset", [0.0, 30.0, 9e3])
 @pytest.mark.parametrize("size", [0.1, 4.0, 16.0])
 @pytest.mark.parametrize(
@@ -314,6 +326,7 @@ def test_optional_outputs_no_less_accurate(backend, vocabulary, size, offset):
     assert torch.equal(found[0]["is_top1"], found[2]["is_top1"])
 
 
+@pytest.mark.mathematics
 def test_outputs_follow_the_options(backend):
     logits, labels, _ = problem(64, 33, torch.float64)
     for options in OPTIONS:
@@ -323,6 +336,7 @@ def test_outputs_follow_the_options(backend):
             torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.mathematics
 @pytest.mark.parametrize("vocabulary", [5, 17, 70, 2100, 4200])
 def test_is_top1_breaks_ties_as_argmax_does(backend, vocabulary):
     """The label, another entry before it, another after it, all over vectors and chunks."""
@@ -351,6 +365,7 @@ def test_only_what_is_asked_for(backend, name):
             assert value is None
 
 
+@pytest.mark.accuracy
 @pytest.mark.parametrize("options", OPTIONS)
 def test_gradients_of_logp_and_entropy_together(backend, options):
     logits, labels, upstream = problem(301, 67, size=2.0)
@@ -367,6 +382,7 @@ def test_gradients_of_logp_and_entropy_together(backend, options):
     assert_no_worse(*gradients)
 
 
+@pytest.mark.mathematics
 @pytest.mark.parametrize("options", OPTIONS)
 def test_gradcheck_of_the_reference(options):
     logits = torch.randn(4, 9, dtype=torch.float64, requires_grad=True)

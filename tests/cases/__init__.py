@@ -1,8 +1,8 @@
 """The tables on which every backend must equal plain PyTorch, outputs and gradients: a file an op.
 
-A row is a case that a backend could get wrong by itself: an edge of its blocks, an option, a layout,
-a trap. What the formula means is proved elsewhere, on plain PyTorch alone. Options that do not hang
-together are covered by pairs (`pairwise`), not as a product.
+A row is a case that a backend could get wrong by itself: an edge of its blocks, an option, a
+layout, a trap. What the formula means is proved elsewhere, on plain PyTorch alone. Options that do
+not hang together are covered by pairs (`pairwise`), not as a product.
 """
 
 from __future__ import annotations

@@ -99,8 +99,7 @@ CASES = [
     Case("far from the old policy", "the clip takes the gradient of nearly every token away",
          lambda: batch(distance=5.0)),
     *(
-        Case(f"a log-ratio of {60 if sign > 0 else -60}, {'reference' if which == 'ref' else 'old'},"
-             f" by sequence {whole}",
+        Case(f"a log-ratio of {sign * 60} to {which}, by sequence {whole}",
              "beyond 40 it is clamped without a gradient, and counted; below -40 it is not",
              lambda s=sign, k=which, w=whole: batch(bad=(k, s * 60.0), by_sequence=w))
         for sign in (1, -1) for which in ("old", "ref") for whole in (False, True)

@@ -102,7 +102,7 @@ CASES = [
     Case("16405 losses", "a grid of blocks searches, and the last has little to do",
          lambda: solve(numbers(16405), "tv:0.1")),
     *(
-        Case(f"losses in {said({'': dtype})}", "a narrow dtype in, float32 out, its gradient narrow",
+        Case(f"losses in {said({'': dtype})}", "narrow numbers in, float32 out, a narrow gradient",
              lambda d=dtype: solve(numbers(17, dtype=d), "kl:0.2"))
         for dtype in (torch.float32, torch.bfloat16, torch.float16)
     ),

@@ -24,7 +24,7 @@ def sequences(
     lengths: list[int], packed: bool = True, mean: bool = False, dtype: torch.dtype = torch.float32,
     integer: torch.dtype = torch.int64, ignore_index: int = -100, behind: float = NAN,
 ) -> Made:  # fmt: skip
-    """Ragged sequences, every seventh of whose tokens is ignored and, as padding, holds `behind`."""
+    """Ragged sequences; every seventh token is ignored and, as padding, holds `behind`."""
     sizes = torch.tensor(lengths, dtype=torch.long)
     inside = torch.arange(max(lengths)) < sizes.unsqueeze(1)
     labels = torch.where(inside, 1, ignore_index)

@@ -173,7 +173,7 @@ CASES = [
         for name in OUTPUTS
     ),
     *(
-        Case(f"softcap {cap} of {size}", "small arguments, and large ones, where 1 - tanh^2 cancels",
+        Case(f"softcap {cap} of {size}", "small arguments, and large ones: 1 - tanh^2 cancels",
              lambda c=cap, s=size: rows(257, size=s, softcap=c, temperature=0.3))
         for cap, size in ((5.0, 20.0), (0.5, 4.0), (30.0, 0.01))
     ),
