@@ -30,13 +30,23 @@ def _work(
         world_size=world,
         timeout=datetime.timedelta(seconds=timeout),
     )
-    try:
-        result = function(rank, *arguments)
-    except Exception as error:
-        result = (type(error).__name__, str(error), traceback.format_exc())
-    torch.save(result, f"{folder}/{rank}.pt")
+    torch.save(caught(function, rank, *arguments), f"{folder}/{rank}.pt")
     # Leaving without a farewell: a rank that failed must not make this one wait for it.
     os._exit(0)
+
+
+def caught(function: Callable[..., Any], *arguments: Any) -> Any:
+    """What it returns, or (type, message, traceback) of what it raises."""
+    try:
+        return function(*arguments)
+    except Exception as error:
+        return type(error).__name__, str(error), traceback.format_exc()
+
+
+def in_turn(rank: int, calls: list[tuple]) -> list[Any]:
+    """For `on_ranks`: several (function, *arguments), one after the other, in one start of the
+    processes; what each gave."""
+    return [caught(function, rank, *arguments) for function, *arguments in calls]
 
 
 def on_ranks(

@@ -20,11 +20,13 @@ kernels_only = pytest.mark.skipif(not SLOW, reason="needs TRITON_INTERPRET=1 or 
 interpreted_only = pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1")
 
 
-# Every variant takes a second to compile: a second worker would do all of it again.
-of_one_worker = pytest.mark.xdist_group("compiled")
+# Every variant takes a second to compile: of one architecture all go to one worker.
+ARCHITECTURES = [
+    pytest.param(arch, marks=pytest.mark.xdist_group(f"compiled {arch}")) for arch in (80, 90, 100)
+]
 
 
-@pytest.fixture(scope="module", params=[80, 90, 100])
+@pytest.fixture(scope="module", params=ARCHITECTURES)
 def compiled(request):
     """Every variant of `tools.ahead_of_time` for one architecture."""
     if SLOW:
@@ -47,20 +49,17 @@ def spilling(spills: dict[str, int]) -> dict[str, int]:
     }
 
 
-@of_one_worker
 def test_no_default_configuration_spills(compiled):
     _, builds = compiled
     assert spilling({b.variant.name: b.spills for b in builds}) == {}
 
 
-@of_one_worker
 def test_shared_memory_fits_the_chip(compiled):
     arch, builds = compiled
     room = {80: 163, 90: 227, 100: 227}[arch] * 1024
     assert {b.variant.name: b.shared for b in builds if b.shared > room} == {}
 
 
-@of_one_worker
 def test_products_use_matrix_instructions(compiled):
     arch, builds = compiled
     wanted = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}[arch]
@@ -77,7 +76,6 @@ def test_products_use_matrix_instructions(compiled):
         assert b.shared > 64 * 2 * (rows + columns), b.variant.name
 
 
-@of_one_worker
 def test_bandwidth_bound_kernels_load_16_bytes(compiled):
     _, builds = compiled
     streams = [b for b in builds if b.variant.streams]
@@ -150,7 +148,7 @@ def test_a_nominal_weight_that_is_none_gives_nan(bad):
     with backends.use(BACKENDS[0]):
         for kind, a in (("tv", 0.1), ("kl_radius", 0.1), ("erm", 0.0)):
             value, weights, *_ = ops.robust_risk(
-                torch.randn(3), nominal, None, None, kind, a, 0.0, 0.0
+                torch.randn(3), nominal, None, None, kind, a, 0.0, 0.0, True
             )
             assert value.isnan() and weights.isnan().any()
 
@@ -163,7 +161,15 @@ def test_a_group_that_there_is_not_gives_nan_and_leaves_the_weights():
     with backends.use(BACKENDS[0]):
         for group in (-1, 2, 2**40):
             value, weights, _, after = ops.robust_risk(
-                torch.randn(3), None, torch.tensor([0, 1, group]), state, "group", 0.1, 1.0, 0.0
+                torch.randn(3),
+                None,
+                torch.tensor([0, 1, group]),
+                state,
+                "group",
+                0.1,
+                0.0,
+                0.0,
+                True,
             )
             assert value.isnan() and weights.isnan().all()
             assert torch.equal(after, state)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import on_ranks
+from ranks import in_turn, on_ranks
 
 import drrlhf as dr
 
@@ -74,16 +74,24 @@ def everything(rank):
     }
 
 
+def one_refuses(rank):
+    batch = part_of(rank)
+    if rank == 1:
+        batch["rewards"][-1] = torch.nan
+    return solved(batch, "tv:0.1", "grpo", dist.group.WORLD)
+
+
 @pytest.fixture(scope="module")
 def found():
-    return on_ranks(len(COUNTS), everything)
+    """What each rank gave to both, in one start of the processes."""
+    return on_ranks(len(COUNTS), in_turn, [(everything,), (one_refuses,)])
 
 
 @pytest.mark.parametrize("ambiguity", SETS)
 @pytest.mark.parametrize("loss_type", ["grpo", "dr_grpo", "dapo"])
 def test_ranks_equal_one_process(found, ambiguity, loss_type):
     expected = solved(whole(), ambiguity, loss_type)
-    parts = [rank[ambiguity, loss_type] for rank in found]
+    parts = [rank[0][ambiguity, loss_type] for rank in found]
     for part in parts:
         for name in ("loss", "risk", "state"):
             torch.testing.assert_close(part[name], expected[name], **EXACT)
@@ -94,15 +102,8 @@ def test_ranks_equal_one_process(found, ambiguity, loss_type):
         torch.testing.assert_close(together / scale, expected[name], **EXACT)
 
 
-def one_refuses(rank):
-    batch = part_of(rank)
-    if rank == 1:
-        batch["rewards"][-1] = torch.nan
-    return solved(batch, "tv:0.1", "grpo", dist.group.WORLD)
-
-
-def test_a_bad_reward_on_one_rank_ends_all():
-    waiting, refusing = on_ranks(2, one_refuses)
+def test_a_bad_reward_on_one_rank_ends_all(found):
+    waiting, refusing, _ = (rank[1] for rank in found)
     assert (
         refusing[0] == "ValueError" and "rewards: expected finite numbers, got nan" in refusing[1]
     )

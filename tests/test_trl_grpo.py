@@ -301,17 +301,23 @@ def test_an_infinite_reward_is_named_and_nothing_is_updated(model, tmp_path):
 # --------------------------------------------------------------------------------------- launchers
 
 
-@pytest.mark.parametrize("ambiguity, accumulation", [("cvar:0.5", 1), ("group:2,step_size=0.5", 2)])
-def test_two_ranks_equal_one_process(model, tmp_path, ambiguity, accumulation):
-    arguments = {
-        "method": "grpo", "model": model, "folder": str(tmp_path / "out"), "ambiguity": ambiguity,
-        "data": tiny_pairs(8, group=[0, 1] * 4), "max_steps": 2, "beta": 0.1,
-    }  # fmt: skip
-    size = 4 // accumulation
-    cut = {"per_device_train_batch_size": size, "gradient_accumulation_steps": accumulation}
-    found = launched("torchrun", tmp_path, **arguments, **cut)
-    whole = steps.run(**arguments, **WHOLE)
-    for rank in range(2):
-        for ours, expected in zip(found[rank]["gradients"], whole["gradients"], strict=True):
-            torch.testing.assert_close(ours, expected, rtol=0, atol=1e-5)
-    assert robust(found[0]["logs"][-1]) == pytest.approx(robust(whole["logs"][-1]), rel=1e-4)
+def test_two_ranks_equal_one_process(model, tmp_path):
+    """Of two sets in one start of the processes."""
+    runs, wholes = [], []
+    for ambiguity, accumulation in (("cvar:0.5", 1), ("group:2,step_size=0.5", 2)):
+        arguments = {
+            "method": "grpo", "model": model, "folder": str(tmp_path / f"out-{len(runs)}"),
+            "data": tiny_pairs(8, group=[0, 1] * 4), "max_steps": 2, "beta": 0.1,
+            "ambiguity": ambiguity,
+        }  # fmt: skip
+        size = 4 // accumulation
+        cut = {"per_device_train_batch_size": size, "gradient_accumulation_steps": accumulation}
+        runs.append(arguments | cut)
+        wholes.append(steps.run(**arguments, **WHOLE))
+    found = launched("torchrun", tmp_path, runs=runs)
+    for i, whole in enumerate(wholes):
+        for rank in range(2):
+            ours = found[rank][i]["gradients"]
+            for mine, expected in zip(ours, whole["gradients"], strict=True):
+                torch.testing.assert_close(mine, expected, rtol=0, atol=1e-5)
+        assert robust(found[0][i]["logs"][-1]) == pytest.approx(robust(whole["logs"][-1]), rel=1e-4)

@@ -300,30 +300,32 @@ def launched(launcher, place, **arguments):
     return [torch.load(place / f"found.{rank}", weights_only=False) for rank in range(2)]
 
 
-@pytest.mark.parametrize(
-    ("launcher", "method", "ambiguity", "accumulation", "packed"),
-    [
-        ("torchrun", "dpo", "cvar:0.3", 2, False),
-        ("torchrun", "reward", "group:3,step_size=0.5", 2, True),
-        ("accelerate", "dpo", "tv:0.2", 1, True),
-    ],
-)
-def test_two_ranks_equal_one_process(
-    models, tmp_path, launcher, method, ambiguity, accumulation, packed
-):  # fmt: skip
-    arguments = {
-        "method": method, "model": models[method], "folder": str(tmp_path / "out"),
-        "data": tiny_pairs(16, **columns(16)), "ambiguity": ambiguity, "max_steps": 2,
-    }  # fmt: skip
-    size = 4 // accumulation
-    cut = {"per_device_train_batch_size": size, "gradient_accumulation_steps": accumulation}
-    found = launched(launcher, tmp_path, **arguments, **cut, padding_free=packed)
-    whole = steps.run(**arguments, **WHOLE)
-    for rank in range(2):
+# method, set, accumulation, packed: a start of two processes takes seconds, so there is one of each
+# launcher.
+LAUNCHED = {
+    "torchrun": [("dpo", "cvar:0.3", 2, False), ("reward", "group:3,step_size=0.5", 2, True)],
+    "accelerate": [("dpo", "tv:0.2", 1, True)],
+}
+
+
+@pytest.mark.parametrize("launcher", LAUNCHED)
+def test_two_ranks_equal_one_process(models, tmp_path, launcher):
+    runs, whole = [], []
+    for method, ambiguity, accumulation, packed in LAUNCHED[launcher]:
+        arguments = {
+            "method": method, "model": models[method], "folder": str(tmp_path / f"out-{len(runs)}"),
+            "data": tiny_pairs(16, **columns(16)), "ambiguity": ambiguity, "max_steps": 2,
+        }  # fmt: skip
+        cut = {
+            "per_device_train_batch_size": 4 // accumulation,
+            "gradient_accumulation_steps": accumulation,
+        }
+        runs.append(arguments | cut | {"padding_free": packed})
+        whole.append(steps.run(**arguments, **WHOLE))
+    first, other = launched(launcher, tmp_path, runs=runs)
+    for of_first, of_other, expected in zip(first, other, whole, strict=True):
         for step in range(2):
-            if rank == 0:
-                assert_same_step(found[rank], whole, step)
-            else:
-                torch.testing.assert_close(
-                    found[rank]["gradients"][step], whole["gradients"][step], rtol=0, atol=1e-5
-                )
+            assert_same_step(of_first, expected, step)
+            torch.testing.assert_close(
+                of_other["gradients"][step], expected["gradients"][step], rtol=0, atol=1e-5
+            )

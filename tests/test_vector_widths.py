@@ -14,16 +14,17 @@ from drrlhf import backends
 
 HERE = Path(__file__).parent
 WIDER = {"default": ("AVX2", "AVX512"), "avx2": ("AVX512",)}
-TESTS = "cpp and (plain_pytorch or hard_rows or equal_logits or columns_beyond)"
+FILES = ("token_logprobs", "linear_token_logprobs", "backends_equal_reference")
+TESTS = "cpp and (plain_pytorch or hard_rows or equals_reference and token_logprobs)"
 
 
 @pytest.mark.skipif(not backends.build_info()["built"], reason="the C++ extension is not built")
 @pytest.mark.parametrize("capability", WIDER)
 def test_narrower_vectors_are_no_less_accurate(capability):
-    """The tests of the token log-probs once more, in a process held to a lower capability."""
+    """Accuracy and tables of the token log-probs once more, by a process of a lower capability."""
     if torch.backends.cpu.get_cpu_capability() not in WIDER[capability]:
         pytest.skip("this process runs nothing wider")
-    files = [str(HERE / f"test_{op}.py") for op in ("token_logprobs", "linear_token_logprobs")]
+    files = [str(HERE / f"test_{op}.py") for op in FILES]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", TESTS, *files]
     env = {**os.environ, "ATEN_CPU_CAPABILITY": capability, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=env, capture_output=True, text=True, cwd=HERE.parent)

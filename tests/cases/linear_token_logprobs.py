@@ -29,6 +29,8 @@ SHAPES = [
     (64, 48, 129), (65, 16, 193), (127, 16, 257), (129, 64, 257), (33, 8, 1023), (16, 80, 1024),
     (47, 16, 1025), (1023, 4, 19), (1025, 16, 33),
 ]  # fmt: skip
+if INTERPRETED:  # whose tiles have 64 rows and 128 columns, and whose every token is a program
+    SHAPES = [(min(n, 130), d, min(v, 260)) for n, d, v in SHAPES]
 
 
 def head(
@@ -114,6 +116,7 @@ def special(name: str, vocabulary: int, keep: Keep, **options: Any) -> Made:
     )  # fmt: skip
 
 
+MANY = 400 if INTERPRETED else 1500
 # Room for 16 tokens' logits, and for all: passes of few tokens, and one.
 ROOMS = [48 * MIB, 0 if INTERPRETED else 16 * 4 * 1100]
 CASES = [
@@ -196,9 +199,9 @@ CASES = [
         for keep in KEEPS
     ),
     *(
-        Case(f"1500 tokens of one label, {keep.name}",
+        Case(f"{MANY} tokens of one label, {keep.name}",
              "sums over tokens in float32: in bfloat16 they would stop growing at 256",
-             lambda k=keep: head(1500, 16, 3, torch.bfloat16, k, labels=torch.zeros(1500).long()))
+             lambda k=keep: head(MANY, 16, 3, torch.bfloat16, k, labels=torch.zeros(MANY).long()))
         for keep in KEEPS
     ),
 ]  # fmt: skip
