@@ -1,5 +1,6 @@
 # make demo    robust and plain reward models on real preferences, one table and one plot
-# make test    the whole test suite
+# make test    the test suite
+# make test-all  every test of the ops in every mode: interpreted, emulated, on poisoned memory
 # make test-sanitizers  the C++ core and CPU kernels under ASan, UBSan and valgrind; not part of CI
 # make test-gpu  the tests of the ops on a GPU, and every kernel once under compute-sanitizer
 # make test-kill  100 times kill -9 in the middle of training, and what --resume makes of it (minutes)
@@ -26,10 +27,10 @@ TESTS_OF_OPS := $(patsubst %,tests/test_%.py,backends_equal_reference robust_ris
   every_kernel determinism)
 CXX_FILES := $(wildcard csrc/*.cpp csrc/*.h $(addprefix csrc/*/*.,cpp h inc cu) tests/emulated/*.h)
 # Tests that share what takes long to make go to one worker.
-SIDE_BY_SIDE := -n 2 --dist loadgroup
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
 EMULATED := build/emulated/ops_cuda.so
 
-.PHONY: demo test test-sanitizers test-kill test-cuda-build test-gpu bench-gpu lint format bench bench-micro clean
+.PHONY: demo test test-all test-sanitizers test-kill test-cuda-build test-gpu bench-gpu lint format bench bench-micro clean
 .DELETE_ON_ERROR:
 
 # torch comes first and alone, so that nothing else decides which build of it is installed.
@@ -49,13 +50,18 @@ $(VENV)/.%: $(VENV)/.built
 demo: $(VENV)/.trl
 	$(BIN)/drrlhf train reward --demo $(if $(QUICK),--quick) --output-dir demo
 
+# The usual run, beside which the CUDA kernels are built for the host; then the modes of the ops,
+# fewer tests each (tests/conftest.py).
 test: $(VENV)/.test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(SIDE_BY_SIDE) --benchmark-disable tests benchmarks
-	OMP_NUM_THREADS=1 DRRLHF_FILL=1 $(BIN)/python -m pytest $(SIDE_BY_SIDE) -k "cpp or reference" $(TESTS_OF_OPS)
-	OMP_NUM_THREADS=1 DRRLHF_FILL=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest $(SIDE_BY_SIDE) $(TESTS_OF_OPS)
-	$(BIN)/python tests/emulated/build.py $(EMULATED)
-	OMP_NUM_THREADS=1 DRRLHF_FILL=1 DRRLHF_EMULATED=$(abspath $(EMULATED)) \
-	  $(BIN)/python -m pytest $(SIDE_BY_SIDE) $(TESTS_OF_OPS)
+	nice $(BIN)/python tests/emulated/build.py $(EMULATED) & built=$$!; \
+	  $(PYTEST) --benchmark-disable tests benchmarks; ended=$$?; wait $$built && exit $$ended
+	DRRLHF_FILL=1 $(PYTEST) -k "cpp or reference" $(TESTS_OF_OPS)
+	DRRLHF_FILL=1 TRITON_INTERPRET=1 $(PYTEST) $(TESTS_OF_OPS)
+	DRRLHF_FILL=1 DRRLHF_EMULATED=$(abspath $(EMULATED)) $(PYTEST) $(TESTS_OF_OPS)
+
+# Every test of the ops in every mode: an hour.
+test-all: export DRRLHF_ALL = 1
+test-all: test
 
 test-sanitizers: $(VENV)/.test
 	$(BIN)/python tests/sanitizers/run.py $(TESTS_OF_OPS)

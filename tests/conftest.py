@@ -74,9 +74,19 @@ def _left_out(item):
     return not USUAL and item.get_closest_marker("accuracy") is not None
 
 
+# Fixtures of a module that take seconds: a second worker would make them again.
+SHARED = {
+    "quick", "place", "folder", "two_ranks", "found", "outcome", "finished", "material", "pair",
+    "pair_with_our_head", "splits",
+}  # fmt: skip
+
+
 def pytest_collection_modifyitems(config, items):
     """Leaves out what takes minutes unless it is asked for by its mark, and what another layer
-    proves."""
+    proves; sends the tests of a module that share one of SHARED to one worker."""
+    for item in items:
+        if SHARED & set(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
     built = "cuda_build" in config.getoption("-m")
     dropped = {
         item

@@ -142,7 +142,9 @@ def main(arguments: list[str] | None = None) -> int:
 
     def test(backend: str, files: list[str]) -> None:
         # On a CPU there is one run of all its backends, to try the rest of this file.
+        # All layers: nothing else proves anything about this chip.
         names = {"DRRLHF_TEST_DEVICE": given.device, "DRRLHF_TEST_BACKEND": backend}
+        names["DRRLHF_ALL"] = "1"
         side_by_side = ["-n", str(workers)] if workers > 1 else ["-p", "no:xdist"]
         chosen = ["-k", given.k] if given.k else []
         junit = f"--junitxml={run.folder / backend}.xml"

@@ -14,10 +14,12 @@ from pathlib import Path
 import pytest
 import torch
 from trl_fixtures import tiny_llama_dir, tiny_pairs
+from typer.testing import CliRunner
 
 from drrlhf.bench.heads import COMPILED, PLAIN, TRL
 from drrlhf.bench.results import newest
 from drrlhf.bench.table import readme_tables
+from drrlhf.cli import app
 from evidence.shift import findings, page, radius
 
 ROOT = Path(__file__).parent.parent
@@ -77,9 +79,15 @@ def run(command: list[str], cwd: Path) -> str:
 
 
 @pytest.mark.parametrize("command", SHELL)
-def test_shell_commands(command, folder):
+def test_shell_commands(command, folder, monkeypatch):
+    """The first by a process of its own, which takes seconds to start."""
     words = shlex.split(command)
-    run([sys.executable, "-m", "drrlhf", *words[1:]], folder)
+    if command == SHELL[0]:
+        run([sys.executable, "-m", "drrlhf", *words[1:]], folder)
+    else:
+        monkeypatch.chdir(folder)
+        done = CliRunner().invoke(app, words[1:], prog_name="drrlhf")
+        assert done.exit_code == 0, f"{command}\n{done.output}\n{done.stderr}\n{done.exception!r}"
     if "--output-dir" in words:
         out = folder / words[words.index("--output-dir") + 1]
         made = ("report.html", "report.json") if "stress" in words[:2] else MADE_BY_TRAINING
