@@ -5,13 +5,16 @@ a test makes is made, and with fresh memory filled with NaN (DRRLHF_FILL=1), so 
 what nothing wrote is found; with another build of the extension (DRRLHF_EXTENSION=FILE), such as
 tests/sanitizers makes.
 
-The tests stand in three layers, by their marks. What is neither runs in every mode.
+The tests stand in three layers, by their marks. What has none runs in every mode.
 
 mathematics: what an op means. Proved once, on plain PyTorch, in the usual run.
 (none): what a backend does. `test_backends_equal_reference` holds each to plain PyTorch, and with
     it to the mathematics; beside it stand the tests of a backend's own traps.
 accuracy: errors beside those of PyTorch. Only where the arithmetic is the real one: in the usual
     run and on a GPU, neither interpreted nor emulated.
+
+usual: what a function makes of an op whatever backend serves it (torch.func, compositions), or what
+    rows of the table say too. In the usual run, for every backend that it has.
 
 DRRLHF_ALL=1 runs all of them in whatever mode it is.
 """
@@ -71,7 +74,8 @@ def _left_out(item):
     if item.get_closest_marker("mathematics"):
         parameters = item.callspec.params if hasattr(item, "callspec") else {}
         return not USUAL or parameters.get("backend", "reference") != "reference"
-    return not USUAL and item.get_closest_marker("accuracy") is not None
+    marks = {mark.name for mark in item.iter_markers()}
+    return not USUAL and bool(marks & {"accuracy", "usual"})
 
 
 # Fixtures of a module that take seconds: a second worker would make them again.

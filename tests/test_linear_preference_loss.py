@@ -104,6 +104,7 @@ def dtype_of(backend):
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 
 
+@pytest.mark.usual
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("loss_type", PAIR_LOSSES)
 def test_equals_its_parts_for_every_loss_type(backend, loss_type, packed):
@@ -117,6 +118,7 @@ def test_equals_its_parts_for_every_loss_type(backend, loss_type, packed):
     assert_equal(problem, ours, *problem.composed(refs, **options), **CLOSE)
 
 
+@pytest.mark.usual
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("ambiguity", AMBIGUITIES)
 @pytest.mark.parametrize("uneven", [False, True])
@@ -132,6 +134,7 @@ def test_equals_its_parts_for_every_ambiguity_set(backend, ambiguity, packed, un
         assert ours.weights[1] == 0
 
 
+@pytest.mark.usual
 @pytest.mark.parametrize("f_divergence", F_DIVERGENCES)
 def test_pair_options_are_passed_on(backend, f_divergence):
     problem = Problem(dtype=dtype_of(backend))
@@ -148,6 +151,7 @@ def test_pair_options_are_passed_on(backend, f_divergence):
         assert_equal(problem, ours, *problem.composed(refs, **options), **CLOSE)
 
 
+@pytest.mark.usual
 @pytest.mark.parametrize("packed", [False, True])
 def test_token_options_and_bias_are_passed_on(backend, packed):
     problem = Problem(dtype=dtype_of(backend), packed=packed)
@@ -184,6 +188,7 @@ def test_packed_equals_padded(backend, packed):
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.usual
 @pytest.mark.parametrize("own_head", [False, True])
 @pytest.mark.parametrize("packed", [False, True])
 def test_reference_from_hidden_states(backend, own_head, packed):
@@ -259,6 +264,7 @@ def test_gradcheck_of_the_reference(ambiguity, loss_type):
     assert torch.autograd.gradcheck(loss, problem.trained(), fast_mode=True)
 
 
+@pytest.mark.usual
 def test_groups_with_state(backend):
     problem = Problem(dtype=dtype_of(backend))
     groups, ambiguity = torch.tensor([0, 0, 1, 1, 2, 2]), dr.Group(3, step_size=0.5)
@@ -312,6 +318,7 @@ def test_pairs_without_weight_leave_no_gradient(backend):
     assert (gradient[~dropped].abs().sum((1, 2)) > 0).all()
 
 
+@pytest.mark.usual
 def test_sequences_without_labels_and_batches_without_pairs(backend):
     dtype = dtype_of(backend)
     problem = Problem(dtype=dtype)
@@ -363,6 +370,7 @@ def test_autocast(backend):
         assert a.dtype == torch.float32 and torch.equal(a, b)
 
 
+@pytest.mark.usual
 def test_backends_agree():
     found = []
     for name in BACKENDS:

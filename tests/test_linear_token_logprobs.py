@@ -164,6 +164,7 @@ def test_flat_and_confident(backend, dtype, size):
     hold(cases, {k: kernel(k) for k in KEEPS})
 
 
+@pytest.mark.usual
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("keep", KEEPS)
 @pytest.mark.parametrize("bias", [True, False])
@@ -186,6 +187,7 @@ def test_only_the_gradients_that_are_needed(backend, dtype, keep, bias):
                     torch.testing.assert_close(t.grad, every.setdefault(name, t.grad))
 
 
+@pytest.mark.usual
 @pytest.mark.parametrize("needs", [("hidden",), ("weight",), ("bias",), NAMES])
 @pytest.mark.parametrize("budget", [None, 0, 60_000, 10 * MIB, 60 * MIB])
 @pytest.mark.parametrize("bias", [False, True])
@@ -289,6 +291,7 @@ def test_tokens_without_upstream_gradient_take_no_part(backend, dtype, keep, act
         torch.testing.assert_close(a, b, **close, msg=lambda m: f"{name}: {m}")  # noqa: B023
 
 
+@pytest.mark.usual
 @pytest.mark.parametrize("keep", KEEPS)
 @pytest.mark.parametrize("width", [8, 24, 100])
 @pytest.mark.parametrize("active", [13, 34, 58, 77])
@@ -437,6 +440,7 @@ def test_optional_outputs(backend, dtype, vocabulary, level):
 # --------------------------------------------------------------------------- layout, autocast
 
 
+@pytest.mark.usual
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("of_hidden", ["dense", *LAYOUTS])
 @pytest.mark.parametrize("of_weight", ["dense", *LAYOUTS])
@@ -456,6 +460,7 @@ def test_layouts(backend, dtype, of_hidden, of_weight):
         torch.testing.assert_close(a, b, **close)
 
 
+@pytest.mark.usual
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_tokens_of_any_shape(backend, dtype):
     hidden, weight, bias, labels, upstream = problem(24, 16, 70, dtype)

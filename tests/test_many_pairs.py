@@ -12,7 +12,7 @@ from drrlhf.ambiguity import Encoded, parse_ambiguity
 # One Triton launch takes 8192, one block of CUDA threads 16384. Interpreted, where a pair takes two
 # programs of some milliseconds, that launch takes fewer here.
 PAIRS = 70 + (8192 if INTERPRETED else 16384)
-FEWER = 530
+FEWER = 100
 SETS = ["erm", "tv:0.1", "kl:0.2", "chi2:0.5", "chi2:penalty=0.3", "cvar:0.3,trim=0.01"]
 
 

@@ -352,6 +352,7 @@ def test_is_top1_breaks_ties_as_argmax_does(backend, vocabulary):
     assert torch.equal(found.is_top1, pairs[:, 0] == pairs[:, 1])
 
 
+@pytest.mark.usual
 @pytest.mark.parametrize("name", OUTPUTS)
 def test_only_what_is_asked_for(backend, name):
     logits, labels, _ = problem(9, 12)
@@ -395,6 +396,7 @@ def test_gradcheck_of_the_reference(options):
 # --------------------------------------------------------------------------- layout
 
 
+@pytest.mark.usual
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts_of_logits(backend, layout, dtype):
@@ -479,6 +481,7 @@ def test_logits_changed_after_the_forward_are_noticed(backend):
         logp.backward()
 
 
+@pytest.mark.usual
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("layout", [None, *LAYOUTS])
 @pytest.mark.parametrize("entropy", [False, True])

@@ -125,6 +125,7 @@ def inputs(function):
 pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop")
 
 
+@pytest.mark.usual
 @pytest.mark.parametrize("function", FUNCTIONS)
 def test_gradients_of_torch_func_are_those_of_autograd(backend, function):
     x, expected = inputs(function)
@@ -139,6 +140,7 @@ def test_gradients_of_torch_func_are_those_of_autograd(backend, function):
     torch.testing.assert_close(outer, expected.sum())
 
 
+@pytest.mark.usual
 def test_gradients_of_two_arguments_at_once(backend):
     hidden, weight = torch.randn(4, 16), torch.randn(7, 16)
     run = lambda h, w: dr.linear_token_logprobs(h, w, LABELS).sum()  # noqa: E731
@@ -148,6 +150,7 @@ def test_gradients_of_two_arguments_at_once(backend):
         assert torch.equal(ours, leaf.grad)
 
 
+@pytest.mark.usual
 @pytest.mark.parametrize("function", FUNCTIONS)
 def test_second_derivatives_of_torch_func_are_right_or_refused(backend, function):
     x, _ = inputs(function)
@@ -168,6 +171,7 @@ def test_second_derivatives_of_torch_func_are_right_or_refused(backend, function
             grad(outer)(at)
 
 
+@pytest.mark.usual
 def test_a_second_derivative_by_hand(backend):
     """(l_1)^2 + (l_2)^2 over means of 2 and 1 tokens: the Hessian's rows sum to 1, 1, 2 and 0."""
     x = torch.tensor([[0.3, -0.4], [0.5, 2.0]])
@@ -178,6 +182,7 @@ def test_a_second_derivative_by_hand(backend):
 
 
 # Prompt ids are read by the host, which vmap cannot.
+@pytest.mark.usual
 @pytest.mark.parametrize("function", [f for f in FUNCTIONS if f.values[0] is not policy_loss])
 def test_vmap_is_a_loop(backend, function):
     x, _ = inputs(function)
