@@ -1,6 +1,6 @@
 // Worst-case weights of every ambiguity set, by searches that only reduce and never sort, so that
 // one text serves a host thread, a CUDA block and a cluster. Formulas: drrlhf/ambiguity.py; an
-// independent solution by sorting: drrlhf/reference.py.
+// independent solution by sorting: drrlhf/reference/.
 //
 // Everything is float64. Losses enter shifted and scaled, d = (max - l) / (max - min) in [0, 1],
 // so that neither their size nor their offset costs digits.

@@ -36,7 +36,7 @@ void check_head(const Tensor& hidden, const Head& head, const Tensor& labels) {
 }
 
 void check_keep(Keep keep) {
-  DRRLHF_CHECK_VALUE(keep == Keep::kNothing || keep == Keep::kHidden || keep == Keep::kSlab,
+  DRRLHF_CHECK_VALUE(keep == Keep::kNothing || keep == Keep::kHidden || keep == Keep::kColumns,
                      "keep: expected 0, 1 or 2, got ", static_cast<std::int64_t>(keep));
 }
 
@@ -180,7 +180,7 @@ class Forward {
       return valid() == tokens_ ? empty_on_huge_pages(hidden_.sizes(), dtype_)
                                 : at::zeros(hidden_.sizes(), dtype_);
     }
-    if (keep_ != Keep::kSlab) return at::empty({0}, dtype_);
+    if (keep_ != Keep::kColumns) return at::empty({0}, dtype_);
     Tensor kept = empty_on_huge_pages({vocabulary_, tokens_}, dtype_);
     const std::int64_t used = vocabulary_ * valid();
     kept.view(-1).narrow(0, used, vocabulary_ * tokens_ - used).zero_();
@@ -195,7 +195,7 @@ class Forward {
     if (n == 0) return left;
     const std::int64_t budget = workspace_ / 4 * 3;
     const std::int64_t pass =
-        keep_ == Keep::kSlab ? n : HeadSums::tokens_at_once(head_.weight, n, budget);
+        keep_ == Keep::kColumns ? n : HeadSums::tokens_at_once(head_.weight, n, budget);
     for (std::int64_t start = 0; start < n; start += pass) {
       const std::int64_t count = std::min(pass, n - start);
       const Tokens tokens = tokens_at(hidden_, labels_, places_.data() + start, count);
@@ -216,7 +216,7 @@ class Forward {
         }
       };
       auto* to = kept_.mutable_data_ptr<at::BFloat16>();
-      if (keep_ == Keep::kSlab) {
+      if (keep_ == Keep::kColumns) {
         keep_ratios(logits, ratios);
         finish_tokens();
         for (std::int64_t j = 0; j < count; ++j) {
@@ -318,8 +318,8 @@ class Forward {
                      const std::vector<std::int64_t>& left, std::int64_t start) {
     const std::int64_t count = tokens.count(), stride = stride_for(count);
     const bool all = left.size() == places_.size();
-    const bool direct = keep_ == Keep::kSlab && all && count % kColumnBlock == 0;
-    if (keep_ == Keep::kSlab && dtype_ == at::kBFloat16) divide(columns, count);
+    const bool direct = keep_ == Keep::kColumns && all && count % kColumnBlock == 0;
+    if (keep_ == Keep::kColumns && dtype_ == at::kBFloat16) divide(columns, count);
     const auto product = product_dtype(dtype_);
     const Storage written = direct ? storage_ : storage_of("hidden", at::empty({0}, product));
     const std::int64_t size = at::elementSize(direct ? dtype_ : product);
@@ -338,7 +338,7 @@ class Forward {
     if (direct) return;
     const Tensor transposed =
         at::from_blob(base, {vocabulary_, count}, {out_stride, 1}, at::dtype(product));
-    if (keep_ == Keep::kSlab) {
+    if (keep_ == Keep::kColumns) {
       const Tensor to = kept_gradient(kept_, vocabulary_, valid());
       if (all) {
         to.narrow(1, start, count).copy_(transposed);

@@ -17,14 +17,14 @@ void check_head(const Tensor& hidden, const Head& head, const Tensor& labels);
 void check_keep(Keep keep);
 
 // Whether a kept gradient's column is divided by -p[label] scale / temperature: what the reference
-// says of it (drrlhf/reference.py). Of less probable labels ratios, and sums of them, might
+// says of it (drrlhf/conventions.py). Of less probable labels ratios, and sums of them, might
 // overflow.
 bool divides_by_label(at::ScalarType dtype, float logp);
 
 // By what such a column was divided.
 float divisor(const Transform& t, float logp);
 
-// d logp / d logits (V, valid tokens) at the front of what the forward kept with Keep::kSlab.
+// d logp / d logits (V, valid tokens) at the front of what the forward kept with Keep::kColumns.
 Tensor kept_gradient(const Tensor& kept, std::int64_t vocabulary, std::int64_t valid);
 
 }  // namespace drrlhf::cpu

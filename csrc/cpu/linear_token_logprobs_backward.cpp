@@ -131,7 +131,7 @@ class Backward {
       ++valid;
     }
     whole_ = active() == valid;
-    has_gradient_ = keep == Keep::kSlab && !by_entropy_;
+    has_gradient_ = keep == Keep::kColumns && !by_entropy_;
     if (has_gradient_) gradient_ = kept_gradient(kept, vocabulary_, valid);
     made_ = has_gradient_ ? dtype_ : product_dtype(dtype_);
   }

@@ -1,5 +1,5 @@
 // Token log-probs on the CPU as functions of tensors. Schemas in csrc/ops.cpp, the definition in
-// drrlhf/reference.py.
+// drrlhf/reference/.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -74,8 +74,8 @@ Tensor spread_to_tokens(const Tensor& per_sequence, const Tensor& labels,
 enum class Keep : std::int64_t {
   kNothing,  // the backward computes the logits again
   kHidden,   // d logp / d hidden (tokens, D), unscaled: the backward scales its rows
-  kSlab,  // d logp / d logits, transposed: (V, counted tokens), packed at the front of (V, tokens),
-          // and in bfloat16 divided as drrlhf/reference.py says
+  kColumns,  // d logp / d logits, transposed: (V, counted tokens), packed at the front of (V,
+             // tokens), and in bfloat16 divided as drrlhf/conventions.py says
 };
 
 struct Head {

@@ -73,7 +73,7 @@ inline Failure clear_memory(void* data, std::int64_t bytes, Stream stream) {
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
-__device__ inline void wait_a_little() { __nanosleep(64); }
+__device__ inline void backoff() { __nanosleep(64); }
 #endif
 
 // a b, rounded: the compiler may not make it part of a sum.

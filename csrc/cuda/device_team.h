@@ -89,7 +89,7 @@ struct DeviceTeam {
         if (atomicAdd(&barrier->arrived, 1u) + 1 == (crossed + 1) * gridDim.x) {
           *released = crossed + 1;
         } else {
-          while (*released <= crossed) wait_a_little();
+          while (*released <= crossed) backoff();
         }
         __threadfence();
       }

@@ -51,12 +51,12 @@ __device__ void solve(const Team& team, Loss loss, const CudaAdversary& adversar
       for (int g = 0; g < adversary.num_groups; ++g) adversary.after[g] = adversary.before[g];
     });
   }
-  const AdversaryOf<NominalOf, GroupOf> foe = {
+  const AdversaryOf<NominalOf, GroupOf> solver = {
       adversary.set,       adversary.nominal.dtype == Dtype::kNone,
       {adversary.nominal}, {adversary.groups},
       adversary.after,     s.masses,
       s.group_losses,      adversary.num_groups};
-  const Solution found = robust_risk(team, loss, foe, s.l, s.p, s.d, s.q);
+  const Solution found = robust_risk(team, loss, solver, s.l, s.p, s.d, s.q);
   if (team.rank() == 0) {
     put(out.value, 0, found.value);
     put(out.dual, 0, found.dual);

@@ -25,7 +25,7 @@ def fail(message: object) -> typer.Exit:
     return typer.Exit(USAGE_ERROR)
 
 
-def hush_deprecations() -> None:
+def ignore_upstream_deprecations() -> None:
     """Deprecations between transformers and TRL are not for the user of a command to mend."""
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers|trl")
 

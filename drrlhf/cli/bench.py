@@ -85,7 +85,7 @@ def bench(
     if readme:
         _print_readme(output or DEFAULT_RESULTS)
         return
-    _console.hush_deprecations()
+    _console.ignore_upstream_deprecations()
     with _console.user_errors():
         from drrlhf.bench.budget import Budget
 

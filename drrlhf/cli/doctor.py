@@ -95,7 +95,7 @@ def _reasons(rows: list[dict[str, Any]]) -> str:
     """One line per reason, after the backends that share it."""
     backends: dict[str, list[str]] = {}
     for row in rows:
-        if not row["chosen"]:
+        if row["reason"]:  # of the one that serves: what it serves
             backends.setdefault(row["reason"], []).append(row["backend"])
     return "\n".join(f"{', '.join(names)}: {reason}" for reason, names in backends.items())
 

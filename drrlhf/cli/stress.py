@@ -195,7 +195,7 @@ def _scored(options: Options, console: Console) -> dict[str, Scores]:
     from drrlhf.stress import from_table, load_judge, score_table
 
     logging.disable_progress_bar()
-    _console.hush_deprecations()
+    _console.ignore_upstream_deprecations()
     columns = (TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn())
     models, data, dtype = options.model or [], str(options.data), options.dtype
     scored = {}
@@ -251,7 +251,7 @@ def _print(result: dict[str, Any], console: Console) -> None:
     from rich import box
     from rich.table import Table
 
-    from drrlhf.stress.report import COMPARED, point, said_radius
+    from drrlhf.stress.report import COMPARED, format_radius, point
 
     table = Table(box=box.SIMPLE_HEAD, title="Ranking accuracy, and its worst case near the data")
     for title in ("model", "pairs", "plain", *COMPARED):
@@ -264,7 +264,7 @@ def _print(result: dict[str, Any], console: Console) -> None:
     for name, model in result["models"].items():
         if model["dropped"]:
             console.print(f"{name}: {model['dropped']} pairs without a finite score were left out.")
-        radii = ", ".join(said_radius(*one) for one in model["robustness_radius"].items())
+        radii = ", ".join(format_radius(*one) for one in model["robustness_radius"].items())
         console.print(f"{name}: accuracy stays at {floor:.0%} up to {radii}", highlight=False)
         for sentence in [*model["notes"], *model["adversary"]["sentences"]]:
             console.print(f"  {sentence}", highlight=False, markup=False)

@@ -30,7 +30,7 @@ def reward(ctx: typer.Context, **options: Any) -> None:
 
         drrlhf train reward --demo --output-dir demo
     """
-    _console.hush_deprecations()
+    _console.ignore_upstream_deprecations()
     if options["demo"]:
         _only_with_demo(ctx, {"output_dir", "seeds", "quick", "demo"})
         _reward_demo(Path(options["output_dir"] or "demo"), options["seeds"], options["quick"])
@@ -50,7 +50,7 @@ def dpo(ctx: typer.Context, **options: Any) -> None:
 
         drrlhf train dpo --demo
     """
-    _console.hush_deprecations()
+    _console.ignore_upstream_deprecations()
     if options["demo"]:
         _only_with_demo(ctx, {"output_dir", "max_steps", "ambiguity", "seed", "demo"})
         folder = Path(options["output_dir"] or "demo-dpo")
@@ -70,7 +70,7 @@ def grpo(ctx: typer.Context, **options: Any) -> None:
 
         drrlhf train grpo --demo
     """
-    _console.hush_deprecations()
+    _console.ignore_upstream_deprecations()
     if options["demo"]:
         _only_with_demo(ctx, {"output_dir", "max_steps", "ambiguity", "seeds", "demo"})
         folder = Path(options["output_dir"] or "demo-grpo")

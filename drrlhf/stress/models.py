@@ -29,7 +29,7 @@ class Text(NamedTuple):
     start: int
 
 
-class Judge:
+class Scorer:
     """A model that gives texts a reward; ``cut`` counts those longer than ``max_length`` tokens."""
 
     batch_tokens: int
@@ -72,7 +72,7 @@ class Judge:
         return reward_inputs.reward_ids(self.tokenizer, row.get("prompt"), row[side], **template)
 
 
-class RewardModel(Judge):
+class RewardModel(Scorer):
     """A sequence-classification model with one label, as ``drrlhf train reward`` leaves it: whole,
     or as adapters of a model that can be loaded.
 
@@ -117,7 +117,7 @@ class RewardModel(Judge):
         return reward_inputs.scores(self.model, ids, self.device).double().cpu().numpy()
 
 
-class Policy(Judge):
+class Policy(Scorer):
     """A causal language model by its implicit reward, as DPO defines it (arXiv 2305.18290, eq. 5):
 
         beta (log p(answer | prompt) - log p_ref(answer | prompt))
@@ -223,7 +223,7 @@ def load_judge(
     beta: float = 0.1,
     max_length: int = 2048,
     dtype: torch.dtype | None = None,
-) -> Judge:
+) -> Scorer:
     """The `RewardModel` or the `Policy` that lies in a directory, in ``dtype``, else as saved.
 
     Raises:

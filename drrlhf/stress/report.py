@@ -68,7 +68,7 @@ def render(result: Mapping[str, Any]) -> str:
             name: {label: point(model, label)["accuracy"] for label in COMPARED}
             for name, model in models.items()
         },
-        said_radius=said_radius,
+        format_radius=format_radius,
         plot=_plot(result),
     )
 
@@ -79,7 +79,7 @@ def point(model: Mapping[str, Any], ambiguity: str) -> dict[str, Any]:
     return next(one for one in model["curves"][family] if one["set"] == ambiguity)
 
 
-def said_radius(family: str, radius: Mapping[str, Any]) -> str:
+def format_radius(family: str, radius: Mapping[str, Any]) -> str:
     """A robustness radius in a few words."""
     if radius["radius"] is None:
         return f"{family}: below without any adversary"

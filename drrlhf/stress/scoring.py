@@ -13,7 +13,7 @@ from drrlhf.data import TEMPLATE, load_preference_data
 from drrlhf.files import tables
 from drrlhf.stress.counterfactual import Row, counterfactuals
 from drrlhf.stress.curves import Array
-from drrlhf.stress.models import Judge
+from drrlhf.stress.models import Scorer
 from drrlhf.stress.scores import Scores, from_table
 
 DROPPED = ("margin", "chosen", "rejected", *TEMPLATE)
@@ -22,7 +22,7 @@ Progress = Callable[[str, int, int], None]
 
 
 def score_pairs(
-    model: Judge,
+    model: Scorer,
     source: str | Path,
     *,
     split: str = "train",
@@ -41,7 +41,7 @@ def score_pairs(
 
 
 def score_table(
-    model: Judge,
+    model: Scorer,
     source: str | Path,
     *,
     split: str = "train",

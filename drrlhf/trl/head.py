@@ -94,7 +94,7 @@ class TokenLogprobHead:
         # Where plain PyTorch serves, autocast left on would round its float32 logits as well.
         with (
             torch.autocast(device, enabled=False),
-            _reading_again((weight, cast), (bias, bias)),
+            _recompute_cast_in_backward((weight, cast), (bias, bias)),
         ):
             found = linear_token_logprobs(
                 hidden.to(dtype),
@@ -118,7 +118,7 @@ class TokenLogprobHead:
         )
 
 
-def _reading_again(*pairs: tuple[Tensor | None, Tensor | None]) -> Any:
+def _recompute_cast_in_backward(*pairs: tuple[Tensor | None, Tensor | None]) -> Any:
     """A context in which the backward keeps each parameter itself, not what was made of it.
 
     ``pairs`` are (parameter, what is read of it). Two cases need it. A cast copy of the head is as
@@ -137,20 +137,20 @@ def _reading_again(*pairs: tuple[Tensor | None, Tensor | None]) -> Any:
     if not kept:
         return contextlib.nullcontext()
 
-    def pack(saved: Tensor) -> Tensor | _Again:
+    def pack(saved: Tensor) -> Tensor | _DeferredCast:
         for parameter, read in kept:
             if saved.data_ptr() == read.data_ptr() and saved.shape == read.shape:
-                return _Again(parameter, read.dtype, parameter._version)
+                return _DeferredCast(parameter, read.dtype, parameter._version)
         return saved
 
-    def unpack(saved: Tensor | _Again) -> Tensor:
+    def unpack(saved: Tensor | _DeferredCast) -> Tensor:
         return saved if isinstance(saved, Tensor) else saved.read()
 
     return saved_tensors_hooks(pack, unpack)
 
 
 @dataclass(frozen=True)
-class _Again:
+class _DeferredCast:
     """A parameter to be read anew in the backward, as `dtype`."""
 
     parameter: Any

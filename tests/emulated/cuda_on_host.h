@@ -227,7 +227,7 @@ inline const char* clear_memory(void* data, std::int64_t bytes, void*) {
   return nullptr;
 }
 
-inline void wait_a_little() { emulated::yield(); }
+inline void backoff() { emulated::yield(); }
 
 inline float emulated_half_to_float(std::uint16_t x) {
   _Float16 half;
