@@ -47,20 +47,23 @@ class Gathered(NamedTuple):
         raise IndexError("beyond the last pair")
 
 
-@contextlib.contextmanager
-def agreement(process_group: Any, on: Any) -> Iterator[None]:
+def agreement(process_group: Any, on: Any) -> contextlib.AbstractContextManager[None]:
     """Around the checks before a gather: what one rank refuses ends all ranks, with its words.
 
     The rank that refuses raises its own error; the others, waiting in `gather`, a RuntimeError
     that quotes it. Without a process group nothing happens. `on` is whatever the caller gave where
     a tensor of its device belongs.
     """
+    return contextlib.nullcontext() if process_group is None else _agreement(process_group, on)
+
+
+@contextlib.contextmanager
+def _agreement(process_group: Any, on: Any) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if process_group is not None:
-            device = on.device if isinstance(on, Tensor) else torch.device("cpu")
-            _headers(_Header(process_group, device, refusal=f"{type(error).__name__}: {error}"))
+        device = on.device if isinstance(on, Tensor) else torch.device("cpu")
+        _headers(_Header(process_group, device, refusal=f"{type(error).__name__}: {error}"))
         raise
 
 

@@ -14,6 +14,7 @@ from drrlhf.functional.robust_risk import (
     RISK_OPTIONS,
     Options,
     RiskOptions,
+    require_finite,
     unmasked_gradient,
     worst_case,
 )
@@ -92,5 +93,7 @@ def reward_loss(
     losses = reward_losses(
         chosen_rewards, rejected_rewards, margin, center_coefficient, risk.nominal
     )
+    if risk.check_finite:  # an infinite reward has a loss of 0 if it is the chosen one's
+        require_finite(losses.detach() + 0 * (chosen_rewards + rejected_rewards), risk.nominal)
     value, weights, dual = worst_case(losses, "chosen_rewards", risk)
     return RewardLoss(value, weights, losses.detach(), dual)

@@ -141,8 +141,8 @@ def bradley_terry(
     difference = chosen_rewards - rejected_rewards
     if margin is not None:
         difference = difference - margin
-    # Without centring too: an infinite reward must show.
-    return -F.logsigmoid(difference) + center * (chosen_rewards + rejected_rewards) ** 2
+    losses = -F.logsigmoid(difference)
+    return losses + center * (chosen_rewards + rejected_rewards) ** 2 if center else losses
 
 
 def _means(p: Pairs) -> Tensor:
