@@ -102,7 +102,8 @@ def fold(
         # Nothing was summed while the reference was the least of all numbers.
         rise = tl.where(total > 0, moved - reference, 0.0)
         terms = tl.where(e > 0, e * (w - moved[:, None]), 0.0)
-        shifted = factor * (shifted - rise * total) + tl.sum(terms, 1)
+        # A rise beyond all numbers leaves nothing of what was summed.
+        shifted = tl.where(factor > 0, factor * (shifted - rise * total), 0.0) + tl.sum(terms, 1)
         squares = factor * factor * squares + tl.sum(e * e, 1)
         plain += tl.sum(tl.where(inside, z, 0.0), 1)
         own += tl.sum(tl.where(columns[None, :] == labels[:, None], z, 0.0), 1)

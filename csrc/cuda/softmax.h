@@ -141,7 +141,8 @@ __device__ void fold(RowState& s, const float (&z)[kCount], std::int64_t first,
     if constexpr (kExtras) {
       // Nothing was summed while the reference was the least of all numbers.
       const float rise = s.total > 0 ? top - s.reference : 0.0f;
-      s.shifted = factor * (s.shifted - rise * s.total);
+      // A rise beyond all numbers leaves nothing of what was summed.
+      s.shifted = factor > 0 ? factor * (s.shifted - rise * s.total) : 0.0f;
       s.squares *= factor * factor;
     }
     s.total *= factor;
