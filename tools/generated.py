@@ -1,0 +1,172 @@
+"""Numbers in README.md and docs/ stand in blocks, made from kept results:
+``python -m tools.generated`` says which blocks differ from them, ``--write`` rewrites these.
+
+A block is ``<!-- generated: NAME -->``, its text, ``<!-- end -->``; `blocks` has every NAME. Tables
+of the CPU benchmarks are those of `drrlhf bench --readme`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from drrlhf.bench import results
+from drrlhf.bench.table import readme_tables
+from drrlhf.files import json_lines, write_text
+from drrlhf.seeds import mean_and_error
+from evidence.shift import page, summary
+
+ROOT = Path(__file__).parent.parent
+KEPT = ROOT / "benchmarks" / "results"
+BLOCK = re.compile(r"(<!-- generated: (\S+) -->\n)(.*?)(\n<!-- end -->)", re.DOTALL)
+
+
+def pages() -> list[Path]:
+    """Where generated blocks may stand."""
+    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def blocks() -> dict[str, str]:
+    """{NAME: markdown}, from the results that are kept in the checkout."""
+    return {
+        **readme_tables(KEPT),
+        "reward_demo": _reward_demo(_read("reward_demo")),
+        "grpo_demo": _grpo_demo(_read("grpo_demo")),
+        "gpu_step": _gpu_step(results.read(_kept("gpu", ".json"))),
+        "gpu_head": _gpu_head(list(json_lines(_kept("gpu-ops", ".jsonl")))),
+        **summary.tables(page.HERE / "results"),
+    }
+
+
+def names(text: str) -> list[str]:
+    """The names of the blocks of a page, in order."""
+    return [found[2] for found in BLOCK.finditer(text)]
+
+
+def rewritten(text: str, known: Mapping[str, str]) -> str:
+    """A page with the text of every block as it is generated.
+
+    Raises:
+        ValueError: a block has a name that nothing generates.
+    """
+
+    def block(found: re.Match[str]) -> str:
+        if found[2] not in known:
+            expected = ", ".join(sorted(known))
+            raise ValueError(f"generated: expected one of {expected}, got {found[2]!r}")
+        return f"{found[1]}{known[found[2]]}{found[4]}"
+
+    return BLOCK.sub(block, text)
+
+
+def _kept(kind: str, suffix: str) -> Path:
+    """The newest kept file of a kind; names end in their date."""
+    return max(KEPT.glob(f"{kind}_*{suffix}"), key=lambda path: path.stem.rpartition("_")[2])
+
+
+def _read(kind: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(_kept(kind, ".json").read_text(encoding="utf-8"))
+    return found
+
+
+def _reward_demo(result: dict[str, Any]) -> str:
+    """Rows: an ambiguity set. Cells: accuracy by domain; in the worst, above plain training."""
+    methods = result["methods"]
+    domains = list(methods["erm"]["accuracy"])
+    rows = []
+    for name, method in methods.items():
+        gain = method["worst_minus_erm"]
+        error = f"{100 * gain['mean']:+.1f} ± {100 * gain['standard_error']:.1f}"
+        cells = [f"{100 * method['accuracy'][domain]['mean']:.1f}" for domain in domains]
+        rows.append((f"`{name}`", *cells, "–" if name == "erm" else error))
+    return _markdown(
+        (f"accuracy, % ({result['protocol']['seeds']} seeds)", *domains, "worst domain − `erm`"),
+        rows,
+    )
+
+
+def _grpo_demo(result: dict[str, Any]) -> str:
+    """Rows: a domain. Cells: held-out reward before and after, and the paired difference."""
+    plain, robust = (run["rewards"] for run in result["runs"])
+    rows = []
+    for domain, share in result["domains"].items():
+        differences = [b - a for a, b in zip(plain[domain], robust[domain], strict=True)]
+        mean, error = mean_and_error(differences)
+        means = [mean_and_error(of[domain])[0] for of in (result["start"], plain, robust)]
+        cells = [f"{value:.2f}" for value in means]
+        rows.append((f"{domain} ({share})", *cells, f"{mean:+.3f} ± {error:.3f}"))
+    sets = [f"`{run['ambiguity']}`" for run in result["runs"]]
+    settings = result["settings"]
+    title = f"reward, {settings['steps']} steps, {settings['seeds']} seeds"
+    return _markdown((title, "before", *sets, "difference"), rows)
+
+
+def _gpu_step(result: results.Result) -> str:
+    """Rows: who trains. Cells: the median time of one step, and its spread."""
+    versions, records = result["versions"], result["records"]
+    mine = {"trl": f"TRL {versions['trl']}", "trl with liger": "TRL with Liger's layer kernels"}
+    rows = []
+    for one in records:
+        ours = re.sub(r"^drrlhf \((.*)\)$", r"drrlhf, `\1`", one["contender"])
+        time = f"{one['value']:.0f} ± {one['spread']:.0f} {one['unit']}"
+        rows.append((mine.get(one["contender"], ours), time))
+    (batches, pairs, tokens) = records[0]["shape"]
+    title = (
+        f"DPO step of {batches * pairs} pairs of {tokens} tokens, {records[0]['dtype']}, "
+        f"{result['device']}, {result['date']}, commit {result['commit']}"
+    )
+    return _markdown((title, "median ± interquartile range"), rows)
+
+
+_GPU_WHO = {
+    "triton": "drrlhf, Triton",
+    "cuda": "drrlhf, CUDA C++",
+    "plain": "plain PyTorch",
+    "torch.compile": "torch.compile",
+    "trl": "TRL",
+}
+
+
+def _gpu_head(lines: Sequence[dict[str, Any]]) -> str:
+    """Rows: who computes the head. Cells: time of scoring, and of forward + backward."""
+    found = {(one["who"], one["kind"]): one for one in lines if one["item"] == "head"}
+    rows = [
+        (title, *(f"{found[who, kind]['ms']:.1f} ms" for kind in ("forward", "frozen")))
+        for who, title in _GPU_WHO.items()
+    ]
+    one = found["triton", "frozen"]
+    device = next(line["name"] for line in lines if line["item"] == "device")
+    title = f"frozen head, {one['n']}×{one['d']} by {one['v']}×{one['d']}, bfloat16, {device}"
+    return _markdown((title, "scoring", "forward + backward"), rows)
+
+
+def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--write", action="store_true", help="rewrite the blocks that differ")
+    options = parser.parse_args()
+    known, stale = blocks(), []
+    for path in pages():
+        text = path.read_text(encoding="utf-8")
+        new = rewritten(text, known)
+        if new != text:
+            stale.append(str(path.relative_to(ROOT)))
+            if options.write:
+                write_text(path, new)
+    if stale:
+        print(("rewritten: " if options.write else "out of date: ") + ", ".join(stale))
+    if stale and not options.write:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
