@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from drrlhf.bench import heads, results, robust_risk, trainer_step
-from drrlhf.bench.registry import OURS
+from drrlhf.bench.registry import OURS, variant
 from drrlhf.bench.runner import Outcome, Record
 
 # Column, what it shows of a record, and the key that some record must have a number for.
@@ -79,19 +79,17 @@ def _number(value: float | None) -> str:
 
 
 def readme_tables(folder: str | os.PathLike[str]) -> dict[str, str]:
-    """The README's markdown tables, from the newest kept results in `folder`.
+    """Markdown tables for the README and docs/, from the newest kept CPU results in `folder`.
 
-    "robust_risk": the cost of every set; "head": the log-prob head in bare products;
-    "trainer_step": a whole step under each set. One that no result has records for is left out.
+    "speed": ours beside the others, one row a piece of work; "robust_risk": the cost of every set;
+    "head": the log-prob head in bare products; "policy_loss": the loss of GRPO; "trainer_step": a
+    whole step under each set; "packing": a step without padding. A table that no result has
+    records for is left out.
     """
-    tables = {}
-    for name, op, make in (
-        ("robust_risk", "robust_risk", _robust_risk_markdown),
-        ("head", "linear_token_logprobs", _head_markdown),
-        ("trainer_step", "trainer_step", _trainer_step_markdown),
-    ):
-        result = results.newest(folder, op)
-        if result is not None and (markdown := make(result)):
+    tables: dict[str, str] = {}
+    for name, ops, make in _TABLES:
+        found = [result for op in ops if (result := results.newest(folder, op)) is not None]
+        if found and (markdown := make(*found)):
             tables[name] = markdown
     return tables
 
@@ -170,6 +168,136 @@ def _trainer_step_markdown(result: results.Result) -> str:
     return _markdown(("time of one step, relative to our own plain one", *sets, trl), rows)
 
 
+def _one(
+    result: results.Result,
+    op: str,
+    metric: str,
+    contender: str,
+    dtype: str = "bfloat16",
+    head: str | None = None,
+) -> Record | None:
+    """The record of one contender in one case; None where it was not measured."""
+    for record in result["records"]:
+        if (
+            record["op"] == op
+            and record["metric"] == metric
+            and record["contender"] == contender
+            and record["dtype"] == dtype
+            and record["axis"] is None
+            and head in (None, record["head"])
+        ):
+            return record
+    return None
+
+
+# Work, op, metric, dtype, head, who is ours, and what is shown of a record.
+_SPEED: tuple[tuple[str, str, str, str, str | None, str, str], ...] = (
+    (
+        "log-probs from bfloat16 logits ({}×{}), forward",
+        *("token_logprobs", "forward", "bfloat16", None, OURS, "value"),
+    ),
+    (
+        "log-probs from bfloat16 logits ({}×{}), forward + backward",
+        *("token_logprobs", "forward+backward", "bfloat16", None, OURS, "value"),
+    ),
+    (
+        "bfloat16 head frozen ({0}×{2} by {1}×{2}), forward + backward",
+        *("linear_token_logprobs", "forward+backward", "bfloat16", "frozen", OURS, "value"),
+    ),
+    (
+        "float32 head trained, logits kept ({0}×{2} by {1}×{2}), forward + backward",
+        "linear_token_logprobs",
+        "forward+backward",
+        *("float32", "trained", variant("slab kept"), "value"),
+    ),
+    (
+        "bfloat16 head frozen ({0}×{2} by {1}×{2}), peak memory beyond the inputs",
+        "linear_token_logprobs",
+        "peak memory, forward+backward",
+        *("bfloat16", "frozen", OURS, "peak_mib"),
+    ),
+    (
+        "DPO step with `tv:0.1`, {} sequences of {} tokens",
+        *("dpo_step", "tv:0.1, forward+backward", "bfloat16", None, OURS, "tokens_per_s"),
+    ),
+    (
+        "GRPO loss with `tv:0.1`, {} prompts of {} completions of {} tokens, float32",
+        *("policy_loss", "log-probs to gradients, dapo", "float32", None, OURS, "value"),
+    ),
+)
+_UNITS = {"peak_mib": "MiB", "tokens_per_s": "tokens/s"}
+
+
+def _speed_markdown(*found: results.Result) -> str:
+    """Rows: a piece of work. Cells: median time, memory or tokens per second."""
+    trl = "TRL {}".format(_short(found[0]["versions"].get("trl", "")))
+    rows = []
+    for work, op, metric, dtype, head, ours, key in _SPEED:
+        result = next((r for r in found if any(one["op"] == op for one in r["records"])), None)
+        mine = result and _one(result, op, metric, ours, dtype, head)
+        if result is None or not mine:
+            continue
+        plain = "log_softmax" if op == "token_logprobs" else heads.PLAIN
+        others = [
+            _one(result, op, metric, name, dtype, head)
+            for name in (plain, heads.COMPILED, heads.TRL)
+        ]
+        rows.append((work.format(*mine["shape"]), *(_amount(r, key) for r in (mine, *others))))
+    return _markdown(("work", "drrlhf", "plain PyTorch", "torch.compile", trl), rows)
+
+
+def _amount(record: Record | None, key: str) -> str:
+    if record is None:
+        return "–"
+    value, unit = record[key], _UNITS.get(key, record["unit"])
+    if unit == "us":
+        value, unit = value / 1000, "ms"
+    return f"{_number(value)} {unit}"
+
+
+def _policy_loss_markdown(result: results.Result) -> str:
+    """Rows: a form of the loss. Cells: median time over that of TRL's own loss."""
+    rows = []
+    for metric, work in (
+        (
+            "log-probs to gradients, dapo",
+            "from log-probs ({} prompts × {} completions × {} tokens)",
+        ),
+        ("log-probs to gradients, grpo with a reference", "the same with a reference policy"),
+        ("log-probs to gradients, grpo by sequence", "the same with sequence-level ratios"),
+        ("hidden states to gradients", "from hidden states ({}×{}×{} tokens, head {}×{})"),
+    ):
+        same = {
+            r["contender"]: r
+            for r in result["records"]
+            if r["op"] == "policy_loss" and r["metric"] == metric and r["axis"] is None
+        }
+        if OURS in same:
+            cells = [f"{same[n]['ratio']:.2f}" if n in same else "–" for n in _POLICY_CONTENDERS]
+            rows.append((work.format(*same[OURS]["shape"]), same[OURS]["dtype"], *cells))
+    trl = "TRL {}".format(_short(result["versions"].get("trl", "")))
+    return _markdown(("loss with its gradient", "dtype", "`tv:0.1`", "`erm`", trl), rows)
+
+
+_POLICY_CONTENDERS = (OURS, variant("erm"), heads.TRL)
+
+
+def _packing_markdown(result: results.Result) -> str:
+    """Rows: padded and packed. Cells: tokens per second, and over the padded step's."""
+    speeds = {
+        record["contender"]: record["tokens_per_s"]
+        for record in result["records"]
+        if record["op"] == "trainer_step" and record["metric"] == "step of mixed lengths"
+    }
+    padded, packed = variant("padded"), variant("packed")
+    rows = [
+        (f"`padding_free={value}`", _number(speeds[name]), f"{speeds[name] / speeds[padded]:.2f}")
+        for value, name in (("False", padded), ("True", packed))
+        if padded in speeds and packed in speeds
+    ]
+    return _markdown(("step of mixed lengths", "tokens/s", "relative"), rows)
+
+
 def _our_cell(record: Record) -> str:
     variant = record["contender"].removeprefix(OURS).strip(" ()")
     return f"{record['ratio']:.1f}" + (f" ({variant})" if variant else "")
@@ -186,3 +314,13 @@ def _markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     lines += ["| " + " | ".join(row) + " |" for row in rows]
     return "\n".join(lines)
+
+
+_TABLES: tuple[tuple[str, tuple[str, ...], Callable[..., str]], ...] = (
+    ("speed", tuple(dict.fromkeys(row[1] for row in _SPEED)), _speed_markdown),
+    ("robust_risk", ("robust_risk",), _robust_risk_markdown),
+    ("head", ("linear_token_logprobs",), _head_markdown),
+    ("policy_loss", ("policy_loss",), _policy_loss_markdown),
+    ("trainer_step", ("trainer_step",), _trainer_step_markdown),
+    ("packing", ("trainer_step",), _packing_markdown),
+)
