@@ -464,6 +464,52 @@ def test_readme_tables_come_from_the_newest_kept_results(tmp_path):
     assert printed.exit_code == 0 and all(line in printed.output for line in lines)
 
 
+def test_the_tables_of_speed_policy_loss_and_packing(tmp_path):
+    def one(op, contender, metric, shape, **more):
+        return _record(op, contender, 1.0) | {"metric": metric, "shape": shape, **more}
+
+    wide = {"dtype": "bfloat16", "unit": "ms"}
+    logits = [
+        one("token_logprobs", name, "forward", [4, 9], value=value, **wide)
+        for name, value in (("drrlhf", 15.74), ("log_softmax", 132.4), ("torch.compile", 47.01))
+    ]
+    others = [
+        logits[0] | {"dtype": "float32", "value": 1.0},
+        logits[0] | {"axis": "tokens", "value": 1.0},
+        logits[1] | {"contender": "float().log_softmax", "value": 1.0},
+    ]
+    peak = one("linear_token_logprobs", "drrlhf", "peak memory, forward+backward", [8, 9, 2],
+               head="frozen", peak_mib=49.7, **wide)  # fmt: skip
+    speed = one("dpo_step", "trl", "tv:0.1, forward+backward", [8, 256], tokens_per_s=223.5, **wide)
+    ours = speed | {"contender": "drrlhf", "tokens_per_s": 996.0}
+    metric = "log-probs to gradients, dapo"
+    loss = one("policy_loss", "drrlhf", metric, [6, 8, 5], value=1543.0, dtype="float32", unit="us")
+    loss |= {"ratio": 0.307}
+    packing = [
+        one("trainer_step", f"drrlhf ({name})", "step of mixed lengths", [8], tokens_per_s=speed)
+        for name, speed in (("padded", 400.0), ("packed", 710.0))
+    ]
+    _write(tmp_path, "cpu_x_2026-11-24.json", [*others, *logits, peak, speed, ours])
+    _write(tmp_path, "cpu_x-policy_2026-11-25.json", [loss, *packing])
+    tables = table.readme_tables(tmp_path)
+    assert tables["speed"].splitlines()[2:] == [
+        "| log-probs from bfloat16 logits (4×9), forward | 15.7 ms | 132 ms | 47 ms | – |",
+        "| bfloat16 head frozen (8×2 by 9×2), peak memory beyond the inputs "
+        "| 49.7 MiB | – | – | – |",
+        "| DPO step with `tv:0.1`, 8 sequences of 256 tokens "
+        "| 996 tokens/s | – | – | 224 tokens/s |",
+        "| GRPO loss with `tv:0.1`, 6 prompts of 8 completions of 5 tokens, float32 | 1.54 ms "
+        "| – | – | – |",
+    ]
+    assert tables["policy_loss"].splitlines()[2:] == [
+        "| from log-probs (6 prompts × 8 completions × 5 tokens) | float32 | 0.31 | – | – |"
+    ]
+    assert tables["packing"].splitlines()[2:] == [
+        "| `padding_free=False` | 400 | 1.00 |",
+        "| `padding_free=True` | 710 | 1.77 |",
+    ]
+
+
 def test_a_file_that_is_no_result_is_refused(tmp_path):
     for text, word in (("{", "not valid JSON"), ("[]", "list of records"), ("{}", "records")):
         (tmp_path / "cpu_x_2026-11-24.json").write_text(text)

@@ -16,8 +16,12 @@ import torch
 from trl_fixtures import tiny_llama_dir, tiny_pairs
 from typer.testing import CliRunner
 
+from drrlhf.bench.results import newest, read
 from drrlhf.cli import app
+from drrlhf.files import json_lines
+from drrlhf.seeds import mean_and_error
 from evidence.shift import findings, page, radius, summary
+from evidence.shift.methods import METHODS
 from tools import generated
 
 ROOT = Path(__file__).parent.parent
@@ -296,6 +300,111 @@ def test_the_recommended_method_is_one_that_helped():
     assert summary._list(found, "hurts") == "`d` -1.0"
     assert summary._advice(found) == "`b` or `a`"
     assert summary._advice({"c": found["c"], "d": found["d"]}) == "plain training"
+
+
+def test_the_tables_of_the_evidence():
+    """By hand from the records, for one row of each."""
+    _, records, dpo, suggestions = page.load(page.HERE / "results")
+    made = summary.tables(page.HERE / "results")
+
+    def row(name, start):
+        (found,) = (line for line in made[name].splitlines() if line.startswith(start))
+        return found
+
+    def one(shift, method, measure, of=records):
+        return 100 * findings.findings(findings.table(of, shift, measure))[method].difference
+
+    gained = [f"{one('dpo-far', 'kl', measure, dpo):+.1f}" for measure in ("out", "worst", "in")]
+    assert f"`kl` {gained[0]} |" in row("shift", "| `dpo-far`")
+    cells = row("shift_helped", "| `dpo-far`").split(" | ")
+    assert [cell.strip("*|").split()[0].strip("*") for cell in cells[2:]] == gained
+    assert f"`close` {one('close', 'chi2', 'out'):+.1f} |" in row("shift_hurt", "| `chi2`")
+    worse = f"`optimistic` {one('unseen', 'optimistic', 'out nll') / 100:+.2f}"
+    assert worse in row("shift_calibration", "| `unseen`")
+    covered, median = radius.coverage(suggestions, "rare", "groups", "tv")[0], "`tv:0.02`"
+    assert f"| {median} | " in row("suggest_radius", "| `--group-by")
+    assert f" | {covered:.0%} | " in row("suggest_radius", "| `--group-by")
+    configs = METHODS["chi2"]
+    index = next(i for i, c in enumerate(configs) if (c.ambiguity, c.lr) == ("chi2:0.5", 3e-4))
+    tried = findings.table(records, "close", "out", {"chi2": index})["chi2"]
+    plain = findings.table(records, "close", "out")["erm"]
+    assert row("shift_strength", "| `chi2:0.5`").endswith(
+        f"| {100 * (tried - plain).mean():+.1f} |"
+    )
+    methods = row("shift_methods", "| `kl` ")
+    assert methods == "| `kl` | `kl:0.02`, `kl:0.05`, `kl:0.2` | `kl:0.05` |"
+
+
+def test_the_tables_of_the_demos_and_the_gpu():
+    def of(*values):
+        return {"mean": values[0], "standard_error": values[1]}
+
+    reward = {
+        name: {"accuracy": {"a": of(accuracy, 0.0)}, "worst_minus_erm": of(gain, 0.01)}
+        for name, accuracy, gain in (("erm", 0.8, 0.0), ("tv", 0.75, -0.05))
+    }
+    made = generated._reward_demo({"protocol": {"seeds": 5}, "methods": reward})
+    assert made.splitlines()[2:] == ["| `erm` | 80.0 | – |", "| `tv` | 75.0 | -5.0 ± 1.0 |"]
+    runs = [("erm", [0.25, 0.5]), ("tv:0.1", [0.5, 0.5])]
+    made = generated._grpo_demo(
+        {
+            "settings": {"steps": 3, "seeds": 2},
+            "start": {"a": [0.1, 0.3]},
+            "domains": {"a": "seen"},
+            "runs": [{"ambiguity": name, "rewards": {"a": values}} for name, values in runs],
+        }
+    )
+    assert made.splitlines()[2:] == ["| a (seen) | 0.20 | 0.38 | 0.50 | +0.125 ± 0.125 |"]
+    step = {"shape": [2, 8, 64], "dtype": "bfloat16", "unit": "ms", "spread": 2.4}
+    made = generated._gpu_step(
+        {
+            **{"versions": {"trl": "1.16.0"}, "device": "X", "date": "D", "commit": "C"},
+            "records": [
+                step | {"contender": name, "value": value}
+                for name, value in (("drrlhf (tv:0.1)", 569.4), ("trl", 534.0))
+            ],
+        }
+    )
+    assert made.startswith("| DPO step of 16 pairs of 64 tokens, bfloat16, X, D, commit C |")
+    rows = ["| drrlhf, `tv:0.1` | 569 ± 2 ms |", "| TRL 1.16.0 | 534 ± 2 ms |"]
+    assert made.splitlines()[2:] == rows
+
+
+def test_the_words_around_the_tables_are_what_these_say():
+    results = ROOT / "benchmarks" / "results"
+    rewards = generated._read("reward_demo")["methods"]
+    gains = [method["worst_minus_erm"] for name, method in rewards.items() if name != "erm"]
+    # "neither costs nor clearly gains accuracy"
+    assert all(abs(gain["mean"]) < 2 * gain["standard_error"] for gain in gains)
+    grpo = generated._read("grpo_demo")
+    plain, robust = (run["rewards"] for run in grpo["runs"])
+
+    def difference(domain):
+        pairs = zip(plain[domain], robust[domain], strict=True)
+        return mean_and_error([b - a for a, b in pairs])
+
+    mean, error = difference("movie")  # "slowed learning"
+    assert mean < -2 * error and "95" in grpo["domains"]["movie"]
+    unseen = [domain for domain, share in grpo["domains"].items() if share == "unseen"]
+    assert len(unseen) == 2 and all(mean < error for mean, error in map(difference, unseen))
+    gpu = {r["contender"]: r["value"] for r in read(generated._kept("gpu", ".json"))["records"]}
+    assert gpu["trl"] < min(time for name, time in gpu.items() if name.startswith("drrlhf"))
+    lines = json_lines(generated._kept("gpu-ops", ".jsonl"))
+    head = {(one["who"], one["kind"]): one.get("ms") for one in lines if one["item"] == "head"}
+    times = " | ".join(f"{head['trl', kind]:.1f} ms" for kind in ("forward", "frozen"))
+    assert f"| TRL | {times} |" in PAGES["docs/head.md"]
+    for ours in ("triton", "cuda"):
+        assert head[ours, "frozen"] < head["trl", "frozen"]
+        assert head[ours, "forward"] > head["trl", "forward"]
+    trained = {
+        record["contender"]: record["value"]
+        for record in newest(results, "linear_token_logprobs")["records"]
+        if record["op"] == "linear_token_logprobs" and record["axis"] is None
+        and (record["dtype"], record["head"]) == ("float32", "trained")
+        and record["metric"] == "forward+backward"
+    }  # fmt: skip
+    ours = [time for name, time in trained.items() if name.startswith("drrlhf")]
+    assert len(ours) == 2 and trained["torch.compile"] < min(ours)
 
 
 def test_the_readme_is_short():
