@@ -12,7 +12,7 @@ import torch
 from drrlhf import backends
 from drrlhf.conventions import statistics_dtype
 from tests import cases
-from tests.three_ways import BACKENDS, INTERPRETED
+from tests.three_ways import BACKENDS, SLOW
 
 TABLES = {
     path.stem: importlib.import_module(f"tests.cases.{path.stem}").CASES
@@ -40,7 +40,14 @@ RELATIVE = {
 LEAST = {"entropy": 1e-6, "log_sum_sq_probs": 1e-6}
 
 
-LEAST_ALONE = "finfo.min twice among 2, {}"  # a row of it: an open defect of Triton's head
+# Defects that the table has found and that are open; strict where they were seen.
+OPEN = {
+    ("triton", "linear_token_logprobs", "finfo.min twice among 2, {}"):
+        "NaN, not -log V, where every logit of a row is the least of all numbers",
+    ("cuda", "token_logprobs", "finfo.max among 70, {}"):
+        "the entropy is NaN, not 0, where one logit is the largest of all numbers",
+    ("cuda", "token_logprobs", "finfo.max among 2051, {}"): "as among 70",
+}  # fmt: skip
 
 
 def assert_equal(ours: torch.Tensor, plain: torch.Tensor, made: cases.Made, name: str) -> None:
@@ -74,9 +81,9 @@ def answers(made: cases.Made) -> dict[str, torch.Tensor]:
 def test_backend_equals_reference(request, backend, op, case):
     if op not in backends.SERVED[backend]:
         pytest.skip(f"{backend} leaves {op} to others")
-    if (backend, op) == ("triton", "linear_token_logprobs") and case.name.startswith(LEAST_ALONE):
-        reason = "NaN where every logit of a row is the least of all numbers, not -log V"
-        request.applymarker(pytest.mark.xfail(reason=reason, strict=INTERPRETED))
+    for (name, where, row), reason in OPEN.items():
+        if (name, where) == (backend, op) and case.name.startswith(row):
+            request.applymarker(pytest.mark.xfail(reason=reason, strict=SLOW))
     made = case.make()
     with backends.use(backend):
         ours = answers(made)
