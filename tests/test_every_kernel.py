@@ -14,7 +14,7 @@ import torch
 from three_ways import BACKENDS, INTERPRETED, tensors_in
 
 import drrlhf as dr
-from drrlhf import backends
+from drrlhf import backends, ops
 
 pytestmark = pytest.mark.sanitized
 SOURCES = Path(__file__).parent.parent / "csrc" / "cuda"
@@ -106,14 +106,27 @@ def sequences(mean):
     return run, [normal(301)]
 
 
-def sequences_of_pairs(pairs=3, length=37):
-    labels, refs = tokens(2 * pairs * length, 11).view(2 * pairs, length), normal(2 * pairs)
+def sequences_of_pairs():
+    labels, refs = tokens(6 * 37, 11).view(6, 37), normal(6)
 
     def run(hidden, weight):
         found = dr.linear_preference_loss(hidden, weight, labels, refs, ambiguity="tv:0.2")
         return found, found.loss
 
-    return run, [normal(2 * pairs, length, 8), normal(11, 8)]
+    return run, [normal(6, 37, 8), normal(11, 8)]
+
+
+def many_pairs():
+    labels, refs, options = torch.ones(2 * MANY, 1).long(), normal(2 * MANY), (-100, 0.1, 0.0)
+    encoded = dr.parse_ambiguity("tv:0.2").encode()
+
+    def run(logps):
+        found = ops.sequence_preference_loss(
+            logps, labels, None, refs, None, None, None, *options, *encoded
+        )
+        return found, found.value
+
+    return run, [normal(2 * MANY, 1)]
 
 
 # Kernels of csrc/cuda, and what launches them.
@@ -129,7 +142,7 @@ CASES = {
     "robust_risk_kernel of groups": lambda: risk(37, "group:3"),
     "sequence_logprobs_kernel, sequence_logprobs_backward_kernel": lambda: sequences(True),
     "sequence_preference_loss_kernel": sequences_of_pairs,
-    "sequence_preference_loss_kernel, solve_pairs_kernel": lambda: sequences_of_pairs(MANY, 1),
+    "sequence_preference_loss_kernel, solve_pairs_kernel": many_pairs,
 }
 
 
