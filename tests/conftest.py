@@ -85,12 +85,16 @@ SHARED = {
 }  # fmt: skip
 
 
+def pytest_itemcollected(item):
+    """Sends the tests of a module that share one of SHARED to one worker; xdist reads the groups
+    before other plugins may change the list."""
+    if SHARED & set(getattr(item, "fixturenames", ())):
+        item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
+
+
 def pytest_collection_modifyitems(config, items):
     """Leaves out what takes minutes unless it is asked for by its mark, and what another layer
-    proves; sends the tests of a module that share one of SHARED to one worker."""
-    for item in items:
-        if SHARED & set(getattr(item, "fixturenames", ())):
-            item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
+    proves."""
     built = "cuda_build" in config.getoption("-m")
     dropped = {
         item
