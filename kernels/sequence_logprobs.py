@@ -50,9 +50,19 @@ def sequence_sum(logps_ptr, labels_ptr, begin, end, ignore_index, TOKENS: tl.con
 
 @triton.jit(debug=DEBUG)
 def sequence_logprobs_kernel(
-    logps_ptr, labels_ptr, cu_ptr, out_ptr, sequences, tokens, length, ignore_index,
-    PACKED: tl.constexpr, MEAN: tl.constexpr, TOKENS: tl.constexpr, DEBUG: tl.constexpr,
-):  # fmt: skip
+    logps_ptr,
+    labels_ptr,
+    cu_ptr,
+    out_ptr,
+    sequences,
+    tokens,
+    length,
+    ignore_index,
+    PACKED: tl.constexpr,
+    MEAN: tl.constexpr,
+    TOKENS: tl.constexpr,
+    DEBUG: tl.constexpr,
+):
     i = tl.program_id(0)
     begin, end, legal = limits(cu_ptr, i, sequences, tokens, length, PACKED, DEBUG)
     total, count = sequence_sum(logps_ptr, labels_ptr, begin, end, ignore_index, TOKENS)
@@ -64,9 +74,18 @@ def sequence_logprobs_kernel(
 
 @triton.jit
 def sequence_logprobs_backward_kernel(
-    grad_ptr, labels_ptr, cu_ptr, out_ptr, sequences, tokens, length, ignore_index,
-    PACKED: tl.constexpr, MEAN: tl.constexpr, TOKENS: tl.constexpr,
-):  # fmt: skip
+    grad_ptr,
+    labels_ptr,
+    cu_ptr,
+    out_ptr,
+    sequences,
+    tokens,
+    length,
+    ignore_index,
+    PACKED: tl.constexpr,
+    MEAN: tl.constexpr,
+    TOKENS: tl.constexpr,
+):
     """The gradient of sequence i at each of its counted tokens."""
     i = tl.program_id(0)
     begin, end, _ = limits(cu_ptr, i, sequences, tokens, length, PACKED, False)
@@ -99,10 +118,20 @@ def sequence_logprobs(
     if sequences:
         with on(logps):
             sequence_logprobs_kernel[(sequences,)](
-                logps.contiguous(), labels.contiguous(), contiguous(cu_seqlens), out, sequences,
-                labels.numel(), labels.shape[-1], ignore_index, PACKED=cu_seqlens is not None,
-                MEAN=mean, TOKENS=TOKENS, DEBUG=DEBUG, num_warps=WARPS,
-            )  # fmt: skip
+                logps.contiguous(),
+                labels.contiguous(),
+                contiguous(cu_seqlens),
+                out,
+                sequences,
+                labels.numel(),
+                labels.shape[-1],
+                ignore_index,
+                PACKED=cu_seqlens is not None,
+                MEAN=mean,
+                TOKENS=TOKENS,
+                DEBUG=DEBUG,
+                num_warps=WARPS,
+            )
     return out
 
 
@@ -117,10 +146,19 @@ def sequence_logprobs_backward(
     if sequences:
         with on(grad):
             sequence_logprobs_backward_kernel[(sequences,)](
-                grad.contiguous(), labels.contiguous(), contiguous(cu_seqlens), out, sequences,
-                labels.numel(), labels.shape[-1], ignore_index, PACKED=cu_seqlens is not None,
-                MEAN=mean, TOKENS=TOKENS, num_warps=WARPS,
-            )  # fmt: skip
+                grad.contiguous(),
+                labels.contiguous(),
+                contiguous(cu_seqlens),
+                out,
+                sequences,
+                labels.numel(),
+                labels.shape[-1],
+                ignore_index,
+                PACKED=cu_seqlens is not None,
+                MEAN=mean,
+                TOKENS=TOKENS,
+                num_warps=WARPS,
+            )
     return out
 
 

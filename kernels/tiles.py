@@ -40,9 +40,13 @@ class Tile(NamedTuple):
     def options(self) -> dict[str, int]:
         """As arguments of a launch."""
         return {
-            "BM": self.rows, "BN": self.columns, "BK": self.depth, "GROUP": self.group,
-            "num_warps": self.warps, "num_stages": self.stages,
-        }  # fmt: skip
+            "BM": self.rows,
+            "BN": self.columns,
+            "BK": self.depth,
+            "GROUP": self.group,
+            "num_warps": self.warps,
+            "num_stages": self.stages,
+        }
 
 
 FLOAT32 = Tile(64, 64, 32, 4, 2, 8)

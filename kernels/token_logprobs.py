@@ -35,8 +35,17 @@ HEADROOM = tl.constexpr(1.0)
 
 
 @triton.jit
-def load_tile(x_ptr, starts, shift, first, counted, vocabulary, ROWS: tl.constexpr,
-              BLOCK: tl.constexpr, ALIGNED: tl.constexpr):  # fmt: skip
+def load_tile(
+    x_ptr,
+    starts,
+    shift,
+    first,
+    counted,
+    vocabulary,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):
     """Columns [first - shift, first - shift + BLOCK) of some rows, those outside as 0.
 
     Whole groups of entries are loaded at once where nothing is masked entry by entry: where rows
@@ -59,12 +68,32 @@ def load_tile(x_ptr, starts, shift, first, counted, vocabulary, ROWS: tl.constex
 
 @triton.jit(debug=DEBUG)
 def token_logprobs_kernel(
-    x_ptr, labels_ptr, logp_ptr, lse_ptr, tail_ptr, entropy_ptr, mean_ptr, top1_ptr, squares_ptr,
-    n, vocabulary, stride, ignore_index, softcap, inverse_temperature,
-    ENTROPY: tl.constexpr, MEAN: tl.constexpr, TOP1: tl.constexpr, SQUARES: tl.constexpr,
-    CAPPED: tl.constexpr, PRECISE: tl.constexpr, ALIGNED: tl.constexpr, ROWS: tl.constexpr,
-    BLOCK: tl.constexpr, DEBUG: tl.constexpr,
-):  # fmt: skip
+    x_ptr,
+    labels_ptr,
+    logp_ptr,
+    lse_ptr,
+    tail_ptr,
+    entropy_ptr,
+    mean_ptr,
+    top1_ptr,
+    squares_ptr,
+    n,
+    vocabulary,
+    stride,
+    ignore_index,
+    softcap,
+    inverse_temperature,
+    ENTROPY: tl.constexpr,
+    MEAN: tl.constexpr,
+    TOP1: tl.constexpr,
+    SQUARES: tl.constexpr,
+    CAPPED: tl.constexpr,
+    PRECISE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    DEBUG: tl.constexpr,
+):
     EXTRAS: tl.constexpr = ENTROPY or MEAN or TOP1 or SQUARES
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     live = rows < n
@@ -94,9 +123,22 @@ def token_logprobs_kernel(
             )
             z, slope = transform(x, 1.0, softcap, inverse_temperature, CAPPED)
             reference, total, shifted, squares, plain, own, before, after, e = fold(
-                z, columns, labels, vocabulary, reference, total, shifted, squares, plain, own,
-                before, after, HEADROOM, EXTRAS, PRECISE,
-            )  # fmt: skip
+                z,
+                columns,
+                labels,
+                vocabulary,
+                reference,
+                total,
+                shifted,
+                squares,
+                plain,
+                own,
+                before,
+                after,
+                HEADROOM,
+                EXTRAS,
+                PRECISE,
+            )
 
     logp, lse, tail, u, _, log_sum, whole = finish(t, reference, total)
     tl.store(logp_ptr + rows, tl.where(counted, logp, 0.0), mask=live)
@@ -117,11 +159,31 @@ def token_logprobs_kernel(
 
 @triton.jit
 def token_logprobs_backward_kernel(
-    x_ptr, out_ptr, labels_ptr, a_ptr, b_ptr, logp_ptr, lse_ptr, tail_ptr, entropy_ptr,
-    n, vocabulary, stride, out_stride, ignore_index, softcap, inverse_temperature, blocks,
-    BY_LOGP: tl.constexpr, BY_ENTROPY: tl.constexpr, CAPPED: tl.constexpr,
-    PRECISE: tl.constexpr, ALIGNED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    x_ptr,
+    out_ptr,
+    labels_ptr,
+    a_ptr,
+    b_ptr,
+    logp_ptr,
+    lse_ptr,
+    tail_ptr,
+    entropy_ptr,
+    n,
+    vocabulary,
+    stride,
+    out_stride,
+    ignore_index,
+    softcap,
+    inverse_temperature,
+    blocks,
+    BY_LOGP: tl.constexpr,
+    BY_ENTROPY: tl.constexpr,
+    CAPPED: tl.constexpr,
+    PRECISE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """One tile of the gradient; `out_ptr` may be `x_ptr`, for a tile is read before it is written.
 
     Both tensors' rows begin alike within a group of entries, see `load_tile`.
@@ -219,11 +281,25 @@ def token_logprobs(
     if n:
         with on(x):
             token_logprobs_kernel[(triton.cdiv(n, rows),)](
-                x, y, *always, *asked, n, vocabulary, x.stride(0), ignore_index, softcap or 0.0,
-                1.0 / temperature, *(outputs & bit != 0 for bit in OPTIONAL),
-                CAPPED=softcap is not None, PRECISE=x.dtype == torch.float32,
-                ALIGNED=_aligned(x), ROWS=rows, BLOCK=block, DEBUG=DEBUG, num_warps=warps,
-            )  # fmt: skip
+                x,
+                y,
+                *always,
+                *asked,
+                n,
+                vocabulary,
+                x.stride(0),
+                ignore_index,
+                softcap or 0.0,
+                1.0 / temperature,
+                *(outputs & bit != 0 for bit in OPTIONAL),
+                CAPPED=softcap is not None,
+                PRECISE=x.dtype == torch.float32,
+                ALIGNED=_aligned(x),
+                ROWS=rows,
+                BLOCK=block,
+                DEBUG=DEBUG,
+                num_warps=warps,
+            )
     return (*always, *asked)
 
 
@@ -245,12 +321,26 @@ def _backward_into(out: Tensor, x: Tensor, labels: Tensor, *rest: Any) -> None:
     ]
     with on(x):
         token_logprobs_backward_kernel[(triton.cdiv(n, rows) * blocks,)](
-            x, out, *per_token, n, vocabulary, x.stride(0), out.stride(0), ignore_index,
-            softcap or 0.0, 1.0 / temperature, blocks, BY_LOGP=grad is not None,
-            BY_ENTROPY=grad_entropy is not None, CAPPED=softcap is not None,
-            PRECISE=x.dtype == torch.float32, ALIGNED=aligned, ROWS=rows, BLOCK=block,
+            x,
+            out,
+            *per_token,
+            n,
+            vocabulary,
+            x.stride(0),
+            out.stride(0),
+            ignore_index,
+            softcap or 0.0,
+            1.0 / temperature,
+            blocks,
+            BY_LOGP=grad is not None,
+            BY_ENTROPY=grad_entropy is not None,
+            CAPPED=softcap is not None,
+            PRECISE=x.dtype == torch.float32,
+            ALIGNED=aligned,
+            ROWS=rows,
+            BLOCK=block,
             num_warps=warps,
-        )  # fmt: skip
+        )
 
 
 def token_logprobs_backward(logits: Tensor, labels: Tensor, *rest: Any) -> Tensor:

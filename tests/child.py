@@ -13,6 +13,11 @@ ROOT = Path(__file__).parent.parent
 def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """Python code in a child, with these environment variables besides those of the tests."""
     return subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, env=os.environ | environment, capture_output=True,
-        text=True, timeout=300, check=False,
-    )  # fmt: skip
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )

@@ -80,9 +80,18 @@ def _left_out(item):
 
 # Fixtures of a module that take seconds: a second worker would make them again.
 SHARED = {
-    "quick", "place", "folder", "two_ranks", "found", "outcome", "finished", "material", "pair",
-    "pair_with_our_head", "splits",
-}  # fmt: skip
+    "quick",
+    "place",
+    "folder",
+    "two_ranks",
+    "found",
+    "outcome",
+    "finished",
+    "material",
+    "pair",
+    "pair_with_our_head",
+    "splits",
+}
 
 
 def pytest_itemcollected(item):

@@ -69,9 +69,13 @@ class Run:
             else:
                 log = (self.folder / f"{name}.log").open("wb")
                 process = subprocess.Popen(
-                    command, cwd=ROOT, env=os.environ | environment, stdout=log,
-                    stderr=subprocess.STDOUT, start_new_session=True,
-                )  # fmt: skip
+                    command,
+                    cwd=ROOT,
+                    env=os.environ | environment,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                )
                 self.processes.append(process)
         if process is None:
             self.note(name, status="not begun: no time was left")
@@ -116,9 +120,18 @@ def counts(log: Path) -> dict[str, int]:
 
 def pytest(*arguments: str) -> list[str]:
     return [
-        sys.executable, "-m", "pytest", "-o", "addopts=--strict-markers", "-rN", "-v", "--tb=short",
-        "-p", "no:cacheprovider", *arguments,
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "pytest",
+        "-o",
+        "addopts=--strict-markers",
+        "-rN",
+        "-v",
+        "--tb=short",
+        "-p",
+        "no:cacheprovider",
+        *arguments,
+    ]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -176,9 +189,12 @@ def main(arguments: list[str] | None = None) -> int:
         command = [sys.executable, "setup.py", "build_ext", "--inplace"]
         command += ["--force"] if reason.strip() else []
         return not run.step(
-            "build", command, DRRLHF_BUILD="cuda", TORCH_CUDA_ARCH_LIST=architecture,
+            "build",
+            command,
+            DRRLHF_BUILD="cuda",
+            TORCH_CUDA_ARCH_LIST=architecture,
             MAX_JOBS=str(given.cores),
-        )  # fmt: skip
+        )
 
     def cuda() -> None:
         if given.device != "cpu" and not build():

@@ -32,9 +32,11 @@ ROWS = [
 # bfloat16, float16: what is float32 until then is rounded once by each of the two, and where a
 # gradient is a product of numbers that were rounded before, once more each.
 RELATIVE = {
-    torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 2 * 2.0**-8,
+    torch.float64: 1e-9,
+    torch.float32: 1e-5,
+    torch.bfloat16: 2 * 2.0**-8,
     torch.float16: 2 * 2.0**-11,
-}  # fmt: skip
+}
 # Of a row that is sure these are differences of numbers of the size of 1. Elsewhere what is below
 # the least is 0, as 1 - tanh^2 at infinity.
 LEAST = {"entropy": 1e-6, "log_sum_sq_probs": 1e-6}
@@ -42,9 +44,12 @@ LEAST = {"entropy": 1e-6, "log_sum_sq_probs": 1e-6}
 
 # Defects that the table has found and that are open; strict where they were seen.
 OPEN = {
-    ("triton", "linear_token_logprobs", "finfo.min twice among 2, {}"):
-        "NaN, not -log V, where every logit of a row is the least of all numbers",
-}  # fmt: skip
+    (
+        "triton",
+        "linear_token_logprobs",
+        "finfo.min twice among 2, {}",
+    ): "NaN, not -log V, where every logit of a row is the least of all numbers",
+}
 
 
 def assert_equal(ours: torch.Tensor, plain: torch.Tensor, made: cases.Made, name: str) -> None:
@@ -58,9 +63,13 @@ def assert_equal(ours: torch.Tensor, plain: torch.Tensor, made: cases.Made, name
     least = LEAST.get(name, 1e-16)
     size = plain[plain.isfinite()].abs().max().item() if plain.isfinite().any() else 0.0
     torch.testing.assert_close(
-        ours, plain, rtol=relative, atol=relative * size + least, equal_nan=True,
+        ours,
+        plain,
+        rtol=relative,
+        atol=relative * size + least,
+        equal_nan=True,
         msg=lambda text: f"{name}: {text}",
-    )  # fmt: skip
+    )
 
 
 def answers(made: cases.Made) -> dict[str, torch.Tensor]:

@@ -34,9 +34,18 @@ from drrlhf.bench.registry import Case, Contest, Unavailable, Work
 from drrlhf.cli import app
 
 RECORD = {
-    "op", "backend", "dtype", "shape", "head", "metric", "value", "unit", "baseline",
-    "baseline_value", "ratio",
-}  # fmt: skip
+    "op",
+    "backend",
+    "dtype",
+    "shape",
+    "head",
+    "metric",
+    "value",
+    "unit",
+    "baseline",
+    "baseline_value",
+    "ratio",
+}
 
 
 def bench(*arguments):
@@ -403,9 +412,15 @@ def _record(op, contender, ratio, **more):
 
 def _head(contender, ratio, dtype="bfloat16", head="frozen", metric="forward+backward"):
     return _record(
-        "linear_token_logprobs", contender, ratio, baseline="gemm", shape=[1024, 32000, 1024],
-        dtype=dtype, head=head, metric=metric,
-    )  # fmt: skip
+        "linear_token_logprobs",
+        contender,
+        ratio,
+        baseline="gemm",
+        shape=[1024, 32000, 1024],
+        dtype=dtype,
+        head=head,
+        metric=metric,
+    )
 
 
 def _write(folder, name, records):
@@ -478,8 +493,15 @@ def test_the_tables_of_speed_policy_loss_and_packing(tmp_path):
         logits[0] | {"axis": "tokens", "value": 1.0},
         logits[1] | {"contender": "float().log_softmax", "value": 1.0},
     ]
-    peak = one("linear_token_logprobs", "drrlhf", "peak memory, forward+backward", [8, 9, 2],
-               head="frozen", peak_mib=49.7, **wide)  # fmt: skip
+    peak = one(
+        "linear_token_logprobs",
+        "drrlhf",
+        "peak memory, forward+backward",
+        [8, 9, 2],
+        head="frozen",
+        peak_mib=49.7,
+        **wide,
+    )
     speed = one("dpo_step", "trl", "tv:0.1, forward+backward", [8, 256], tokens_per_s=223.5, **wide)
     ours = speed | {"contender": "drrlhf", "tokens_per_s": 996.0}
     metric = "log-probs to gradients, dapo"
@@ -567,8 +589,9 @@ def test_who_has_not_been_judged_is_not_timed():
     watch = Watch()
     outcome = runner.run(
         case(partial(contest, ours=lambda: 1.1, peer=watch.spends(9.0))),
-        "quick", budget=Budget(5.0, lambda: watch.now + 6.0 * bool(watch.now)),
-    )  # fmt: skip
+        "quick",
+        budget=Budget(5.0, lambda: watch.now + 6.0 * bool(watch.now)),
+    )
     assert outcome.failures and not outcome.records
     spent = Budget(5.0, watch)
     watch.now += 6.0
@@ -587,9 +610,11 @@ def test_rounds_are_fewer_where_little_time_is_left():
 def test_late_rounds_are_left_out():
     clock = iter([False, False, False, False, True, True, True, True, True])
     samples = timing.interleave(
-        {name: Work(lambda: None) for name in "ab"}, rounds=9, clock=lambda run: 1.0,
+        {name: Work(lambda: None) for name in "ab"},
+        rounds=9,
+        clock=lambda run: 1.0,
         late=lambda: next(clock, True),
-    )  # fmt: skip
+    )
     assert {name: len(found) for name, found in samples.items()} == {"a": 3, "b": 3}
 
 
@@ -612,8 +637,9 @@ def test_the_most_valuable_cases_come_first():
     marks = [max(heads_), first("top-1"), first("policy_loss"), first("preference_loss")]
     assert marks == sorted(marks) and max(heads_) < 10
     assert last("policy_loss") < first("scaling") and first("scaling") > last("preference_loss")
-    assert min(i for i, c in enumerate(cases) if c.op.endswith("logprobs") and "float32" in str(c)
-               ) > last("scaling")  # fmt: skip
+    assert min(
+        i for i, c in enumerate(cases) if c.op.endswith("logprobs") and "float32" in str(c)
+    ) > last("scaling")
     assert len(cases) == len(registry.select("gpu"))
 
 
@@ -632,9 +658,17 @@ def test_the_command_keeps_to_its_seconds_and_lists_what_it_left_out(tmp_path, m
 
     monkeypatch.setattr(runner, "run", counted)
     result = bench(
-        "--suite", "quick", "--rounds", 1, "--op", "robust_risk", "--output", tmp_path,
-        "--seconds", 100,
-    )  # fmt: skip
+        "--suite",
+        "quick",
+        "--rounds",
+        1,
+        "--op",
+        "robust_risk",
+        "--output",
+        tmp_path,
+        "--seconds",
+        100,
+    )
     assert result.exit_code == 0, result.output
     assert f"Left out for want of time, {len(given) - 2} of {len(given)} cases" in result.output
     assert f"robust_risk, {given[-1]}" in " ".join(result.output.split())
@@ -712,8 +746,12 @@ def test_no_backend_is_measured_twice(monkeypatch):
         assert named == {f"drrlhf ({other})": other, f"drrlhf ({other}, slab kept)": other}
         ours = [name for name in contenders if name.startswith("drrlhf")]
         assert ours == [
-            "drrlhf", "drrlhf (slab kept)", "drrlhf (48 MiB)", "drrlhf (256 MiB)", *named
-        ]  # fmt: skip
+            "drrlhf",
+            "drrlhf (slab kept)",
+            "drrlhf (48 MiB)",
+            "drrlhf (256 MiB)",
+            *named,
+        ]
 
 
 def test_records_name_the_backend_that_did_the_work(quick):
@@ -807,10 +845,12 @@ def test_liger_s_layers_are_those_of_its_contenders_alone(monkeypatch):
     fake, own = FakeLiger(), modeling_llama.apply_rotary_pos_emb
     fake.right, fake.ran = own, False
     monkeypatch.setattr(
-        trainer_step.peers, "load", lambda name, package, load=trainer_step.peers.load: (
+        trainer_step.peers,
+        "load",
+        lambda name, package, load=trainer_step.peers.load: (
             fake if "liger" in name else load(name, package)
         ),
-    )  # fmt: skip
+    )
     base = dpo_step.policy_model("quick", "cpu")
     options = {"ambiguity": "erm", trainer_step.LIGER_OPTION: True}
     trainer = trainer_step._trainer("drrlhf (erm, liger)", base, options, "cpu", True, 0.1)

@@ -118,9 +118,11 @@ def test_ctrl_c_leaves_a_checkpoint_to_go_on_from(place):
     more = "--steps 4000 --ambiguity tv:0.2 --batch-size 8"
     process = subprocess.Popen(
         [sys.executable, "-m", "drrlhf", *arguments(place, more)],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    )
     metrics = place.root / "out" / "metrics.jsonl"
     end = time.monotonic() + 90
     while not (metrics.exists() and len(metrics.read_text().splitlines()) > 3):

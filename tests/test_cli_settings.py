@@ -13,25 +13,63 @@ from drrlhf.cli.settings import FREE_ON_RESUME, KINDS, CommandLine, Settings, op
 
 CONFIGS = {"reward": trl.RewardConfig, "dpo": trl.DPOConfig, "grpo": trl.GRPOConfig}
 OF_ALL = {
-    "data", "model", "eval_data", "split", "eval_split", "ambiguity", "epochs", "max_steps",
-    "batch_size", "gradient_accumulation", "robust_scope", "learning_rate", "seed", "lora",
-    "lora_r", "dtype", "output_dir", "save_steps", "logging_steps",
-}  # fmt: skip
+    "data",
+    "model",
+    "eval_data",
+    "split",
+    "eval_split",
+    "ambiguity",
+    "epochs",
+    "max_steps",
+    "batch_size",
+    "gradient_accumulation",
+    "robust_scope",
+    "learning_rate",
+    "seed",
+    "lora",
+    "lora_r",
+    "dtype",
+    "output_dir",
+    "save_steps",
+    "logging_steps",
+}
 OF_ONE = {
     "reward": {"padding_free", "max_length", "center_rewards_coefficient"},
     "dpo": {
-        "padding_free", "max_length", "beta", "loss_type", "label_smoothing", "precompute_ref",
+        "padding_free",
+        "max_length",
+        "beta",
+        "loss_type",
+        "label_smoothing",
+        "precompute_ref",
     },
     "grpo": {
-        "reward", "beta", "loss_type", "importance_level", "clip_low", "clip_high",
-        "num_generations", "max_completion_length", "temperature", "group_by", "pass_threshold",
+        "reward",
+        "beta",
+        "loss_type",
+        "importance_level",
+        "clip_low",
+        "clip_high",
+        "num_generations",
+        "max_completion_length",
+        "temperature",
+        "group_by",
+        "pass_threshold",
     },
-}  # fmt: skip
+}
 BESIDE = {"reward": {"seeds", "quick"}, "dpo": set(), "grpo": {"seeds"}}
 # What run.py and build.py make something of, in place of handing it on.
 WORKED_OUT = {
-    "data", "model", "reward", "eval_data", "split", "eval_split", "lora", "lora_r", "dtype",
-}  # fmt: skip
+    "data",
+    "model",
+    "reward",
+    "eval_data",
+    "split",
+    "eval_split",
+    "lora",
+    "lora_r",
+    "dtype",
+}
 THEIRS = {
     "epochs": "num_train_epochs",
     "batch_size": "per_device_train_batch_size",
@@ -65,19 +103,41 @@ def test_a_record_has_every_setting_and_nothing_beside():
     recorded = {"kind"} | OF_ALL.union(*OF_ONE.values())
     assert {field.name for field in dataclasses.fields(Settings)} == recorded
     assert options_of(CommandLine).keys() - recorded == {
-        "resume", "overwrite", "demo", "seeds", "quick",
-    }  # fmt: skip
-    free = {"output_dir", "data", "split", "model", "eval_data", "eval_split", "save_steps",
-            "logging_steps"}  # fmt: skip
+        "resume",
+        "overwrite",
+        "demo",
+        "seeds",
+        "quick",
+    }
+    free = {
+        "output_dir",
+        "data",
+        "split",
+        "model",
+        "eval_data",
+        "eval_split",
+        "save_steps",
+        "logging_steps",
+    }
     assert free == FREE_ON_RESUME
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_option_reaches_the_trainer_or_is_worked_out(kind, tmp_path):
     given = {name: value for name, value in defaults(kind).items() if name not in BESIDE[kind]}
-    given |= {"kind": kind, "data": "d", "model": "m", "ambiguity": "erm", "lora": False,
-              "lora_r": 16, "dtype": "fp32", "learning_rate": 3e-5, "output_dir": str(tmp_path),
-              "epochs": 2.5, "max_steps": 7}  # fmt: skip
+    given |= {
+        "kind": kind,
+        "data": "d",
+        "model": "m",
+        "ambiguity": "erm",
+        "lora": False,
+        "lora_r": 16,
+        "dtype": "fp32",
+        "learning_rate": 3e-5,
+        "output_dir": str(tmp_path),
+        "epochs": 2.5,
+        "max_steps": 7,
+    }
     if kind == "grpo":
         given |= {"clip_low": 0.1, "clip_high": 0.3}
     settings = Settings.of(given)

@@ -112,8 +112,11 @@ def test_a_build_without_kernels_says_so():
 def run_setup(*, folder=ROOT, **environment):
     return subprocess.run(
         [sys.executable, "setup.py", "--version"],
-        cwd=folder, env={**os.environ, **environment}, capture_output=True, text=True,
-    )  # fmt: skip
+        cwd=folder,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+    )
 
 
 def test_a_build_that_cannot_be_is_refused_with_the_reason():
@@ -142,16 +145,19 @@ def test_the_whole_extension_links_against_a_cuda_torch(tmp_path):
     # The wheel has no unversioned name for the linker.
     (tmp_path / "libcudart.so").symlink_to(toolkit / "lib" / "libcudart.so.13")
     nvcc = Path(
-        subprocess.run(
-            ["nvcc", "--dryrun", "-c", "x.cu"], capture_output=True, text=True
-        ).stderr.split("_HERE_=")[1].split()[0]
-    )  # fmt: skip
+        subprocess.run(["nvcc", "--dryrun", "-c", "x.cu"], capture_output=True, text=True)
+        .stderr.split("_HERE_=")[1]
+        .split()[0]
+    )
     settings = {
-        **os.environ, "DRRLHF_BUILD": "cuda", "CUDA_HOME": str(nvcc.parent), "MAX_JOBS": "2",
+        **os.environ,
+        "DRRLHF_BUILD": "cuda",
+        "CUDA_HOME": str(nvcc.parent),
+        "MAX_JOBS": "2",
         # nvcc's own headers first: those of the wheel have no crt/.
         "CPATH": f"{nvcc.parent / 'include'}:{toolkit / 'include'}",
         "LIBRARY_PATH": str(tmp_path),
-    }  # fmt: skip
+    }
     subprocess.run(
         [*install, "--no-build-isolation", "--no-deps", str(ROOT)], env=settings, check=True
     )

@@ -158,19 +158,29 @@ TYPE = "namespace a {{\nnamespace {} {{\n{} S {{ int x; }};\n}}\n}}\n"
     [
         (TYPE.format("b", "struct"), TYPE.format("b", "struct"), ["a::b::S"]),
         (TYPE.format("b", "struct"), TYPE.format("b", "enum class"), ["a::b::S"]),
-        (TYPE.format("b", "struct"), "namespace a::b {\ntemplate <class T>\nclass S {\n};\n}\n",
-         ["a::b::S"]),
-        (TYPE.format("b", "struct"), "namespace a::b {\ntemplate <int N>\nstruct S;\n}\n",
-         ["a::b::S"]),
+        (
+            TYPE.format("b", "struct"),
+            "namespace a::b {\ntemplate <class T>\nclass S {\n};\n}\n",
+            ["a::b::S"],
+        ),
+        (
+            TYPE.format("b", "struct"),
+            "namespace a::b {\ntemplate <int N>\nstruct S;\n}\n",
+            ["a::b::S"],
+        ),
         (TYPE.format("b", "struct"), TYPE.format("c", "struct"), []),
         (TYPE.format("", "struct"), TYPE.format("", "struct"), []),
         (TYPE.format("b", "struct"), "// struct S {\nnamespace a::b { struct S; }\n", []),
         (TYPE.format("b", "struct"), "namespace a::b { template <> struct S<int> {}; }\n", []),
-        (TYPE.format("b", "struct"),
-         "#if X\nint f() {\n#else\nint g() {\n#endif\n}\n#ifdef Y\n#else\n"
-         + TYPE.format("b", "struct") + "#endif\n", ["a::b::S"]),
+        (
+            TYPE.format("b", "struct"),
+            "#if X\nint f() {\n#else\nint g() {\n#endif\n}\n#ifdef Y\n#else\n"
+            + TYPE.format("b", "struct")
+            + "#endif\n",
+            ["a::b::S"],
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_type_defined_twice_is_found(one, other, found):
     assert list(twice({"one.h": one, "other.cu": other})) == found
 

@@ -143,9 +143,12 @@ def rendered(tokens):
 
     def render(row, messages, **more):
         return tokens.apply_chat_template(
-            messages, tools=row.get("tools"), tokenize=False,
-            **row.get("chat_template_kwargs", {}), **more,
-        )  # fmt: skip
+            messages,
+            tools=row.get("tools"),
+            tokenize=False,
+            **row.get("chat_template_kwargs", {}),
+            **more,
+        )
 
     return {
         side: [render(row, row["prompt"] + row[side]) for row in ROWS]
@@ -176,17 +179,21 @@ def test_trainers_and_judges_see_tools_calls_and_arguments(tmp_path, form):
     data = load_preference_data(as_file(tmp_path, form), kind="dpo").dataset
     options = quiet(max_length=None)
     dpo = DPOTrainer(
-        model=str(tiny_llama_dir(tmp_path)), args=DPOConfig(str(tmp_path / "d"), **options),
-        train_dataset=data, processing_class=tokens,
-    ).train_dataset  # fmt: skip
+        model=str(tiny_llama_dir(tmp_path)),
+        args=DPOConfig(str(tmp_path / "d"), **options),
+        train_dataset=data,
+        processing_class=tokens,
+    ).train_dataset
     assert dpo["prompt_ids"][:] == expected["prompt"]
     for side in ("chosen", "rejected"):
         whole = [p + a for p, a in zip(dpo["prompt_ids"], dpo[f"{side}_ids"], strict=True)]
         assert whole == expected[side]
     reward = RewardTrainer(
-        model=str(tiny_reward_dir(tmp_path)), args=RewardConfig(str(tmp_path / "r"), **options),
-        train_dataset=data, processing_class=tokens,
-    ).train_dataset  # fmt: skip
+        model=str(tiny_reward_dir(tmp_path)),
+        args=RewardConfig(str(tmp_path / "r"), **options),
+        train_dataset=data,
+        processing_class=tokens,
+    ).train_dataset
     assert reward["chosen_ids"][:] == expected["chosen"]
     tokens.save_pretrained(tmp_path / "tiny-reward")
     judge = load_judge(tmp_path / "tiny-reward")
@@ -204,8 +211,8 @@ BAD = {
         {"prompt": [{"role": "user", "content": "a", "tool_calls": "add"}]},
         "tool_calls must be a list; got 'add'",
     ),
-    "surrogate": ({"tools": "[{\"a\": \"\\ud83d\"}]"}, "'tools' is not valid Unicode"),
-}  # fmt: skip
+    "surrogate": ({"tools": '[{"a": "\\ud83d"}]'}, "'tools' is not valid Unicode"),
+}
 
 
 @pytest.mark.parametrize("more, says", BAD.values(), ids=list(BAD))
@@ -230,8 +237,9 @@ def test_a_string_prompt_beside_whole_conversations_is_read_as_trl_reads_them(tm
     first = [message("system", "s"), message("user", "q"), message("assistant", "a")]
     asked = message("user", "again")
     pair = [message("assistant", "x")], [message("assistant", "y")]
-    wholes = [([message("user", "q"), *c], [message("user", "q"), *r])
-              for c, r in (pair, pair[:1] * 2)]  # fmt: skip
+    wholes = [
+        ([message("user", "q"), *c], [message("user", "q"), *r]) for c, r in (pair, pair[:1] * 2)
+    ]
     wholes.append(([*first, asked, *pair[0]], [*first, asked, *pair[1]]))
     rows = [{"prompt": "q", "chosen": c, "rejected": r} for c, r in wholes]
     data = load_preference_data(write(tmp_path / "u.jsonl", rows)).dataset

@@ -28,9 +28,16 @@ def outcome(tmp_path_factory):
     place = tmp_path_factory.mktemp("grpo")
     held_out = {"movie": prompts(4, 1), "nyt": prompts(6, 2)}
     result = grpo.compare(
-        tiny_llama_dir(place), score, lambda seed: prompts(24, seed), held_out, place / "out",
-        steps=3, seeds=2, learning_rate=0.02, console=QUIET,
-    )  # fmt: skip
+        tiny_llama_dir(place),
+        score,
+        lambda seed: prompts(24, seed),
+        held_out,
+        place / "out",
+        steps=3,
+        seeds=2,
+        learning_rate=0.02,
+        console=QUIET,
+    )
     result |= {"data": "data", "model": "a model", "domains": {"movie": "95 %", "nyt": "unseen"}}
     return place / "out", result
 

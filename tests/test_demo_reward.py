@@ -167,9 +167,13 @@ def encoder_dir(tmp_path) -> Path:
     ).save_pretrained(tmp_path / "model")
     torch.manual_seed(0)
     config = transformers.BertConfig(
-        vocab_size=10, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
-        intermediate_size=32, pad_token_id=0,
-    )  # fmt: skip
+        vocab_size=10,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        pad_token_id=0,
+    )
     transformers.BertModel(config).save_pretrained(tmp_path / "model")
     return tmp_path / "model"
 

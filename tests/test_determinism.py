@@ -87,7 +87,8 @@ RUNS = {
         lambda h, w: dr.linear_preference_loss(
             h, w, labels_of(48, 61).view(8, 6), torch.zeros(8), ambiguity="kl:0.1"
         ),
-        numbers(8, 6, 16), numbers(61, 16, seed=1),
+        numbers(8, 6, 16),
+        numbers(61, 16, seed=1),
     ),
     "reward_loss": lambda: with_gradients(
         lambda a, b: dr.reward_loss(a, b, ambiguity="cvar:0.3"), numbers(9), numbers(9, seed=1)
@@ -97,7 +98,7 @@ RUNS = {
         f"preference_loss, {text}": pairs(text)
         for text in ("erm", "tv:0.1", "kl:0.2", "chi2:0.5", "cvar:0.3,trim=0.05", "group:3")
     },
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", RUNS)

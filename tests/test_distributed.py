@@ -15,10 +15,19 @@ from torch import nn
 import drrlhf as dr
 
 SETS = [
-    "erm", "tv:0.3", "kl:0.2", "kl:temperature=0.5", "kl:temperature=-1", "chi2:0.5",
-    "chi2:penalty=1", "cvar:0.3", "cvar:0.3,trim=0.1", "cvar:0.4,temperature=0.5",
-    "group:3,step_size=0.5", "kl:temperature=0.5,momentum=0.7",
-]  # fmt: skip
+    "erm",
+    "tv:0.3",
+    "kl:0.2",
+    "kl:temperature=0.5",
+    "kl:temperature=-1",
+    "chi2:0.5",
+    "chi2:penalty=1",
+    "cvar:0.3",
+    "cvar:0.3,trim=0.1",
+    "cvar:0.4,temperature=0.5",
+    "group:3,step_size=0.5",
+    "kl:temperature=0.5,momentum=0.7",
+]
 SIZES = {2: (5, 2), 3: (3, 0, 5)}  # uneven, and a rank with no pair at all
 PROBLEMS = ("risk", "preference", "reward", "linear")
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
@@ -50,19 +59,23 @@ def batch(n: int) -> dict[str, torch.Tensor]:
     reference = torch.randn(n, 2, generator=generator, dtype=torch.float64)
     reference[1] = torch.nan  # a masked pair may hold anything
     return {
-        "x": x, "nominal": nominal, "groups": torch.arange(n) % 3,
+        "x": x,
+        "nominal": nominal,
+        "groups": torch.arange(n) % 3,
         "reference": reference,
         "labels": torch.randint(0, 9, (n, 2), generator=generator),
         "head": torch.randn(9, 6, generator=generator, dtype=torch.float64),
-    }  # fmt: skip
+    }
 
 
 def risk_of(problem, ambiguity, model, part, states, process_group=None):
     """(value to backpropagate, weights) of one of the losses over a part of the batch."""
     options = {
-        "ambiguity": ambiguity, "nominal": part["nominal"], "process_group": process_group,
+        "ambiguity": ambiguity,
+        "nominal": part["nominal"],
+        "process_group": process_group,
         **states,
-    }  # fmt: skip
+    }
     if ambiguity.startswith("group"):
         options["groups"] = part["groups"]
     scores, hidden = model(part["x"])
@@ -90,8 +103,10 @@ def states_of(ambiguity):
 
 
 def gradients(model):
-    full = (p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad
-            for p in model.parameters())  # fmt: skip
+    full = (
+        p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad
+        for p in model.parameters()
+    )
     return torch.cat([g.flatten() for g in full])
 
 
@@ -112,14 +127,15 @@ def solve_everything(rank, wrapping):
             model, states = wrap(Scorer(), wrapping), states_of(ambiguity)
             for step in range(2):
                 model.zero_grad()
-                value, weights = risk_of(
-                    problem, ambiguity, model, part, states, dist.group.WORLD
-                )  # fmt: skip
+                value, weights = risk_of(problem, ambiguity, model, part, states, dist.group.WORLD)
                 value.backward()
                 state = [b for s in states.values() for b in s.buffers()]
                 found[problem, ambiguity, step] = (
-                    value.detach(), weights, gradients(model), *(b.clone() for b in state),
-                )  # fmt: skip
+                    value.detach(),
+                    weights,
+                    gradients(model),
+                    *(b.clone() for b in state),
+                )
     return found
 
 
@@ -244,9 +260,16 @@ def not_finite(rank):
 
 # What two ranks are asked, in one start of their processes, which takes seconds.
 ASKED = [
-    (solve_everything, "ddp"), (solve_everything, "fsdp2"), (whole_and_parts,), (other_set,),
-    (other_dtype,), (other_state,), (nominal_on_one,), (wrong_length,), (not_finite,),
-]  # fmt: skip
+    (solve_everything, "ddp"),
+    (solve_everything, "fsdp2"),
+    (whole_and_parts,),
+    (other_set,),
+    (other_dtype,),
+    (other_state,),
+    (nominal_on_one,),
+    (wrong_length,),
+    (not_finite,),
+]
 
 
 @pytest.fixture(scope="module")

@@ -140,10 +140,16 @@ def test_nulls_among_lists_of_one_do_not_shift_rows(tmp_path, suffix):
 
 
 KINDS = [
-    pa.list_(pa.float64()), pa.large_list(pa.float32()), pa.list_(pa.float64(), 1),
-    pa.list_view(pa.float64()), pa.list_(pa.list_(pa.int64())), pa.decimal128(9, 2), pa.float16(),
-    pa.dictionary(pa.int8(), pa.float64()), pa.list_(pa.decimal128(9, 2)),
-]  # fmt: skip
+    pa.list_(pa.float64()),
+    pa.large_list(pa.float32()),
+    pa.list_(pa.float64(), 1),
+    pa.list_view(pa.float64()),
+    pa.list_(pa.list_(pa.int64())),
+    pa.decimal128(9, 2),
+    pa.float16(),
+    pa.dictionary(pa.int8(), pa.float64()),
+    pa.list_(pa.decimal128(9, 2)),
+]
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
@@ -159,9 +165,12 @@ def test_scores_of_every_arrow_type(kind):
         cells = [[one if one is None else cell(one) for one in part] for part in parts]
         return pa.chunked_array([pa.array(part, kind) for part in cells])
 
-    table = pa.table({
-        "chosen_reward": column([2, None], [3]), "rejected_reward": column([1, 4], [5]),
-    })  # fmt: skip
+    table = pa.table(
+        {
+            "chosen_reward": column([2, None], [3]),
+            "rejected_reward": column([1, 4], [5]),
+        }
+    )
     found = from_table(table, "made up", max_nan=0.5)
     assert found.margin.tolist() == [1.0, -2.0] and found.dropped == 1
 
@@ -169,11 +178,17 @@ def test_scores_of_every_arrow_type(kind):
 def test_rewardbench_score_file(tmp_path):
     """As its scripts write it: columns, and beside them what belongs to all of them."""
     written = {
-        "chat_template": "tulu", "id": [11, 12, 12], "model": "org/model",
-        "model_type": "Seq. Classifier", "results": [1, 0, 1], "scores_chosen": [[2.5], [0.0], [1]],
-        "scores_rejected": [[1.0], [0.5], [-1]], "subset": ["chat", "code", "chat"],
-        "text_chosen": ["a", "b", "c"], "text_rejected": ["d", "e", "f"],
-    }  # fmt: skip
+        "chat_template": "tulu",
+        "id": [11, 12, 12],
+        "model": "org/model",
+        "model_type": "Seq. Classifier",
+        "results": [1, 0, 1],
+        "scores_chosen": [[2.5], [0.0], [1]],
+        "scores_rejected": [[1.0], [0.5], [-1]],
+        "subset": ["chat", "code", "chat"],
+        "text_chosen": ["a", "b", "c"],
+        "text_rejected": ["d", "e", "f"],
+    }
     (tmp_path / "model.json").write_text(json.dumps(written, indent=4, sort_keys=True))
     found = load_scores(tmp_path / "model.json")
     assert found.margin.tolist() == [1.5, -0.5, 2.0]
@@ -254,11 +269,15 @@ def test_rewardbench_2_rows_without_a_pair(tmp_path, row, message):
         (["a", None, "a", "", " \t", "b"], [0, 2, 0, 3, 4, 1], 3),
         ([1, 2**64, 1, None, None, 2**64 + 1], [0, 1, 0, 3, 4, 2], 2),
         ([0.5, float("nan"), 0.5, None, 1, 1], [0, 2, 0, 3, 1, 1], 2),
-        ([[{"role": "user", "content": "q"}], [], [{"role": "user", "content": "q"}]] + [None] * 3,
-         [0, 1, 0, 2, 3, 4], 4),
+        (
+            [[{"role": "user", "content": "q"}], [], [{"role": "user", "content": "q"}]]
+            + [None] * 3,
+            [0, 1, 0, 2, 3, 4],
+            4,
+        ),
         ([None] * 6, [0, 1, 2, 3, 4, 5], 6),
     ],
-)  # fmt: skip
+)
 def test_pairs_without_a_prompt_id_stand_for_themselves(tmp_path, ids, prompts, missing):
     rows = [{"margin": 1.0 - i, "prompt_id": one} for i, one in enumerate(ids)]
     found = load_scores(lines(tmp_path / "s.jsonl", rows))
@@ -366,22 +385,38 @@ def test_broken_files_are_one_line_in_every_command(tmp_path, suffix, text, mess
         ([{"margin": 1}, {"margin": "high"}], "row 2: column 'margin' must hold numbers, but"),
         ([{"margin": 1}, {"margin": True}], "row 2: column 'margin' must hold numbers, but"),
         ([{"margin": 1}, {"margin": 10**400}], "row 1: column 'margin' must hold numbers"),
-        ([{"scores_chosen": [1], "scores_rejected": [2]},
-          {"scores_chosen": [1, 2], "scores_rejected": [2]}],
-         "row 2: column 'scores_chosen' holds lists of several scores"),
-        ([{"scores_chosen": [1], "scores_rejected": 2},
-          {"scores_chosen": 1, "scores_rejected": [2]}],
-         "row 1: column 'scores_chosen' must hold numbers, but holds string: '[1]'"),
-        ([{"scores": [1, 2]}, {"scores": 3}],
-         "row 2: column 'scores' must hold a list of numbers for each prompt, but holds '3'"),
-        ([{"scores": [1, 2]}, {"scores": [1, "a"]}],
-         "row 2: column 'scores' must hold a list of numbers for each prompt, but holds '[1, "),
-        ([{"scores": [None, 2]}, {"scores": ["1", "a"]}],
-         "row 2: column 'scores' must hold a list of numbers for each prompt, but holds '["),
-        ([{"scores": ["1", "2"]}, {"scores": ["3", "a"]}],
-         "row 2: column 'scores' must hold numbers, but holds string: 'a'"),
+        (
+            [
+                {"scores_chosen": [1], "scores_rejected": [2]},
+                {"scores_chosen": [1, 2], "scores_rejected": [2]},
+            ],
+            "row 2: column 'scores_chosen' holds lists of several scores",
+        ),
+        (
+            [
+                {"scores_chosen": [1], "scores_rejected": 2},
+                {"scores_chosen": 1, "scores_rejected": [2]},
+            ],
+            "row 1: column 'scores_chosen' must hold numbers, but holds string: '[1]'",
+        ),
+        (
+            [{"scores": [1, 2]}, {"scores": 3}],
+            "row 2: column 'scores' must hold a list of numbers for each prompt, but holds '3'",
+        ),
+        (
+            [{"scores": [1, 2]}, {"scores": [1, "a"]}],
+            "row 2: column 'scores' must hold a list of numbers for each prompt, but holds '[1, ",
+        ),
+        (
+            [{"scores": [None, 2]}, {"scores": ["1", "a"]}],
+            "row 2: column 'scores' must hold a list of numbers for each prompt, but holds '[",
+        ),
+        (
+            [{"scores": ["1", "2"]}, {"scores": ["3", "a"]}],
+            "row 2: column 'scores' must hold numbers, but holds string: 'a'",
+        ),
     ],
-)  # fmt: skip
+)
 def test_wrong_scores_name_their_row(tmp_path, rows, message):
     if "scores" not in rows[0]:
         rows = [{"margin": 1.0 - 2 * i} | row for i, row in enumerate(rows)]
@@ -476,14 +511,24 @@ def test_a_value_without_a_python_object_names_row_and_column(tmp_path):
 def test_attributes_of_models_own_pairs_may_be_null_and_unsigned(tmp_path):
     """`stress --model` keeps other columns as attributes, dates and hashes among them."""
     rows = [
-        {"chosen": "aa", "rejected": "b", "hash": 2**63 + i, "when": datetime(2026, 1, 1 + i),
-         "lang": None if i == 1 else "en"}
+        {
+            "chosen": "aa",
+            "rejected": "b",
+            "hash": 2**63 + i,
+            "when": datetime(2026, 1, 1 + i),
+            "lang": None if i == 1 else "en",
+        }
         for i in range(3)
-    ]  # fmt: skip
-    schema = pa.schema([
-        ("chosen", pa.string()), ("rejected", pa.string()), ("hash", pa.uint64()),
-        ("when", pa.timestamp("us")), ("lang", pa.string()),
-    ])  # fmt: skip
+    ]
+    schema = pa.schema(
+        [
+            ("chosen", pa.string()),
+            ("rejected", pa.string()),
+            ("hash", pa.uint64()),
+            ("when", pa.timestamp("us")),
+            ("lang", pa.string()),
+        ]
+    )
     pq.write_table(pa.Table.from_pylist(rows, schema=schema), tmp_path / "p.parquet")
 
     class Lengths:
@@ -512,10 +557,25 @@ def test_grpo_hands_none_to_the_reward_function(tmp_path, monkeypatch):
     given = [{"answer": 4, "tests": None}, {"answer": None, "tests": ["t"]}] * 2
     path = prompts(tmp_path, *given)
     done = run(
-        "train", "grpo", "--data", path, "--model", tiny_llama_dir(tmp_path), "--reward",
-        "two_tasks:score", "--output-dir", "out", "--num-generations", 2, "--steps", 1,
-        "--batch-size", 4, "--max-completion-length", 4,
-    )  # fmt: skip
+        "train",
+        "grpo",
+        "--data",
+        path,
+        "--model",
+        tiny_llama_dir(tmp_path),
+        "--reward",
+        "two_tasks:score",
+        "--output-dir",
+        "out",
+        "--num-generations",
+        2,
+        "--steps",
+        1,
+        "--batch-size",
+        4,
+        "--max-completion-length",
+        4,
+    )
     assert done.exit_code == 0, done.output + done.stderr
     rows = [json.loads(line) for line in seen.read_text().splitlines()]
     assert rows

@@ -42,9 +42,12 @@ def start(tmp_path, *arguments):
     command = [sys.executable, RUNNER, "--device", "cpu", "--cores", "2"]
     environment = os.environ | {"PYTEST_ADDOPTS": ""}
     return subprocess.Popen(
-        [*map(str, command), "--output", str(tmp_path / "out"), *arguments], env=environment,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
+        [*map(str, command), "--output", str(tmp_path / "out"), *arguments],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
 
 
 def runs(process):

@@ -32,9 +32,12 @@ def llama(tmp_path_factory):
 def dpo(model, folder, groups, evaluation=None, **options):
     data = groups if hasattr(groups, "column_names") else tiny_pairs(len(groups), group=groups)
     return DPOTrainer(
-        model=model, args=DPOConfig(str(folder), **quiet(**{"max_steps": 2, **options})),
-        train_dataset=data, eval_dataset=evaluation, processing_class=tiny_tokenizer(),
-    )  # fmt: skip
+        model=model,
+        args=DPOConfig(str(folder), **quiet(**{"max_steps": 2, **options})),
+        train_dataset=data,
+        eval_dataset=evaluation,
+        processing_class=tiny_tokenizer(),
+    )
 
 
 def classes(groups, names, n=None):
@@ -56,9 +59,16 @@ def test_values_are_numbered_in_their_order():
 
 
 BAD = {
-    "'a'": [0, "a"], "0": ["a", 0], "True": [0, True], "None": [0, None], "' '": ["a", " "],
-    "-1": [-1, 0], "0.5": [0.5], "nan": [float("nan")], "inf": [float("inf")],
-}  # fmt: skip
+    "'a'": [0, "a"],
+    "0": ["a", 0],
+    "True": [0, True],
+    "None": [0, None],
+    "' '": ["a", " "],
+    "-1": [-1, 0],
+    "0.5": [0.5],
+    "nan": [float("nan")],
+    "inf": [float("inf")],
+}
 
 
 @pytest.mark.parametrize("held, values", BAD.items(), ids=list(BAD))
@@ -100,8 +110,10 @@ def test_named_groups_train_as_their_numbers_do(llama, tmp_path, kind, given):
     data = classes(NAMES * 2, names) if given == "classes" else tiny_pairs(8, group=values * 2)
     plain = tiny_pairs(8, group=NUMBERS * 2)
     logs, states = [], []
-    for part, set_, one in (("plain", "group:3,step_size=0.5", plain),
-                            ("named", "group:step_size=0.5", data)):  # fmt: skip
+    for part, set_, one in (
+        ("plain", "group:3,step_size=0.5", plain),
+        ("named", "group:step_size=0.5", data),
+    ):
         trained = built(
             kind, llama, str(tmp_path / part), one, ambiguity=set_, per_device_train_batch_size=8
         )

@@ -16,19 +16,37 @@ ROOT = Path(__file__).parent.parent
 PACKAGE, KERNELS = ROOT / "drrlhf", ROOT / "kernels"
 # A module may import from its own layer and from those below it (a smaller number).
 LAYERS = {
-    "version": 0, "checks": 0, "conventions": 0, "batching": 0, "ambiguity": 0, "files": 0,
-    "seeds": 0, "reward_inputs": 0, "models": 0, "groups": 1, "reference": 1, "_C": 1,
+    "version": 0,
+    "checks": 0,
+    "conventions": 0,
+    "batching": 0,
+    "ambiguity": 0,
+    "files": 0,
+    "seeds": 0,
+    "reward_inputs": 0,
+    "models": 0,
+    "groups": 1,
+    "reference": 1,
+    "_C": 1,
     "kernels": 1,
     "backends": 2,
     "ops": 3,
     "distributed": 3,
     "head_memory": 3,
-    "logprobs": 4, "functional": 5, "modules": 6,
+    "logprobs": 4,
+    "functional": 5,
+    "modules": 6,
     "": 8,  # the package itself: the public names
-    "data": 9, "report": 9, "callbacks": 9, "stress": 9,
-    "trl": 10, "demo": 11, "bench": 11,
-    "cli": 12, "__main__": 13,
-}  # fmt: skip
+    "data": 9,
+    "report": 9,
+    "callbacks": 9,
+    "stress": 9,
+    "trl": 10,
+    "demo": 11,
+    "bench": 11,
+    "cli": 12,
+    "__main__": 13,
+}
 
 
 def layer(name: str) -> str:

@@ -303,9 +303,16 @@ def test_a_product_in_parts_is_the_product(monkeypatch, across, listed):
         monkeypatch.setattr(op, "processors_of", lambda _, p=programs: p)
         out = torch.zeros(expected.shape)
         op._product(
-            a, b, tokens, out, 0, n, across=across, blocks=blocks,
+            a,
+            b,
+            tokens,
+            out,
+            0,
+            n,
+            across=across,
+            blocks=blocks,
             factor=None if across else factor,
-        )  # fmt: skip
+        )
         torch.testing.assert_close(out.double(), expected, rtol=1e-4, atol=1e-4)
     # As many parts as there are programs for, whose last one may end before it is full.
     assert len({x[1] for x in launched}) == 3

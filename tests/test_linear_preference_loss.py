@@ -21,9 +21,18 @@ from drrlhf.reference.pair_losses import F_DIVERGENCES, PAIR_LOSSES
 
 PAIRS, LENGTH, WIDTH, VOCABULARY = 6, 5, 16, 40
 AMBIGUITIES = [
-    "erm", "kl:0.1", "kl:temperature=0.5", "kl:temperature=-0.5", "tv:0.2", "chi2:0.5",
-    "chi2:penalty=1", "cvar:0.4", "cvar:0.4,temperature=0.1", "cvar:0.4,trim=0.1", "group:2",
-]  # fmt: skip
+    "erm",
+    "kl:0.1",
+    "kl:temperature=0.5",
+    "kl:temperature=-0.5",
+    "tv:0.2",
+    "chi2:0.5",
+    "chi2:penalty=1",
+    "cvar:0.4",
+    "cvar:0.4,temperature=0.1",
+    "cvar:0.4,trim=0.1",
+    "group:2",
+]
 
 
 @pytest.fixture(params=BACKENDS)
@@ -157,9 +166,12 @@ def test_token_options_and_bias_are_passed_on(backend, packed):
     problem = Problem(dtype=dtype_of(backend), packed=packed)
     inputs = [*problem.trained(), problem.bias.requires_grad_()]
     every = [
-        {"temperature": 0.7}, {"softcap": 3.0}, {"logit_scale": -0.5}, {"bias": problem.bias},
+        {"temperature": 0.7},
+        {"softcap": 3.0},
+        {"logit_scale": -0.5},
+        {"bias": problem.bias},
         {"memory_budget": 0, "bias": problem.bias},
-    ]  # fmt: skip
+    ]
     for token_options in every:
         ours = problem.ours(**token_options)
         theirs = problem.composed(problem.ref_logps, token_options)
@@ -429,7 +441,7 @@ BAD = [
     ),
     ({"memory_budget": -1}, "memory_budget"),
     ({"temperature": 0.0}, "temperature"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("change,message", BAD)
@@ -451,9 +463,14 @@ def test_compiles_without_a_break(backend, packed):
 
     def step(hidden, weight):
         return dr.linear_preference_loss(
-            hidden, weight, problem.labels, ref_hidden=problem.ref_hidden, loss_type="ipo",
-            ambiguity="tv:0.2", cu_seqlens=problem.cu_seqlens,
-        ).loss  # fmt: skip
+            hidden,
+            weight,
+            problem.labels,
+            ref_hidden=problem.ref_hidden,
+            loss_type="ipo",
+            ambiguity="tv:0.2",
+            cu_seqlens=problem.cu_seqlens,
+        ).loss
 
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")(*inputs)
     torch.testing.assert_close(compiled, step(*inputs))

@@ -40,10 +40,21 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # blocks of 128 rows of the head; of 1024 scored tokens and 1024 widened rows. Odd widths have no
 # blocked product, multiples of 16 have one for the gradients too.
 SHAPES = [
-    (1, 2, 65), (15, 3, 63), (16, 16, 64), (17, 32, 65), (31, 18, 127), (63, 33, 128),
-    (64, 48, 129), (65, 16, 193), (129, 64, 257), (33, 8, 1023), (16, 80, 1024), (47, 16, 1025),
-    (1023, 4, 19), (1025, 16, 33),
-]  # fmt: skip
+    (1, 2, 65),
+    (15, 3, 63),
+    (16, 16, 64),
+    (17, 32, 65),
+    (31, 18, 127),
+    (63, 33, 128),
+    (64, 48, 129),
+    (65, 16, 193),
+    (129, 64, 257),
+    (33, 8, 1023),
+    (16, 80, 1024),
+    (47, 16, 1025),
+    (1023, 4, 19),
+    (1025, 16, 33),
+]
 
 
 @pytest.fixture(params=BACKENDS)
@@ -70,9 +81,18 @@ def problem(tokens, width, vocabulary, dtype=torch.float32, size=2.0, seed=0):
 def call(hidden, weight, bias, labels, keep, workspace, outputs=0, **options):
     """The op itself, which is told what to keep and how much room it has for logits."""
     return OP(
-        hidden, weight, bias, labels, -100, options.get("temperature", 1.0),
-        options.get("softcap"), options.get("logit_scale", 1.0), outputs, keep, workspace,
-    )  # fmt: skip
+        hidden,
+        weight,
+        bias,
+        labels,
+        -100,
+        options.get("temperature", 1.0),
+        options.get("softcap"),
+        options.get("logit_scale", 1.0),
+        outputs,
+        keep,
+        workspace,
+    )
 
 
 def gradients(outputs, upstream, inputs):
@@ -212,12 +232,13 @@ def test_what_is_kept_follows_from_needs_and_budget(backend, monkeypatch):
     hidden, weight, bias, labels, _ = problem(8, 4, 10)
     plans = []
     monkeypatch.setattr(
-        logprobs.ops, "linear_token_logprobs",
+        logprobs.ops,
+        "linear_token_logprobs",
         lambda *x: (
             plans.append(x[-2:])
             or ops.token_logprobs(plain_logits(*x[:2]), labels, -100, 1.0, None, 0)
         ),
-    )  # fmt: skip
+    )
     slab, room = 8 * 10 * 4, 48 * MIB
     # Triton makes logits twice rather than multiply the head by few rows.
     again = Keep.NOTHING if backend == "triton" else Keep.HIDDEN
@@ -394,9 +415,13 @@ def test_special_logits_give_what_plain_pytorch_gives(backend, name, vocabulary)
                 logps.sum().backward()
                 for a, b in ((logps, expected), (ours.grad, theirs.grad.sum(0))):
                     torch.testing.assert_close(
-                        a.detach(), b.detach(), rtol=2e-5, atol=1e-6, equal_nan=True,
+                        a.detach(),
+                        b.detach(),
+                        rtol=2e-5,
+                        atol=1e-6,
+                        equal_nan=True,
                         msg=lambda m: f"{name} at {place}, {options}: {m}",  # noqa: B023
-                    )  # fmt: skip
+                    )
 
 
 @pytest.mark.mathematics
@@ -583,8 +608,9 @@ def test_a_backward_may_follow_another_backends_forward(dtype, entropy):
             made = list(out[:2]) if entropy else [out]
             with backends.use(backward):
                 found[forward, backward] = (
-                    made[0].detach(), *gradients(made, [upstream, upstream.flip(0)], x)
-                )  # fmt: skip
+                    made[0].detach(),
+                    *gradients(made, [upstream, upstream.flip(0)], x),
+                )
     expected = found["reference", "reference"]
     close = {"rtol": 1e-3, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
     for pair, tensors in found.items():
@@ -697,9 +723,14 @@ def arguments_of(op, dtype=torch.float32, tokens=6, width=16, vocabulary=70, kee
     )
     made = dict(zip(("logp", "lse", "lse_tail", "entropy"), found))
     return (
-        head | {"grad": upstream, "grad_entropy": None} | made | {"kept": found[7]} | options | plan
+        head
+        | {"grad": upstream, "grad_entropy": None}
+        | made
+        | {"kept": found[7]}
+        | options
+        | plan
         | {"need_hidden": True, "need_weight": True, "need_bias": True}
-    )  # fmt: skip
+    )
 
 
 BAD_HEADS = [
@@ -718,11 +749,14 @@ BAD_HEADS = [
     ({"hidden": torch.tensor(1.0)}, "weight: expected shape"),
 ]
 BAD_BACKWARDS = [
-    *(({name: torch.zeros(size)}, f"{name}: expected a CPU tensor of 6 numbers")
-      for name in ("grad", "logp", "lse", "lse_tail") for size in (0, 5, 7)),
+    *(
+        ({name: torch.zeros(size)}, f"{name}: expected a CPU tensor of 6 numbers")
+        for name in ("grad", "logp", "lse", "lse_tail")
+        for size in (0, 5, 7)
+    ),
     ({"grad_entropy": torch.zeros(5)}, "grad_entropy: expected a CPU tensor of 6 numbers"),
     ({"grad_entropy": torch.zeros(6), "entropy": torch.zeros(0)}, "entropy: expected a CPU tensor"),
-]  # fmt: skip
+]
 
 
 @needs_cpp

@@ -47,11 +47,15 @@ def batch(counts=(3, 1, 4, 2), length=9, seed=0, dtype=torch.float64, distance=0
     several = ids == max(range(len(counts)), key=counts.__getitem__)
     mask[int(several.nonzero()[0])] = 0
     found = {
-        "logps": logps, "old_logps": logps + distance * normal(shape),
-        "advantages": normal(len(ids)), "rewards": normal(len(ids)), "prompt_ids": ids,
-        "mask": mask, "ref_logps": logps + distance * normal(shape),
+        "logps": logps,
+        "old_logps": logps + distance * normal(shape),
+        "advantages": normal(len(ids)),
+        "rewards": normal(len(ids)),
+        "prompt_ids": ids,
+        "mask": mask,
+        "ref_logps": logps + distance * normal(shape),
         "entropy": torch.rand(shape, generator=draw, dtype=torch.float64),
-    } | change  # fmt: skip
+    } | change
     tokens = ("logps", "old_logps", "ref_logps", "entropy", "advantages", "rewards")
     for name in tokens:
         if found[name] is not None:
@@ -94,9 +98,11 @@ def test_erm_is_trl(loss_type, level, kl_beta, correct_kl):
     if not correct_kl and not kl_beta:
         return
     options = OPTIONS | {
-        "loss_type": loss_type, "importance_level": level, "kl_beta": kl_beta,
+        "loss_type": loss_type,
+        "importance_level": level,
+        "kl_beta": kl_beta,
         "correct_kl": correct_kl,
-    }  # fmt: skip
+    }
     out, grad = run(x, **options)
     theirs = {k: v for k, v in x.items() if k not in ("rewards", "prompt_ids")}
     loss, metrics = trl_policy.trl_policy_loss(**theirs, **options)
@@ -177,8 +183,11 @@ def test_worse_prompts_weigh_more():
 def test_packed_is_padded(loss_type, level, ambiguity):
     x = batch()
     options = OPTIONS | {
-        "loss_type": loss_type, "importance_level": level, "kl_beta": 0.1, "ambiguity": ambiguity,
-    }  # fmt: skip
+        "loss_type": loss_type,
+        "importance_level": level,
+        "kl_beta": 0.1,
+        "ambiguity": ambiguity,
+    }
     out, grad = run(x, **options)
     p = packed(x)
     found, packed_grad = run(p, **options)
@@ -239,9 +248,14 @@ def test_small_divergences_keep_their_digits():
     logps = torch.full((1, 4), -1.0, dtype=torch.float64)
     ref = logps + d.double()
     out = dr.policy_loss(
-        logps.to(DEVICE), None, torch.zeros(1, device=DEVICE), torch.zeros(1, device=DEVICE),
-        torch.zeros(1, dtype=torch.long, device=DEVICE), ref_logps=ref.to(DEVICE), kl_beta=1.0,
-    )  # fmt: skip
+        logps.to(DEVICE),
+        None,
+        torch.zeros(1, device=DEVICE),
+        torch.zeros(1, device=DEVICE),
+        torch.zeros(1, dtype=torch.long, device=DEVICE),
+        ref_logps=ref.to(DEVICE),
+        kl_beta=1.0,
+    )
     difference = ref - logps
     expected = (difference**2 / 2 + difference**3 / 6 + difference**4 / 24).sum()
     assert out.sequences.kl.item() == pytest.approx(expected.item(), rel=1e-9)
@@ -366,9 +380,15 @@ def test_what_is_clamped_takes_no_gradient(level):
     def gradient(old, reference):
         at = logps.detach()
         out = dr.policy_loss(
-            logps, at + old, zero, zero, zero.long(), ref_logps=at + reference, kl_beta=1.0,
+            logps,
+            at + old,
+            zero,
+            zero,
+            zero.long(),
+            ref_logps=at + reference,
+            kl_beta=1.0,
             importance_level=level,
-        )  # fmt: skip
+        )
         return torch.autograd.grad(out.loss, logps)[0].item()
 
     assert gradient(old=0.0, reference=41.0) == pytest.approx(math.expm1(40) - 40)  # of r alone
@@ -403,13 +423,24 @@ def test_int32_ids_strided_inputs_and_bool_masks():
 def test_opcheck():
     x = batch()
     arguments = (
-        x["logps"], x["old_logps"], x["ref_logps"], x["entropy"], x["mask"], None, x["advantages"],
-        False, 0.2, 0.2, 0.1, True,
-    )  # fmt: skip
+        x["logps"],
+        x["old_logps"],
+        x["ref_logps"],
+        x["entropy"],
+        x["mask"],
+        None,
+        x["advantages"],
+        False,
+        0.2,
+        0.2,
+        0.1,
+        True,
+    )
     torch.library.opcheck(
-        torch.ops.drrlhf.policy_loss.default, arguments,
+        torch.ops.drrlhf.policy_loss.default,
+        arguments,
         test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
-    )  # fmt: skip
+    )
 
 
 def test_one_graph_without_breaks():
@@ -461,9 +492,12 @@ WRONG = {
 
 @pytest.mark.parametrize("change, words", WRONG.values(), ids=WRONG)
 def test_wrong_values_are_named_and_change_nothing(change, words, backend):
-    x = batch(counts=(2, 2), mask=None, prompt_ids=torch.tensor([0, 0, 1, 1]), **{
-        k: v for k, v in change.items() if k not in ("mask", "prompt_ids")
-    }) | {k: v for k, v in change.items() if k in ("mask", "prompt_ids")}  # fmt: skip
+    x = batch(
+        counts=(2, 2),
+        mask=None,
+        prompt_ids=torch.tensor([0, 0, 1, 1]),
+        **{k: v for k, v in change.items() if k not in ("mask", "prompt_ids")},
+    ) | {k: v for k, v in change.items() if k in ("mask", "prompt_ids")}
     state = dr.GroupState(2)
     before = state.weights.clone()
     m = int(x["prompt_ids"].max()) + 1

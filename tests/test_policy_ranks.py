@@ -30,11 +30,16 @@ def whole():
     mask = torch.rand(n, LENGTH, generator=draw) < 0.8
     mask[:, 0] = True
     return {
-        "logps": logps, "old_logps": logps + 0.2 * normal(n, LENGTH),
-        "ref_logps": logps + 0.2 * normal(n, LENGTH), "advantages": normal(n),
-        "rewards": normal(n), "prompt_ids": torch.arange(m).repeat_interleave(torch.tensor(counts)),
-        "mask": mask, "nominal": nominal, "groups": torch.arange(m) % 2,
-    }  # fmt: skip
+        "logps": logps,
+        "old_logps": logps + 0.2 * normal(n, LENGTH),
+        "ref_logps": logps + 0.2 * normal(n, LENGTH),
+        "advantages": normal(n),
+        "rewards": normal(n),
+        "prompt_ids": torch.arange(m).repeat_interleave(torch.tensor(counts)),
+        "mask": mask,
+        "nominal": nominal,
+        "groups": torch.arange(m) % 2,
+    }
 
 
 def part_of(rank):
@@ -56,14 +61,21 @@ def solved(batch, ambiguity, loss_type, process_group=None):
         batch = batch | {"group_state": state}
     logps = batch["logps"].clone().requires_grad_()
     out = dr.policy_loss(
-        **(batch | {"logps": logps}), loss_type=loss_type, max_completion_length=7, kl_beta=0.1,
-        ambiguity=ambiguity, process_group=process_group,
-    )  # fmt: skip
+        **(batch | {"logps": logps}),
+        loss_type=loss_type,
+        max_completion_length=7,
+        kl_beta=0.1,
+        ambiguity=ambiguity,
+        process_group=process_group,
+    )
     out.loss.backward()
     return {
-        "loss": out.loss.detach(), "weights": out.weights, "risk": out.risk, "grad": logps.grad,
+        "loss": out.loss.detach(),
+        "weights": out.weights,
+        "risk": out.risk,
+        "grad": logps.grad,
         "state": state.weights,
-    }  # fmt: skip
+    }
 
 
 def everything(rank):

@@ -171,8 +171,11 @@ def test_an_unknown_build_mode_is_refused(tmp_path):
     environment = {**os.environ, "DRRLHF_BUILD": "gpu"}
     done = subprocess.run(
         [sys.executable, "setup.py", "--version"],
-        cwd=ROOT, env=environment, capture_output=True, text=True,
-    )  # fmt: skip
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode and "expected auto, cpu, cuda or none, got 'gpu'" in done.stderr
 
 
@@ -254,9 +257,19 @@ def test_results_stand_in_blocks_alone(name):
 
 def test_a_result_in_prose_is_found():
     for text in (
-        "It takes 15.7 ms.", "in 95 % of runs", "gained 2 points", "1,000 tokens/s", "five seconds",
-        "ten times as fast", "50 MiB", "1.2 ± 0.7", "a ratio of 0.31", "300 GB/s", "2x", "95%",
-    ):  # fmt: skip
+        "It takes 15.7 ms.",
+        "in 95 % of runs",
+        "gained 2 points",
+        "1,000 tokens/s",
+        "five seconds",
+        "ten times as fast",
+        "50 MiB",
+        "1.2 ± 0.7",
+        "a ratio of 0.31",
+        "300 GB/s",
+        "2x",
+        "95%",
+    ):
         assert measured(text), text
     assert not measured("`tv:0.1` on 2 cores, 8 sequences of 256 tokens, at p < 0.05, two steps")
     everything = " ".join(" ".join(PAGES.values()).split())
@@ -399,10 +412,11 @@ def test_the_words_around_the_tables_are_what_these_say():
     trained = {
         record["contender"]: record["value"]
         for record in newest(results, "linear_token_logprobs")["records"]
-        if record["op"] == "linear_token_logprobs" and record["axis"] is None
+        if record["op"] == "linear_token_logprobs"
+        and record["axis"] is None
         and (record["dtype"], record["head"]) == ("float32", "trained")
         and record["metric"] == "forward+backward"
-    }  # fmt: skip
+    }
     ours = [time for name, time in trained.items() if name.startswith("drrlhf")]
     assert len(ours) == 2 and trained["torch.compile"] < min(ours)
 

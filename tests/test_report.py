@@ -70,8 +70,10 @@ def test_a_policys_rewards_come_first_and_those_of_groups_last(tmp_path, drawn):
     plot_training(_write(tmp_path / "m.jsonl", lines), tmp_path / "m.png")
     rewards, _, _, weight, of_groups, _ = drawn[0].axes
     assert _curves(rewards) == {
-        "mean reward": [1.0] * 6, "worst case of each step": [0.5] * 6, "held out": [1.5],
-    }  # fmt: skip
+        "mean reward": [1.0] * 6,
+        "worst case of each step": [0.5] * 6,
+        "held out": [1.5],
+    }
     assert _curves(weight) == {"group 0": [0.9] * 6}
     assert _curves(of_groups) == {"group 0": [4.0, 3.0] * 3, "group 1": [5.0] * 6}
 

@@ -78,9 +78,14 @@ def test_trl_keeps_the_same_checkpoints_and_the_same_best(models, tmp_path, limi
         ("theirs", trl.RewardConfig, trl.RewardTrainer),
     ):
         arguments = quiet(
-            max_steps=3, save_total_limit=limit, eval_strategy="steps", eval_steps=1,
-            metric_for_best_model="eval_loss", greater_is_better=True, **SAVED,
-        ) | {"save_strategy": "steps"}  # fmt: skip
+            max_steps=3,
+            save_total_limit=limit,
+            eval_strategy="steps",
+            eval_steps=1,
+            metric_for_best_model="eval_loss",
+            greater_is_better=True,
+            **SAVED,
+        ) | {"save_strategy": "steps"}
         out = tmp_path / name
         trainer = kind(
             model=models["reward"],

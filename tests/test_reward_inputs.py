@@ -28,10 +28,17 @@ from drrlhf.trl import rows
 
 EOS = 1
 SIZES = {
-    "vocab_size": 60, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2,
-    "num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 32,
-    "num_labels": 1, "initializer_range": 0.3, "bos_token_id": None,
-}  # fmt: skip
+    "vocab_size": 60,
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 32,
+    "num_labels": 1,
+    "initializer_range": 0.3,
+    "bos_token_id": None,
+}
 
 
 def classifier(kind="Llama", pad=PAD):
@@ -55,9 +62,15 @@ def test_positions_are_the_models_own(kind, pad):
     found by looking up what the model gave among the scores of all tokens."""
     model = classifier(kind, pad)
     ids = torch.tensor(
-        [[7, 8, 9, pad, pad, pad], [7, pad, 9, 10, pad, pad], [pad, pad, 9, 10, 11, 12],
-         [pad] * 6, [7, 8, 9, 10, 11, 12], [7, pad, pad, pad, pad, pad]]
-    )  # fmt: skip
+        [
+            [7, 8, 9, pad, pad, pad],
+            [7, pad, 9, 10, pad, pad],
+            [pad, pad, 9, 10, 11, 12],
+            [pad] * 6,
+            [7, 8, 9, 10, 11, 12],
+            [7, pad, pad, pad, pad, pad],
+        ]
+    )
     every = []
     model.score.register_forward_hook(lambda module, args, output: every.append(output))
     with torch.no_grad():
@@ -102,8 +115,10 @@ def test_selected_pairs_are_read_where_they_were():
         length = int(torch.randint(1, 12, (1,), generator=draw))
         return [*torch.randint(6, 60, (length,), generator=draw).tolist(), EOS]
 
-    batches = [collate([{"chosen_ids": text(), "rejected_ids": text()} for _ in range(3)])
-               for _ in range(2)]  # fmt: skip
+    batches = [
+        collate([{"chosen_ids": text(), "rejected_ids": text()} for _ in range(3)])
+        for _ in range(2)
+    ]
     model = classifier(pad=EOS)
     with torch.no_grad():
         before = [model(**batch).logits.squeeze(1).view(2, 3) for batch in batches]
@@ -114,8 +129,10 @@ def test_selected_pairs_are_read_where_they_were():
 
 
 def test_batches_padded_on_the_left_are_not_taken_apart():
-    batch = {"input_ids": torch.tensor([[PAD, 7], [8, 9]]),
-             "attention_mask": torch.tensor([[0, 1], [1, 1]])}  # fmt: skip
+    batch = {
+        "input_ids": torch.tensor([[PAD, 7], [8, 9]]),
+        "attention_mask": torch.tensor([[0, 1], [1, 1]]),
+    }
     assert not rows.separable(batch)
     assert rows.separable({**batch, "attention_mask": torch.tensor([[1, 0], [1, 1]])})
 
@@ -129,10 +146,15 @@ def pads_with_eos():
 def test_a_pad_token_that_is_the_end_token_trains_the_same_packed(reward_model, tmp_path):
     """What is read is the token before the end; TRL's padded run says what that comes to."""
     found = [
-        steps.run("reward", reward_model, str(tmp_path), padding_free=free,
-                  trainer_processing_class=pads_with_eos())
+        steps.run(
+            "reward",
+            reward_model,
+            str(tmp_path),
+            padding_free=free,
+            trainer_processing_class=pads_with_eos(),
+        )
         for free in (False, True)
-    ]  # fmt: skip
+    ]
     padded, packed = (run["gradients"][0] for run in found)
     assert padded.abs().max() > 1e-3
     torch.testing.assert_close(packed, padded, rtol=0, atol=5e-6 * float(padded.abs().max()))
@@ -142,9 +164,11 @@ def test_a_pad_token_that_is_the_end_token_trains_the_same_packed(reward_model, 
 
 def test_a_collator_that_pads_with_something_else_is_refused(reward_model, tmp_path):
     trainer = steps.trainer(
-        "reward", reward_model, str(tmp_path),
+        "reward",
+        reward_model,
+        str(tmp_path),
         trainer_data_collator=DataCollatorForPreference(pad_token_id=0),
-    )  # fmt: skip
+    )
     with pytest.raises(ValueError, match=rf"pads with token 0.*not its pad token {PAD}"):
         trainer.train()
 
@@ -156,10 +180,12 @@ def as_trained(trainer, model):
     """Scores of the trainer's own token ids, one text at a time, by transformers alone."""
     with torch.no_grad():
         return [
-            [model(input_ids=torch.tensor([row[side]])).logits[0, 0].item() for row in
-             trainer.train_dataset]
+            [
+                model(input_ids=torch.tensor([row[side]])).logits[0, 0].item()
+                for row in trainer.train_dataset
+            ]
             for side in ("chosen_ids", "rejected_ids")
-        ]  # fmt: skip
+        ]
 
 
 def conversations(data):
@@ -187,9 +213,12 @@ def test_stress_and_grpo_pay_what_training_saw(tmp_path, make, form):
     np.testing.assert_allclose(margins, np.subtract(chosen, rejected), atol=1e-5)
 
     policy = steps.trainer(
-        "grpo", str(tiny_llama_dir(tmp_path)), str(tmp_path / "policy"), data,
+        "grpo",
+        str(tiny_llama_dir(tmp_path)),
+        str(tmp_path / "policy"),
+        data,
         trainer_reward_funcs=str(tmp_path / "saved"),
-    )  # fmt: skip
+    )
     asked = [{"prompt": row["prompt"]} for row in data]
     for side, wanted in (("chosen", chosen), ("rejected", rejected)):
         paid = policy._calculate_rewards(
@@ -202,15 +231,22 @@ def test_grpo_reads_adapters_as_training_did(tmp_path):
     """Their directory has no configuration: the tokenizer beside them says the pad token."""
     lora = LoraConfig(task_type="SEQ_CLS", target_modules=["q_proj"], init_lora_weights=False)
     trainer = steps.trainer(
-        "reward", str(tiny_reward_dir(tmp_path)), str(tmp_path / "out"), tiny_pairs(4),
-        trainer_processing_class=pads_with_eos(), trainer_peft_config=lora,
-    )  # fmt: skip
+        "reward",
+        str(tiny_reward_dir(tmp_path)),
+        str(tmp_path / "out"),
+        tiny_pairs(4),
+        trainer_processing_class=pads_with_eos(),
+        trainer_peft_config=lora,
+    )
     trainer.save_model(str(tmp_path / "saved"))
     chosen, _ = as_trained(trainer, trainer.model.eval())
     policy = steps.trainer(
-        "grpo", str(tiny_llama_dir(tmp_path)), str(tmp_path / "policy"), tiny_pairs(4),
+        "grpo",
+        str(tiny_llama_dir(tmp_path)),
+        str(tmp_path / "policy"),
+        tiny_pairs(4),
         trainer_reward_funcs=str(tmp_path / "saved"),
-    )  # fmt: skip
+    )
     asked = [{"prompt": row["prompt"]} for row in tiny_pairs(4)]
     paid = policy._calculate_rewards(
         asked, [row["prompt"] for row in asked], tiny_pairs(4)["chosen"][:], [[1]] * 4

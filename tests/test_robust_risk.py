@@ -18,10 +18,23 @@ import drrlhf as dr
 from drrlhf import backends
 
 SETS = [
-    "erm", "tv:0.1", "tv:0.7", "kl:0.1", "kl:2", "kl:temperature=0.3", "kl:temperature=-0.5",
-    "chi2:0.5", "chi2:20", "chi2:penalty=0.7", "cvar:0.3", "cvar:0.3,temperature=0.4",
-    "tv:0.2,trim=0.15", "kl:0.4,trim=0.3", "chi2:0.3,trim=0.07", "cvar:0.4,trim=0.25",
-]  # fmt: skip
+    "erm",
+    "tv:0.1",
+    "tv:0.7",
+    "kl:0.1",
+    "kl:2",
+    "kl:temperature=0.3",
+    "kl:temperature=-0.5",
+    "chi2:0.5",
+    "chi2:20",
+    "chi2:penalty=0.7",
+    "cvar:0.3",
+    "cvar:0.3,temperature=0.4",
+    "tv:0.2,trim=0.15",
+    "kl:0.4,trim=0.3",
+    "chi2:0.3,trim=0.07",
+    "cvar:0.4,trim=0.25",
+]
 
 
 @pytest.fixture(params=BACKENDS)
@@ -299,16 +312,30 @@ AT_TOP = P[L == MAX].sum().item()
 @pytest.mark.parametrize(
     "text,limit",
     [
-        ("kl:0", MEAN), ("tv:0", MEAN), ("chi2:0", MEAN), ("cvar:1", MEAN), ("erm", MEAN),
-        (f"kl:{-math.log(AT_TOP) + 1e-9}", MAX), ("kl:50", MAX), (f"tv:{1 - AT_TOP + 1e-9}", MAX),
-        ("tv:1", MAX), (f"chi2:{(1 / AT_TOP - 1) / 2 + 1e-9}", MAX), ("chi2:1e6", MAX),
-        (f"cvar:{AT_TOP - 1e-9}", MAX), ("cvar:1e-9", MAX),
-        ("kl:temperature=1e9", MEAN), ("kl:temperature=1e-4", MAX), ("kl:temperature=-1e9", MEAN),
-        ("kl:temperature=-1e-4", MIN), ("chi2:penalty=1e12", MEAN), ("chi2:penalty=1e-9", MAX),
-        ("cvar:1,temperature=1e9", MEAN), ("cvar:0.4,temperature=1e10", MEAN),
+        ("kl:0", MEAN),
+        ("tv:0", MEAN),
+        ("chi2:0", MEAN),
+        ("cvar:1", MEAN),
+        ("erm", MEAN),
+        (f"kl:{-math.log(AT_TOP) + 1e-9}", MAX),
+        ("kl:50", MAX),
+        (f"tv:{1 - AT_TOP + 1e-9}", MAX),
+        ("tv:1", MAX),
+        (f"chi2:{(1 / AT_TOP - 1) / 2 + 1e-9}", MAX),
+        ("chi2:1e6", MAX),
+        (f"cvar:{AT_TOP - 1e-9}", MAX),
+        ("cvar:1e-9", MAX),
+        ("kl:temperature=1e9", MEAN),
+        ("kl:temperature=1e-4", MAX),
+        ("kl:temperature=-1e9", MEAN),
+        ("kl:temperature=-1e-4", MIN),
+        ("chi2:penalty=1e12", MEAN),
+        ("chi2:penalty=1e-9", MAX),
+        ("cvar:1,temperature=1e9", MEAN),
+        ("cvar:0.4,temperature=1e10", MEAN),
         ("group:1", MEAN),
     ],
-)  # fmt: skip
+)
 def test_limits(backend, text, limit):
     groups = torch.zeros(6, dtype=torch.long)
     risk = dr.robust_risk(L, text, nominal=P, groups=groups)

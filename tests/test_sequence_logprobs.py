@@ -161,8 +161,10 @@ BAD_BOUNDARIES = [
     ([[0, 6]], r"expected shape \(S\+1,\)"),
 ]
 BAD = [
-    *((lambda cu=cu: dr.sequence_logprobs(X, Y, cu_seqlens=torch.tensor(cu).long()), message)
-      for cu, message in BAD_BOUNDARIES),
+    *(
+        (lambda cu=cu: dr.sequence_logprobs(X, Y, cu_seqlens=torch.tensor(cu).long()), message)
+        for cu, message in BAD_BOUNDARIES
+    ),
     (lambda: dr.sequence_logprobs(X, Y, cu_seqlens=torch.tensor([0.0, 6])), "integer dtype"),
     (lambda: dr.sequence_logprobs(X, Y), "packed .T,. needs cu_seqlens"),
     (
@@ -175,7 +177,7 @@ BAD = [
         "logps: expected a fl",
     ),
     (lambda: dr.sequence_logprobs(X.view(2, 3), Y.view(2, 3), reduction="avg"), "'sum' or 'mean'"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("call,message", BAD)

@@ -34,12 +34,22 @@ def op_arguments(packed=False, **change):
     labels[::3, 0] = -100
     labels = labels[inside] if packed else labels
     return {
-        "logps": -torch.rand(labels.shape, generator=g), "labels": labels,
+        "logps": -torch.rand(labels.shape, generator=g),
+        "labels": labels,
         "cu_seqlens": F.pad(lengths.cumsum(0), (1, 0)) if packed else None,
-        "ref_logps": -5 - 5 * torch.rand(2 * PAIRS, generator=g), "nominal": None, "groups": None,
-        "group_weights": None, "ignore_index": -100, "beta": 0.1, "label_smoothing": 0.0,
-        "kind": "tv", "parameter": 0.2, "temperature": 0.0, "trim": 0.0, "update": True,
-    } | change  # fmt: skip
+        "ref_logps": -5 - 5 * torch.rand(2 * PAIRS, generator=g),
+        "nominal": None,
+        "groups": None,
+        "group_weights": None,
+        "ignore_index": -100,
+        "beta": 0.1,
+        "label_smoothing": 0.0,
+        "kind": "tv",
+        "parameter": 0.2,
+        "temperature": 0.0,
+        "trim": 0.0,
+        "update": True,
+    } | change
 
 
 @needs_cpp
@@ -60,7 +70,7 @@ def op_arguments(packed=False, **change):
         ),
         ({"kind": "nonsense"}, "kind: unknown"),
     ],
-)  # fmt: skip
+)
 def test_the_kernel_checks_for_itself(change, message):
     arguments = op_arguments(packed=True, **change)
     with pytest.raises(ValueError, match=message):
@@ -83,7 +93,7 @@ def test_opcheck(backend, packed, kind):
         change |= {
             "groups": torch.arange(PAIRS) % 2,
             "group_weights": torch.full((2,), 0.5, dtype=torch.float64),
-        }  # fmt: skip
+        }
     arguments = op_arguments(packed, **change)
     arguments["logps"].requires_grad_()
     torch.library.opcheck(

@@ -186,8 +186,10 @@ def test_holm_by_hand():
 
 
 def config(val, **accuracy):
-    test = {k.replace("_", "/"): {"accuracy": a, "nll": 1 - a, "ece": 0.1, "brier": 0.2}
-            for k, a in accuracy.items()}  # fmt: skip
+    test = {
+        k.replace("_", "/"): {"accuracy": a, "nll": 1 - a, "ece": 0.1, "brier": 0.2}
+        for k, a in accuracy.items()
+    }
     return {"val": val, "test": test}
 
 
@@ -200,9 +202,13 @@ def test_validation_alone_chooses():
     ]
     assert findings.chosen(tuned) == 1
     assert findings.measures(tuned[1]) == {
-        "in": 0.6, "out": 0.4, "worst": 0.4, "out nll": pytest.approx(0.6), "out ece": 0.1,
+        "in": 0.6,
+        "out": 0.4,
+        "worst": 0.4,
+        "out nll": pytest.approx(0.6),
+        "out ece": 0.1,
         "out brier": 0.2,
-    }  # fmt: skip
+    }
 
 
 def test_words_follow_from_the_differences():
@@ -220,8 +226,10 @@ def test_words_follow_from_the_differences():
             records.append({"scenario": scenario, "seed": seed, "methods": found})
     result = findings.findings(findings.table(records, "unseen", "out"))
     assert {m: one.word for m, one in result.items()} == {
-        "tv": "helps", "kl": "hurts", "cvar": "nothing"
-    }  # fmt: skip
+        "tv": "helps",
+        "kl": "hurts",
+        "cvar": "nothing",
+    }
     assert result["tv"].difference == pytest.approx(0.02)
     assert findings.table(records, "rare", "out") == {}
 

@@ -12,9 +12,7 @@ from trl_fixtures import WORDS, tiny_llama_dir
 from drrlhf.demo.sentiment import DOMAINS, Text
 from evidence.shift import dpo, findings, page, shifts, tasks
 
-SETTINGS = dpo.Settings(
-    pairs=48, epochs=2, batch=16, lr=0.02, rank=4, test_texts=20, test_pairs=40
-)  # fmt: skip
+SETTINGS = dpo.Settings(pairs=48, epochs=2, batch=16, lr=0.02, rank=4, test_texts=20, test_pairs=40)
 
 
 @pytest.fixture(scope="module")

@@ -28,8 +28,9 @@ MARGIN = np.round(RNG.normal(0.8, 1.0, 400), 1)
 
 
 def scores(margin=MARGIN, **more) -> Scores:
-    return Scores(**{"margin": margin, "prompts": np.arange(len(margin)), "rows": len(margin)}
-                  | more)  # fmt: skip
+    return Scores(
+        **{"margin": margin, "prompts": np.arange(len(margin)), "rows": len(margin)} | more
+    )
 
 
 def sample(margin=MARGIN, prompts=None, times=200):
@@ -71,11 +72,16 @@ def test_worst_case_of_losses_by_an_optimiser(name):
         return float(0.5 * np.sum(p * (q / p - 1) ** 2))
 
     best = optimize.minimize(
-        lambda q: -q @ losses, p, bounds=[(1e-12, 1)] * 12, method="SLSQP",
-        constraints=[{"type": "eq", "fun": lambda q: q.sum() - 1},
-                     {"type": "ineq", "fun": lambda q: float(radius) - distance(q)}],
+        lambda q: -q @ losses,
+        p,
+        bounds=[(1e-12, 1)] * 12,
+        method="SLSQP",
+        constraints=[
+            {"type": "eq", "fun": lambda q: q.sum() - 1},
+            {"type": "ineq", "fun": lambda q: float(radius) - distance(q)},
+        ],
         options={"maxiter": 500, "ftol": 1e-12},
-    )  # fmt: skip
+    )
     found = sample(MARGIN[:12]).loss(dr.parse_ambiguity(name))["value"]
     assert found == pytest.approx(-best.fun, abs=1e-5)
 
@@ -232,10 +238,14 @@ def test_length_and_position_bias_are_measured(tmp_path):
     first = rng.choice(2, 1000)
     margin = 0.05 * longer + rng.normal(0, 0.5, 1000) - first
     lines = [
-        {"margin": m, "chosen_length": 300 + g, "rejected_length": 300,
-         "chosen_position": "first" if f == 0 else "second"}
+        {
+            "margin": m,
+            "chosen_length": 300 + g,
+            "rejected_length": 300,
+            "chosen_position": "first" if f == 0 else "second",
+        }
         for m, g, f in zip(margin, longer, first, strict=True)
-    ]  # fmt: skip
+    ]
     path = tmp_path / "s.jsonl"
     path.write_text("\n".join(map(json.dumps, lines)))
     given = load_scores(path)
@@ -292,8 +302,9 @@ def test_answers_in_parquet_count_by_their_length(tmp_path):
         for i in range(12)
     ]
     rows[5]["rejected"] = None
-    from_parquet, from_lines = (load_scores(written(tmp_path, end, rows))
-                                for end in (".parquet", ".jsonl"))  # fmt: skip
+    from_parquet, from_lines = (
+        load_scores(written(tmp_path, end, rows)) for end in (".parquet", ".jsonl")
+    )
     np.testing.assert_array_equal(from_parquet.longer, from_lines.longer)
     np.testing.assert_array_equal(from_parquet.prompts, from_lines.prompts)
     assert np.isnan(from_lines.longer[5]) and from_lines.longer[4] == 2
@@ -316,12 +327,15 @@ print(time.process_time() - start, int(peak) / 2**20)
 """
     n, rng = 1_000_000, np.random.default_rng(0)
     columns = {
-        "chosen_reward": rng.normal(1, 1, n), "rejected_reward": rng.normal(0, 1, n),
-        "prompt_id": rng.integers(0, n // 2, n), "domain": rng.choice(list("abcd"), n),
-        "lang": rng.choice(["en", "de"], n), "age": rng.random(n),
+        "chosen_reward": rng.normal(1, 1, n),
+        "rejected_reward": rng.normal(0, 1, n),
+        "prompt_id": rng.integers(0, n // 2, n),
+        "domain": rng.choice(list("abcd"), n),
+        "lang": rng.choice(["en", "de"], n),
+        "age": rng.random(n),
         "chosen": np.array(["long answer " * 20, "short"])[rng.integers(0, 2, n)],
         "rejected": np.array(["another answer " * 15, "brief"])[rng.integers(0, 2, n)],
-    }  # fmt: skip
+    }
     table = pa.table(columns)
     if suffix == ".parquet":
         pq.write_table(table, tmp_path / "m.parquet")
@@ -337,10 +351,18 @@ print(time.process_time() - start, int(peak) / 2**20)
 def test_rewardbench_results(tmp_path):
     """Its names, scores in lists of one, the text pair, the redundant result."""
     rows = [
-        {"prompt": "p", "chosen": "long answer", "rejected": "no", "subset": "chat", "id": i,
-         "results": 1, "scores_chosen": [3.0 - i], "scores_rejected": [1.0]}
+        {
+            "prompt": "p",
+            "chosen": "long answer",
+            "rejected": "no",
+            "subset": "chat",
+            "id": i,
+            "results": 1,
+            "scores_chosen": [3.0 - i],
+            "scores_rejected": [1.0],
+        }
         for i in range(4)
-    ]  # fmt: skip
+    ]
     found = load_scores(written(tmp_path, ".jsonl", rows))
     assert found.margin.tolist() == [2.0, 1.0, 0.0, -1.0]
     assert found.longer.tolist() == [9.0] * 4
@@ -401,8 +423,9 @@ def test_missing_file_and_column(tmp_path):
 
 
 def test_numbers_become_quarters(tmp_path):
-    rows = [{"margin": 1.0 - i % 3, "age": float(i), "const": "x", "free": f"t{i}"}
-            for i in range(200)]  # fmt: skip
+    rows = [
+        {"margin": 1.0 - i % 3, "age": float(i), "const": "x", "free": f"t{i}"} for i in range(200)
+    ]
     found = load_scores(written(tmp_path, ".parquet", rows))
     assert np.bincount(found.attributes["age"].codes).tolist() == [50, 50, 50, 50]
     assert found.ignored == {"const": "constant", "free": "200 different values, more than 100"}

@@ -32,9 +32,9 @@ def rows(n=40, seed=0):
         return " " + " ".join(rng.choice(WORDS, rng.integers(low, high)))
 
     return [
-        {"prompt": f"how w{i}", "chosen": text(3, 12), "rejected": text(2, 9),
-         "topic": "ab"[i % 2]} for i in range(n)
-    ]  # fmt: skip
+        {"prompt": f"how w{i}", "chosen": text(3, 12), "rejected": text(2, 9), "topic": "ab"[i % 2]}
+        for i in range(n)
+    ]
 
 
 def written(path, some):
@@ -47,18 +47,24 @@ def one_by_one(directory, texts):
     tokenizer = AutoTokenizer.from_pretrained(directory)
     model = AutoModelForSequenceClassification.from_pretrained(directory).eval()
     with torch.no_grad():
-        return np.array([
-            model(**tokenizer(text + (tokenizer.eos_token or ""), return_tensors="pt"))
-            .logits[0, 0].item() for text in texts
-        ])  # fmt: skip
+        return np.array(
+            [
+                model(**tokenizer(text + (tokenizer.eos_token or ""), return_tensors="pt"))
+                .logits[0, 0]
+                .item()
+                for text in texts
+            ]
+        )
 
 
 @pytest.mark.parametrize("make", [tiny_reward_dir, tiny_encoder_dir])
 def test_batches_score_as_single_texts(tmp_path, make):
     directory, some = make(tmp_path), rows()
     found = score_pairs(RewardModel(directory), written(tmp_path / "d.jsonl", some))
-    wanted = [one_by_one(directory, [r["prompt"] + r[side] for r in some])
-              for side in ("chosen", "rejected")]  # fmt: skip
+    wanted = [
+        one_by_one(directory, [r["prompt"] + r[side] for r in some])
+        for side in ("chosen", "rejected")
+    ]
     np.testing.assert_allclose(found.margin, wanted[0] - wanted[1], atol=1e-5)
     assert set(found.attributes) >= {"topic", "answer lengths"}
     lengths = [len(r["chosen"]) - len(r["rejected"]) for r in some]
@@ -70,11 +76,13 @@ def test_messages_are_scored_through_the_chat_template(tmp_path):
     some = [
         {
             "prompt": [{"role": "user", "content": r["prompt"]}],
-            **{side: [{"role": "assistant", "content": r[side].strip()}]
-               for side in ("chosen", "rejected")},
+            **{
+                side: [{"role": "assistant", "content": r[side].strip()}]
+                for side in ("chosen", "rejected")
+            },
         }
         for r in rows(8)
-    ]  # fmt: skip
+    ]
     found = score_pairs(RewardModel(directory), written(tmp_path / "d.jsonl", some))
     tokenizer = AutoTokenizer.from_pretrained(directory)
     model = AutoModelForSequenceClassification.from_pretrained(directory).eval()
@@ -132,8 +140,9 @@ def with_adapters(directory, base, task="CAUSAL_LM", **options):
     """LoRA adapters that do something, saved."""
     from peft import LoraConfig, get_peft_model
 
-    model = get_peft_model(base, LoraConfig(target_modules=["q_proj", "v_proj"], r=2,
-                                            task_type=task, **options))  # fmt: skip
+    model = get_peft_model(
+        base, LoraConfig(target_modules=["q_proj", "v_proj"], r=2, task_type=task, **options)
+    )
     torch.manual_seed(3)
     for name, parameter in model.named_parameters():
         if "lora_" in name or "score" in name:
@@ -160,9 +169,14 @@ def test_policy_margins_are_log_ratios_to_the_reference(tmp_path, adapters):
         trained, judge = base.eval(), load_judge(tmp_path / "trained", reference=start, beta=0.3)
     found = score_pairs(judge, written(tmp_path / "d.jsonl", some))
     tokenizer = AutoTokenizer.from_pretrained(start)
-    wanted = [0.3 * (log_ratio(trained, reference, tokenizer, row, "chosen")
-                     - log_ratio(trained, reference, tokenizer, row, "rejected"))
-              for row in some]  # fmt: skip
+    wanted = [
+        0.3
+        * (
+            log_ratio(trained, reference, tokenizer, row, "chosen")
+            - log_ratio(trained, reference, tokenizer, row, "rejected")
+        )
+        for row in some
+    ]
     np.testing.assert_allclose(found.margin, wanted, atol=1e-4)
     assert found.counterfactuals
 
@@ -275,9 +289,18 @@ def test_model_and_data(tmp_path):
     directory, data = tiny_reward_dir(tmp_path), written(tmp_path / "d.jsonl", rows())
     done = CliRunner().invoke(
         app,
-        ["stress", "--model", str(directory), "--data", str(data), "--output-dir",
-         str(tmp_path / "out"), "--max-length", "8"],
-    )  # fmt: skip
+        [
+            "stress",
+            "--model",
+            str(directory),
+            "--data",
+            str(data),
+            "--output-dir",
+            str(tmp_path / "out"),
+            "--max-length",
+            "8",
+        ],
+    )
     assert done.exit_code == 0, done.output
     assert "points of accuracy lost" in done.output and "longer than --max-length 8" in done.output
     page = (tmp_path / "out" / "report.html").read_text()
@@ -302,9 +325,16 @@ def test_what_cannot_be_scored(tmp_path, wrong):
     some = [{"chosen": "a"}] if wrong == "data" else rows(4)
     done = CliRunner().invoke(
         app,
-        ["stress", "--model", str(model), "--data", str(written(tmp_path / "d.jsonl", some)),
-         "--output-dir", str(tmp_path / "out")],
-    )  # fmt: skip
+        [
+            "stress",
+            "--model",
+            str(model),
+            "--data",
+            str(written(tmp_path / "d.jsonl", some)),
+            "--output-dir",
+            str(tmp_path / "out"),
+        ],
+    )
     wanted = {
         "none": "no directory with a config.json",
         "policy": "give that as reference (--reference DIR)",

@@ -200,9 +200,13 @@ def test_true_class_at_saturation(backend, dtype):
 def assert_same_kind(ours, theirs, what):
     """NaN where theirs is NaN, infinite where theirs is infinite, close elsewhere."""
     torch.testing.assert_close(
-        ours.float(), theirs.float(), rtol=2e-5, atol=1e-6, equal_nan=True,
+        ours.float(),
+        theirs.float(),
+        rtol=2e-5,
+        atol=1e-6,
+        equal_nan=True,
         msg=lambda text: f"{what}\n{text}",
-    )  # fmt: skip
+    )
 
 
 SPECIAL = {
@@ -546,7 +550,7 @@ BAD_CALLS = [
     ((LOGITS, TWO), {"outputs": "entropy"}, "expected a sequence of names"),
     ((torch.randn(2, 0), TWO), {}, "V >= 1"),
     ((torch.tensor(1.0), torch.tensor(0)), {}, "V >= 1"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("arguments,options,message", BAD_CALLS)
@@ -558,10 +562,17 @@ def backward_arguments(logits, labels):
     """What the backward op takes after the logits, by name."""
     rows = torch.randn(labels.shape)
     return {
-        "labels": labels, "grad": rows, "grad_entropy": rows, "logp": -rows.abs(),
-        "lse": rows, "lse_tail": 0 * rows, "entropy": rows.abs(), "ignore_index": -100,
-        "temperature": 1.0, "softcap": None,
-    }  # fmt: skip
+        "labels": labels,
+        "grad": rows,
+        "grad_entropy": rows,
+        "logp": -rows.abs(),
+        "lse": rows,
+        "lse_tail": 0 * rows,
+        "entropy": rows.abs(),
+        "ignore_index": -100,
+        "temperature": 1.0,
+        "softcap": None,
+    }
 
 
 @needs_cpp

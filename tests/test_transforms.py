@@ -80,9 +80,14 @@ def linear_preference_loss(hidden):
 def policy_loss(logps):
     ones, prompts = zeros(4, like=logps) + 1, on(logps, PROMPTS)[0]
     return dr.policy_loss(
-        logps, zeros(4, 3, like=logps), ones, ones.cumsum(0), prompts, num_prompts=2,
+        logps,
+        zeros(4, 3, like=logps),
+        ones,
+        ones.cumsum(0),
+        prompts,
+        num_prompts=2,
         ambiguity="tv:0.2",
-    ).loss  # fmt: skip
+    ).loss
 
 
 SHAPES = {

@@ -86,9 +86,13 @@ def test_a_compiled_model_takes_the_same_step(models, tmp_path, method):
     options = {"ambiguity": "cvar:0.4", **PARTS}
     eager = steps.run(method, models[method], str(tmp_path), **options)
     compiled = steps.run(
-        method, models[method], str(tmp_path), torch_compile=True,
-        torch_compile_backend="aot_eager", **options,
-    )  # fmt: skip
+        method,
+        models[method],
+        str(tmp_path),
+        torch_compile=True,
+        torch_compile_backend="aot_eager",
+        **options,
+    )
     torch.testing.assert_close(
         compiled["gradients"][0], eager["gradients"][0], rtol=1e-4, atol=1e-5
     )
@@ -105,9 +109,12 @@ def test_evaluation_is_over_the_whole_set(make, method, ambiguity):
     found = []
     for size in (2, 10):
         trainer = make(
-            method, data=tiny_pairs(8, group=[0, 1] * 4), ambiguity=ambiguity,
-            trainer_eval_dataset=data, per_device_eval_batch_size=size,
-        )  # fmt: skip
+            method,
+            data=tiny_pairs(8, group=[0, 1] * 4),
+            ambiguity=ambiguity,
+            trainer_eval_dataset=data,
+            per_device_eval_batch_size=size,
+        )
         found.append(trainer.evaluate())
     small, whole = found
     names = [n for n in whole if n.startswith(("eval_robust/", "eval_group/"))] + ["eval_loss"]
@@ -150,16 +157,24 @@ def test_a_stream_takes_every_batch_once(make):
 @pytest.mark.parametrize("method", ["dpo", "reward"])
 def test_resumed_runs_are_the_uninterrupted_ones_bit_for_bit(models, tmp_path, method, ambiguity):
     options = {
-        "ambiguity": ambiguity, "data": tiny_pairs(32, group=[0, 1, 2, 1] * 8), "max_steps": 4,
-        "save_strategy": "steps", "save_steps": 2, "disable_dropout": False, "optim": "adamw_torch",
+        "ambiguity": ambiguity,
+        "data": tiny_pairs(32, group=[0, 1, 2, 1] * 8),
+        "max_steps": 4,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "disable_dropout": False,
+        "optim": "adamw_torch",
         **PARTS,
-    }  # fmt: skip
+    }
     whole = steps.run(method, models[method], str(tmp_path / "whole"), **options)
     checkpoint = str(tmp_path / "whole" / "checkpoint-2")
     resumed = steps.run(
-        method, models[method], str(tmp_path / "resumed"), resume_from_checkpoint=checkpoint,
+        method,
+        models[method],
+        str(tmp_path / "resumed"),
+        resume_from_checkpoint=checkpoint,
         **options,
-    )  # fmt: skip
+    )
     assert torch.equal(resumed["parameters"], whole["parameters"])
     assert [log["loss"] for log in resumed["logs"]] == [log["loss"] for log in whole["logs"]]
 

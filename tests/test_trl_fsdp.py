@@ -26,12 +26,13 @@ LORA = {"r": 4, "target_modules": "all-linear", "init_lora_weights": False}
 CASES = {
     "dpo tv": ("dpo", {"ambiguity": "tv:0.2"}),
     "dpo cvar, packed lora": (
-        "dpo", {"ambiguity": "cvar:0.3", "padding_free": True, "trainer_peft_config": LORA}
+        "dpo",
+        {"ambiguity": "cvar:0.3", "padding_free": True, "trainer_peft_config": LORA},
     ),
     "reward tv": ("reward", {"ambiguity": "tv:0.2"}),
     "reward cvar": ("reward", {"ambiguity": "cvar:0.3"}),
     "grpo tv": ("grpo", {"ambiguity": "tv:0.4"}),
-}  # fmt: skip
+}
 
 
 def arguments(case, models, folder, cut):
@@ -39,9 +40,14 @@ def arguments(case, models, folder, cut):
     if "trainer_peft_config" in options:
         options = options | {"trainer_peft_config": LoraConfig(**LORA, task_type="CAUSAL_LM")}
     return {
-        "method": method, "model": models["reward" if method == "reward" else "dpo"],
-        "folder": folder, "data": tiny_pairs(16), "max_steps": 2, **cut, **options,
-    }  # fmt: skip
+        "method": method,
+        "model": models["reward" if method == "reward" else "dpo"],
+        "folder": folder,
+        "data": tiny_pairs(16),
+        "max_steps": 2,
+        **cut,
+        **options,
+    }
 
 
 def shard_on_cpu():

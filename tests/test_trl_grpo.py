@@ -64,9 +64,14 @@ def test_erm_is_trl_to_the_bit(run):
 def test_a_radius_of_zero_is_trl(run, loss_type, level):
     """Through our loss, over accumulated batches, with a reference and several updates a batch."""
     options = {
-        "loss_type": loss_type, "importance_sampling_level": level, "beta": 0.2, "max_steps": 3,
-        "num_iterations": 2, "gradient_accumulation_steps": 2, "learning_rate": 0.05,
-    }  # fmt: skip
+        "loss_type": loss_type,
+        "importance_sampling_level": level,
+        "beta": 0.2,
+        "max_steps": 3,
+        "num_iterations": 2,
+        "gradient_accumulation_steps": 2,
+        "learning_rate": 0.05,
+    }
     ours, theirs = run(ambiguity="tv:0", **options), run("trl", **options)
     assert_same_steps(ours, theirs, atol=5e-6)
     for mine, log in zip(ours["logs"], theirs["logs"], strict=True):
@@ -211,9 +216,14 @@ def test_prompts_that_cannot_be_scored_are_masked(run):
 def test_evaluation_sees_the_whole_set(model, tmp_path):
     data = tiny_pairs(8, group=[0, 1] * 4).remove_columns(["chosen", "rejected"])
     trainer = steps.trainer(
-        "grpo", model, str(tmp_path), data=data, ambiguity="group:2,step_size=0.5",
-        trainer_eval_dataset=data, per_device_eval_batch_size=4,
-    )  # fmt: skip
+        "grpo",
+        model,
+        str(tmp_path),
+        data=data,
+        ambiguity="group:2,step_size=0.5",
+        trainer_eval_dataset=data,
+        per_device_eval_batch_size=4,
+    )
     before = trainer.group_state.weights.clone()
     trainer.evaluate()
     (log,) = (entry for entry in trainer.state.log_history if "eval_loss" in entry)
@@ -255,9 +265,12 @@ def test_groups_by_running_pass_rate(run, tmp_path):
 
 def test_resuming_gives_the_same_numbers(run, tmp_path):
     options = {
-        "ambiguity": "group:3,step_size=0.5", "group_by": "pass_rate", "pass_threshold": 1.5,
-        "pairs": 4, **WHOLE,
-    }  # fmt: skip
+        "ambiguity": "group:3,step_size=0.5",
+        "group_by": "pass_rate",
+        "pass_threshold": 1.5,
+        "pairs": 4,
+        **WHOLE,
+    }
     whole = run(max_steps=4, save_strategy="steps", save_steps=2, **options)
     checkpoint = str(tmp_path / "out" / "checkpoint-2")
     resumed = run(max_steps=4, resume_from_checkpoint=checkpoint, **options)
@@ -269,13 +282,14 @@ def test_resuming_gives_the_same_numbers(run, tmp_path):
 
 WRONG = {
     "beyond": (
-        {"ambiguity": "tv:0.1", "beta": 0.1, "loss_type": "sapo"}, "loss_type='sapo' with beta",
+        {"ambiguity": "tv:0.1", "beta": 0.1, "loss_type": "sapo"},
+        "loss_type='sapo' with beta",
     ),
     "no column": ({"ambiguity": "group:2"}, "train_dataset has no column 'group'"),
     "no groups": ({"group_by": "pass_rate"}, "group_by='pass_rate' groups prompts for a Group set"),
     "name": ({"group_by": "passrate"}, "did you mean 'pass_rate'"),
     "set": ({"ambiguity": "tv:2"}, "radius"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("options, words", WRONG.values(), ids=WRONG)
@@ -289,9 +303,13 @@ def test_an_infinite_reward_is_named_and_nothing_is_updated(model, tmp_path):
         return [1.0] * (len(prompts) - 1) + [math.inf]
 
     trainer = steps.trainer(
-        "grpo", model, str(tmp_path), ambiguity="group:2", trainer_reward_funcs=reward,
+        "grpo",
+        model,
+        str(tmp_path),
+        ambiguity="group:2",
+        trainer_reward_funcs=reward,
         data=tiny_pairs(8, group=[0, 1] * 4),
-    )  # fmt: skip
+    )
     before = trainer.group_state.weights.clone()
     with pytest.raises(ValueError, match=r"rewards: expected finite numbers, got {'reward': inf}"):
         trainer.train()
@@ -306,10 +324,14 @@ def test_two_ranks_equal_one_process(model, tmp_path):
     runs, wholes = [], []
     for ambiguity, accumulation in (("cvar:0.5", 1), ("group:2,step_size=0.5", 2)):
         arguments = {
-            "method": "grpo", "model": model, "folder": str(tmp_path / f"out-{len(runs)}"),
-            "data": tiny_pairs(8, group=[0, 1] * 4), "max_steps": 2, "beta": 0.1,
+            "method": "grpo",
+            "model": model,
+            "folder": str(tmp_path / f"out-{len(runs)}"),
+            "data": tiny_pairs(8, group=[0, 1] * 4),
+            "max_steps": 2,
+            "beta": 0.1,
             "ambiguity": ambiguity,
-        }  # fmt: skip
+        }
         size = 4 // accumulation
         cut = {"per_device_train_batch_size": size, "gradient_accumulation_steps": accumulation}
         runs.append(arguments | cut)

@@ -108,8 +108,17 @@ class ExactHead:
     """The same by float64 in plain PyTorch, from what autocast makes of the inputs."""
 
     @staticmethod
-    def apply(hidden, weight, bias, targets, temperature, chunk_size, softcap=None, scale=1.0,
-              outputs=seam.HEAD_OUTPUTS):  # fmt: skip
+    def apply(
+        hidden,
+        weight,
+        bias,
+        targets,
+        temperature,
+        chunk_size,
+        softcap=None,
+        scale=1.0,
+        outputs=seam.HEAD_OUTPUTS,
+    ):
         if torch.is_autocast_enabled("cpu"):
             hidden, weight = (x.to(torch.get_autocast_dtype("cpu")) for x in (hidden, weight))
         with torch.autocast("cpu", enabled=False):
@@ -134,12 +143,13 @@ OPTIONS = {
     "temperature": {"temperature": 0.7},
     "softcap": {"temperature": 1.3, "chunk_size": CHUNK, "final_logit_softcapping": 3.0},
     "scale": {
-        "temperature": 0.9, "chunk_size": 64, "final_logit_softcapping": None, "logit_scale": 0.3
+        "temperature": 0.9,
+        "chunk_size": 64,
+        "final_logit_softcapping": None,
+        "logit_scale": 0.3,
     },
-    "all": {
-        "temperature": 2, "chunk_size": 100, "final_logit_softcapping": 30, "logit_scale": 4.0
-    },
-}  # fmt: skip
+    "all": {"temperature": 2, "chunk_size": 100, "final_logit_softcapping": 30, "logit_scale": 4.0},
+}
 
 
 def relative_error(found, expected):
@@ -232,10 +242,16 @@ def test_the_budget_arrives_and_does_not_change_numbers(monkeypatch, budget):
 
 @pytest.mark.parametrize(
     "outputs",
-    [(), ("log_probs",), ("log_probs", "entropy"), ("mean_logits", "is_top1"),
-     ("log_probs", "log_sum_sq_probs"), ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")],
+    [
+        (),
+        ("log_probs",),
+        ("log_probs", "entropy"),
+        ("mean_logits", "is_top1"),
+        ("log_probs", "log_sum_sq_probs"),
+        ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1"),
+    ],
     ids="-".join,
-)  # fmt: skip
+)
 def test_outputs_asked_for(outputs):
     problem = Problem()
     options = {"temperature": 1.0, "chunk_size": CHUNK, "softcap": None, "scale": 1.0}

@@ -153,9 +153,12 @@ def test_evaluation_goes_through_them_too(method, models, tmp_path, fake):
 def test_liger_s_own_loss_is_refused(method, models, tmp_path):
     with pytest.raises(ValueError, match="fused_linear_cross_entropy"):
         steps.trainer(
-            method, models[method], str(tmp_path), use_liger_kernel=True,
+            method,
+            models[method],
+            str(tmp_path),
+            use_liger_kernel=True,
             liger_kernel_config={"fused_linear_cross_entropy": True},
-        )  # fmt: skip
+        )
 
 
 def test_the_rest_of_its_configuration_is_kept(models, tmp_path):
@@ -163,7 +166,9 @@ def test_the_rest_of_its_configuration_is_kept(models, tmp_path):
         str(tmp_path), **quiet(use_liger_kernel=True, liger_kernel_config={"rope": False})
     )
     ours.RewardTrainer(
-        model=models["reward"], args=config, train_dataset=tiny_pairs(4),
+        model=models["reward"],
+        args=config,
+        train_dataset=tiny_pairs(4),
         processing_class=tiny_tokenizer(),
-    )  # fmt: skip
+    )
     assert config.liger_kernel_config == {"rope": False, "fused_linear_cross_entropy": False}

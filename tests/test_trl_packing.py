@@ -116,9 +116,13 @@ def test_evaluation_and_prediction(models, tmp_path):
     found = []
     for free in (False, True):
         trainer = steps.trainer(
-            "dpo", models["dpo"], str(tmp_path), padding_free=free, ambiguity="cvar:0.3",
+            "dpo",
+            models["dpo"],
+            str(tmp_path),
+            padding_free=free,
+            ambiguity="cvar:0.3",
             trainer_eval_dataset=tiny_pairs(6, seed=1),
-        )  # fmt: skip
+        )
         found.append(trainer.evaluate())
     for name in ("eval_loss", "eval_rewards/margins", "eval_robust/value", "eval_entropy"):
         assert found[1][name] == pytest.approx(found[0][name], rel=1e-4), name
@@ -141,9 +145,15 @@ def test_evaluation_and_prediction(models, tmp_path):
 def test_sliding_windows_stay(tmp_path):
     torch.manual_seed(0)
     config = MistralConfig(
-        vocab_size=50, hidden_size=32, intermediate_size=32, num_hidden_layers=2,
-        num_attention_heads=2, num_key_value_heads=1, sliding_window=4, initializer_range=0.3,
-    )  # fmt: skip
+        vocab_size=50,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        sliding_window=4,
+        initializer_range=0.3,
+    )
     model = MistralForCausalLM(config).eval()
     lengths, ids = [9, 3, 6], torch.randint(0, 50, (3, 9))
     mask = torch.arange(9) < torch.tensor(lengths)[:, None]
@@ -173,19 +183,34 @@ def test_what_cannot_be_packed_is_refused(models, tmp_path):
 # ---------------------------------------------------------------------- what cannot be known ahead
 
 SMALL = {
-    "vocab_size": 210, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 96,
-    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
-}  # fmt: skip
+    "vocab_size": 210,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 96,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 LINEAR = {
-    "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
     "linear_value_head_dim": 8,
-}  # fmt: skip
+}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 JAMBA = {
-    "attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "num_experts": 2,
-    "num_experts_per_tok": 1, "mamba_d_state": 8, "mamba_dt_rank": 4, "use_mamba_kernels": False,
-}  # fmt: skip
+    "attn_layer_period": 2,
+    "attn_layer_offset": 1,
+    "expert_layer_period": 2,
+    "num_experts": 2,
+    "num_experts_per_tok": 1,
+    "mamba_d_state": 8,
+    "mamba_dt_rank": 4,
+    "use_mamba_kernels": False,
+}
 WINDOW = {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1}
 # Name in transformers -> the rest of its configuration. By what each has that might go wrong:
 MODELS = {

@@ -277,10 +277,16 @@ LAUNCHERS = {
     "torchrun": ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"],
     # its way of starting several processes on one machine, GPUs or not
     "accelerate": [
-        "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2",
-        "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0",
+        "-m",
+        "accelerate.commands.launch",
+        "--multi_gpu",
+        "--num_processes=2",
+        "--num_machines=1",
+        "--mixed_precision=no",
+        "--dynamo_backend=no",
+        "--main_process_port=0",
     ],
-}  # fmt: skip
+}
 
 
 def launched(launcher, place, **arguments):
@@ -313,9 +319,13 @@ def test_two_ranks_equal_one_process(models, tmp_path, launcher):
     runs, whole = [], []
     for method, ambiguity, accumulation, packed in LAUNCHED[launcher]:
         arguments = {
-            "method": method, "model": models[method], "folder": str(tmp_path / f"out-{len(runs)}"),
-            "data": tiny_pairs(16, **columns(16)), "ambiguity": ambiguity, "max_steps": 2,
-        }  # fmt: skip
+            "method": method,
+            "model": models[method],
+            "folder": str(tmp_path / f"out-{len(runs)}"),
+            "data": tiny_pairs(16, **columns(16)),
+            "ambiguity": ambiguity,
+            "max_steps": 2,
+        }
         cut = {
             "per_device_train_batch_size": 4 // accumulation,
             "gradient_accumulation_steps": accumulation,

@@ -129,9 +129,12 @@ def test_reward_cvar_by_hand(reward_model, tmp_path):
 
 def test_combined_losses_are_weighed_as_one(llama, tmp_path):
     trainer = dpo(
-        away(llama), tmp_path, ambiguity="cvar:0.25", loss_type=["sigmoid", "hinge"],
+        away(llama),
+        tmp_path,
+        ambiguity="cvar:0.25",
+        loss_type=["sigmoid", "hinge"],
         loss_weights=[0.5, 2.0],
-    )  # fmt: skip
+    )
     batch = first_batch(trainer)
     sigmoid = dpo_losses_by_hand(trainer.model, trainer.ref_model, batch).detach()
     h = -torch.log(torch.expm1(sigmoid))  # sigmoid = log(1 + exp(-h))
@@ -214,10 +217,12 @@ def test_columns_never_reach_a_dpo_model(llama, tmp_path, precompute):
     model = AutoModelForCausalLM.from_pretrained(llama)
     spy_on_forward(model, seen)
     trainer = dpo(
-        model, tmp_path, tiny_pairs(8, group=[0, 1] * 4, weight=[1.0] * 8),
+        model,
+        tmp_path,
+        tiny_pairs(8, group=[0, 1] * 4, weight=[1.0] * 8),
         precompute_ref_log_probs=precompute,
         max_steps=1,
-    )  # fmt: skip
+    )
     assert {"group", "weight"} <= set(first_batch(trainer))
     # a dataset handed to `evaluate` is precomputed through our collator
     trainer.evaluate(tiny_pairs(4, seed=2, group=[0] * 4, weight=[1.0] * 4))
@@ -244,9 +249,13 @@ def test_a_collator_of_the_users_own_is_wrapped(llama, tmp_path):
         return DataCollatorForPreference(pad_token_id=PAD)(examples)
 
     trainer = dpo(
-        llama, tmp_path, tiny_pairs(8, group=[0, 1] * 4), {"data_collator": collator},
-        ambiguity="group:2", max_steps=2,
-    )  # fmt: skip
+        llama,
+        tmp_path,
+        tiny_pairs(8, group=[0, 1] * 4),
+        {"data_collator": collator},
+        ambiguity="group:2",
+        max_steps=2,
+    )
     trainer.train()
     assert calls and first_batch(trainer)["group"].dtype == torch.int64
 
@@ -292,9 +301,14 @@ def test_group_metrics(llama, tmp_path):
 @pytest.mark.parametrize("scope", ["step", "microbatch"])
 def test_state_steps_once_for_each_optimizer_step_and_not_in_eval(llama, tmp_path, scope):
     trainer = dpo(
-        away(llama), tmp_path, tiny_pairs(32, group=[0, 1] * 16), max_steps=2, robust_scope=scope,
-        ambiguity="group:2,step_size=0.5", gradient_accumulation_steps=4,
-    )  # fmt: skip
+        away(llama),
+        tmp_path,
+        tiny_pairs(32, group=[0, 1] * 16),
+        max_steps=2,
+        robust_scope=scope,
+        ambiguity="group:2,step_size=0.5",
+        gradient_accumulation_steps=4,
+    )
     states = [trainer.group_state.weights.clone()]
     original = trainer.training_step
 
@@ -316,9 +330,12 @@ def test_resume_is_the_uninterrupted_run_bit_for_bit(llama, reward_model, tmp_pa
     def build(folder):
         data = tiny_pairs(24, group=[0, 1, 2] * 8)
         options = {
-            "ambiguity": "group:3,step_size=0.5", "max_steps": 6, "save_strategy": "steps",
-            "save_steps": 3, "per_device_train_batch_size": 3,
-        }  # fmt: skip
+            "ambiguity": "group:3,step_size=0.5",
+            "max_steps": 6,
+            "save_strategy": "steps",
+            "save_steps": 3,
+            "per_device_train_batch_size": 3,
+        }
         build_ = dpo if method == "dpo" else reward
         return build_(llama if method == "dpo" else reward_model, folder, data, **options)
 

@@ -27,18 +27,32 @@ TRAINER = "transformers.trainer:Trainer"
 # Names that a function or a function in it must read.
 READS: dict[tuple[str, str], set[str]] = {
     (DPO, "_compute_loss"): {
-        "_metrics", "beta", "f_divergence_type", "ld_alpha", "log_probs", "log_sum_sq_probs",
-        "loss_types", "loss_weights", "precompute_ref_logps", "use_weighting",
+        "_metrics",
+        "beta",
+        "f_divergence_type",
+        "ld_alpha",
+        "log_probs",
+        "log_sum_sq_probs",
+        "loss_types",
+        "loss_weights",
+        "precompute_ref_logps",
+        "use_weighting",
     },
     (DPO, "compute_ref_log_probs"): {"ld_alpha", "log_probs", "ref_model"},
     (REWARD, "compute_loss"): {"_metrics", "center_rewards_coefficient", "logits"},
     (GRPO, "_compute_loss"): {
-        "_get_per_token_logps_and_entropies", "_metrics", "beta",
-        "current_gradient_accumulation_steps", "max_completion_length", "steps_per_generation",
+        "_get_per_token_logps_and_entropies",
+        "_metrics",
+        "beta",
+        "current_gradient_accumulation_steps",
+        "max_completion_length",
+        "steps_per_generation",
     },
     (GRPO, "_get_per_token_logps_and_entropies"): {"entropy", "log_probs"},
     (GRPO, "_generate_and_score_completions"): {
-        "_calculate_rewards", "num_generations_eval", "reward_weights",
+        "_calculate_rewards",
+        "num_generations_eval",
+        "reward_weights",
     },
     (GRPO, "_prepare_inputs"): {"_buffered_inputs", "_generate_and_score_completions", "_step"},
     (GRPO, "_get_train_sampler"): {"RepeatSampler"},
@@ -49,19 +63,29 @@ READS: dict[tuple[str, str], set[str]] = {
     (GRPO, "_set_signature_columns_if_needed"): {"_signature_columns"},
     (TRAINER, "training_step"): {"backward", "compute_loss", "current_gradient_accumulation_steps"},
     (TRAINER, "_run_epoch"): {
-        "_set_sync_gradients", "get_batch_samples", "no_sync", "training_step",
+        "_set_sync_gradients",
+        "get_batch_samples",
+        "no_sync",
+        "training_step",
     },
     (TRAINER, "_save_checkpoint"): {
-        "_get_output_dir", "_push_from_checkpoint", "best_model_checkpoint", "rotate_checkpoints",
+        "_get_output_dir",
+        "_push_from_checkpoint",
+        "best_model_checkpoint",
+        "rotate_checkpoints",
         "save_to_json",
     },
     ("trl.trainer.utils", "add_fused_lm_head"): {
-        "_ChunkedLogProbFunction", "_use_triton", "apply", "maybe_gather_lm_head_ctx",
+        "_ChunkedLogProbFunction",
+        "_use_triton",
+        "apply",
+        "maybe_gather_lm_head_ctx",
     },
     ("trl.kernels.chunked_logprob:ChunkedLogProbFunction", "forward"): {
-        "float32", "mark_non_differentiable",
+        "float32",
+        "mark_non_differentiable",
     },
-}  # fmt: skip
+}
 
 
 def names_read(code: CodeType) -> set[str]:
@@ -116,9 +140,10 @@ def test_an_attribute_that_is_gone_is_named_when_it_is_set():
     with seam.overridden(target, loss_types=["ipo"]):
         assert target.loss_types == ["ipo"]
     message = rf"trl {trl.__version__}: SimpleNamespace no longer has 'loss_kinds'.*pip install"
-    with pytest.raises(seam.SeamMovedError, match=message), seam.overridden(
-        target, loss_types=["ipo"], loss_kinds=[]
-    ):  # fmt: skip
+    with (
+        pytest.raises(seam.SeamMovedError, match=message),
+        seam.overridden(target, loss_types=["ipo"], loss_kinds=[]),
+    ):
         raise AssertionError
     assert vars(target) == {"loss_types": ["sigmoid"]}
 

@@ -70,9 +70,24 @@ def test_a_label_of_the_head(backend, label):
             torch.testing.assert_close(a[[0, 2, 3]], b[[0, 2, 3]])
         upstream = torch.randn(4)
         d_hidden, d_weight, _ = torch.ops.drrlhf.linear_token_logprobs_backward(
-            hidden, weight, None, wrong, upstream, None, *found[:4], found[7], -100, 1.0, None,
-            1.0, keep, 0, True, keep != 1, False,
-        )  # fmt: skip
+            hidden,
+            weight,
+            None,
+            wrong,
+            upstream,
+            None,
+            *found[:4],
+            found[7],
+            -100,
+            1.0,
+            None,
+            1.0,
+            keep,
+            0,
+            True,
+            keep != 1,
+            False,
+        )
         assert d_hidden[1].isnan().all() and torch.isfinite(d_hidden[[0, 2, 3]]).all()
         assert keep == 1 or d_weight.isnan().any()
 
@@ -94,9 +109,22 @@ def test_boundaries(boundaries, mean):
 @pytest.mark.parametrize("boundaries", BOUNDARIES)
 def test_boundaries_of_pairs(boundaries):
     found = torch.ops.drrlhf.sequence_preference_loss(
-        torch.randn(9), torch.zeros(9, dtype=torch.long), torch.tensor(boundaries), torch.zeros(2),
-        None, None, None, -100, 0.1, 0.0, "erm", 0.0, 0.0, 0.0, True,
-    )  # fmt: skip
+        torch.randn(9),
+        torch.zeros(9, dtype=torch.long),
+        torch.tensor(boundaries),
+        torch.zeros(2),
+        None,
+        None,
+        None,
+        -100,
+        0.1,
+        0.0,
+        "erm",
+        0.0,
+        0.0,
+        0.0,
+        True,
+    )
     assert found[0].isnan()
 
 

@@ -14,9 +14,17 @@ from drrlhf import backends
 from drrlhf.conventions import Keep
 
 SETS = [
-    "erm", "kl:0.1", "kl:temperature=1", "tv:0.1", "chi2:0.5", "chi2:penalty=1", "cvar:0.3",
-    "cvar:alpha=0.3,temperature=1", "group:num_groups=2,step_size=0.1", "tv:0.1,trim=0.1",
-]  # fmt: skip
+    "erm",
+    "kl:0.1",
+    "kl:temperature=1",
+    "tv:0.1",
+    "chi2:0.5",
+    "chi2:penalty=1",
+    "cvar:0.3",
+    "cvar:alpha=0.3,temperature=1",
+    "group:num_groups=2,step_size=0.1",
+    "tv:0.1,trim=0.1",
+]
 
 
 @pytest.fixture(params=BACKENDS)
@@ -146,9 +154,21 @@ def test_kernels_refuse_a_head_of_no_entries(keep):
             ops.linear_token_logprobs(*head, *options, 0, keep, 1024)
         with pytest.raises((ValueError, RuntimeError), match=r"expected"):
             ops.linear_token_logprobs_backward(
-                *head, none, None, none, none, none, none, torch.zeros(hidden), *options, keep,
-                1024, True, True, False,
-            )  # fmt: skip
+                *head,
+                none,
+                None,
+                none,
+                none,
+                none,
+                none,
+                torch.zeros(hidden),
+                *options,
+                keep,
+                1024,
+                True,
+                True,
+                False,
+            )
 
 
 @pytest.mark.skipif("cuda" in BACKENDS, reason="the backend has no such kernel")
@@ -157,9 +177,16 @@ def test_kernels_refuse_a_head_of_no_entries(keep):
 def test_no_completions(backend, loss_type, packed):
     logps = leaf(0) if packed else leaf(0, 4)
     out = dr.policy_loss(
-        logps, None, torch.zeros(0), torch.zeros(0), longs(), loss_type=loss_type,
-        cu_seqlens=longs(0) if packed else None, max_completion_length=8, ambiguity="tv:0.1",
-    )  # fmt: skip
+        logps,
+        None,
+        torch.zeros(0),
+        torch.zeros(0),
+        longs(),
+        loss_type=loss_type,
+        cu_seqlens=longs(0) if packed else None,
+        max_completion_length=8,
+        ambiguity="tv:0.1",
+    )
     assert out.weights.shape == (0,)
     hold_nothing(out.loss, logps)
 

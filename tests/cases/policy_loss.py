@@ -12,12 +12,24 @@ OP = ops.policy_loss
 
 
 def batch(
-    count: int = 6, length: int = 9, packed: bool = False, mask: str = "lengths",
-    old: bool = True, ref: bool = True, entropy: bool = True, by_sequence: bool = False,
-    clips: tuple[float, float] = (0.2, 0.28), kl_beta: float = 0.05, correct_kl: bool = True,
-    dtype: torch.dtype = torch.float32, integer: torch.dtype = torch.int64, strided: bool = False,
-    bad: tuple[str, float] | None = None, distance: float = 0.3, silent: bool = False,
-) -> Made:  # fmt: skip
+    count: int = 6,
+    length: int = 9,
+    packed: bool = False,
+    mask: str = "lengths",
+    old: bool = True,
+    ref: bool = True,
+    entropy: bool = True,
+    by_sequence: bool = False,
+    clips: tuple[float, float] = (0.2, 0.28),
+    kl_beta: float = 0.05,
+    correct_kl: bool = True,
+    dtype: torch.dtype = torch.float32,
+    integer: torch.dtype = torch.int64,
+    strided: bool = False,
+    bad: tuple[str, float] | None = None,
+    distance: float = 0.3,
+    silent: bool = False,
+) -> Made:
     """Sequences of 0 to `length` tokens; padding and masked tokens hold NaN. bad: a tensor and what
     its fifth token holds. silent: half of the sequences have no upstream gradient."""
     g = torch.Generator().manual_seed(2)
@@ -59,9 +71,18 @@ def batch(
 
     def run(x):
         return OP(
-            x, found["old"], found["ref"], found["entropy"], marks, cu, advantages, by_sequence,
-            *clips, kl_beta, correct_kl,
-        )  # fmt: skip
+            x,
+            found["old"],
+            found["ref"],
+            found["entropy"],
+            marks,
+            cu,
+            advantages,
+            by_sequence,
+            *clips,
+            kl_beta,
+            correct_kl,
+        )
 
     upstream = numbers(count, seed=8).double()
     if silent:
@@ -71,47 +92,77 @@ def batch(
 
 CASES = [
     *(
-        Case(said(x), "every option, every optional tensor, padded and packed",
-             lambda x=x: batch(**x))
+        Case(
+            said(x),
+            "every option, every optional tensor, padded and packed",
+            lambda x=x: batch(**x),
+        )
         for x in pairwise(
-            packed=[False, True], mask=["lengths", "none", "numbers"], old=[True, False],
-            ref=[True, False], entropy=[True, False], by_sequence=[False, True],
-            clips=[(0.2, 0.28), (0.0, 0.1), (1.0, 3.0)], kl_beta=[0.05, 0.0, 1.0],
+            packed=[False, True],
+            mask=["lengths", "none", "numbers"],
+            old=[True, False],
+            ref=[True, False],
+            entropy=[True, False],
+            by_sequence=[False, True],
+            clips=[(0.2, 0.28), (0.0, 0.1), (1.0, 3.0)],
+            kl_beta=[0.05, 0.0, 1.0],
             correct_kl=[True, False],
             dtype=[torch.float32, torch.float64, torch.bfloat16, torch.float16],
             integer=[torch.int64, torch.int32],
         )
     ),
     *(
-        Case(f"{n} sequences of up to {length} tokens, packed {packed}, by sequence {whole}",
-             "either side of vectors, warps and blocks of tokens, and several blocks",
-             lambda n=n, k=length, p=packed, w=whole: batch(n, k, p, by_sequence=w))
+        Case(
+            f"{n} sequences of up to {length} tokens, packed {packed}, by sequence {whole}",
+            "either side of vectors, warps and blocks of tokens, and several blocks",
+            lambda n=n, k=length, p=packed, w=whole: batch(n, k, p, by_sequence=w),
+        )
         for n, length, packed, whole in (
-            (1, 1, False, True), (2, 15, True, True), (2, 16, False, False), (3, 17, True, False),
-            (2, 127, False, True), (3, 128, True, True), (2, 129, True, False),
-            (2, 1023, True, True), (2, 1024, False, False), (3, 1025, True, False),
-            (2, 2500, False, True), (70, 3, True, False),
+            (1, 1, False, True),
+            (2, 15, True, True),
+            (2, 16, False, False),
+            (3, 17, True, False),
+            (2, 127, False, True),
+            (3, 128, True, True),
+            (2, 129, True, False),
+            (2, 1023, True, True),
+            (2, 1024, False, False),
+            (3, 1025, True, False),
+            (2, 2500, False, True),
+            (70, 3, True, False),
         )
     ),
     Case("strided tensors", "a stride in every one, the mask too", lambda: batch(strided=True)),
-    Case("strided and packed", "as above, of one dimension", lambda: batch(strided=True,
-                                                                          packed=True)),
-    Case("far from the old policy", "the clip takes the gradient of nearly every token away",
-         lambda: batch(distance=5.0)),
-    *(
-        Case(f"a log-ratio of {sign * 60} to {which}, by sequence {whole}",
-             "beyond 40 it is clamped without a gradient, and counted; below -40 it is not",
-             lambda s=sign, k=which, w=whole: batch(bad=(k, s * 60.0), by_sequence=w))
-        for sign in (1, -1) for which in ("old", "ref") for whole in (False, True)
+    Case(
+        "strided and packed", "as above, of one dimension", lambda: batch(strided=True, packed=True)
+    ),
+    Case(
+        "far from the old policy",
+        "the clip takes the gradient of nearly every token away",
+        lambda: batch(distance=5.0),
     ),
     *(
-        Case(f"{value} in {name}", "seen where it counts",
-             lambda k=name, v=value: batch(bad=(k, v)))
+        Case(
+            f"a log-ratio of {sign * 60} to {which}, by sequence {whole}",
+            "beyond 40 it is clamped without a gradient, and counted; below -40 it is not",
+            lambda s=sign, k=which, w=whole: batch(bad=(k, s * 60.0), by_sequence=w),
+        )
+        for sign in (1, -1)
+        for which in ("old", "ref")
+        for whole in (False, True)
+    ),
+    *(
+        Case(
+            f"{value} in {name}", "seen where it counts", lambda k=name, v=value: batch(bad=(k, v))
+        )
         for name, value in (("logps", NAN), ("old", NAN), ("ref", NAN), ("logps", -INFINITY))
     ),
-    Case("sequences without upstream gradient", "exactly 0, whatever their slopes",
-         lambda: batch(silent=True)),
+    Case(
+        "sequences without upstream gradient",
+        "exactly 0, whatever their slopes",
+        lambda: batch(silent=True),
+    ),
     Case("no sequences", "an empty grid", lambda: batch(count=0)),
     Case("no sequences, packed", "no boundary but the first", lambda: batch(count=0, packed=True)),
     Case("sequences of no tokens", "losses of 0", lambda: batch(length=0)),
-]  # fmt: skip
+]

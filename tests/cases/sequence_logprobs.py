@@ -21,9 +21,14 @@ class Found(NamedTuple):
 
 
 def sequences(
-    lengths: list[int], packed: bool = True, mean: bool = False, dtype: torch.dtype = torch.float32,
-    integer: torch.dtype = torch.int64, ignore_index: int = -100, behind: float = NAN,
-) -> Made:  # fmt: skip
+    lengths: list[int],
+    packed: bool = True,
+    mean: bool = False,
+    dtype: torch.dtype = torch.float32,
+    integer: torch.dtype = torch.int64,
+    ignore_index: int = -100,
+    behind: float = NAN,
+) -> Made:
     """Ragged sequences; every seventh token is ignored and, as padding, holds `behind`."""
     sizes = torch.tensor(lengths, dtype=torch.long)
     inside = torch.arange(max(lengths)) < sizes.unsqueeze(1)
@@ -40,10 +45,13 @@ def made(logps, labels, cu_seqlens=None, mean=False, ignore_index=-100, upstream
     def run(x):
         return Found(
             dr.sequence_logprobs(
-                x, labels, cu_seqlens=cu_seqlens, reduction="mean" if mean else "sum",
+                x,
+                labels,
+                cu_seqlens=cu_seqlens,
+                reduction="mean" if mean else "sum",
                 ignore_index=ignore_index,
             )
-        )  # fmt: skip
+        )
 
     count = labels.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
     return Made(run, [logps], {"sums": numbers(count, seed=5) if upstream is None else upstream})
@@ -70,36 +78,57 @@ def with_bad(bad: float, packed: bool) -> Made:
 
 CASES = [
     *(
-        Case(said(x), "sum or mean, padded or packed, in any dtype of numbers and of integers",
-             lambda x=x: sequences(LENGTHS, **x))
+        Case(
+            said(x),
+            "sum or mean, padded or packed, in any dtype of numbers and of integers",
+            lambda x=x: sequences(LENGTHS, **x),
+        )
         for x in pairwise(
-            packed=[True, False], mean=[False, True],
+            packed=[True, False],
+            mean=[False, True],
             dtype=[torch.float32, torch.float64, torch.bfloat16, torch.float16],
-            integer=[torch.int64, torch.int32, torch.int16], ignore_index=[-100, 0],
+            integer=[torch.int64, torch.int32, torch.int16],
+            ignore_index=[-100, 0],
         )
     ),
     *(
-        Case(f"long sequences, packed {packed}", "either side of whole blocks, and several of them",
-             lambda p=packed: sequences(LONG, p, mean=p))
+        Case(
+            f"long sequences, packed {packed}",
+            "either side of whole blocks, and several of them",
+            lambda p=packed: sequences(LONG, p, mean=p),
+        )
         for packed in (True, False)
     ),
     Case("one sequence", "the smallest grid", lambda: sequences([5])),
     Case("sequences of one token", "many small ones", lambda: sequences([1] * 40)),
-    Case("no sequences", "an empty grid",
-         lambda: made(numbers(0), torch.zeros(0, dtype=torch.long), torch.tensor([0]))),
+    Case(
+        "no sequences",
+        "an empty grid",
+        lambda: made(numbers(0), torch.zeros(0, dtype=torch.long), torch.tensor([0])),
+    ),
     *(
-        Case(f"shape {shape}", "nothing to add up", lambda s=shape: made(
-            numbers(*s), torch.zeros(s, dtype=torch.long), mean=True))
+        Case(
+            f"shape {shape}",
+            "nothing to add up",
+            lambda s=shape: made(numbers(*s), torch.zeros(s, dtype=torch.long), mean=True),
+        )
         for shape in ((0, 3), (3, 0))
     ),
     Case("strided log-probs and labels", "a stride in both", strided),
     Case("strided boundaries", "and in the boundaries", strided_boundaries),
-    Case("one upstream gradient for all", "a stride of 0 in the backward",
-         lambda: made(numbers(6, 10), torch.ones(6, 10, dtype=torch.long),
-                      upstream=torch.ones(1).expand(6))),
+    Case(
+        "one upstream gradient for all",
+        "a stride of 0 in the backward",
+        lambda: made(
+            numbers(6, 10), torch.ones(6, 10, dtype=torch.long), upstream=torch.ones(1).expand(6)
+        ),
+    ),
     *(
-        Case(f"{bad} that counts, packed {packed}", "seen in its sequence and in no other",
-             lambda b=bad, p=packed: with_bad(b, p))
+        Case(
+            f"{bad} that counts, packed {packed}",
+            "seen in its sequence and in no other",
+            lambda b=bad, p=packed: with_bad(b, p),
+        )
         for bad, packed in ((NAN, True), (NAN, False), (-INFINITY, True))
     ),
-]  # fmt: skip
+]

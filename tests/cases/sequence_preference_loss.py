@@ -15,11 +15,19 @@ OP = ops.sequence_preference_loss
 
 
 def stacked(
-    pairs: int = 6, length: int = 7, packed: bool = False, ambiguity: str = "tv:0.2",
-    weights: str = "uniform", dtype: torch.dtype = torch.float32,
-    integer: torch.dtype = torch.int64, beta: float = 0.1, label_smoothing: float = 0.0,
-    ignore_index: int = -100, update: bool = True, size: float = 1.0,
-) -> Made:  # fmt: skip
+    pairs: int = 6,
+    length: int = 7,
+    packed: bool = False,
+    ambiguity: str = "tv:0.2",
+    weights: str = "uniform",
+    dtype: torch.dtype = torch.float32,
+    integer: torch.dtype = torch.int64,
+    beta: float = 0.1,
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+    update: bool = True,
+    size: float = 1.0,
+) -> Made:
     """Chosen sequences, then rejected ones, of lengths down to 0; what is behind them is NaN."""
     g = torch.Generator().manual_seed(2)
     sizes = torch.randint(0, length + 1, (2 * pairs,), generator=g)
@@ -42,9 +50,18 @@ def stacked(
 
     def run(x):
         return OP(
-            x, labels, cu, refs, nominal, groups, state, ignore_index, beta, label_smoothing,
+            x,
+            labels,
+            cu,
+            refs,
+            nominal,
+            groups,
+            state,
+            ignore_index,
+            beta,
+            label_smoothing,
             *encoded,
-        )  # fmt: skip
+        )
 
     return Made(run, [logps], {"value": torch.tensor(-2.5)})
 
@@ -66,34 +83,62 @@ def _nan(masked: bool) -> Made:
 
 CASES = [
     *(
-        Case(said(x), "every set, weights of every kind, padded and packed, every option",
-             lambda x=x: stacked(**x))
+        Case(
+            said(x),
+            "every set, weights of every kind, padded and packed, every option",
+            lambda x=x: stacked(**x),
+        )
         for x in pairwise(
-            ambiguity=SETS, weights=["uniform", "uneven", "masked"], packed=[False, True],
+            ambiguity=SETS,
+            weights=["uniform", "uneven", "masked"],
+            packed=[False, True],
             dtype=[torch.float32, torch.float64, torch.bfloat16],
-            integer=[torch.int64, torch.int32], label_smoothing=[0.0, 0.2], beta=[0.1, 1.5],
+            integer=[torch.int64, torch.int32],
+            label_smoothing=[0.0, 0.2],
+            beta=[0.1, 1.5],
         )
     ),
     *(
-        Case(f"{n} pairs of up to {length} tokens, packed {packed}",
-             "either side of blocks of pairs and of tokens",
-             lambda n=n, k=length, p=packed: stacked(n, k, p, "kl:0.2", "masked"))
+        Case(
+            f"{n} pairs of up to {length} tokens, packed {packed}",
+            "either side of blocks of pairs and of tokens",
+            lambda n=n, k=length, p=packed: stacked(n, k, p, "kl:0.2", "masked"),
+        )
         for n, length, packed in (
-            (1, 1, True), (2, 1025, False), (3, 1025, True), (31, 15, True), (32, 16, False),
-            (33, 17, True), (127, 1, False), (128, 1, True), (129, 1, False),
+            (1, 1, True),
+            (2, 1025, False),
+            (3, 1025, True),
+            (31, 15, True),
+            (32, 16, False),
+            (33, 17, True),
+            (127, 1, False),
+            (128, 1, True),
+            (129, 1, False),
             (513, 1, False),
         )
     ),
     Case("no pairs", "nothing to divide by", lambda: stacked(0, 3)),
     Case("no pairs, packed", "no boundary but the first", lambda: stacked(0, 3, True)),
-    Case("sequences of no tokens", "sums of 0, and margins of the references alone",
-         lambda: stacked(4, 0, False)),
-    Case("margins of thousands", "the sigmoid at both of its ends", lambda: stacked(size=3e3,
-                                                                                  beta=1.0)),
+    Case(
+        "sequences of no tokens",
+        "sums of 0, and margins of the references alone",
+        lambda: stacked(4, 0, False),
+    ),
+    Case(
+        "margins of thousands",
+        "the sigmoid at both of its ends",
+        lambda: stacked(size=3e3, beta=1.0),
+    ),
     Case("another ignore_index", "0 is a label elsewhere", lambda: stacked(ignore_index=0)),
-    Case("no update", "the weights of groups are used and not stepped",
-         lambda: stacked(ambiguity="group:3", update=False)),
-    Case("NaN in a pair without weight", "costs nothing, and its tokens get no gradient",
-         lambda: _nan(True)),
+    Case(
+        "no update",
+        "the weights of groups are used and not stepped",
+        lambda: stacked(ambiguity="group:3", update=False),
+    ),
+    Case(
+        "NaN in a pair without weight",
+        "costs nothing, and its tokens get no gradient",
+        lambda: _nan(True),
+    ),
     Case("NaN in a pair that counts", "is seen", lambda: _nan(False)),
-]  # fmt: skip
+]

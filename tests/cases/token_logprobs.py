@@ -12,15 +12,52 @@ from tests.cases import INFINITY, LAYOUTS, NAN, Case, Made, integers, numbers, p
 
 OUTPUTS = ("entropy", "logsumexp", "mean_logit", "is_top1", "log_sum_sq_probs")
 OPTIONS: list[dict[str, Any]] = [
-    {}, {"temperature": 0.7}, {"softcap": 30.0}, {"softcap": 5.0, "temperature": 2.0},
-]  # fmt: skip
+    {},
+    {"temperature": 0.7},
+    {"softcap": 30.0},
+    {"softcap": 5.0, "temperature": 2.0},
+]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Either side of the vectors of 4, 8 and 16 entries, the unrolled 64, the chunks of 2048 and the
 # blocks of 4096.
 SIZES = [
-    1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 33, 63, 64, 65, 127, 128, 129, 255, 257, 511, 512, 513,
-    1023, 1024, 1025, 2047, 2048, 2049, 2051, 4095, 4096, 4097, 4099, 8197,
-]  # fmt: skip
+    1,
+    2,
+    3,
+    4,
+    5,
+    7,
+    8,
+    9,
+    15,
+    16,
+    17,
+    31,
+    33,
+    63,
+    64,
+    65,
+    127,
+    128,
+    129,
+    255,
+    257,
+    511,
+    512,
+    513,
+    1023,
+    1024,
+    1025,
+    2047,
+    2048,
+    2049,
+    2051,
+    4095,
+    4096,
+    4097,
+    4099,
+    8197,
+]
 
 
 class Found(NamedTuple):
@@ -33,9 +70,13 @@ class Found(NamedTuple):
 
 
 def rows(
-    vocabulary: int, n: int = 13, dtype: torch.dtype = torch.float32, size: float = 4.0,
-    offset: float = 0.0, **options: Any,
-) -> Made:  # fmt: skip
+    vocabulary: int,
+    n: int = 13,
+    dtype: torch.dtype = torch.float32,
+    size: float = 4.0,
+    offset: float = 0.0,
+    **options: Any,
+) -> Made:
     """Rows of logits, some of whose labels are ignored and some of whose gradients are 0."""
     logits = (offset + size * numbers(n, vocabulary)).to(dtype)
     labels = integers(0, vocabulary, n)
@@ -44,10 +85,15 @@ def rows(
 
 
 def made(
-    logits: Tensor, labels: Tensor, outputs: tuple[str, ...] = OUTPUTS, layout: str | None = None,
-    inplace: bool = False, by: tuple[str, ...] = ("logps", "entropy"), upstream: Any = None,
+    logits: Tensor,
+    labels: Tensor,
+    outputs: tuple[str, ...] = OUTPUTS,
+    layout: str | None = None,
+    inplace: bool = False,
+    by: tuple[str, ...] = ("logps", "entropy"),
+    upstream: Any = None,
     **options: Any,
-) -> Made:  # fmt: skip
+) -> Made:
     """outputs: what is asked for; by: what is differentiated, of those that are there."""
 
     def run(x):
@@ -102,11 +148,18 @@ def hard(name: str, vocabulary: int) -> Made:
 
 LEAST = torch.finfo(torch.float32).min
 SPECIAL = {
-    "-inf": [-INFINITY], "+inf": [INFINITY], "NaN": [NAN], "both infinities": [INFINITY, -INFINITY],
-    "two +inf": [INFINITY, INFINITY], "NaN and -inf": [NAN, -INFINITY], "1e30": [1e30],
-    "-1e30": [-1e30], "finfo.min": [LEAST], "finfo.min twice": [LEAST, LEAST],
+    "-inf": [-INFINITY],
+    "+inf": [INFINITY],
+    "NaN": [NAN],
+    "both infinities": [INFINITY, -INFINITY],
+    "two +inf": [INFINITY, INFINITY],
+    "NaN and -inf": [NAN, -INFINITY],
+    "1e30": [1e30],
+    "-1e30": [-1e30],
+    "finfo.min": [LEAST],
+    "finfo.min twice": [LEAST, LEAST],
     "finfo.max": [-LEAST],
-}  # fmt: skip
+}
 
 
 def special(name: str, vocabulary: int, **options: Any) -> Made:
@@ -145,74 +198,118 @@ def ties(vocabulary: int) -> Made:
 
 CASES = [
     *(
-        Case(said({"vocabulary": v, "dtype": DTYPES[i % 3]}),
-             "either side of vectors, unrolled loops, chunks and blocks, in each dtype by turns",
-             lambda v=v, i=i: rows(v, dtype=DTYPES[i % 3], **OPTIONS[i % 4]))
+        Case(
+            said({"vocabulary": v, "dtype": DTYPES[i % 3]}),
+            "either side of vectors, unrolled loops, chunks and blocks, in each dtype by turns",
+            lambda v=v, i=i: rows(v, dtype=DTYPES[i % 3], **OPTIONS[i % 4]),
+        )
         for i, v in enumerate(SIZES)
     ),
     *(
-        Case(said(x), "every option, dtype, layout, set of outputs and source of gradients",
-             lambda x=x: rows(**{k: v for k, v in x.items() if k != "options"}, **x["options"]))
+        Case(
+            said(x),
+            "every option, dtype, layout, set of outputs and source of gradients",
+            lambda x=x: rows(**{k: v for k, v in x.items() if k != "options"}, **x["options"]),
+        )
         for x in pairwise(
-            vocabulary=[131, 2049], options=OPTIONS, dtype=DTYPES, layout=[None, *LAYOUTS],
+            vocabulary=[131, 2049],
+            options=OPTIONS,
+            dtype=DTYPES,
+            layout=[None, *LAYOUTS],
             outputs=[OUTPUTS, (), ("entropy",)],
             by=[("logps", "entropy"), ("logps",), ("entropy", "logps")],
         )
     ),
     *(
-        Case("in place, " + said(x), "the same gradient in the logits' own memory",
-             lambda x=x: rows(131, inplace=True, temperature=0.7, **x))
+        Case(
+            "in place, " + said(x),
+            "the same gradient in the logits' own memory",
+            lambda x=x: rows(131, inplace=True, temperature=0.7, **x),
+        )
         for x in pairwise(
-            layout=[None, *(k for k in LAYOUTS if k != "one row for all")], dtype=DTYPES,
+            layout=[None, *(k for k in LAYOUTS if k != "one row for all")],
+            dtype=DTYPES,
             outputs=[("entropy",), ()],
         )
     ),
     *(
-        Case(f"only {name}", "one statistic alone is that beside the others",
-             lambda k=name: rows(70, outputs=(k,)))
+        Case(
+            f"only {name}",
+            "one statistic alone is that beside the others",
+            lambda k=name: rows(70, outputs=(k,)),
+        )
         for name in OUTPUTS
     ),
     *(
-        Case(f"softcap {cap} of {size}", "small arguments, and large ones: 1 - tanh^2 cancels",
-             lambda c=cap, s=size: rows(257, size=s, softcap=c, temperature=0.3))
+        Case(
+            f"softcap {cap} of {size}",
+            "small arguments, and large ones: 1 - tanh^2 cancels",
+            lambda c=cap, s=size: rows(257, size=s, softcap=c, temperature=0.3),
+        )
         for cap, size in ((5.0, 20.0), (0.5, 4.0), (30.0, 0.01))
     ),
     *(
         Case(f"{name} logits, {v} of them", why, lambda k=name, v=v: hard(k, v))
-        for name, (_, why) in HARD.items() for v in (3, 65, 4500)
+        for name, (_, why) in HARD.items()
+        for v in (3, 65, 4500)
     ),
     *(
-        Case(f"{name} among {x['vocabulary']}, {x['options']}",
-             "what plain PyTorch says; above all, NaN is never hidden",
-             lambda k=name, x=x: special(k, x["vocabulary"], **x["options"]))
+        Case(
+            f"{name} among {x['vocabulary']}, {x['options']}",
+            "what plain PyTorch says; above all, NaN is never hidden",
+            lambda k=name, x=x: special(k, x["vocabulary"], **x["options"]),
+        )
         for name in SPECIAL
         for x in pairwise(vocabulary=[70, 2051, 2, 1], options=[{}, {"softcap": 2.0}])
         if x["vocabulary"] > 2 or x["options"]
     ),
     *(
-        Case(f"rows of {level} alone, {said({'': dtype})}", "a mask over everything",
-             lambda d=dtype, x=level: masked_rows(d, x))
-        for dtype in DTYPES for level in (-INFINITY, torch.finfo(dtype).min)
+        Case(
+            f"rows of {level} alone, {said({'': dtype})}",
+            "a mask over everything",
+            lambda d=dtype, x=level: masked_rows(d, x),
+        )
+        for dtype in DTYPES
+        for level in (-INFINITY, torch.finfo(dtype).min)
     ),
     Case("NaN that is ignored or not asked about", "gradients of exactly 0", ignored_nan),
     *(
-        Case(f"ties among {v}", "the first of equals is the top one, as for argmax",
-             lambda v=v: ties(v))
+        Case(
+            f"ties among {v}",
+            "the first of equals is the top one, as for argmax",
+            lambda v=v: ties(v),
+        )
         for v in (5, 17, 70, 2100, 4200)
     ),
     *(
-        Case(f"labels in {said({'': dtype})}", "read in the width that they have, and strided",
-             lambda d=dtype: made(numbers(2, 3, 11), integers(0, 11, 3, 2).T.to(d), ()))
+        Case(
+            f"labels in {said({'': dtype})}",
+            "read in the width that they have, and strided",
+            lambda d=dtype: made(numbers(2, 3, 11), integers(0, 11, 3, 2).T.to(d), ()),
+        )
         for dtype in (torch.int32, torch.int16, torch.int8, torch.uint8)
     ),
-    Case("another ignore_index", "a label of the vocabulary that does not count",
-         lambda: made(numbers(13, 5), integers(0, 5, 13), ignore_index=2)),
-    Case("every label ignored", "gradients of exactly 0",
-         lambda: made(numbers(4, 9), torch.full((4,), -100))),
-    Case("one row", "no dimension but the vocabulary",
-         lambda: made(numbers(9), torch.tensor(3), (), upstream={"logps": torch.tensor(2.0)})),
+    Case(
+        "another ignore_index",
+        "a label of the vocabulary that does not count",
+        lambda: made(numbers(13, 5), integers(0, 5, 13), ignore_index=2),
+    ),
+    Case(
+        "every label ignored",
+        "gradients of exactly 0",
+        lambda: made(numbers(4, 9), torch.full((4,), -100)),
+    ),
+    Case(
+        "one row",
+        "no dimension but the vocabulary",
+        lambda: made(numbers(9), torch.tensor(3), (), upstream={"logps": torch.tensor(2.0)}),
+    ),
     Case("no rows", "an empty grid", lambda: made(numbers(0, 9), integers(0, 9, 0))),
-    Case("one upstream gradient for all", "a stride of 0 in the backward",
-         lambda: made(numbers(6, 9), integers(0, 9, 6), (),
-                      upstream={"logps": torch.ones(1).expand(6)})),
-]  # fmt: skip
+    Case(
+        "one upstream gradient for all",
+        "a stride of 0 in the backward",
+        lambda: made(
+            numbers(6, 9), integers(0, 9, 6), (), upstream={"logps": torch.ones(1).expand(6)}
+        ),
+    ),
+]

@@ -32,12 +32,20 @@ def build(library: Path, compiler: str = "c++") -> Path:
     library.parent.mkdir(parents=True, exist_ok=True)
     includes = [f"-isystem{p}" for p in (*include_paths(), sysconfig.get_path("include"))]
     flags = [
-        "-std=c++20", "-O1", "-g", "-fPIC", "-Wall", "-Wextra", "-Wno-unused-parameter",
+        "-std=c++20",
+        "-O1",
+        "-g",
+        "-fPIC",
+        "-Wall",
+        "-Wextra",
+        "-Wno-unused-parameter",
         "-Wno-unknown-pragmas",
-        "-ffp-contract=off", "-DDRRLHF_EMULATED", "-DDRRLHF_NO_MULTIVERSION",
+        "-ffp-contract=off",
+        "-DDRRLHF_EMULATED",
+        "-DDRRLHF_NO_MULTIVERSION",
         f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
         f"-I{Path(__file__).parent}",
-    ]  # fmt: skip
+    ]
 
     def compiled(source: Path) -> str:
         out = library.with_name(f"{library.stem}.{source.stem}.o")
@@ -50,11 +58,19 @@ def build(library: Path, compiler: str = "c++") -> Path:
     folders = library_paths()
     subprocess.run(
         [
-            compiler, "-shared", *objects, "-o", str(library), *(f"-L{p}" for p in folders),
-            *(f"-Wl,-rpath,{p}" for p in folders), "-lc10", "-ltorch", "-ltorch_cpu",
+            compiler,
+            "-shared",
+            *objects,
+            "-o",
+            str(library),
+            *(f"-L{p}" for p in folders),
+            *(f"-Wl,-rpath,{p}" for p in folders),
+            "-lc10",
+            "-ltorch",
+            "-ltorch_cpu",
         ],
         check=True,
-    )  # fmt: skip
+    )
     return library
 
 

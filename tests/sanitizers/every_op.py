@@ -12,9 +12,16 @@ from drrlhf.conventions import IMPORTANCE_LEVELS, POLICY_LOSS_TYPES
 from drrlhf.reference.pair_losses import PAIR_LOSSES
 
 SETS = (
-    "erm", "kl:0.1", "kl:temperature=1", "tv:0.2", "chi2:0.5", "chi2:penalty=1", "cvar:0.3",
-    "cvar:alpha=0.3,temperature=1", "tv:0.2,trim=0.1",
-)  # fmt: skip
+    "erm",
+    "kl:0.1",
+    "kl:temperature=1",
+    "tv:0.2",
+    "chi2:0.5",
+    "chi2:penalty=1",
+    "cvar:0.3",
+    "cvar:alpha=0.3,temperature=1",
+    "tv:0.2,trim=0.1",
+)
 OUTPUTS = ("entropy", "logsumexp", "mean_logit", "is_top1", "log_sum_sq_probs")
 
 
@@ -56,9 +63,14 @@ def pairs() -> None:
             refs = [None, None] if loss_type == "simpo" else [torch.zeros(n)] * 2
             lengths = [torch.ones(n)] * 2 if PAIR_LOSSES[loss_type].lengths else [None] * 2
             out = dr.preference_loss(
-                a, b, *refs, loss_type=loss_type, label_smoothing=smooth,
-                chosen_lengths=lengths[0], rejected_lengths=lengths[1],
-            )  # fmt: skip
+                a,
+                b,
+                *refs,
+                loss_type=loss_type,
+                label_smoothing=smooth,
+                chosen_lengths=lengths[0],
+                rejected_lengths=lengths[1],
+            )
             read(*out)
             backward(out.loss, a, b)
 
@@ -117,11 +129,20 @@ def policies() -> None:
             for level in IMPORTANCE_LEVELS:
                 logps = leaf(*shape)
                 out = dr.policy_loss(
-                    logps, torch.randn(shape), torch.randn(4), torch.randn(4), prompts,
-                    cu_seqlens=cu_seqlens, ref_logps=torch.randn(shape), kl_beta=0.1,
-                    loss_type=loss_type, importance_level=level, max_completion_length=9,
-                    entropy=torch.rand(shape), ambiguity="kl:0.1",
-                )  # fmt: skip
+                    logps,
+                    torch.randn(shape),
+                    torch.randn(4),
+                    torch.randn(4),
+                    prompts,
+                    cu_seqlens=cu_seqlens,
+                    ref_logps=torch.randn(shape),
+                    kl_beta=0.1,
+                    loss_type=loss_type,
+                    importance_level=level,
+                    max_completion_length=9,
+                    entropy=torch.rand(shape),
+                    ambiguity="kl:0.1",
+                )
                 read(*out[:-1], *out[-1])
                 backward(out.loss, logps)
 

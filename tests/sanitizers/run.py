@@ -28,9 +28,17 @@ SOURCES = [ROOT / "csrc/ops.cpp", *sorted((ROOT / "csrc/cpu").glob("*.cpp"))]
 COMPILER = os.environ.get("CXX", "c++")
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 FLAGS = [
-    *SANITIZE, "-std=c++20", "-O1", "-g", "-fPIC", "-fno-omit-frame-pointer", "-fopenmp",
-    "-ffp-contract=off", "-fvisibility=hidden", "-DTORCH_EXTENSION_NAME=_C",
-]  # fmt: skip
+    *SANITIZE,
+    "-std=c++20",
+    "-O1",
+    "-g",
+    "-fPIC",
+    "-fno-omit-frame-pointer",
+    "-fopenmp",
+    "-ffp-contract=off",
+    "-fvisibility=hidden",
+    "-DTORCH_EXTENSION_NAME=_C",
+]
 # Where the compiler finds its run-time libraries, which must come first in the process.
 RUNTIMES = ("libasan.so", "libubsan.so")
 CHOSEN = "cpp and not opcheck and not compile"
