@@ -21,7 +21,7 @@ PEERS ?= liger-kernel==0.8.5 cut-cross-entropy==25.1.1 sqwash==0.1.0 dro==0.4.3
 BIN := $(VENV)/bin
 # Every Triton kernel, interpreted on the CPU, and every CUDA kernel, built for the host: the tests of
 # the ops twice more; and once more where fresh memory is NaN, as it is in those two.
-TESTS_OF_OPS := $(patsubst %,tests/test_%.py,backends_equal_reference robust_risk preference_loss \
+TESTS_OF_OPS := $(patsubst %,tests/ops/test_%.py,backends_equal_reference robust_risk preference_loss \
   reward_loss token_logprobs linear_token_logprobs sequence_logprobs linear_preference_loss \
   sequence_preference_loss policy_loss kernels many_pairs zero_sizes transforms wrong_values \
   every_kernel determinism)
@@ -67,10 +67,10 @@ test-sanitizers: $(VENV)/.test
 	$(BIN)/python tests/sanitizers/run.py $(TESTS_OF_OPS)
 
 test-kill: $(VENV)/.test
-	$(BIN)/python tests/kill.py --kills 100
+	$(BIN)/python tests/support/kill.py --kills 100
 
 test-cuda-build: $(VENV)/.test
-	$(BIN)/python -m pytest -m cuda_build tests/test_cuda.py
+	$(BIN)/python -m pytest -m cuda_build tests/ops/test_cuda.py
 
 # In an environment that has a CUDA torch: the kernels are built into the checkout, nothing is
 # installed. Five minutes on 16 cores; whatever ends it, build/gpu/ has what was done.

@@ -27,8 +27,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 TOOLS = ("memcheck", "racecheck")
-SANITIZED = ROOT / "tests" / "test_every_kernel.py"
-WRONG = ROOT / "tests" / "test_wrong_values.py"
+SANITIZED = ROOT / "tests" / "ops" / "test_every_kernel.py"
+WRONG = ROOT / "tests" / "ops" / "test_wrong_values.py"
 ENDED = re.compile(r"\b(PASSED|FAILED|ERROR|SKIPPED|XFAIL)\b")
 # What this GPU needs: its architecture, and why what is installed does not run on it.
 ASK = (

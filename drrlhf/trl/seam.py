@@ -2,7 +2,7 @@
 
 TRL renames its internals between minor releases. A seam that is gone must be one clear ImportError
 at import, not a training run with the wrong loss: importing this module runs the check. What the
-bodies of upstream's methods read is no user's business: tests/test_trl_upstream.py holds the
+bodies of upstream's methods read is no user's business: tests/trl/test_trl_upstream.py holds the
 versions in `TESTED` to it, and any other is warned of.
 """
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from three_ways import BACKENDS, INTERPRETED
 from torch import Tensor
 
 from drrlhf import ops
 from drrlhf.conventions import Keep
 from tests.cases import INFINITY, LAYOUTS, NAN, Case, Made, integers, numbers, pairwise, said
-from tests.three_ways import BACKENDS, INTERPRETED
 
 OP = ops.linear_token_logprobs
 MIB = 2**20

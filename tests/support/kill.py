@@ -1,6 +1,6 @@
 """kill -9 of `drrlhf train` at random moments, then --resume: the run that was never interrupted.
 
-    python tests/kill.py --kills 100 --seed 0
+    python tests/support/kill.py --kills 100 --seed 0
 
 Each run below is trained once undisturbed, and then again and again in chains of attempts. Every
 attempt is killed, at a random time or at a random file operation in its output directory, until one

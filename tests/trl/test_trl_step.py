@@ -272,7 +272,7 @@ def test_completions_that_truncation_emptied_attract_no_weight(models, tmp_path,
 
 # --------------------------------------------------------------------------------------- launchers
 
-HERE = Path(__file__).parent
+SUPPORT = Path(__file__).parents[1] / "support"
 LAUNCHERS = {
     "torchrun": ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"],
     # its way of starting several processes on one machine, GPUs or not
@@ -292,7 +292,7 @@ LAUNCHERS = {
 def launched(launcher, place, **arguments):
     """What `steps.run` gives on each of two ranks."""
     torch.save(arguments, place / "arguments")
-    command = [sys.executable, *LAUNCHERS[launcher], str(HERE / "steps.py")]
+    command = [sys.executable, *LAUNCHERS[launcher], str(SUPPORT / "steps.py")]
     done = subprocess.run(
         [*command, str(place / "found"), str(place / "arguments")],
         capture_output=True,

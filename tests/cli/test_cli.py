@@ -311,7 +311,7 @@ def test_resume_without_a_usable_checkpoint(place, tmp_path):
 def test_ctrl_c_leaves_a_checkpoint_that_continues_to_the_same_numbers(place, tmp_path):
     out, whole = tmp_path / "out", tmp_path / "whole"
     more = "--max-steps 40 --ambiguity chi2:0.5"
-    root = str(Path(__file__).resolve().parents[1])
+    root = str(Path(__file__).resolve().parents[2])
     env = os.environ | {"PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
     command = [sys.executable, "-m", "drrlhf", *_arguments(place, "dpo", out, more)]
     with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as run:
@@ -422,7 +422,7 @@ def test_doctor_works_on_the_base_install():
         [sys.executable, "-c", BASE_INSTALL, "doctor"],
         capture_output=True,
         text=True,
-        cwd=Path(__file__).resolve().parents[1],
+        cwd=Path(__file__).resolve().parents[2],
         check=False,
     )
     assert done.returncode == 0, done.stderr
@@ -435,7 +435,7 @@ def test_doctor_says_when_drrlhf_cannot_be_imported():
         capture_output=True,
         text=True,
         env=os.environ | {"DRRLHF_BACKEND": "nonsense"},
-        cwd=Path(__file__).resolve().parents[1],
+        cwd=Path(__file__).resolve().parents[2],
         check=False,
     )
     assert done.returncode == 1 and "nonsense" in done.stderr and "Traceback" not in done.stderr
@@ -452,7 +452,7 @@ def test_help_and_version_are_light():
         [sys.executable, "-c", code],
         capture_output=True,
         text=True,
-        cwd=Path(__file__).resolve().parents[1],
+        cwd=Path(__file__).resolve().parents[2],
         check=False,
     )
     assert done.returncode == 0, done.stderr

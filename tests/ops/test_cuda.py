@@ -15,7 +15,7 @@ import pytest
 
 from drrlhf import backends
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 KEPT = ROOT / "benchmarks" / "results" / "cuda_kernels_ahead_of_time.json"
 needs_nvcc = pytest.mark.skipif(not shutil.which("nvcc"), reason="nvcc is not installed")
 

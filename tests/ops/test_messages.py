@@ -10,7 +10,7 @@ import torch
 
 from drrlhf import backends
 
-CSRC = Path(__file__).parent.parent / "csrc"
+CSRC = Path(__file__).parents[2] / "csrc"
 # Each makes a message with a stream, or is one: see csrc/message.h, the one place that may.
 STREAMS = re.compile(
     r"\bTORCH_\w*CHECK|\bTORCH_INTERNAL_ASSERT|\bTORCH_WARN|\bAT_ERROR|\bAT_ASSERT|\bAT_DISPATCH|"

@@ -27,6 +27,6 @@ def test_narrower_vectors_are_no_less_accurate(capability):
     files = [str(HERE / f"test_{op}.py") for op in FILES]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", TESTS, *files]
     env = {**os.environ, "ATEN_CPU_CAPABILITY": capability, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, cwd=HERE.parent)
+    done = subprocess.run(command, env=env, capture_output=True, text=True, cwd=HERE.parents[1])
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     assert "%]" in done.stdout

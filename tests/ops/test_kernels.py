@@ -13,7 +13,7 @@ import drrlhf as dr
 from drrlhf import backends
 
 triton = pytest.importorskip("triton")
-KEPT = Path(__file__).parent.parent / "benchmarks" / "results" / "kernels_ahead_of_time.json"
+KEPT = Path(__file__).parents[2] / "benchmarks" / "results" / "kernels_ahead_of_time.json"
 compiled_only = pytest.mark.skipif(SLOW, reason="of the ordinary process alone")
 # Where kernels of a GPU serve CPU tensors.
 kernels_only = pytest.mark.skipif(not SLOW, reason="needs TRITON_INTERPRET=1 or DRRLHF_EMULATED")
@@ -88,7 +88,7 @@ def test_bandwidth_bound_kernels_load_16_bytes(compiled):
 
 def test_nothing_of_one_vendor_alone():
     """No inline assembly and no libdevice: ROCm and XPU compile the same text."""
-    for path in (Path(__file__).parent.parent / "kernels").glob("*.py"):
+    for path in (Path(__file__).parents[2] / "kernels").glob("*.py"):
         text = path.read_text()
         assert "inline_asm" not in text and "libdevice" not in text, path.name
 

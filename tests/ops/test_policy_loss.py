@@ -6,11 +6,7 @@ import math
 
 import pytest
 import torch
-
-import drrlhf as dr
-from drrlhf import backends
-from drrlhf.conventions import IMPORTANCE_LEVELS, POLICY_LOSS_TYPES
-from tests.three_ways import (
+from three_ways import (
     BACKENDS,
     DEVICE,
     ON_GPU,
@@ -19,6 +15,10 @@ from tests.three_ways import (
     assert_no_worse,
     assert_refused,
 )
+
+import drrlhf as dr
+from drrlhf import backends
+from drrlhf.conventions import IMPORTANCE_LEVELS, POLICY_LOSS_TYPES
 
 SETS = ["tv:0.2", "kl:0.1", "chi2:0.5", "cvar:0.3", "kl:temperature=-1", "tv:0.2,trim=0.1"]
 

@@ -149,7 +149,7 @@ def test_an_attribute_that_is_gone_is_named_when_it_is_set():
 
 
 def test_the_versions_that_are_asked_for_are_those_tested(monkeypatch):
-    project = (Path(__file__).parent.parent / "pyproject.toml").read_text()
+    project = (Path(__file__).parents[2] / "pyproject.toml").read_text()
     assert re.findall(r'"trl([><=][^"]*)"', project) == [seam.TESTED]
     assert SpecifierSet(seam.TESTED).contains(trl.__version__)
     with warnings.catch_warnings():

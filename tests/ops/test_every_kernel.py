@@ -17,7 +17,7 @@ import drrlhf as dr
 from drrlhf import backends, ops
 
 pytestmark = pytest.mark.sanitized
-SOURCES = Path(__file__).parent.parent / "csrc" / "cuda"
+SOURCES = Path(__file__).parents[2] / "csrc" / "cuda"
 OUTPUTS = ("entropy", "logsumexp", "mean_logit", "is_top1", "log_sum_sq_probs")
 # Pairs: a grid searches, and its last block has little to do. Interpreted every sequence is a
 # program; there `test_many_pairs` has fewer and a lower bound.

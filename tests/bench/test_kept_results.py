@@ -11,7 +11,7 @@ from rich.console import Console
 from drrlhf.bench import plots, results, table
 from drrlhf.bench.registry import SUITES
 
-KEPT = Path(__file__).parent.parent / "benchmarks" / "results"
+KEPT = Path(__file__).parents[2] / "benchmarks" / "results"
 RESULTS = [path for suite in SUITES for path in sorted(KEPT.glob(f"{suite}_*.json"))]
 
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from three_ways import BACKENDS
 
 from drrlhf import backends
-from tests.three_ways import BACKENDS
 
 PAIRS, LENGTH = 6, 5
 

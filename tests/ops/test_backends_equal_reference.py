@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from three_ways import BACKENDS, SLOW
 
 from drrlhf import backends
 from drrlhf.conventions import statistics_dtype
 from tests import cases
-from tests.three_ways import BACKENDS, SLOW
 
 TABLES = {
     path.stem: importlib.import_module(f"tests.cases.{path.stem}").CASES

@@ -24,7 +24,7 @@ from evidence.shift import findings, page, radius, summary
 from evidence.shift.methods import METHODS
 from tools import generated
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PAGES = {path.relative_to(ROOT).as_posix(): path.read_text() for path in generated.pages()}
 README = PAGES["README.md"]
 
@@ -129,7 +129,7 @@ def test_diff_snippet(folder):
     )
     if not torch.cuda.is_available():  # TRL's own default asks for a GPU
         script = script.replace('output_dir="out"', 'output_dir="out", use_cpu=True')
-    assert "'train_loss'" in run([sys.executable, "-c", script, str(ROOT / "tests")], folder)
+    assert "'train_loss'" in run([sys.executable, "-c", script, str(ROOT / "tests" / "support")], folder)
 
 
 @pytest.mark.parametrize("command", MAKE)
