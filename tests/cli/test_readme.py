@@ -129,7 +129,9 @@ def test_diff_snippet(folder):
     )
     if not torch.cuda.is_available():  # TRL's own default asks for a GPU
         script = script.replace('output_dir="out"', 'output_dir="out", use_cpu=True')
-    assert "'train_loss'" in run([sys.executable, "-c", script, str(ROOT / "tests" / "support")], folder)
+    assert "'train_loss'" in run(
+        [sys.executable, "-c", script, str(ROOT / "tests" / "support")], folder
+    )
 
 
 @pytest.mark.parametrize("command", MAKE)

@@ -198,7 +198,13 @@ def _interrupted(monkeypatch, moment, function, *arguments):
 def test_killed_runs(request):
     if "slow" not in request.config.getoption("markexpr"):
         pytest.skip("10 seconds; run with -m slow")
-    run = Path(__file__).parents[1] / "support" / "kill.py", "--kills", "3", "--runs", "reward, group"
+    run = (
+        Path(__file__).parents[1] / "support" / "kill.py",
+        "--kills",
+        "3",
+        "--runs",
+        "reward, group",
+    )
     command = [sys.executable, *map(str, run)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
