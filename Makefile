@@ -59,7 +59,7 @@ test: $(VENV)/.test
 	DRRLHF_FILL=1 TRITON_INTERPRET=1 $(PYTEST) $(TESTS_OF_OPS)
 	DRRLHF_FILL=1 DRRLHF_EMULATED=$(abspath $(EMULATED)) $(PYTEST) $(TESTS_OF_OPS)
 
-# Every test of the ops in every mode: an hour.
+# Every test of the ops in every mode.
 test-all: export DRRLHF_ALL = 1
 test-all: test
 

@@ -14,7 +14,6 @@ from drrlhf.functional.robust_risk import (
     RISK_OPTIONS,
     Options,
     RiskOptions,
-    require_finite,
     unmasked_gradient,
     worst_case,
 )
@@ -93,7 +92,7 @@ def reward_loss(
     losses = reward_losses(
         chosen_rewards, rejected_rewards, margin, center_coefficient, risk.nominal
     )
-    if risk.check_finite:  # an infinite reward has a loss of 0 if it is the chosen one's
-        require_finite(losses.detach() + 0 * (chosen_rewards + rejected_rewards), risk.nominal)
+    if risk.check_finite:  # an infinite reward has a loss of 0 if it is the chosen one's: show it
+        losses = losses + 0 * (chosen_rewards + rejected_rewards).detach()
     value, weights, dual = worst_case(losses, "chosen_rewards", risk)
     return RewardLoss(value, weights, losses.detach(), dual)
