@@ -10,7 +10,8 @@ from accelerate.logging import get_logger
 from torch import Tensor
 
 from drrlhf import robust_risk
-from drrlhf.trl import columns, packing, weighted
+from drrlhf.trl import columns, weighted
+from drrlhf.trl.one_row import OneRowMixin
 from drrlhf.trl.seam import overridden
 from drrlhf.trl.step import Pass, TwoPasses
 from drrlhf.trl.weighted import PAIRS, Weighted
@@ -18,7 +19,7 @@ from drrlhf.trl.weighted import PAIRS, Weighted
 logger = get_logger(__name__)
 
 
-class AmbiguityMixin(TwoPasses):
+class AmbiguityMixin(OneRowMixin, TwoPasses):
     """Put before a TRL trainer: reads ``args.ambiguity`` and keeps what the set needs.
 
     Metrics added to TRL's own, for every set but plain ``"erm"`` (there only with weights):
@@ -48,14 +49,11 @@ class AmbiguityMixin(TwoPasses):
         if config is not None:
             self._check_arguments(config)
         # TRL's DPO trainer would warn that it ignores the flag, and clear it.
-        self._padding_free = bool(getattr(config, "padding_free", False))
+        self._read_rows(config)
         hidden = {"padding_free": False} if self._padding_free else {}
         with overridden(config, **hidden):
             super().__init__(*args, **kwargs)
-        if self._padding_free:
-            for model in (self.model, getattr(self, "ref_model", None)):
-                if model is not None:
-                    packing.prepare(self.accelerator.unwrap_model(model), "padding_free")
+        self._prepare_rows(self.model, getattr(self, "ref_model", None))
         self.data_collator = columns.PairColumns(self.data_collator, self._numbered)
         self._make_states()
         self._check_setup()
@@ -93,12 +91,6 @@ class AmbiguityMixin(TwoPasses):
         super()._set_signature_columns_if_needed()  # type: ignore[misc]
         if fresh:
             self._signature_columns += columns.COLUMNS
-
-    def _runner(self, model: Any) -> Any:
-        """What to call for the outputs of a padded batch."""
-        if not self._padding_free:
-            return model
-        return packing.PaddingFree(model, self.args.max_length)
 
     # -- the reduction -------------------------------------------------------------------------
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import cast
 
 from trl import DPOConfig as _TRLDPOConfig
 from trl import GRPOConfig as _TRLGRPOConfig
@@ -14,6 +15,7 @@ from drrlhf.groups import from_data, with_count
 from drrlhf.trl.head import HEADS
 
 SCOPES = ("step", "microbatch")
+SHARING = {"auto": "auto", "true": True, "false": False}  # as a shell spells them
 GROUPINGS = ("column", "pass_rate")
 _HELP = (
     "The ambiguity set around the pairs of a step: erm (TRL's own objective), kl:RADIUS, "
@@ -39,8 +41,19 @@ class _Ambiguous:
         default=False,
         metadata={"help": "Resume from a checkpoint that was saved with another ambiguity set."},
     )
+    # "auto", True or False; what parses command lines knows no such type.
+    share_prompts: str = field(
+        default="auto",
+        metadata={
+            "help": "Run the model on a prompt once for all of its answers: auto, where the model "
+            "keeps its numbers and enough tokens are saved; True, or a clear error; or False."
+        },
+    )
 
     def __post_init__(self) -> None:
+        spelled = str(self.share_prompts).lower()
+        check_choice("share_prompts", spelled, tuple(SHARING))
+        self.share_prompts = cast(str, SHARING[spelled])
         if from_data(self.ambiguity):
             with_count(self.ambiguity, 1)  # refuses what else is wrong
         else:
@@ -61,6 +74,12 @@ class DPOConfig(_Ambiguous, _TRLDPOConfig):
     one batch; ``"microbatch"``, those of one device's batch. A run resumes with its own set unless
     ``resume_with_changed_ambiguity``. ``label_smoothing`` also applies to ``loss_type="sigmoid"``
     (cDPO): TRL ignores it.
+    ``share_prompts`` runs the model on what two answers have in common, their prompt, once: all
+    tokens of a batch then lie in one row, as with ``padding_free``, and the numbers are those that
+    each answer has for itself, to rounding; dropout in the prompt is drawn once for its answers.
+    ``"auto"`` does so where the model keeps its numbers (it is tried before the first step) and at
+    least a twentieth of the tokens is saved; ``True`` does it wherever two answers begin alike, or
+    raises a ValueError that says why it cannot; ``False`` never.
     ``padding_free``, which TRL 1.16 takes and ignores, runs the model on one packed row of tokens.
     ``head`` computes the log-probs of the policy and the reference: ``"drrlhf"`` is
     `drrlhf.linear_token_logprobs`, in place for this trainer's losses alone; ``"trl"`` is TRL's
@@ -69,8 +88,8 @@ class DPOConfig(_Ambiguous, _TRLDPOConfig):
     does not round the logits.
 
     Raises:
-        ValueError: the ambiguity set is unknown, an argument of it is out of range, or ``head`` is
-            none of these.
+        ValueError: the ambiguity set is unknown, an argument of it is out of range, or ``head`` or
+            ``share_prompts`` is none of these.
     """
 
     head: str = field(
@@ -87,7 +106,8 @@ class DPOConfig(_Ambiguous, _TRLDPOConfig):
 class RewardConfig(_Ambiguous, _TRLRewardConfig):
     """TRL's ``RewardConfig`` plus the ambiguity set, given and kept as in :class:`DPOConfig`.
 
-    ``padding_free`` runs the model on one packed row of all tokens (causal decoders).
+    ``padding_free`` runs the model on one packed row of all tokens (causal decoders), and
+    ``share_prompts`` on each prompt once, as in :class:`DPOConfig`.
 
     Raises:
         ValueError: the ambiguity set is unknown or an argument of it is out of range.
@@ -102,7 +122,9 @@ class RewardConfig(_Ambiguous, _TRLRewardConfig):
 @dataclass
 class GRPOConfig(_Ambiguous, _TRLGRPOConfig):
     """TRL's ``GRPOConfig`` plus the ambiguity set around the prompts of a step, given and kept as
-    in :class:`DPOConfig`, and the output head.
+    in :class:`DPOConfig`, and the output head. ``share_prompts`` runs the model on a prompt once
+    for all completions of it in a batch; those of an optimizer step that have one prompt are
+    brought together in its batches.
 
     ``group_by`` says what the groups of ``ambiguity="group:G"`` are: ``"column"``, the dataset's
     ``group``; or ``"pass_rate"``, the share of each prompt's completions so far that reached a

@@ -16,6 +16,7 @@ from drrlhf.conventions import POLICY_LOSS_TYPES, SequenceStatistics
 from drrlhf.functional.policy_loss import surrogate
 from drrlhf.functional.robust_risk import weighted_sum
 from drrlhf.trl import columns, head, prompts, weighted
+from drrlhf.trl.one_row import OneRowMixin
 from drrlhf.trl.prompts import FACTOR, PassRates, PromptSampler
 from drrlhf.trl.seam import overridden
 from drrlhf.trl.step import StepMixin
@@ -40,7 +41,7 @@ def _prepared(batch: Any) -> Any:
     return batch
 
 
-class GRPOTrainer(StepMixin, trl.GRPOTrainer):
+class GRPOTrainer(OneRowMixin, StepMixin, trl.GRPOTrainer):
     """TRL's ``GRPOTrainer``; each prompt's share of the objective is weighed by ``args.ambiguity``.
 
     With V the mean reward of a prompt's completions and q the worst-case weights of -V over the m
@@ -87,7 +88,9 @@ class GRPOTrainer(StepMixin, trl.GRPOTrainer):
         self._prompts_met = 0
         self._rewards: Tensor | None = None
         pads = _pad_token_ids(given.get("reward_funcs"))
+        self._read_rows(config)
         super().__init__(*args, **kwargs)
+        self._prepare_rows(self.model, self.ref_model)
         for function, pad in zip(self.reward_funcs, pads):  # an environment adds one
             if isinstance(function, PreTrainedModel):  # TRL has set it to the tokenizer's
                 function.config.get_text_config().pad_token_id = pad
@@ -282,13 +285,13 @@ class GRPOTrainer(StepMixin, trl.GRPOTrainer):
         return self._weighed_loss(model, inputs, factor)
 
     def _get_per_token_logps_and_entropies(
-        self, *args: Any, compute_entropy: bool = False, **kwargs: Any
+        self, model: Any, *args: Any, compute_entropy: bool = False, **kwargs: Any
     ) -> Any:
         """TRL's, on our head: of the policy, the policy that sampled and the reference."""
         which = head.resolve(head.asked(self.args), self.accelerator.device.type)
         with head.using(which, extras=compute_entropy):
             return super()._get_per_token_logps_and_entropies(
-                *args, compute_entropy=compute_entropy, **kwargs
+                self._runner(model), *args, compute_entropy=compute_entropy, **kwargs
             )
 
     def _weighed_loss(self, model: Any, inputs: dict[str, Any], factor: Tensor) -> Tensor:

@@ -25,7 +25,10 @@ from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM
 from trl.trainer.utils import add_fused_lm_head
 
-from drrlhf.trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, packing, probe
+from drrlhf.layouts import attention, probe
+from drrlhf.layouts import model as layouts
+from drrlhf.layouts.layout import Block
+from drrlhf.trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +45,14 @@ def both(models, tmp_path):
 
     def both(method, **options):
         return [
-            steps.run(method, models[method], str(tmp_path), padding_free=free, **options)
+            steps.run(
+                method,
+                models[method],
+                str(tmp_path),
+                padding_free=free,
+                share_prompts=False,
+                **options,
+            )
             for free in (False, True)
         ]
 
@@ -100,7 +110,8 @@ def test_reward(both, options):
 
 
 def test_no_padding_reaches_the_model(models, tmp_path):
-    trainer = steps.trainer("dpo", models["dpo"], str(tmp_path), padding_free=True)
+    options = {"padding_free": True, "share_prompts": False}
+    trainer = steps.trainer("dpo", models["dpo"], str(tmp_path), **options)
     shapes = []
     batch = next(iter(trainer.get_train_dataloader()))
     trainer.compute_loss(trainer.model, dict(batch))  # the first row is preceded by the probe
@@ -142,6 +153,21 @@ def test_evaluation_and_prediction(models, tmp_path):
     assert torch.equal(*generated)
 
 
+def in_one_row(model, sequences):
+    """Logits (T, V) of a prepared model for sequences behind one another in a row."""
+    lengths = torch.tensor([len(one) for one in sequences])
+    ends = lengths.cumsum(0).tolist()
+    starts = [0, *ends[:-1]]
+    blocks = tuple(Block(a, b, a, a) for a, b in zip(starts, ends, strict=True))
+    positions = torch.cat([torch.arange(len(one)) for one in sequences])
+    with attention.one_row():
+        return model(
+            input_ids=torch.cat(sequences)[None],
+            position_ids=positions[None],
+            **{attention.BLOCKS: blocks},
+        ).logits[0]
+
+
 def test_sliding_windows_stay(tmp_path):
     torch.manual_seed(0)
     config = MistralConfig(
@@ -159,10 +185,9 @@ def test_sliding_windows_stay(tmp_path):
     mask = torch.arange(9) < torch.tensor(lengths)[:, None]
     with torch.no_grad():
         expected = model(input_ids=ids, attention_mask=mask.long()).logits[mask]
-        packing.prepare(model, "padding_free")
-        positions = torch.arange(9).expand(3, 9)[mask][None]
-        found = model(input_ids=ids[mask][None], position_ids=positions, packed_lengths=lengths)
-    torch.testing.assert_close(found.logits[0], expected, rtol=1e-4, atol=1e-5)
+        layouts.prepare(model)
+        found = in_one_row(model, [row[:n] for row, n in zip(ids, lengths, strict=True)])
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_what_cannot_be_packed_is_refused(models, tmp_path):
@@ -247,7 +272,9 @@ def seen_by(model, longest=None):
     ids = torch.tensor([[20, 21, 22], [30, 31, 0]])
     labels = {} if hasattr(model, "score") else {"labels": ids, "fused_lm_head": True}
     mask = (ids > 0).long()
-    return packing.PaddingFree(model, longest)(input_ids=ids, attention_mask=mask, **labels)
+    return layouts.OneRow(model, packed=True, share=False, longest=longest)(
+        input_ids=ids, attention_mask=mask, **labels
+    )
 
 
 @pytest.mark.parametrize("scale", [0.2, 0.02])
@@ -258,12 +285,8 @@ def test_models_that_change_in_a_packed_row_are_refused(name, scale):
     lengths, ids = [20, 17, 23], torch.randint(5, 180, (3, 23))
     with torch.no_grad():
         alone = [model(ids[i, None, :n]).logits[0] for i, n in enumerate(lengths)]
-        packing.prepare(model, "padding_free")
-        packed = model(
-            input_ids=torch.cat([ids[i, :n] for i, n in enumerate(lengths)])[None],
-            position_ids=torch.cat([torch.arange(n) for n in lengths])[None],
-            packed_lengths=lengths,
-        ).logits[0]
+        layouts.prepare(model)
+        packed = in_one_row(model, [ids[i, :n] for i, n in enumerate(lengths)])
     alone, packed = (logits.log_softmax(-1) for logits in (torch.cat(alone), packed))
     apart = float((packed - alone).abs().max())
     assert not 1e-5 < apart < 2e-5  # nothing in between
@@ -290,12 +313,13 @@ def test_probed_as_it_is_trained(name, right, form):
     model = model.to(getattr(torch, form)) if form in ("float64", "bfloat16") else model
     if form == "lora":  # its B is 0 at first
         model = get_peft_model(model, LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
-    packing.prepare(model, "padding_free")
+    layouts.prepare(model)
     model.train()
     frozen = next(m for m in model.modules() if isinstance(m, torch.nn.Linear)).eval()
     before = torch.get_rng_state()
     context = torch.autocast("cpu", torch.bfloat16, enabled=form == "autocast")
-    with context if right else pytest.raises(ValueError, match=r"Jamba.* there and"), context:
+    refused = nullcontext() if right else pytest.raises(ValueError, match=r"Jamba.* there and")
+    with refused, context:
         seen_by(model)
     assert torch.equal(torch.get_rng_state(), before)
     assert model.training and not frozen.training
@@ -323,24 +347,24 @@ def test_sequences_up_to_the_longest_are_probed():
     for longest, wrong in ((8, False), (12, True)):
         model = made("Qwen2Moe")
         add_fused_lm_head(model)
-        packing.prepare(model, "padding_free")
+        layouts.prepare(model)
         with pytest.raises(ValueError, match="Qwen2Moe") if wrong else nullcontext():
             seen_by(model, longest)
 
 
 def test_what_is_right_is_the_attention_that_the_model_came_with():
     def doubled(module, query, key, value, *args, **kwargs):
-        return packing.packed_attention(module, query, key, 2 * value, *args, **kwargs)
+        return attention.block_attention(module, query, key, 2 * value, *args, **kwargs)
 
     model = made("Mistral")
     add_fused_lm_head(model)
-    packing.prepare(model, "padding_free")
-    transformers.AttentionInterface.register(packing.ATTENTION, doubled)
+    layouts.prepare(model)
+    transformers.AttentionInterface.register(attention.ATTENTION, doubled)
     try:
         with pytest.raises(ValueError, match="Mistral"):
             seen_by(model)
     finally:
-        transformers.AttentionInterface.register(packing.ATTENTION, packing.packed_attention)
+        transformers.AttentionInterface.register(attention.ATTENTION, attention.block_attention)
     assert seen_by(model).log_probs.shape == (2, 2)  # a refused model is tried again
 
 

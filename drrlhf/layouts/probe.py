@@ -1,10 +1,10 @@
 """Whether a layout of rows leaves a model's numbers as they are.
 
-A layout (packed rows, say) saves work by putting several sequences into one row. Whether a model
-keeps them apart there cannot be read off its configuration. Attention does where it takes part;
-convolutions, recurrences and state-space layers run on from one sequence into the next, and a
-window may get lost. So the model is tried: a few short sequences and a long one, each in a row of
-its own and all together in the layout, must give the same numbers.
+A layout (`drrlhf.layouts.layout`) saves work by putting several sequences into one row. Whether a
+model keeps them apart there cannot be read off its configuration. Attention does where it takes
+part; convolutions, recurrences and state-space layers run on from one sequence into the next, and
+a window may get lost. So the model is tried: a few short sequences and a long one, each in a row
+of its own and all together in the layout, must give the same numbers.
 """
 
 from __future__ import annotations
@@ -44,7 +44,9 @@ Alone = Callable[[Tensor], tuple[list[Numbers], float]]
 Together = Callable[[list[Tensor]], list[Numbers]]
 
 
-def difference(config: Any, alone: Alone, together: Together, longest: int | None) -> str | None:
+def difference(
+    config: Any, alone: Alone, together: Together, longest: int | None, common: bool = False
+) -> str | None:
     """How the model's numbers differ in a layout, in words; None if they do not.
 
     Outputs and hidden states are both compared: a head that is still zero gives equal outputs for
@@ -56,19 +58,27 @@ def difference(config: Any, alone: Alone, together: Together, longest: int | Non
     Args:
         config: the model's configuration, for its vocabulary and its number of positions.
         longest: the most tokens that training will put into a sequence; None is any number.
+        common: sequences begin alike by twos, the long one like one more that lies before it.
     """
     short = [row[: SHORT[i % 2]] for i, row in enumerate(tokens(config, COUNT, max(SHORT)))]
     # Where a layout wrongly numbers positions through the row, the row must not run out of them.
     room = positions(config) - sum(len(row) for row in short)
-    (long,) = tokens(config, 1, max(SHORT[0], min(longest or LONGEST, LONGEST, room)))
+    own = max(SHORT) if common else 0  # what the other long one has for itself
+    length = max(SHORT[0], min(longest or LONGEST, LONGEST, room - own))
+    long, other = tokens(config, 2, length)
+    if common:
+        for one, two in zip(short[::2], short[1::2], strict=True):
+            two[: SHORT[0] // 2] = one[: SHORT[0] // 2]
+        other[: max(length - own, 1)] = long[: max(length - own, 1)]
     expected: list[Any] = [None] * COUNT
     for start in range(len(SHORT)):
         rows = torch.stack(short[start :: len(SHORT)])
         expected[start :: len(SHORT)], unit = alone(rows)
     expected += alone(long[None])[0]
     half = COUNT // 2  # the long one among the short ones: something precedes it and follows
-    found = together([*short[:half], long, *short[half:]])
-    found.append(found.pop(half))
+    longs = [other, long] if common else [long]
+    found = together([*short[:half], *longs, *short[half:]])
+    found = [*found[:half], *found[half + len(longs) :], found[half + len(longs) - 1]]
     for name in Numbers._fields:
         own, laid = ([getattr(n, name) for n in numbers] for numbers in (expected, found))
         sizes = torch.stack([_norm(x) for x in own])

@@ -1,0 +1,334 @@
+"""A model whose sequences lie in one row: without padding, and with common prompts once.
+
+TRL's trainers hand a padded batch to the model and read padded outputs. `OneRow` stands in
+between: it lays the tokens out (`layout`), calls the model on one row, and lays the outputs of each
+token (or sequence) out as TRL expects them. Attention follows the layout block by block
+(`attention`), or by flash attention where the model uses that. What a model does outside
+of attention is not ours to know: before its first row it is probed (`probe`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GenericForSequenceClassification
+
+from drrlhf import reward_inputs
+from drrlhf.layouts import layout, probe
+from drrlhf.layouts.attention import ATTENTION, BLOCKS, one_row
+from drrlhf.layouts.layout import Block, Layout
+from drrlhf.layouts.probe import Numbers
+
+# What TRL's fused head gives for each token.
+TOKEN_OUTPUTS = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
+# Tensors (n, L) that are laid out as the tokens are.
+PER_TOKEN = ("token_type_ids",)
+# "auto" shares where at least this part of a batch's tokens is saved: see FACTS.md.
+WORTH_SHARING = 0.05
+
+# What each kind of row is called in messages.
+_ROWS = {"packed": "a packed row", "shared": "a row with their common prompt once"}
+# What the probe of each model said of a layout: None, or in words how its numbers change there.
+_verdicts: weakref.WeakKeyDictionary[PreTrainedModel, dict[str, str | None]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+def obstacle(model: Any) -> str | None:
+    """Why the attention of ``model`` cannot take rows of several sequences, as "for MODEL: …"; None
+    if it can, as far as its configuration tells: it is no causal decoder, its attention is neither
+    PyTorch's nor flash attention, or it puts tokens of its own before every sequence."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+        return "with prompt-learning adapters, whose tokens it would lose"
+    text = base.config.get_text_config()
+    sequence = isinstance(base, GenericForSequenceClassification)
+    causal = getattr(text, "is_causal", True) and (sequence or hasattr(base, "lm_head"))
+    if not causal or text is not base.config or getattr(text, "is_encoder_decoder", False):
+        return (
+            f"for {type(base).__name__}: it needs a causal text decoder, whose last "
+            "token alone sees the whole sequence"
+        )
+    used = base.config._attn_implementation
+    if "flash" in used or used in ("sdpa", ATTENTION):
+        return None
+    return (
+        f"with attn_implementation={used!r}, whose mask over a whole row costs "
+        "more than padding does; or load the model with 'sdpa' or flash attention"
+    )
+
+
+def sharing_obstacle(model: Any) -> str | None:
+    """As `obstacle`, for rows with common prompts once."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    used = base.config._attn_implementation
+    if "flash" in used:
+        return (
+            f"with attn_implementation={used!r}, which cannot show a prompt to several answers; "
+            "or load the model with 'sdpa'"
+        )
+    return obstacle(model)
+
+
+def prepare(model: Any) -> None:
+    """Let the attention of ``model``, of which `obstacle` says nothing, take rows."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if base.config._attn_implementation == "sdpa":
+        _verdicts.pop(base, None)
+        base.set_attn_implementation(ATTENTION)
+
+
+class OneRow:
+    """Stands in for a model: takes and gives padded tensors, and runs it on one row of tokens.
+
+    Args:
+        model: prepared by `prepare`; what wraps it for adapters or several processes may be around.
+        packed: batches without common prompts lie in one row too; else they go padded.
+        share: "auto", common prompts lie in the row once where that saves enough tokens and the
+            model keeps its numbers there; True, wherever two sequences begin alike; False, never.
+        longest: the most tokens of a sequence, as far as the model is tried; None is any number.
+        notice: told, in a sentence, what becomes of common prompts.
+
+    The first row of a model is preceded by a probe: whether it gives sequences in such a row the
+    numbers that it gives them alone.
+
+    Raises:
+        ValueError: it does not, as models do that carry a state or a convolution along the row
+            (with ``packed``, or ``share=True``).
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        packed: bool,
+        share: bool | str,
+        longest: int | None = None,
+        notice: Callable[[str], None] = lambda message: None,
+    ) -> None:
+        self.model = model
+        # Without what wraps it for adapters or for several processes.
+        self.base = next(m for m in model.modules() if isinstance(m, PreTrainedModel))
+        self.packed, self.share, self.longest = packed, share, longest
+        self.notice = notice
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.model, name)
+
+    def __call__(
+        self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None = None, **kwargs: Any
+    ) -> Any:
+        given = {"input_ids": input_ids, "attention_mask": attention_mask}
+        labelled = {} if labels is None else {"labels": labels}
+        if labels is None and kwargs.get("fused_lm_head") is None and not _head_of(self.model):
+            # logits that TRL only shows: padded, as it wants them
+            return self.model(**given, **kwargs)
+        found = self._layout(input_ids, attention_mask, labels, kwargs)
+        if found is None:
+            return self.model(**given, **labelled, **kwargs)
+        return self._in_row(found, input_ids, attention_mask, labels, kwargs)
+
+    def _layout(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        labels: Tensor | None,
+        kwargs: Mapping[str, Any],
+    ) -> Layout | None:
+        """Where the tokens are to lie; None: padded."""
+        unknown = [k for k, v in kwargs.items() if isinstance(v, Tensor) and k not in PER_TOKEN]
+        options = {k: v for k, v in kwargs.items() if not isinstance(v, Tensor)}
+        # Before anything of the batch is asked: every rank probes at the same call.
+        if self.share and self._keeps("shared", input_ids.device, labels, options) is None:
+            found = layout.shared(input_ids, attention_mask)
+            enough = WORTH_SHARING if self.share == "auto" else 0.0
+            if not unknown and found.saved > enough:
+                self.notice(
+                    f"share_prompts={self.share!r}: a batch of {found.total} tokens becomes a row "
+                    f"of {len(found.tokens)}, its prompts once"
+                )
+                return found
+        if not self.packed:
+            return None
+        self._keeps("packed", input_ids.device, labels, options)
+        return layout.packed(input_ids, attention_mask)
+
+    def _keeps(
+        self, kind: str, device: torch.device, labels: Tensor | None, options: dict[str, Any]
+    ) -> str | None:
+        """None if the model keeps its numbers in a layout of that kind, else how they change.
+
+        Raises:
+            ValueError: it does not, and was asked to take such rows.
+        """
+        verdicts = _verdicts.setdefault(self.base, {})
+        if kind not in verdicts:
+            verdicts[kind] = self._probe(kind, device, labels is not None, options)
+        words = verdicts[kind]
+        if words is None:
+            return None
+        changed = (
+            f"for {type(self.base).__name__}, which does not give the sequences of "
+            f"{_ROWS[kind]} the numbers that they have alone: {words}"
+        )
+        if kind == "shared" and self.share == "auto":
+            self.notice(f"share_prompts='auto': prompts are not shared {changed}")
+            return words
+        del verdicts[kind]  # what is refused is tried again
+        option = {"packed": "padding_free", "shared": "share_prompts"}[kind]
+        raise ValueError(f"{option}: use {option}=False {changed}")
+
+    def _in_row(
+        self,
+        found: Layout,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        labels: Tensor | None,
+        kwargs: Mapping[str, Any],
+    ) -> Any:
+        row: dict[str, Any] = {
+            "input_ids": input_ids.flatten()[found.tokens][None],
+            "position_ids": found.positions[None],
+        }
+        row |= {k: kwargs[k].flatten()[found.tokens][None] for k in PER_TOKEN if k in kwargs}
+        if "flash" in self.base.config._attn_implementation:
+            row |= _flash_arguments(found.blocks, input_ids.device)
+        else:
+            row[BLOCKS] = found.blocks
+        kwargs = {k: v for k, v in kwargs.items() if k not in PER_TOKEN}
+        if labels is None:
+            return self._scores(found, row, input_ids, kwargs)
+        # A token is predicted where the one before it lies, in its own sequence.
+        wanted = (labels[:, 1:] != -100) & attention_mask[:, 1:].bool()
+        wanted &= attention_mask[:, :-1].bool()
+        predicting = found.places[:, :-1][wanted]
+        asked = labels[:, 1:][wanted]
+        if not len(asked):  # the outputs stay connected to the model
+            predicting, asked = predicting.new_zeros(1), asked.new_full((1,), -100)
+        with one_row(), _only(self.base.base_model, predicting, found):
+            outputs = self.model(**row, shift_labels=asked[None], **kwargs)
+        for name in TOKEN_OUTPUTS:
+            given = getattr(outputs, name, None)
+            if given is not None:
+                laid = given.new_zeros(wanted.shape).masked_scatter(wanted, given[0])
+                setattr(outputs, name, laid)
+        return outputs
+
+    def _scores(
+        self, found: Layout, row: dict[str, Any], input_ids: Tensor, kwargs: Mapping[str, Any]
+    ) -> Any:
+        """A reward model's outputs, with the scores that it would read in the padded batch."""
+        with one_row(), _listening(_head_of(self.model)) as heard:
+            outputs = self.model(**row, **kwargs)
+        pad = reward_inputs.pad_token_id(self.model)
+        read = reward_inputs.score_positions(input_ids, pad).unsqueeze(1)
+        outputs.logits = heard[-1][0][found.places.gather(1, read).squeeze(1)]
+        return outputs
+
+    def _probe(
+        self, kind: str, device: torch.device, labelled: bool, options: dict[str, Any]
+    ) -> str | None:
+        """How a layout of that kind changes the model's numbers, in words; None if it does not.
+        ``labelled`` if these are those of tokens, not scores."""
+
+        def numbers(outputs: Any, hidden: list[Tensor]) -> list[Numbers]:
+            found = outputs.log_probs if labelled else outputs.logits
+            parts = (
+                part[: len(h) - 1, None] if labelled else part.reshape(1, -1)
+                for part, h in zip(found, hidden, strict=True)
+            )
+            return [Numbers(p.float(), h.float()) for p, h in zip(parts, hidden, strict=True)]
+
+        def alone(ids: Tensor) -> tuple[list[Numbers], float]:
+            ids = ids.to(device)
+            labels = {"labels": ids} if labelled else {}
+            with _as_loaded(self.base), probe.listening(self.base.base_model) as heard:
+                outputs = self.model(
+                    input_ids=ids, attention_mask=torch.ones_like(ids), **labels, **options
+                )
+            return numbers(outputs, list(heard[-1].hidden)), heard[-1].unit
+
+        def together(sequences: list[Tensor]) -> list[Numbers]:
+            pad = reward_inputs.pad_token_id(self.base) or 0
+            batch = reward_inputs.padded(sequences, pad, device)
+            found = getattr(layout, kind)(**batch)
+            labels = batch["input_ids"] if labelled else None
+            with probe.listening(self.base.base_model) as heard:
+                outputs = self._in_row(found, **batch, labels=labels, kwargs=options)
+            hidden = heard[-1].hidden[0]
+            return numbers(
+                outputs,
+                [hidden[places[: len(ids)]] for places, ids in zip(found.places, sequences)],
+            )
+
+        with probe.quietly(self.model, device):
+            return probe.difference(
+                self.base.config, alone, together, self.longest, common=kind == "shared"
+            )
+
+
+@contextlib.contextmanager
+def _only(backbone: torch.nn.Module, predicting: Tensor, found: Layout) -> Iterator[None]:
+    """Inside, a model without its head gives the hidden states (1, N, D) of N tokens of the row,
+    and what routed every token of every sequence, as if each lay there for itself."""
+
+    def select(module: Any, args: Any, output: Any) -> Any:
+        output.last_hidden_state = output.last_hidden_state[:, predicting]
+        routed = getattr(output, "router_logits", None)
+        if routed is not None:
+            every = found.places[found.places >= 0]
+            output.router_logits = tuple(one[every] for one in routed)
+        return output
+
+    handle = backbone.register_forward_hook(select)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextlib.contextmanager
+def _as_loaded(base: PreTrainedModel) -> Iterator[None]:
+    """The attention that the model had before `prepare`, for a while."""
+    if base.config._attn_implementation != ATTENTION:
+        yield
+        return
+    base.set_attn_implementation("sdpa")
+    try:
+        yield
+    finally:
+        base.set_attn_implementation(ATTENTION)
+
+
+def _head_of(model: Any) -> Any:
+    """The layer that scores each token in a reward model; None in a language model."""
+    found = [m for name, m in model.named_modules() if name.rpartition(".")[2] == "score"]
+    return found[0] if found else None
+
+
+@contextlib.contextmanager
+def _listening(module: Any) -> Iterator[list[Tensor]]:
+    """What a module gives while the block runs."""
+    heard: list[Tensor] = []
+    handle = module.register_forward_hook(lambda module, args, output: heard.append(output))
+    try:
+        yield heard
+    finally:
+        handle.remove()
+
+
+def _flash_arguments(blocks: tuple[Block, ...], device: torch.device) -> dict[str, Any]:
+    bounds = torch.tensor([0, *(block.stop for block in blocks)], device=device, dtype=torch.int32)
+    longest = max(block.stop - block.start for block in blocks)
+    return {
+        "cu_seq_lens_q": bounds,
+        "cu_seq_lens_k": bounds,
+        "max_length_q": longest,
+        "max_length_k": longest,
+    }

@@ -1,0 +1,69 @@
+"""What `padding_free` and `share_prompts` mean to a trainer: how its models are called."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from accelerate.logging import get_logger
+
+from drrlhf.layouts import model as layouts
+
+logger = get_logger(__name__)
+
+
+class OneRowMixin:
+    """Reads ``args.padding_free`` and ``args.share_prompts``, and runs the models accordingly."""
+
+    args: Any
+    accelerator: Any
+    _padding_free = False
+    _share: bool | str = False
+    _noticed = False
+    _rows_ready = False
+
+    def _read_rows(self, config: Any) -> None:
+        self._padding_free = bool(getattr(config, "padding_free", False))
+        # TRL's own configuration has none, and gets the default.
+        self._share = getattr(config, "share_prompts", "auto")
+
+    def _prepare_rows(self, *models: Any) -> None:
+        """Let the models (or None) take rows of several sequences.
+
+        Raises:
+            ValueError: one cannot, and was asked to.
+        """
+        unwrapped = [self.accelerator.unwrap_model(m) for m in models if m is not None]
+        for model in unwrapped:
+            if self._padding_free and (why := layouts.obstacle(model)):
+                raise ValueError(f"padding_free: use padding_free=False {why}")
+            if not self._share or not (why := layouts.sharing_obstacle(model)):
+                continue
+            if self._share is True:
+                raise ValueError(f"share_prompts: use share_prompts=False {why}")
+            self._share = False
+            self._notice(f"share_prompts='auto': prompts are not shared {why}")
+        if self._padding_free or self._share:
+            for model in unwrapped:
+                layouts.prepare(model)
+        self._rows_ready = True
+
+    def _runner(self, model: Any) -> Any:
+        """What to call for the outputs of a padded batch."""
+        if not self._rows_ready:  # TRL may ask the reference before the trainer is made
+            self._prepare_rows(model)
+            self._rows_ready = False
+        if not self._padding_free and not self._share:
+            return model
+        return layouts.OneRow(
+            model,
+            packed=self._padding_free,
+            share=self._share,
+            longest=getattr(self.args, "max_length", None),
+            notice=self._notice,
+        )
+
+    def _notice(self, message: str) -> None:
+        """Says once what becomes of common prompts."""
+        if not self._noticed:
+            logger.info(message)
+        self._noticed = True
