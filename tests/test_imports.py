@@ -24,6 +24,7 @@ LAYERS = {
     "files": 0,
     "seeds": 0,
     "reward_inputs": 0,
+    "layouts": 1,
     "models": 0,
     "groups": 1,
     "reference": 1,

@@ -63,13 +63,13 @@ def difference(
     short = [row[: SHORT[i % 2]] for i, row in enumerate(tokens(config, COUNT, max(SHORT)))]
     # Where a layout wrongly numbers positions through the row, the row must not run out of them.
     room = positions(config) - sum(len(row) for row in short)
-    own = max(SHORT) if common else 0  # what the other long one has for itself
-    length = max(SHORT[0], min(longest or LONGEST, LONGEST, room - own))
+    rest = max(SHORT) if common else 0  # what the other long one has for itself
+    length = max(SHORT[0], min(longest or LONGEST, LONGEST, room - rest))
     long, other = tokens(config, 2, length)
     if common:
         for one, two in zip(short[::2], short[1::2], strict=True):
             two[: SHORT[0] // 2] = one[: SHORT[0] // 2]
-        other[: max(length - own, 1)] = long[: max(length - own, 1)]
+        other[: max(length - rest, 1)] = long[: max(length - rest, 1)]
     expected: list[Any] = [None] * COUNT
     for start in range(len(SHORT)):
         rows = torch.stack(short[start :: len(SHORT)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import time
 from typing import Any
 
@@ -35,6 +36,10 @@ MULTIMODAL = (
     "mm_token_type_ids",
     "image_position_ids",
 )
+
+
+def _multimodal(batch: dict[str, Any]) -> bool:
+    return any(batch.get(name) is not None for name in MULTIMODAL)
 
 
 def _prepared(batch: Any) -> Any:
@@ -216,6 +221,24 @@ class GRPOTrainer(OneRowMixin, StepMixin, trl.GRPOTrainer):
 
     # -- the step ------------------------------------------------------------------------------
 
+    def _prepare_inputs(self, generation_batch: Any) -> Any:
+        """TRL's; completions of one prompt come together within a step, to share it."""
+        before = self._buffered_inputs
+        inputs = super()._prepare_inputs(generation_batch)
+        batches = self._buffered_inputs
+        # bnpo divides by the tokens of a batch, and some options of TRL's look at batches too.
+        fixed = self.loss_type == "bnpo" or _beyond(self.args)
+        if batches is before or not self._share or fixed or _multimodal(inputs):
+            return inputs
+        # As many as surely lie in one optimizer step, whichever of the two is longer.
+        window = math.gcd(len(batches), self.args.gradient_accumulation_steps)
+        self._buffered_inputs = [
+            batch
+            for start in range(0, len(batches), window)
+            for batch in prompts.together(batches[start : start + window])
+        ]
+        return self._buffered_inputs[self._step % self.args.steps_per_generation]
+
     def _wants_whole_step(self, batches: int) -> bool:
         return self._reweighing and self.robust_scope == "step"
 
@@ -301,7 +324,7 @@ class GRPOTrainer(OneRowMixin, StepMixin, trl.GRPOTrainer):
             mask = mask * inputs["tool_mask"]
         count, tokens = len(factor), mask.sum()
         # The experts' auxiliary loss is no prompt's, and is taken over all completions.
-        if not self.aux_loss_enabled and all(inputs.get(name) is None for name in MULTIMODAL):
+        if not self.aux_loss_enabled and not _multimodal(inputs):
             kept = factor.nonzero().flatten()
             kept = kept if len(kept) else torch.zeros(1, dtype=torch.long, device=factor.device)
             inputs = {

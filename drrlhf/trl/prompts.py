@@ -41,6 +41,22 @@ class PromptSampler(RepeatSampler):
                 torch.randperm(self.num_samples, generator=self.generator)
 
 
+def together(batches: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """As many batches of the same completions, and as large, in the order of their prompts: those
+    of one prompt lie in as few batches as can be. What is no completion's stays where it is."""
+    sizes = [len(batch["prompt_ids"]) for batch in batches]
+    ids = torch.cat([batch["prompt_ids"] for batch in batches])
+    order = ids.unique(dim=0, return_inverse=True)[1].argsort(stable=True)
+    parts = order.split(sizes)
+    made = [dict(batch) for batch in batches]
+    for name, first in batches[0].items():
+        if isinstance(first, Tensor) and first.ndim and len(first) == sizes[0]:
+            whole = torch.cat([batch[name] for batch in batches])
+            for batch, part in zip(made, parts, strict=True):
+                batch[name] = whole[part]
+    return made
+
+
 def table(batches: Sequence[dict[str, Any]]) -> Tensor:
     """What a rank tells of the completions (n, 4) of its batches, in the order of `COLUMNS`."""
     columns = (torch.cat([batch[name].double() for batch in batches]) for name in COLUMNS)

@@ -50,7 +50,7 @@ def robust(log):
 
 def test_erm_is_trl_to_the_bit(run):
     options = {"max_steps": 3, "beta": 0.1, "gradient_accumulation_steps": 2}
-    ours, theirs = run(head="trl", **options), run("trl", **options)
+    ours, theirs = run(head="trl", share_prompts=False, **options), run("trl", **options)
     assert torch.equal(ours["parameters"], theirs["parameters"])
     timed = ("step_time", "epoch")
     for mine, log in zip(ours["logs"], theirs["logs"], strict=True):
@@ -72,7 +72,8 @@ def test_a_radius_of_zero_is_trl(run, loss_type, level):
         "gradient_accumulation_steps": 2,
         "learning_rate": 0.05,
     }
-    ours, theirs = run(ambiguity="tv:0", **options), run("trl", **options)
+    # shared prompts come together, and TRL's metrics are means by batch
+    ours, theirs = run(ambiguity="tv:0", share_prompts=False, **options), run("trl", **options)
     assert_same_steps(ours, theirs, atol=5e-6)
     for mine, log in zip(ours["logs"], theirs["logs"], strict=True):
         for name, number in log.items():
@@ -164,10 +165,11 @@ def test_our_head_serves_policy_and_reference(run, monkeypatch):
         return real(hidden, *rest, **options)
 
     monkeypatch.setattr(head, "linear_token_logprobs", watched)
-    run(ambiguity="tv:0.3", beta=0.1, head="drrlhf", num_iterations=2, **WHOLE)
+    options = {"ambiguity": "tv:0.3", "beta": 0.1, "share_prompts": False} | WHOLE
+    run(head="drrlhf", num_iterations=2, **options)
     assert calls == [False, False, True]  # the policy that sampled, the reference, the policy
     calls.clear()
-    run(ambiguity="tv:0.3", beta=0.1, head="trl", **WHOLE)
+    run(head="trl", **options)
     assert not calls
 
 
@@ -185,7 +187,7 @@ def test_what_is_logged(run):
 
 def test_plain_training_logs_groups_and_stays_trls(run):
     data = tiny_pairs(8, group=[0, 1] * 4)
-    found = run(data=data, head="trl", **WHOLE)
+    found = run(data=data, head="trl", share_prompts=False, **WHOLE)
     (log,) = found["logs"]
     assert log["group/0/reward"] + log["group/1/reward"] == pytest.approx(2 * log["reward"])
     assert not any(name.startswith("robust/") or name.endswith("/weight") for name in log)

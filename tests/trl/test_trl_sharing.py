@@ -7,11 +7,8 @@ import pytest
 pytest.importorskip("trl")
 
 from trl_fixtures import (  # isort: skip
-    quiet,
     tiny_llama_dir,
-    tiny_pairs,
     tiny_reward_dir,
-    tiny_tokenizer,
 )
 
 import steps
@@ -19,7 +16,7 @@ import torch
 from peft import LoraConfig
 
 from drrlhf.layouts import layout
-from drrlhf.trl import DPOConfig, DPOTrainer
+from drrlhf.trl import prompts
 
 
 @pytest.fixture(scope="module")
@@ -99,3 +96,48 @@ def test_dpo(both, options):
 )
 def test_reward(both, options):
     assert_same(*both("reward", max_steps=2, **options))
+
+
+GRPO = {"per_device_train_batch_size": 4, "num_generations": 4, "max_steps": 2, "beta": 0.1}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"loss_type": "dapo"},
+        {"ambiguity": "tv:0.3", "gradient_accumulation_steps": 2, "loss_type": "grpo"},
+        {"ambiguity": "cvar:0.4", "gradient_accumulation_steps": 2, "loss_type": "bnpo"},
+        {"gradient_accumulation_steps": 2, "loss_type": "dr_grpo"},
+        {"steps_per_generation": 4, "gradient_accumulation_steps": 2, "num_iterations": 2},
+        {"gradient_accumulation_steps": 4, "steps_per_generation": 2, "head": "trl"},
+    ],
+    ids=lambda options: ",".join(map(str, options.values())),
+)
+def test_grpo(both, options):
+    apart, shared = both("grpo", **GRPO | options)
+    for run in (apart, shared):
+        for log in run["logs"]:
+            log.pop("step_time")
+            if "gradient_accumulation_steps" in options:  # means by batch, whose tokens are others
+                for name in [n for n in log if n.startswith(("entropy", "kl", "clip_ratio"))]:
+                    log.pop(name)
+    assert_same(apart, shared)
+
+
+def test_completions_of_a_prompt_come_together():
+    """Four completions of each of three prompts, dealt out at random to three batches."""
+    prompt = torch.tensor([0, 1, 2] * 4)[
+        torch.randperm(12, generator=torch.Generator().manual_seed(0))
+    ]
+    ids = torch.tensor([[9, 4], [9, 3], [8, 7]])[prompt]
+    whole = {"prompt_ids": ids, "value": torch.arange(12.0), "items": torch.tensor(7), "none": None}
+    batches = [
+        {k: v[i : i + 4] if v is not None and v.ndim else v for k, v in whole.items()}
+        for i in (0, 4, 8)
+    ]
+    found = prompts.together(batches)
+    assert all(len(batch["prompt_ids"].unique(dim=0)) == 1 for batch in found)
+    assert all(batch["items"] == 7 and batch["none"] is None for batch in found)
+    values = torch.cat([batch["value"] for batch in found]).long()
+    assert torch.equal(torch.cat([batch["prompt_ids"] for batch in found]), ids[values])
+    assert sorted(values.tolist()) == list(range(12))
