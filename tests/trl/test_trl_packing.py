@@ -256,7 +256,7 @@ MODELS = {
 def made(name, kind="ForCausalLM", scale=0.2, **options):
     """A small random model; its weights have the standard deviation `scale`."""
     torch.manual_seed(0)
-    config = getattr(transformers, f"{name}Config")(**SMALL | MODELS[name] | options)
+    config = getattr(transformers, f"{name}Config")(**SMALL | MODELS.get(name, {}) | options)
     kind = "LMHeadModel" if name == "GPT2" else kind
     name = "Gemma3" if name == "Gemma3Text" else name
     model = getattr(transformers, name + kind)(config).eval()

@@ -7,16 +7,24 @@ import pytest
 pytest.importorskip("trl")
 
 from trl_fixtures import (  # isort: skip
+    quiet,
     tiny_llama_dir,
+    tiny_pairs,
     tiny_reward_dir,
+    tiny_tokenizer,
 )
 
 import steps
+import test_trl_packing
 import torch
 from peft import LoraConfig
+from transformers import AutoModelForCausalLM, HfArgumentParser
+from trl.trainer.utils import add_fused_lm_head
 
-from drrlhf.layouts import layout
-from drrlhf.trl import prompts
+from drrlhf.layouts import attention, layout
+from drrlhf.layouts import model as layouts
+from drrlhf.layouts.layout import Block
+from drrlhf.trl import DPOConfig, DPOTrainer, GRPOConfig, RewardConfig, one_row, prompts
 
 
 @pytest.fixture(scope="module")
@@ -141,3 +149,179 @@ def test_completions_of_a_prompt_come_together():
     values = torch.cat([batch["value"] for batch in found]).long()
     assert torch.equal(torch.cat([batch["prompt_ids"] for batch in found]), ids[values])
     assert sorted(values.tolist()) == list(range(12))
+
+
+# ---------------------------------------------------------------------------------- by model
+
+# Name in transformers -> the rest of its configuration. By what each has that might go wrong:
+MODELS = {
+    "Llama": {},
+    "GPT2": {},  # positions that are learned
+    "OPT": {"ffn_dim": 48, "word_embed_proj_dim": 32},  # the same, with an offset
+    "GPTNeoX": {},  # rotary positions in a part
+    "SmolLM3": {},  # layers without positions
+    "Phi3": {},
+    "Granite": {},  # a scale of its own for attention
+    "Olmo2": {},
+    "Qwen3Moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+    "Mistral": {"sliding_window": 9},
+    "Qwen2": {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1},
+    "Gemma3Text": {"sliding_window": 9, "head_dim": 8},  # windows in some layers
+    "Cohere2": {"sliding_window": 9},
+}
+REFUSED = {
+    "Falcon": {"alibi": False},  # attention of its own
+    "Jamba": test_trl_packing.JAMBA,
+    "Lfm2": {"layer_types": ["conv", "full_attention"]},
+}
+
+
+def one_batch(width=40):
+    """Two pairs, the prompts of which are 30 and 25 tokens long, on uneven sequences."""
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(5, 200, (4, width), generator=generator)
+    ids[2, :30], ids[3, :25] = ids[0, :30], ids[1, :25]
+    mask = (torch.arange(width) < torch.tensor([40, 33, 36, 40])[:, None]).long()
+    labels = ids.masked_fill((mask == 0) | (torch.arange(width) < 20), -100)
+    return {"input_ids": ids * mask, "attention_mask": mask, "labels": labels}
+
+
+def numbers(model, call):
+    """Log-probs (4, 39) and all gradients (N,) of a model called in one way or another."""
+    model.zero_grad()
+    outputs = call(**one_batch(), fused_lm_head=True, use_cache=False)
+    (outputs.log_probs * torch.linspace(0.5, 2, 4)[:, None]).sum().backward()
+    gradients = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
+    return outputs.log_probs.detach(), torch.cat(gradients)
+
+
+def made(name):
+    model = test_trl_packing.made(name, **(MODELS | REFUSED)[name])
+    add_fused_lm_head(model)
+    return model
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_number_of_a_model_stays(name):
+    model, said = made(name), []
+    expected = numbers(model, model)
+    layouts.prepare(model)
+    found = numbers(model, layouts.OneRow(model, packed=False, share=True, notice=said.append))
+    assert "a batch of 149 tokens becomes a row of 94" in said[0]
+    for ours, theirs in zip(found, expected, strict=True):
+        assert (ours - theirs).norm() < 2e-6 * theirs.norm()
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_does_not_keep_its_numbers_stays_apart(name):
+    model, said = made(name), []
+    expected = numbers(model, model)
+    assert layouts.obstacle(model) is None
+    layouts.prepare(model)
+    found = numbers(model, layouts.OneRow(model, packed=False, share="auto", notice=said.append))
+    assert "prompts are not shared" in said[0] and "alone: a log-prob or score is" in said[0]
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+    with pytest.raises(ValueError, match=rf"share_prompts=False for {name}.* is .* there and .*"):
+        numbers(model, layouts.OneRow(model, packed=False, share=True))
+
+
+def test_a_window_narrower_than_the_prompt_is_tried():
+    """Masks alone tell Qwen2Moe's layers of their window, and a row has none."""
+    for longest, kept in ((8, True), (14, False)):
+        model, said = test_trl_packing.made("Qwen2Moe"), []
+        add_fused_lm_head(model)
+        layouts.prepare(model)
+        row = layouts.OneRow(model, packed=False, share="auto", longest=longest, notice=said.append)
+        numbers(model, row)
+        assert ("becomes a row" in said[0]) == kept, said
+
+
+def test_routers_are_asked_for_every_token_of_every_answer():
+    model = test_trl_packing.made("Mixtral", num_local_experts=4)
+    add_fused_lm_head(model)
+    options = {"fused_lm_head": True, "output_router_logits": True}
+    expected = model(**one_batch(), **options).aux_loss
+    layouts.prepare(model)
+    row = layouts.OneRow(model, packed=False, share=True)
+    torch.testing.assert_close(row(**one_batch(), **options).aux_loss, expected)
+
+
+def test_auto_shares_what_is_worth_it():
+    model = made("Llama")
+    layouts.prepare(model)
+    shapes = []
+    model.model.layers[0].register_forward_hook(lambda m, args, out: shapes.append(args[0].shape))
+    row = layouts.OneRow(model, packed=False, share="auto")
+    batch = one_batch()
+    for begin, expected in ((0, (1, 94, 32)), (29, (4, 40, 32))):
+        ids = batch["input_ids"].clone()
+        ids[2:, :begin] = ids[2:, :begin].flip(1)  # what the sides have in common ends at once
+        if begin:
+            ids[2:, 0] = 200 + torch.arange(2)
+        row(**batch | {"input_ids": ids}, fused_lm_head=True)
+        assert shapes[-1] == expected
+
+
+def test_attention_on_a_cpu_is_that_of_its_definition():
+    """Blocks with and without a prefix, windows, shared keys, a scale; values and gradients
+    against products and a mask in float64."""
+    generator = torch.Generator().manual_seed(0)
+    blocks = (Block(0, 7, 0, 0), Block(7, 10, 0, 7), Block(10, 15, 0, 7), Block(15, 18, 15, 15))
+    for window, scale in ((None, None), (4, 0.3)):
+        q, k, v = (
+            torch.randn(1, h, 18, 8, generator=generator, dtype=torch.float64, requires_grad=True)
+            for h in (6, 2, 2)
+        )
+        module = torch.nn.Module()
+        module.num_key_value_groups = 3
+        seen = torch.zeros(18, 18, dtype=torch.bool)
+        for block in blocks:
+            before = list(range(block.before, block.before_stop))
+            for i in range(block.start, block.stop):
+                every = [*before, *range(block.start, i + 1)]
+                seen[i, every[-(window or 99) :]] = True
+        keys, values = (x.repeat_interleave(3, 1) for x in (k, v))
+        products = (q @ keys.mT) * (scale or 8**-0.5)
+        expected = products.masked_fill(~seen, -torch.inf).softmax(-1) @ values
+        outer = torch.randn(expected.shape, generator=generator, dtype=torch.float64)
+        theirs = torch.autograd.grad(expected, (q, k, v), outer)
+        options = {"sliding_window": window, "scaling": scale, attention.BLOCKS: blocks}
+        for dropout in (0.0, 1e-30):  # the second way is PyTorch's, block by block
+            inputs = [x.detach().float().requires_grad_() for x in (q, k, v)]
+            found, _ = attention.block_attention(module, *inputs, None, dropout=dropout, **options)
+            ours = torch.autograd.grad(found, inputs, outer.transpose(1, 2).float())
+            pairs = zip((found.transpose(1, 2), *ours), (expected, *theirs), strict=True)
+            for mine, right in pairs:
+                torch.testing.assert_close(mine.double(), right, rtol=1e-5, atol=1e-5)
+
+
+# -------------------------------------------------------------------------------- what is said
+
+
+def test_the_option_and_its_refusals(models, tmp_path):
+    for given, held in (("auto", "auto"), (True, True), ("false", False), ("True", True)):
+        assert DPOConfig(str(tmp_path), **quiet(share_prompts=given)).share_prompts == held
+    with pytest.raises(ValueError, match=r"share_prompts: unknown 'yes'; .*auto, true, false"):
+        RewardConfig(str(tmp_path), **quiet(share_prompts="yes"))
+    (parsed,) = HfArgumentParser(GRPOConfig).parse_args_into_dataclasses(
+        ["--output_dir", str(tmp_path), "--use_cpu", "--share_prompts", "true"]
+    )
+    assert parsed.share_prompts is True
+    arguments = {"train_dataset": tiny_pairs(4), "processing_class": tiny_tokenizer()}
+    eager = AutoModelForCausalLM.from_pretrained(models["dpo"], attn_implementation="eager")
+    config = DPOConfig(str(tmp_path), **quiet(share_prompts=True))
+    with pytest.raises(ValueError, match=r"share_prompts=False with attn_implementation='eager'"):
+        DPOTrainer(model=eager, args=config, **arguments)
+    config = DPOConfig(str(tmp_path), **quiet(max_steps=1))  # "auto"
+    trainer = DPOTrainer(model=eager, args=config, **arguments)
+    trainer.train()
+    assert eager.config._attn_implementation == "eager"
+
+
+def test_it_is_said_once_what_becomes_of_prompts(models, tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr(one_row.logger, "info", lambda message: said.append(message))
+    steps.run("dpo", models["dpo"], str(tmp_path), max_steps=2)
+    (message,) = said
+    assert "share_prompts='auto': a batch of" in message and "its prompts once" in message
