@@ -84,12 +84,23 @@ def prepare(model: Any) -> None:
         base.set_attn_implementation(ATTENTION)
 
 
+def in_rows(model: Any, longest: int | None = None) -> OneRow | None:
+    """A model to score texts with, by rows without padding in which prompts lie once; None if it
+    does not keep its numbers there."""
+    if sharing_obstacle(model) is not None:
+        return None
+    prepare(model)
+    row = OneRow(model, packed="auto", share="auto", longest=longest)
+    return row if row.keeps_numbers(_asked(model, None)) else None
+
+
 class OneRow:
     """Stands in for a model: takes and gives padded tensors, and runs it on one row of tokens.
 
     Args:
         model: prepared by `prepare`; what wraps it for adapters or several processes may be around.
-        packed: batches without common prompts lie in one row too; else they go padded.
+        packed: batches without common prompts lie in one row too; "auto", if the model keeps its
+            numbers in rows; else they go padded.
         share: "auto", common prompts lie in the row once where that saves enough tokens and the
             model keeps its numbers there; True, wherever two sequences begin alike; False, never.
         longest: the most tokens of a sequence, as far as the model is tried; None is any number.
@@ -107,7 +118,7 @@ class OneRow:
         self,
         model: Any,
         *,
-        packed: bool,
+        packed: bool | str,
         share: bool | str,
         longest: int | None = None,
         notice: Callable[[str], None] = lambda message: None,
@@ -129,23 +140,40 @@ class OneRow:
         if labels is None and kwargs.get("fused_lm_head") is None and not _head_of(self.model):
             # logits that TRL only shows: padded, as it wants them
             return self.model(**given, **kwargs)
-        found = self._layout(input_ids, attention_mask, labels, kwargs)
+        found = self._layout(input_ids, attention_mask, _asked(self.model, labels), kwargs)
         if found is None:
             return self.model(**given, **labelled, **kwargs)
         return self._in_row(found, input_ids, attention_mask, labels, kwargs)
+
+    def predictions(self, input_ids: Tensor, attention_mask: Tensor, wanted: Tensor) -> Tensor:
+        """The logits (N, V) of a language model before the N tokens ``wanted`` (n, L - 1), of
+        which that at place t is token t + 1."""
+        found = self._layout(input_ids, attention_mask, "hidden", {})
+        if found is None:
+            logits = self.model(input_ids=input_ids, attention_mask=attention_mask).logits
+            return logits[:, :-1][wanted]
+        row = self._row(found, input_ids, {})
+        with one_row(), _only(self.base.base_model, found.places[:, :-1][wanted], found):
+            return self.model(**row).logits[0]
+
+    def keeps_numbers(self, asked: str = "hidden") -> bool:
+        """Whether the model gives sequences in a row, prompts shared, what it gives them alone;
+        ``asked``, of what: "hidden" states, TRL's "log_probs" or a classifier's "score" too."""
+        return self._keeps("shared", self.base.device, asked, {}) is None
 
     def _layout(
         self,
         input_ids: Tensor,
         attention_mask: Tensor,
-        labels: Tensor | None,
+        asked: str,
         kwargs: Mapping[str, Any],
     ) -> Layout | None:
         """Where the tokens are to lie; None: padded."""
         unknown = [k for k, v in kwargs.items() if isinstance(v, Tensor) and k not in PER_TOKEN]
         options = {k: v for k, v in kwargs.items() if not isinstance(v, Tensor)}
         # Before anything of the batch is asked: every rank probes at the same call.
-        if self.share and self._keeps("shared", input_ids.device, labels, options) is None:
+        kept = self.share and self._keeps("shared", input_ids.device, asked, options) is None
+        if kept:
             found = layout.shared(input_ids, attention_mask)
             enough = WORTH_SHARING if self.share == "auto" else 0.0
             if not unknown and found.saved > enough:
@@ -154,13 +182,14 @@ class OneRow:
                     f"of {len(found.tokens)}, its prompts once"
                 )
                 return found
-        if not self.packed:
+        if not self.packed or (self.packed == "auto" and not kept):
             return None
-        self._keeps("packed", input_ids.device, labels, options)
+        if not kept:  # rows with prompts once are more than rows without padding
+            self._keeps("packed", input_ids.device, asked, options)
         return layout.packed(input_ids, attention_mask)
 
     def _keeps(
-        self, kind: str, device: torch.device, labels: Tensor | None, options: dict[str, Any]
+        self, kind: str, device: torch.device, asked: str, options: dict[str, Any]
     ) -> str | None:
         """None if the model keeps its numbers in a layout of that kind, else how they change.
 
@@ -169,7 +198,7 @@ class OneRow:
         """
         verdicts = _verdicts.setdefault(self.base, {})
         if kind not in verdicts:
-            verdicts[kind] = self._probe(kind, device, labels is not None, options)
+            verdicts[kind] = self._probe(kind, device, asked, options)
         words = verdicts[kind]
         if words is None:
             return None
@@ -184,6 +213,19 @@ class OneRow:
         option = {"packed": "padding_free", "shared": "share_prompts"}[kind]
         raise ValueError(f"{option}: use {option}=False {changed}")
 
+    def _row(self, found: Layout, input_ids: Tensor, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """What the model is called with for a row."""
+        row: dict[str, Any] = {
+            "input_ids": input_ids.flatten()[found.tokens][None],
+            "position_ids": found.positions[None],
+        }
+        for name, given in kwargs.items():
+            laid = name in PER_TOKEN and given is not None
+            row[name] = given.flatten()[found.tokens][None] if laid else given
+        if "flash" in self.base.config._attn_implementation:
+            return row | _flash_arguments(found.blocks, input_ids.device)
+        return row | {BLOCKS: found.blocks}
+
     def _in_row(
         self,
         found: Layout,
@@ -192,18 +234,9 @@ class OneRow:
         labels: Tensor | None,
         kwargs: Mapping[str, Any],
     ) -> Any:
-        row: dict[str, Any] = {
-            "input_ids": input_ids.flatten()[found.tokens][None],
-            "position_ids": found.positions[None],
-        }
-        row |= {k: kwargs[k].flatten()[found.tokens][None] for k in PER_TOKEN if k in kwargs}
-        if "flash" in self.base.config._attn_implementation:
-            row |= _flash_arguments(found.blocks, input_ids.device)
-        else:
-            row[BLOCKS] = found.blocks
-        kwargs = {k: v for k, v in kwargs.items() if k not in PER_TOKEN}
+        row = self._row(found, input_ids, kwargs)
         if labels is None:
-            return self._scores(found, row, input_ids, kwargs)
+            return self._scores(found, row, input_ids)
         # A token is predicted where the one before it lies, in its own sequence.
         wanted = (labels[:, 1:] != -100) & attention_mask[:, 1:].bool()
         wanted &= attention_mask[:, :-1].bool()
@@ -212,7 +245,7 @@ class OneRow:
         if not len(asked):  # the outputs stay connected to the model
             predicting, asked = predicting.new_zeros(1), asked.new_full((1,), -100)
         with one_row(), _only(self.base.base_model, predicting, found):
-            outputs = self.model(**row, shift_labels=asked[None], **kwargs)
+            outputs = self.model(**row, shift_labels=asked[None])
         for name in TOKEN_OUTPUTS:
             given = getattr(outputs, name, None)
             if given is not None:
@@ -220,34 +253,33 @@ class OneRow:
                 setattr(outputs, name, laid)
         return outputs
 
-    def _scores(
-        self, found: Layout, row: dict[str, Any], input_ids: Tensor, kwargs: Mapping[str, Any]
-    ) -> Any:
+    def _scores(self, found: Layout, row: dict[str, Any], input_ids: Tensor) -> Any:
         """A reward model's outputs, with the scores that it would read in the padded batch."""
         with one_row(), _listening(_head_of(self.model)) as heard:
-            outputs = self.model(**row, **kwargs)
+            outputs = self.model(**row)
         pad = reward_inputs.pad_token_id(self.model)
         read = reward_inputs.score_positions(input_ids, pad).unsqueeze(1)
         outputs.logits = heard[-1][0][found.places.gather(1, read).squeeze(1)]
         return outputs
 
     def _probe(
-        self, kind: str, device: torch.device, labelled: bool, options: dict[str, Any]
+        self, kind: str, device: torch.device, asked: str, options: dict[str, Any]
     ) -> str | None:
-        """How a layout of that kind changes the model's numbers, in words; None if it does not.
-        ``labelled`` if these are those of tokens, not scores."""
+        """How a layout of that kind changes the model's numbers, in words; None if it does not."""
 
         def numbers(outputs: Any, hidden: list[Tensor]) -> list[Numbers]:
-            found = outputs.log_probs if labelled else outputs.logits
+            if asked == "hidden":
+                return [Numbers(h.float(), h.float()) for h in hidden]
+            found = outputs.log_probs if asked == "log_probs" else outputs.logits
             parts = (
-                part[: len(h) - 1, None] if labelled else part.reshape(1, -1)
+                part[: len(h) - 1, None] if asked == "log_probs" else part.reshape(1, -1)
                 for part, h in zip(found, hidden, strict=True)
             )
             return [Numbers(p.float(), h.float()) for p, h in zip(parts, hidden, strict=True)]
 
         def alone(ids: Tensor) -> tuple[list[Numbers], float]:
             ids = ids.to(device)
-            labels = {"labels": ids} if labelled else {}
+            labels = {"labels": ids} if asked == "log_probs" else {}
             with _as_loaded(self.base), probe.listening(self.base.base_model) as heard:
                 outputs = self.model(
                     input_ids=ids, attention_mask=torch.ones_like(ids), **labels, **options
@@ -258,9 +290,13 @@ class OneRow:
             pad = reward_inputs.pad_token_id(self.base) or 0
             batch = reward_inputs.padded(sequences, pad, device)
             found = getattr(layout, kind)(**batch)
-            labels = batch["input_ids"] if labelled else None
             with probe.listening(self.base.base_model) as heard:
-                outputs = self._in_row(found, **batch, labels=labels, kwargs=options)
+                if asked == "hidden":
+                    with one_row():
+                        outputs = self.model(**self._row(found, batch["input_ids"], options))
+                else:
+                    labels = batch["input_ids"] if asked == "log_probs" else None
+                    outputs = self._in_row(found, **batch, labels=labels, kwargs=options)
             hidden = heard[-1].hidden[0]
             return numbers(
                 outputs,
@@ -271,6 +307,10 @@ class OneRow:
             return probe.difference(
                 self.base.config, alone, together, self.longest, common=kind == "shared"
             )
+
+
+def _asked(model: Any, labels: Tensor | None) -> str:
+    return "log_probs" if labels is not None else "score" if _head_of(model) else "hidden"
 
 
 @contextlib.contextmanager

@@ -1,7 +1,9 @@
 """What can score preference pairs: reward models, and policies by their implicit reward.
 
-Every different text is read once, in batches of like length. Texts are tokenised as TRL's trainers
-of that kind of model do, so a score here is the one that training saw.
+Every different text is read once, in rows of tokens in which texts with a common prompt share it,
+or, where a model does not keep its numbers in such rows, in padded batches of like length. Texts
+are tokenised as TRL's trainers of that kind of model do, so a score here is the one that training
+saw.
 """
 
 from __future__ import annotations
@@ -17,7 +19,8 @@ import torch
 
 import drrlhf as dr
 from drrlhf import models, reward_inputs
-from drrlhf.batching import by_length
+from drrlhf.batching import by_beginning, by_length
+from drrlhf.layouts.model import OneRow, in_rows
 from drrlhf.stress.counterfactual import Row
 from drrlhf.stress.curves import Array
 
@@ -43,6 +46,7 @@ class Scorer:
         self.tokenizer: Any = AutoTokenizer.from_pretrained(directory)
         self.model = self._loaded(directory, dtype)
         self.max_length, self.cut = max_length, 0
+        self.rows = in_rows(self.model, max_length)
 
     def margins(self, rows: Sequence[Row], on_progress: Callable[[int], None]) -> Array:
         """chosen minus rejected reward (n,), float64."""
@@ -50,7 +54,13 @@ class Scorer:
         index = {text: number for number, text in enumerate(dict.fromkeys(texts))}
         different, rewards = list(index), np.empty(len(index))
         times = np.bincount([index[text] for text in texts])
-        for batch in by_length([len(text.ids) for text in different], self.batch_tokens):
+        ids = [text.ids for text in different]
+        batches = (
+            by_length([len(one) for one in ids], self.batch_tokens)
+            if self.rows is None
+            else by_beginning(ids, self.batch_tokens)
+        )
+        for batch in batches:
             rewards[batch] = self._score([different[i] for i in batch])
             on_progress(int(times[batch].sum()))
         of_text = rewards[[index[text] for text in texts]]
@@ -114,7 +124,8 @@ class RewardModel(Scorer):
 
     def _score(self, batch: Sequence[Text]) -> Array:
         ids = [text.ids for text in batch]
-        return reward_inputs.scores(self.model, ids, self.device).double().cpu().numpy()
+        model = self.rows or self.model
+        return reward_inputs.scores(model, ids, self.device).double().cpu().numpy()
 
 
 class Policy(Scorer):
@@ -155,6 +166,9 @@ class Policy(Scorer):
             raise ValueError(f"beta must be > 0, got {beta!r}")
         super().__init__(directory, max_length, device, dtype)
         self.reference = None if reference is None else self._loaded(reference, dtype)
+        self.reference_rows = (
+            self.rows if self.reference is None else in_rows(self.reference, max_length)
+        )
         self.began_with_adapters = reference is None and models.has_reference(directory)
         if self.began_with_adapters:
             self.model.load_adapter(str(Path(directory) / models.REFERENCE), models.REFERENCE)
@@ -186,15 +200,20 @@ class Policy(Scorer):
         starts = torch.tensor([text.start for text in batch], device=self.device)
         places = torch.arange(1, padded["input_ids"].shape[1], device=self.device)
         wanted = (places >= starts[:, None]) & padded["attention_mask"][:, 1:].bool()
-        labels = padded["input_ids"][:, 1:].masked_fill(~wanted, -100)
+        labels = padded["input_ids"][:, 1:][wanted]
 
-        def logps(model: Any) -> torch.Tensor:
-            logits = model(**padded).logits[:, :-1]
-            return dr.token_logprobs(logits[wanted], labels[wanted]).double()
+        def logps(model: Any, rows: OneRow | None) -> torch.Tensor:
+            logits = (
+                model(**padded).logits[:, :-1][wanted]
+                if rows is None
+                else rows.predictions(**padded, wanted=wanted)
+            )
+            return dr.token_logprobs(logits, labels).double()
 
-        after = logps(self.model)
+        after = logps(self.model, self.rows)
         with self._as_it_began():
-            before = logps(self.model if self.reference is None else self.reference)
+            reference = self.model if self.reference is None else self.reference
+            before = logps(reference, self.reference_rows)
         rewards = torch.zeros(len(batch), dtype=torch.float64, device=self.device)
         rows = torch.arange(len(batch), device=self.device)[:, None].expand_as(wanted)[wanted]
         rewards.index_add_(0, rows, self.beta * (after - before))
