@@ -16,14 +16,23 @@ accuracy: errors beside those of PyTorch. Only where the arithmetic is the real 
 usual: what a function makes of an op whatever backend serves it (torch.func, compositions), or what
     rows of the table say too. In the usual run, for every backend that it has.
 
-DRRLHF_ALL=1 runs all of them in whatever mode it is.
+Two more marks keep a run short that is made before every change:
+
+thorough: a case, mostly of a `pytest.param`, that proves on other numbers or another chip what a
+    case beside it proves.
+pairwise: of the product of a test's parameters as many cases as it takes for any two values of
+    two parameters to meet (tests/cases).
+
+DRRLHF_ALL=1 runs every layer and every case in whatever mode it is.
 """
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 import sys
+from collections import defaultdict
 
 import pytest
 import torch
@@ -34,6 +43,7 @@ if extension := os.environ.get("DRRLHF_EXTENSION"):
     spec.loader.exec_module(sys.modules["drrlhf._C"])
 
 from drrlhf import backends, ops
+from tests.cases import cover
 
 MODES = ("DRRLHF_FILL", "TRITON_INTERPRET", "DRRLHF_EMULATED")
 USUAL = not any(os.environ.get(mode, "0") != "0" for mode in MODES)
@@ -71,11 +81,24 @@ def _left_out(item):
     """Whether another backend, or another mode, has proved what this test proves."""
     if ALL:
         return False
-    if item.get_closest_marker("mathematics"):
+    marks = {mark.name for mark in item.iter_markers()}
+    if "thorough" in marks:
+        return True
+    if "mathematics" in marks:
         parameters = item.callspec.params if hasattr(item, "callspec") else {}
         return not USUAL or parameters.get("backend", "reference") != "reference"
-    marks = {mark.name for mark in item.iter_markers()}
     return not USUAL and bool(marks & {"accuracy", "usual"})
+
+
+def _beyond_pairs(items):
+    """Of the tests marked pairwise the cases in which no two values meet for the first time."""
+    products = defaultdict(list)
+    for item in items:
+        if not ALL and item.get_closest_marker("pairwise"):
+            products[item.nodeid.partition("[")[0]].append(item)
+    for product in products.values():
+        kept = {*cover([tuple(item.callspec.indices.values()) for item in product])}
+        yield from (item for k, item in enumerate(product) if k not in kept)
 
 
 # Fixtures of a module that take seconds: a second worker would make them again.
@@ -83,8 +106,7 @@ SHARED = {
     "quick",
     "place",
     "folder",
-    "two_ranks",
-    "found",
+    "on_torchrun",
     "outcome",
     "finished",
     "material",
@@ -97,7 +119,7 @@ SHARED = {
 def pytest_itemcollected(item):
     """Sends the tests of a module that share one of SHARED to one worker; xdist reads the groups
     before other plugins may change the list."""
-    if SHARED & set(getattr(item, "fixturenames", ())):
+    if not item.get_closest_marker("xdist_group") and SHARED & set(getattr(item, "fixturenames", ())):
         item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
 
 
@@ -110,8 +132,16 @@ def pytest_collection_modifyitems(config, items):
         for item in items
         if (item.get_closest_marker("cuda_build") and not built) or _left_out(item)
     }
+    dropped |= {*_beyond_pairs([item for item in items if item not in dropped])}
     config.hook.pytest_deselected(items=list(dropped))
     items[:] = [item for item in items if item not in dropped]
+
+
+def pytest_collection_finish():
+    """What is there once all modules are imported stays: every trainer that ends, and every compiled
+    step, walks all objects for garbage, half a second each time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

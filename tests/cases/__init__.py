@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -48,15 +48,23 @@ def pairwise(**options: list) -> Iterator[dict[str, Any]]:
     has as many new pairs as any. The first has the first value of every option."""
     names = list(options)
     every = list(itertools.product(*(range(len(options[n])) for n in names)))
-    pairs = lambda row: {  # noqa: E731
-        (i, row[i], j, row[j]) for i, j in itertools.combinations(range(len(row)), 2)
-    }
-    missing = set().union(*map(pairs, every))
-    row = every[0]
+    for k in cover(every):
+        yield {n: options[n][i] for n, i in zip(names, every[k])}
+
+
+def cover(rows: Sequence[tuple[int, ...]]) -> Iterator[int]:
+    """Places of few rows in which any two columns have every pair of values that they have in all
+    of them; the first one is 0."""
+    if len(rows[0]) < 2:
+        yield from range(len(rows))
+        return
+    pairs = [{(i, r[i], j, r[j]) for i, j in itertools.combinations(range(len(r)), 2)} for r in rows]
+    missing = set().union(*pairs)
+    k = 0
     while missing:
-        missing -= pairs(row)
-        yield {n: options[n][k] for n, k in zip(names, row)}
-        row = max(every, key=lambda row: len(missing & pairs(row)))
+        missing -= pairs[k]
+        yield k
+        k = max(range(len(rows)), key=lambda k: len(missing & pairs[k]))
 
 
 def said(values: dict[str, Any]) -> str:

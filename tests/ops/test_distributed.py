@@ -14,6 +14,8 @@ from torch import nn
 
 import drrlhf as dr
 
+pytestmark = pytest.mark.xdist_group("ranks")  # forked from one server
+
 SETS = [
     "erm",
     "tv:0.3",

@@ -22,7 +22,14 @@ interpreted_only = pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTE
 
 # Every variant takes a second to compile: of one architecture all go to one worker.
 ARCHITECTURES = [
-    pytest.param(arch, marks=pytest.mark.xdist_group(f"compiled {arch}")) for arch in (80, 90, 100)
+    pytest.param(
+        arch,
+        marks=[
+            pytest.mark.xdist_group(f"compiled {arch}"),
+            *([] if arch == 90 else [pytest.mark.thorough]),
+        ],
+    )
+    for arch in (80, 90, 100)
 ]
 
 
@@ -60,11 +67,8 @@ def test_shared_memory_fits_the_chip(compiled):
     assert {b.variant.name: b.shared for b in builds if b.shared > room} == {}
 
 
-def test_products_use_matrix_instructions(compiled):
-    arch, builds = compiled
+def assert_products_are_pipelined(arch, products):
     wanted = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}[arch]
-    products = [b for b in builds if b.variant.blocks is not None]
-    assert len(products) >= 12
     assert [b.variant.name for b in products if wanted not in b.ptx] == []
     # And their operands come asynchronously, several steps ahead: by TMA, or in copies of 16 bytes.
     copy = "cp.async.cg.shared" if arch == 80 else "cp.async.bulk.tensor"
@@ -74,6 +78,27 @@ def test_products_use_matrix_instructions(compiled):
         columns = 128 if arch == 80 or b.variant.small else 256
         rows = 64 if arch == 100 and b.variant.small else 128
         assert b.shared > 64 * 2 * (rows + columns), b.variant.name
+
+
+def test_products_use_matrix_instructions(compiled):
+    arch, builds = compiled
+    products = [b for b in builds if b.variant.blocks is not None]
+    assert len(products) >= 12
+    assert_products_are_pipelined(arch, products)
+
+
+@compiled_only
+@pytest.mark.parametrize("arch", [80, 100])
+def test_a_product_on_the_other_chips(arch):
+    """Each has instructions of its own; the rest of its variants are compiled in the thorough run."""
+    from tools import ahead_of_time
+
+    names = ("linear_token_logprobs, fold (bf16)", "linear_token_logprobs, gradient of weight (bf16)")
+    chosen = [v for v in ahead_of_time.variants() if v.name in names]
+    assert len(chosen) == len(names)
+    builds = [ahead_of_time.build(v, arch) for v in chosen]
+    assert_products_are_pipelined(arch, builds)
+    assert spilling({b.variant.name: b.spills for b in builds}) == {}
 
 
 def test_bandwidth_bound_kernels_load_16_bytes(compiled):
@@ -240,6 +265,7 @@ def test_an_old_gpu_is_told_which_backend_would_serve(monkeypatch):
 # --------------------------------------------------------------------------- blocks of products
 
 
+@pytest.mark.pairwise
 @interpreted_only
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("width", [16, 33])

@@ -114,6 +114,7 @@ CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 
 
 @pytest.mark.usual
+@pytest.mark.pairwise
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("loss_type", PAIR_LOSSES)
 def test_equals_its_parts_for_every_loss_type(backend, loss_type, packed):
@@ -128,6 +129,7 @@ def test_equals_its_parts_for_every_loss_type(backend, loss_type, packed):
 
 
 @pytest.mark.usual
+@pytest.mark.pairwise
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("ambiguity", AMBIGUITIES)
 @pytest.mark.parametrize("uneven", [False, True])
@@ -201,6 +203,7 @@ def test_packed_equals_padded(backend, packed):
 
 
 @pytest.mark.usual
+@pytest.mark.pairwise
 @pytest.mark.parametrize("own_head", [False, True])
 @pytest.mark.parametrize("packed", [False, True])
 def test_reference_from_hidden_states(backend, own_head, packed):

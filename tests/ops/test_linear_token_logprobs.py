@@ -17,6 +17,7 @@ from three_ways import (
     assert_differentiable_once,
     assert_no_worse,
     assert_refused,
+    in_turn,
     plain,
     plain_logits,
     plain_outputs,
@@ -143,8 +144,7 @@ def hold(cases, kernels, entropy=False, **options):
 
 
 @pytest.mark.accuracy
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape, dtype", in_turn(SHAPES, DTYPES))
 def test_no_less_accurate_than_plain_pytorch(backend, dtype, shape):
     """Several problems of one shape, for a ratio that means something; passes of 16 tokens and of
     as many as fit."""
@@ -161,6 +161,7 @@ def test_no_less_accurate_than_plain_pytorch(backend, dtype, shape):
 
 
 @pytest.mark.accuracy
+@pytest.mark.pairwise
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("options", OPTIONS)
 def test_options_and_entropy(backend, dtype, options):
@@ -171,6 +172,7 @@ def test_options_and_entropy(backend, dtype, options):
 
 
 @pytest.mark.accuracy
+@pytest.mark.pairwise
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", [0.1, 10.0])
 def test_flat_and_confident(backend, dtype, size):
@@ -185,6 +187,7 @@ def test_flat_and_confident(backend, dtype, size):
 
 
 @pytest.mark.usual
+@pytest.mark.pairwise
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("keep", KEEPS)
 @pytest.mark.parametrize("bias", [True, False])
@@ -208,13 +211,17 @@ def test_only_the_gradients_that_are_needed(backend, dtype, keep, bias):
 
 
 @pytest.mark.usual
-@pytest.mark.parametrize("needs", [("hidden",), ("weight",), ("bias",), NAMES])
+@pytest.mark.pairwise
 @pytest.mark.parametrize("budget", [None, 0, 60_000, 10 * MIB, 60 * MIB])
-@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(
+    "needs, bias",
+    [
+        *((needs, True) for needs in (("hidden",), ("weight",), ("bias",), NAMES)),
+        *((needs, False) for needs in (("hidden",), ("weight",), NAMES)),  # no bias, no gradient
+    ],
+)
 def test_memory_budget_changes_no_number(backend, needs, budget, bias):
     *inputs, labels, upstream = problem(77, 16, 193)
-    if needs == ("bias",) and not bias:
-        pytest.skip("no bias, no gradient")
     found = []
     for memory_budget in (10**12, budget):
         x = {k: t.clone().requires_grad_(k in needs) for k, t in zip(NAMES, inputs)}
@@ -286,6 +293,7 @@ def test_what_triton_keeps_at_real_sizes(monkeypatch, tokens, needs, budget, kee
 
 
 @pytest.mark.mathematics
+@pytest.mark.pairwise
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("keep", KEEPS)
 @pytest.mark.parametrize("active", [0, 1, 2, 16, 63, 77])
@@ -313,6 +321,7 @@ def test_tokens_without_upstream_gradient_take_no_part(backend, dtype, keep, act
 
 
 @pytest.mark.usual
+@pytest.mark.pairwise
 @pytest.mark.parametrize("keep", KEEPS)
 @pytest.mark.parametrize("width", [8, 24, 100])
 @pytest.mark.parametrize("active", [13, 34, 58, 77])
@@ -333,6 +342,7 @@ def test_memory_behind_the_tokens_is_never_read(backend, fresh_memory_is_nan, ke
 
 
 @pytest.mark.mathematics
+@pytest.mark.pairwise
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("keep", KEEPS)
 @pytest.mark.parametrize("tokens", [1, 5, 16, 17])
@@ -441,6 +451,7 @@ def test_nan_in_one_token_stays_there(backend):
 
 
 @pytest.mark.accuracy
+@pytest.mark.pairwise
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("vocabulary", [2, 63, 200, 1100])
 @pytest.mark.parametrize("level", [0.0, 1.0, 30.0])
@@ -466,6 +477,7 @@ def test_optional_outputs(backend, dtype, vocabulary, level):
 
 
 @pytest.mark.usual
+@pytest.mark.pairwise
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("of_hidden", ["dense", *LAYOUTS])
 @pytest.mark.parametrize("of_weight", ["dense", *LAYOUTS])
@@ -621,6 +633,7 @@ def test_a_backward_may_follow_another_backends_forward(dtype, entropy):
 
 
 @pytest.mark.accuracy
+@pytest.mark.pairwise
 @needs_cpp
 @pytest.mark.parametrize("keep", KEEPS)
 @pytest.mark.parametrize("threads, workspace", [(1, 48 * MIB), (8, MIB // 4)])

@@ -87,6 +87,7 @@ OPTIONS = {"max_completion_length": 11, "clip_low": 0.1, "clip_high": 0.28}
 
 
 @pytest.mark.mathematics
+@pytest.mark.pairwise
 @pytest.mark.parametrize("correct_kl", [True, False])
 @pytest.mark.parametrize("kl_beta", [0.0, 0.05])
 @pytest.mark.parametrize("level", IMPORTANCE_LEVELS)
@@ -177,6 +178,7 @@ def test_worse_prompts_weigh_more():
 
 
 @pytest.mark.mathematics
+@pytest.mark.pairwise
 @pytest.mark.parametrize("loss_type", POLICY_LOSS_TYPES)
 @pytest.mark.parametrize("level", IMPORTANCE_LEVELS)
 @pytest.mark.parametrize("ambiguity", ["erm", "tv:0.3"])

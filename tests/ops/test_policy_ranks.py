@@ -9,6 +9,8 @@ from ranks import in_turn, on_ranks
 
 import drrlhf as dr
 
+pytestmark = pytest.mark.xdist_group("ranks")  # forked from one server
+
 EXACT = {"rtol": 1e-10, "atol": 1e-12}
 SETS = ["erm", "tv:0.3", "cvar:0.4", "kl:0.2", "group:2,step_size=0.5"]
 COUNTS = ((2, 3, 1), (4, 2), ())  # completions of each rank's prompts

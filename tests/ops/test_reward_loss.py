@@ -24,6 +24,7 @@ def definition(chosen, rejected, margin=0.0, center=0.0):
 
 
 @pytest.mark.mathematics
+@pytest.mark.pairwise
 @pytest.mark.parametrize("margin", [False, True])
 @pytest.mark.parametrize("center", [0.0, 0.3])
 @pytest.mark.parametrize("ambiguity", ["erm", "tv:0.2", "cvar:0.3", "kl:0.4", "chi2:penalty=0.5"])

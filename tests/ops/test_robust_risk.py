@@ -424,6 +424,7 @@ def test_nothing_unmasked_gives_zero_connected(backend, text, n):
     assert torch.equal(state.weights, dr.GroupState(2).weights)
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("text", [*SETS, "group:2"])
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_a_non_finite_loss_is_seen(backend, text, bad):

@@ -35,6 +35,7 @@ def problem(dtype=torch.float32):
 
 
 @pytest.mark.mathematics
+@pytest.mark.pairwise
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_packed_equals_padded(backend, reduction, dtype):
@@ -49,6 +50,7 @@ def test_packed_equals_padded(backend, reduction, dtype):
 
 
 @pytest.mark.mathematics
+@pytest.mark.pairwise
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
 @pytest.mark.parametrize("packed", [False, True])
 def test_gradients_reach_counted_tokens_alone(backend, reduction, packed):
@@ -210,6 +212,7 @@ def test_the_kernels_check_shapes_themselves():
             kernels.sequence_logprobs_backward(grad, Y, cu, -100, False)
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("mean", [False, True])
 def test_opcheck(backend, packed, mean):

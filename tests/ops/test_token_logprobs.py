@@ -17,6 +17,7 @@ from three_ways import (
     assert_differentiable_once,
     assert_no_worse,
     assert_refused,
+    in_turn,
     plain,
     plain_outputs,
 )
@@ -90,13 +91,14 @@ def hold(logits, labels, upstream, what="", **options):
 
 @pytest.mark.accuracy
 @pytest.mark.parametrize(
-    ("backend", "vocabulary"), some_for_the_reference(SIZES), indirect=["backend"]
+    ("on", "dtype"),
+    in_turn(some_for_the_reference(SIZES), [torch.float32, torch.bfloat16, torch.float16]),
 )
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_no_less_accurate_than_plain_pytorch(backend, dtype, vocabulary):
-    rows = rows_for(vocabulary)
-    for options in OPTIONS:
-        hold(*problem(rows, vocabulary, dtype), str(options), **options)
+def test_no_less_accurate_than_plain_pytorch(on, dtype):
+    backend, vocabulary = on
+    with backends.use(backend):
+        for options in OPTIONS:
+            hold(*problem(rows_for(vocabulary), vocabulary, dtype), str(options), **options)
 
 
 @pytest.mark.accuracy
@@ -306,6 +308,7 @@ def test_a_row_without_upstream_gradient_gets_none_even_when_nan(backend):
 
 
 @pytest.mark.accuracy
+@pytest.mark.pairwise
 @pytest.mark.parametrize("offset", [0.0, 30.0, 9e3])
 @pytest.mark.parametrize("size", [0.1, 4.0, 16.0])
 @pytest.mark.parametrize(
@@ -401,6 +404,7 @@ def test_gradcheck_of_the_reference(options):
 
 
 @pytest.mark.usual
+@pytest.mark.pairwise
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts_of_logits(backend, layout, dtype):
@@ -486,6 +490,7 @@ def test_logits_changed_after_the_forward_are_noticed(backend):
 
 
 @pytest.mark.usual
+@pytest.mark.pairwise
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("layout", [None, *LAYOUTS])
 @pytest.mark.parametrize("entropy", [False, True])

@@ -82,6 +82,7 @@ def test_sequences_without_tokens_have_length_0(backend, loss_type):
     assert (hidden.grad == 0).all() and (weight.grad == 0).all()
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("sequences", [0, 4])
 def test_no_tokens(backend, packed, sequences):
@@ -106,6 +107,7 @@ def test_no_tokens(backend, packed, sequences):
     assert (weight.grad == 0).all() and hidden.grad.shape == hidden.shape
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("shape", [(0,), (0, 3), (3, 0)])
 @pytest.mark.parametrize("outputs", [(), ("entropy", "is_top1")])
 def test_no_rows_of_logits(backend, shape, outputs):
@@ -127,6 +129,7 @@ def test_no_rows_of_logits(backend, shape, outputs):
         hold_nothing(logps.sum(), *leaves)
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("tokens", [0, 3])
 @pytest.mark.parametrize("size", [(0, 16), (7, 0), (0, 0)])
 def test_a_head_of_no_entries_or_no_width_is_refused(backend, size, tokens):
@@ -171,6 +174,7 @@ def test_kernels_refuse_a_head_of_no_entries(keep):
             )
 
 
+@pytest.mark.pairwise
 @pytest.mark.skipif("cuda" in BACKENDS, reason="the backend has no such kernel")
 @pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dr_grpo", "dapo"])
 @pytest.mark.parametrize("packed", [False, True])
@@ -191,6 +195,7 @@ def test_no_completions(backend, loss_type, packed):
     hold_nothing(out.loss, logps)
 
 
+@pytest.mark.pairwise
 @pytest.mark.skipif("cuda" in BACKENDS, reason="the backend has no such kernel")
 @pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dr_grpo", "dapo"])
 @pytest.mark.parametrize("packed", [False, True])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import os
+import sys
 import tempfile
 import time
 import traceback
@@ -57,7 +58,9 @@ def on_ranks(
     An exception comes back as (type, message, traceback), and None means that the rank died.
     ``function`` must be importable; ``timeout`` is the process group's, in seconds.
     """
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    # Imported once, by the server that all ranks are forked from; ranks of the ops do without trl.
+    context.set_forkserver_preload(["torch", "drrlhf", *({"drrlhf.trl"} & {*sys.modules})])
     with tempfile.TemporaryDirectory() as folder:
         processes = [
             context.Process(target=_work, args=(rank, world, folder, timeout, function, arguments))

@@ -44,6 +44,16 @@ LAYOUTS = {
 }
 
 
+def in_turn(many: list[Any], few: list[Any]) -> list[Any]:
+    """The product of two parameters; each of many with one of few, in turn, and with the rest of
+    them where the run is a thorough one (tests/conftest.py)."""
+    return [
+        pytest.param(x, y, marks=() if k % len(few) == i else pytest.mark.thorough)
+        for k, x in enumerate(many)
+        for i, y in enumerate(few)
+    ]
+
+
 def transformed(logits, temperature=1.0, softcap=None):
     z = logits if softcap is None else softcap * torch.tanh(logits / softcap)
     return z if temperature == 1.0 else z / temperature

@@ -20,7 +20,6 @@ from trl_fixtures import quiet, tiny_llama_dir, tiny_pairs, tiny_reward_dir  # i
 import steps
 import torch
 import trl
-from test_trl_step import launched
 from transformers import AutoTokenizer
 from trl.trainer.utils import RepeatSampler
 
@@ -208,44 +207,3 @@ def test_killed_runs(request):
     command = [sys.executable, *map(str, run)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-
-
-# ---- another number of processes ---------------------------------------------------------------
-
-
-def test_another_number_of_processes_is_refused_or_the_same(models, tmp_path):
-    """From one to two and from two to one, with 8 pairs a step in both: a run with a set is refused
-    (its generators, and the last digits of its sums, are those of its processes); plain training
-    goes on as TRL's does, over the same pairs in the same order."""
-    data = tiny_pairs(16, group=[0, 1, 2, 1] * 4)
-    runs = {
-        "group": {"method": "reward", "ambiguity": "group:3", "data": data},
-        "weights": {"method": "dpo", "ambiguity": "erm", "data": tiny_pairs(16, weight=[1, 2] * 8)},
-        "grpo": {"method": "grpo", "ambiguity": "tv:0.3", "data": data},
-        "plain": {"method": "dpo", "ambiguity": "erm", "data": tiny_pairs(16)},
-    }
-    for name, run in runs.items():
-        run |= {"model": models[run["method"]], "max_steps": 2, **SAVED}
-        run |= {"per_device_train_batch_size": 8, "folder": str(tmp_path / f"{name}-one")}
-    whole = {name: steps.run(**run) for name, run in runs.items()}
-
-    two = [run | {"per_device_train_batch_size": 4} for run in runs.values()]
-    first = [run | {"folder": run["folder"].replace("-one", "-two")} for run in two]
-    resumed = [run | {"resume_from_checkpoint": f"{run['folder']}/checkpoint-1"} for run in two]
-    resumed = [run | {"folder": str(tmp_path / "resumed")} for run in resumed]
-    for found in launched("torchrun", tmp_path, runs=first + resumed):
-        for name, done in zip(runs, found[len(runs) :]):
-            _refused_or_same(name, done, whole, "saved with processes: 1, resumed with 2")
-    for name, run in runs.items():
-        checkpoint = str(tmp_path / f"{name}-two" / "checkpoint-1")
-        done = steps.outcome(
-            **run | {"folder": str(tmp_path / "back"), "resume_from_checkpoint": checkpoint}
-        )
-        _refused_or_same(name, done, whole, "saved with processes: 2, resumed with 1")
-
-
-def _refused_or_same(name, done, whole, words):
-    if name == "plain":  # SGD: float32 rounding of one gradient, times the learning rate
-        torch.testing.assert_close(done["parameters"], whole[name]["parameters"], rtol=0, atol=1e-7)
-    else:
-        assert words in done, done

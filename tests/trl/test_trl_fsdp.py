@@ -20,6 +20,8 @@ from ranks import on_ranks
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+pytestmark = pytest.mark.xdist_group("ranks")  # forked from one server
+
 PARTS = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
 WHOLE = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}
 LORA = {"r": 4, "target_modules": "all-linear", "init_lora_weights": False}

@@ -13,7 +13,7 @@ from trl_fixtures import tiny_llama_dir, tiny_mixtral_dir, tiny_pairs  # isort: 
 import steps
 import torch
 from safetensors.torch import load_file
-from test_trl_step import PARTS, WHOLE, launched
+from test_trl_step import PARTS, WHOLE
 
 import drrlhf as dr
 from drrlhf.trl import grpo
@@ -316,32 +316,3 @@ def test_an_infinite_reward_is_named_and_nothing_is_updated(model, tmp_path):
     with pytest.raises(ValueError, match=r"rewards: expected finite numbers, got {'reward': inf}"):
         trainer.train()
     assert torch.equal(trainer.group_state.weights, before)
-
-
-# --------------------------------------------------------------------------------------- launchers
-
-
-def test_two_ranks_equal_one_process(model, tmp_path):
-    """Of two sets in one start of the processes."""
-    runs, wholes = [], []
-    for ambiguity, accumulation in (("cvar:0.5", 1), ("group:2,step_size=0.5", 2)):
-        arguments = {
-            "method": "grpo",
-            "model": model,
-            "folder": str(tmp_path / f"out-{len(runs)}"),
-            "data": tiny_pairs(8, group=[0, 1] * 4),
-            "max_steps": 2,
-            "beta": 0.1,
-            "ambiguity": ambiguity,
-        }
-        size = 4 // accumulation
-        cut = {"per_device_train_batch_size": size, "gradient_accumulation_steps": accumulation}
-        runs.append(arguments | cut)
-        wholes.append(steps.run(**arguments, **WHOLE))
-    found = launched("torchrun", tmp_path, runs=runs)
-    for i, whole in enumerate(wholes):
-        for rank in range(2):
-            ours = found[rank][i]["gradients"]
-            for mine, expected in zip(ours, whole["gradients"], strict=True):
-                torch.testing.assert_close(mine, expected, rtol=0, atol=1e-5)
-        assert robust(found[0][i]["logs"][-1]) == pytest.approx(robust(whole["logs"][-1]), rel=1e-4)
