@@ -119,7 +119,8 @@ SHARED = {
 def pytest_itemcollected(item):
     """Sends the tests of a module that share one of SHARED to one worker; xdist reads the groups
     before other plugins may change the list."""
-    if not item.get_closest_marker("xdist_group") and SHARED & set(getattr(item, "fixturenames", ())):
+    sent = item.get_closest_marker("xdist_group")
+    if not sent and SHARED & set(getattr(item, "fixturenames", ())):
         item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
 
 
@@ -138,8 +139,8 @@ def pytest_collection_modifyitems(config, items):
 
 
 def pytest_collection_finish():
-    """What is there once all modules are imported stays: every trainer that ends, and every compiled
-    step, walks all objects for garbage, half a second each time."""
+    """What is there once all modules are imported stays: every trainer that ends walks all objects
+    for garbage, a quarter of a second each time."""
     gc.collect()
     gc.freeze()
 

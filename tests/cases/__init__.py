@@ -58,7 +58,8 @@ def cover(rows: Sequence[tuple[int, ...]]) -> Iterator[int]:
     if len(rows[0]) < 2:
         yield from range(len(rows))
         return
-    pairs = [{(i, r[i], j, r[j]) for i, j in itertools.combinations(range(len(r)), 2)} for r in rows]
+    columns = [*itertools.combinations(range(len(rows[0])), 2)]
+    pairs = [{(i, row[i], j, row[j]) for i, j in columns} for row in rows]
     missing = set().union(*pairs)
     k = 0
     while missing:

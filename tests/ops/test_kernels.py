@@ -90,10 +90,10 @@ def test_products_use_matrix_instructions(compiled):
 @compiled_only
 @pytest.mark.parametrize("arch", [80, 100])
 def test_a_product_on_the_other_chips(arch):
-    """Each has instructions of its own; the rest of its variants are compiled in the thorough run."""
+    """Each has instructions of its own; what else it runs is compiled in the thorough run."""
     from tools import ahead_of_time
 
-    names = ("linear_token_logprobs, fold (bf16)", "linear_token_logprobs, gradient of weight (bf16)")
+    names = [f"linear_token_logprobs, {what} (bf16)" for what in ("fold", "gradient of weight")]
     chosen = [v for v in ahead_of_time.variants() if v.name in names]
     assert len(chosen) == len(names)
     builds = [ahead_of_time.build(v, arch) for v in chosen]

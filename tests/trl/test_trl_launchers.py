@@ -1,7 +1,7 @@
 """Two ranks that a launcher started, beside one process: their steps, and their checkpoints.
 
-A start of two processes that import trl takes some fifteen seconds of a core: what torchrun is asked
-by all tests here goes into one.
+A start of two processes that import trl takes some fifteen seconds of a core: what the tests here
+ask of torchrun goes into one.
 """
 
 from __future__ import annotations
