@@ -145,6 +145,16 @@ def pytest_collection_finish():
     gc.freeze()
 
 
+@pytest.fixture(autouse=True)
+def precision_stays():
+    """transformers sets it for the whole process where a trainer compiles; what came after on the
+    same worker then multiplied in TF32."""
+    before = torch.backends.fp32_precision
+    yield
+    if torch.backends.fp32_precision != before:
+        torch.backends.fp32_precision = before
+
+
 @pytest.fixture
 def fresh_memory_is_nan():
     """What DRRLHF_FILL=1 does to all tests, for one of them."""

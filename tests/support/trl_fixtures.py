@@ -50,20 +50,20 @@ def tiny_tokenizer(with_eos: bool = True) -> PreTrainedTokenizerFast:
 
 
 def _llama_config(**options: Any) -> LlamaConfig:
-    return LlamaConfig(
-        vocab_size=len(SPECIAL) + len(WORDS),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=256,
-        initializer_range=0.2,  # far from uniform, so that losses of pairs differ
-        pad_token_id=PAD,
-        bos_token_id=None,
-        eos_token_id=1,
-        **options,
-    )
+    usual: dict[str, Any] = {
+        "vocab_size": len(SPECIAL) + len(WORDS),
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "max_position_embeddings": 256,
+        "initializer_range": 0.2,  # far from uniform, so that losses of pairs differ
+        "pad_token_id": PAD,
+        "bos_token_id": None,
+        "eos_token_id": 1,
+    }
+    return LlamaConfig(**usual | options)
 
 
 def _save(model: Any, tokenizer: PreTrainedTokenizerFast, path: Path) -> Path:
@@ -102,10 +102,13 @@ def tiny_mixtral_dir(tmp_path: Path) -> Path:
     return _save(MixtralForCausalLM(config), tiny_tokenizer(), tmp_path / "tiny-mixtral")
 
 
-def tiny_reward_dir(tmp_path: Path) -> Path:
-    """A saved directory of a random Llama reward model (one label) with its tokenizer."""
+def tiny_reward_dir(tmp_path: Path, **options: Any) -> Path:
+    """A saved directory of a random Llama reward model (one label) with its tokenizer.
+
+    ``options`` go to the LlamaConfig.
+    """
     torch.manual_seed(0)
-    model = LlamaForSequenceClassification(_llama_config(num_labels=1))
+    model = LlamaForSequenceClassification(_llama_config(num_labels=1, **options))
     return _save(model, tiny_tokenizer(), tmp_path / "tiny-reward")
 
 

@@ -14,6 +14,7 @@ import steps
 import torch
 from safetensors.torch import load_file
 from test_trl_step import PARTS, WHOLE
+from three_ways import in_turn
 
 import drrlhf as dr
 from drrlhf.trl import grpo
@@ -59,8 +60,7 @@ def test_erm_is_trl_to_the_bit(run):
         }
 
 
-@pytest.mark.parametrize("level", ["token", "sequence"])
-@pytest.mark.parametrize("loss_type", LOSSES)
+@pytest.mark.parametrize("loss_type, level", in_turn(LOSSES, ["token", "sequence"]))
 def test_a_radius_of_zero_is_trl(run, loss_type, level):
     """Through our loss, over accumulated batches, with a reference and several updates a batch."""
     options = {
@@ -115,8 +115,7 @@ def test_only_ratios_of_weights_matter(run):
         assert robust(found["logs"][0]) == pytest.approx(robust(wanted["logs"][0]), rel=1e-6)
 
 
-@pytest.mark.parametrize("ambiguity", SETS)
-@pytest.mark.parametrize("loss_type", ["grpo", "dapo"])
+@pytest.mark.parametrize("ambiguity, loss_type", in_turn(SETS, ["grpo", "dapo"]))
 def test_the_step_is_the_adversarys_however_it_is_cut(run, loss_type, ambiguity):
     data = tiny_pairs(8, group=[0, 1] * 4)
     options = {"ambiguity": ambiguity, "loss_type": loss_type, "data": data, "max_steps": 2}

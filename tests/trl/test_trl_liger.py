@@ -17,6 +17,7 @@ from trl_fixtures import quiet, tiny_llama_dir, tiny_pairs, tiny_reward_dir, tin
 import steps
 import torch
 import transformers
+from three_ways import in_turn
 from transformers import TrainerCallback
 
 import drrlhf.trl as ours
@@ -107,8 +108,7 @@ def fake(monkeypatch):
     return liger
 
 
-@pytest.mark.parametrize("ambiguity", ["erm", "tv:0.3"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method, ambiguity", in_turn(METHODS, ["tv:0.3", "erm"]))
 def test_a_step_is_the_same_through_its_layers(
     method, ambiguity, models, tmp_path, fake, monkeypatch
 ):

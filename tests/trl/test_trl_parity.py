@@ -72,8 +72,17 @@ def assert_same_run(found, expected):
 # ------------------------------------------------------------------------------------ DPO runs
 
 
-@pytest.mark.parametrize("precompute", [False, True], ids=["reference", "precomputed"])
-@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+# Precomputed log-probs are those of full and of adapted models alike.
+@pytest.mark.parametrize(
+    ("lora", "precompute"),
+    [
+        (False, False),
+        (True, False),
+        (True, True),
+        pytest.param(False, True, marks=pytest.mark.thorough),
+    ],
+    ids=["full-reference", "lora-reference", "lora-precomputed", "full-precomputed"],
+)
 def test_twenty_steps_of_dpo(llama, tmp_path, lora, precompute):
     options = {
         "max_steps": 20,
@@ -305,6 +314,7 @@ def test_logits_asked_for_do_not_replace_the_loss(pair):
 # --------------------------------------------------------------------------------------- reward
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("center", [None, 0.05], ids=["plain", "centered"])
 @pytest.mark.parametrize("margin", [False, True], ids=["no-margin", "margin"])
 @pytest.mark.parametrize("make", [tiny_reward_dir, tiny_encoder_dir], ids=["llama", "encoder"])

@@ -13,6 +13,7 @@ from trl_fixtures import tiny_llama_dir, tiny_pairs, tiny_reward_dir  # isort: s
 import steps
 import torch
 from peft import LoraConfig
+from three_ways import in_turn
 
 from drrlhf.trl import rows
 
@@ -54,13 +55,13 @@ def columns(n, **more):
     return {"group": [0, 1, 2, 1] * (n // 4), **more}
 
 
-@pytest.mark.parametrize("method", ["dpo", "reward"])
-@pytest.mark.parametrize("ambiguity", SETS)
+@pytest.mark.parametrize("ambiguity, method", in_turn(SETS, ["dpo", "reward"]))
 def test_accumulated_equals_one_big_batch(run, method, ambiguity):
     options = {"data": tiny_pairs(16, **columns(16)), "ambiguity": ambiguity, "max_steps": 2}
     found = run(method, **PARTS, **options)
+    whole = run(method, **WHOLE, **options)
     for step in range(2):
-        assert_same_step(found, run(method, **WHOLE, **options), step)
+        assert_same_step(found, whole, step)
     small = run(method, **PARTS, **options, robust_scope="microbatch")["gradients"][0]
     assert (small - found["gradients"][0]).abs().max() > 1e-3  # the objective that it replaces
 
@@ -116,8 +117,7 @@ def test_nominal_weights_alone_are_those_of_the_step(run):
     assert_same_step(run(data=data, **PARTS), run(data=data, **WHOLE))
 
 
-@pytest.mark.parametrize("ambiguity", ["erm", "kl:0.3"])
-@pytest.mark.parametrize("method", ["dpo", "reward"])
+@pytest.mark.parametrize("ambiguity, method", in_turn(["erm", "kl:0.3"], ["dpo", "reward"]))
 def test_only_ratios_of_weights_matter(run, method, ambiguity):
     """Also of weights that no float32 holds."""
     ratios = [1.0, 5.0, 0.0, 0.5, 2.0, 2.0, 0.1, 1.0]
