@@ -1,6 +1,6 @@
 # make demo    robust and plain reward models on real preferences, one table and one plot
 # make test    the test suite
-# make test-all  every test of the ops in every mode: interpreted, emulated, on poisoned memory
+# make test-all  every case of every test in every mode: interpreted, emulated, on poisoned memory
 # make test-sanitizers  the C++ core and CPU kernels under ASan, UBSan and valgrind; not part of CI
 # make test-gpu  the tests of the ops on a GPU, and every kernel once under compute-sanitizer
 # make test-kill  100 times kill -9 in the middle of training, and what --resume makes of it (minutes)
@@ -59,7 +59,7 @@ test: $(VENV)/.test
 	DRRLHF_FILL=1 TRITON_INTERPRET=1 $(PYTEST) $(TESTS_OF_OPS)
 	DRRLHF_FILL=1 DRRLHF_EMULATED=$(abspath $(EMULATED)) $(PYTEST) $(TESTS_OF_OPS)
 
-# Every test of the ops in every mode.
+# Every case, and every test of the ops in every mode.
 test-all: export DRRLHF_ALL = 1
 test-all: test
 

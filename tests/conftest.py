@@ -18,8 +18,8 @@ usual: what a function makes of an op whatever backend serves it (torch.func, co
 
 Two more marks keep a run short that is made before every change:
 
-thorough: a case, mostly of a `pytest.param`, that proves on other numbers or another chip what a
-    case beside it proves.
+thorough: a case, mostly a `pytest.param` or a row of tests/cases, that proves on other numbers or
+    another chip what a case beside it proves; `in_turn` marks those of a product of two parameters.
 pairwise: of the product of a test's parameters as many cases as it takes for any two values of
     two parameters to meet (tests/cases).
 
@@ -97,7 +97,8 @@ def _beyond_pairs(items):
         if not ALL and item.get_closest_marker("pairwise"):
             products[item.nodeid.partition("[")[0]].append(item)
     for product in products.values():
-        kept = {*cover([tuple(item.callspec.indices.values()) for item in product])}
+        # A value is known by its identity: what pytest counts is the cases, not the values.
+        kept = {*cover([tuple(map(id, item.callspec.params.values())) for item in product])}
         yield from (item for k, item in enumerate(product) if k not in kept)
 
 

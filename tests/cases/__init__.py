@@ -31,6 +31,7 @@ class Case(NamedTuple):
     name: str
     why: str
     make: Callable[[], Made]
+    thorough: bool = False  # see tests/conftest.py
 
 
 def numbers(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -33,8 +33,7 @@ def build(library: Path, compiler: str = "c++") -> Path:
     includes = [f"-isystem{p}" for p in (*include_paths(), sysconfig.get_path("include"))]
     flags = [
         "-std=c++20",
-        "-O1",
-        "-g",
+        "-O1",  # without -g, which takes as long again over torch's headers
         "-fPIC",
         "-Wall",
         "-Wextra",

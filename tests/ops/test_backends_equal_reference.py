@@ -19,7 +19,14 @@ TABLES = {
     for path in sorted(Path(cases.__path__[0]).glob("[a-z]*.py"))
 }
 ROWS = [
-    pytest.param(op, case, id=f"{op}: {case.name}") for op, rows in TABLES.items() for case in rows
+    pytest.param(
+        op,
+        case,
+        id=f"{op}: {case.name}",
+        marks=pytest.mark.thorough if case.thorough else (),
+    )
+    for op, rows in TABLES.items()
+    for case in rows
 ]
 
 

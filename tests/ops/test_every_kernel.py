@@ -11,12 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from three_ways import BACKENDS, INTERPRETED, tensors_in
+from three_ways import BACKENDS, INTERPRETED, tensors_in, thorough_interpreted
 
 import drrlhf as dr
 from drrlhf import backends, ops
 
-pytestmark = pytest.mark.sanitized
+# Triton's are those of the tables (test_backends_equal_reference).
+pytestmark = [pytest.mark.sanitized, *thorough_interpreted]
 SOURCES = Path(__file__).parents[2] / "csrc" / "cuda"
 OUTPUTS = ("entropy", "logsumexp", "mean_logit", "is_top1", "log_sum_sq_probs")
 # Pairs: a grid searches, and its last block has little to do. Interpreted every sequence is a

@@ -458,6 +458,7 @@ def test_bad_input(backend, change, message):
     assert_refused(lambda: dr.linear_preference_loss(**(arguments | change)), message, backend)
 
 
+@pytest.mark.usual
 @pytest.mark.parametrize("packed", [False, True])
 def test_compiles_without_a_break(backend, packed):
     torch._dynamo.reset()

@@ -823,6 +823,7 @@ def test_the_kernels_check_what_to_keep(keep):
 # --------------------------------------------------------------------------- graphs
 
 
+@pytest.mark.usual
 @pytest.mark.parametrize("budget", [0, None])
 def test_compiles_without_a_break(backend, budget):
     torch._dynamo.reset()
@@ -841,6 +842,7 @@ def test_compiles_without_a_break(backend, budget):
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.usual
 def test_compiles_under_autocast(backend):
     torch._dynamo.reset()
     hidden, weight, _, labels, _ = problem(6, 16, 70)
@@ -856,8 +858,7 @@ def test_compiles_under_autocast(backend):
         torch.testing.assert_close(a, b)
 
 
-@pytest.mark.parametrize("keep", KEEPS.values())
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("keep, dtype", in_turn([*KEEPS.values()], [torch.float32, torch.bfloat16]))
 def test_opcheck(backend, keep, dtype):
     if backend == "reference" and keep:
         pytest.skip("plain PyTorch keeps nothing")

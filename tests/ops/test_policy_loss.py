@@ -445,6 +445,7 @@ def test_opcheck():
     )
 
 
+@pytest.mark.usual
 def test_one_graph_without_breaks():
     x = batch()
     logps = x.pop("logps")

@@ -246,6 +246,7 @@ def test_bad_input(backend, call, message):
         call()
 
 
+@pytest.mark.usual
 def test_compiles(backend):
     torch._dynamo.reset()
     logps, options = arguments("ipo", n=5)

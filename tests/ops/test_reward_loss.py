@@ -76,6 +76,7 @@ def test_bad_input(backend, call, message):
         call(torch.tensor([1.0, 2.0, 3.0]))
 
 
+@pytest.mark.usual
 def test_compiles(backend):
     torch._dynamo.reset()
     c, r = torch.randn(2, 5).unbind()

@@ -563,6 +563,7 @@ def test_bad_input(backend, call, message):
 # ------------------------------------------------------------------ as a torch op
 
 
+@pytest.mark.usual
 @pytest.mark.parametrize("text", ["tv:0.2", "kl:0.3", "group:2"])
 def test_compiles_without_graph_breaks(backend, text):
     torch._dynamo.reset()

@@ -225,6 +225,7 @@ def test_opcheck(backend, packed, mean):
     torch.library.opcheck(torch.ops.drrlhf.sequence_logprobs_backward.default, arguments)
 
 
+@pytest.mark.usual
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
 def test_compiles_without_a_break(backend, reduction):
     torch._dynamo.reset()

@@ -621,6 +621,7 @@ def test_the_kernels_check_dtypes_and_empty_rows():
 # --------------------------------------------------------------------------- graphs, backends
 
 
+@pytest.mark.usual
 @pytest.mark.parametrize("outputs", [(), OUTPUTS])
 def test_compiles_without_a_break(backend, outputs):
     torch._dynamo.reset()

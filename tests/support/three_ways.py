@@ -31,6 +31,8 @@ else:
 ASYNCHRONOUS = ("triton", "cuda")
 # Slow ways to run a kernel: the tests take fewer and smaller problems.
 SLOW = INTERPRETED or EMULATED
+# DRRLHF_ALL=1: every case in whatever mode (tests/conftest.py).
+ALL = os.environ.get("DRRLHF_ALL", "0") != "0"
 OUTPUTS = ("entropy", "logsumexp", "mean_logit", "is_top1", "log_sum_sq_probs")
 # Ways for a matrix to lie in memory.
 LAYOUTS = {
@@ -42,6 +44,9 @@ LAYOUTS = {
     "one row for all": lambda x: x[:1].expand(x.shape),
     "part of wider rows": lambda x: torch.cat([x, -x], -1)[:, : x.shape[1]],
 }
+
+# For what other tests of the interpreted kernels prove as well, where a program takes milliseconds.
+thorough_interpreted = [pytest.mark.thorough] if INTERPRETED else []
 
 
 def in_turn(many: list[Any], few: list[Any]) -> list[Any]:

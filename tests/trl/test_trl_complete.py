@@ -82,7 +82,7 @@ def test_a_head_trained_beside_adapters_is_exact(make):
 # ------------------------------------------------------------------------------------ compilation
 
 
-@pytest.mark.parametrize("method", ["dpo", "reward"])
+@pytest.mark.parametrize("method", ["dpo", pytest.param("reward", marks=pytest.mark.thorough)])
 def test_a_compiled_model_takes_the_same_step(tmp_path, method):
     """Of one layer, for every microbatch of another shape is a trace."""
     model = str(
