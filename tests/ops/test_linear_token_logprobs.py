@@ -858,6 +858,7 @@ def test_compiles_under_autocast(backend):
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.usual
 @pytest.mark.parametrize("keep, dtype", in_turn([*KEEPS.values()], [torch.float32, torch.bfloat16]))
 def test_opcheck(backend, keep, dtype):
     if backend == "reference" and keep:

@@ -422,6 +422,7 @@ def test_int32_ids_strided_inputs_and_bool_masks():
     assert torch.equal(out.loss, same.loss) and torch.equal(grad, expected)
 
 
+@pytest.mark.usual
 def test_opcheck():
     x = batch()
     arguments = (

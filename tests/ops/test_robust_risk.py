@@ -584,6 +584,7 @@ def test_compiles_without_graph_breaks(backend, text):
         assert not torch.equal(state.weights, dr.GroupState(2).weights)
 
 
+@pytest.mark.usual
 @pytest.mark.parametrize("encoded", [("tv", 0.2, 0.0, 0.0, True), ("group", 0.1, 0.0, 0.0, True)])
 def test_opcheck(backend, encoded):
     losses = torch.randn(5, requires_grad=True)

@@ -212,6 +212,7 @@ def test_the_kernels_check_shapes_themselves():
             kernels.sequence_logprobs_backward(grad, Y, cu, -100, False)
 
 
+@pytest.mark.usual
 @pytest.mark.pairwise
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("mean", [False, True])

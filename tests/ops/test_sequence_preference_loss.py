@@ -85,6 +85,7 @@ def test_the_kernel_checks_for_pairs():
         torch.ops.drrlhf_cpp.sequence_preference_loss(*arguments.values())
 
 
+@pytest.mark.usual
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("kind", ["tv", "group"])
 def test_opcheck(backend, packed, kind):

@@ -646,6 +646,7 @@ def test_a_compiled_graph_still_checks_labels():
         step(LOGITS, torch.tensor([0, 5]))
 
 
+@pytest.mark.usual
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_opcheck(backend, dtype):
     logits, labels, _ = problem(5, 12, dtype)
