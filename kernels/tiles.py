@@ -107,7 +107,8 @@ def processors_of(x: Tensor) -> int:
 
 def precision_of(x: Tensor) -> str:
     """How products of float32 are taken, as torch's own are; no matter for narrower dtypes."""
-    return "tf32" if torch.get_float32_matmul_precision() != "highest" else "ieee"
+    # torch.get_float32_matmul_precision() raises once this has been set by its newer name.
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def aligned_columns(x: Tensor, columns: int) -> int:

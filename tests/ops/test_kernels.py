@@ -394,3 +394,21 @@ def test_every_output_is_written(monkeypatch):
         monkeypatch.setattr(torch.Tensor, "new_empty", poisoned(torch.Tensor.new_empty))
         for a, b in zip(expected, results()):
             torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("way", ["high", "tf32", "highest"])
+def test_products_are_as_precise_as_torch_is_told(way):
+    """By either of torch's two interfaces, of which the older raises after the newer."""
+    from drrlhf.kernels import tiles
+
+    before = torch.backends.fp32_precision
+    try:
+        if way == "tf32":
+            torch.backends.fp32_precision = way
+        else:
+            torch.set_float32_matmul_precision(way)
+        assert tiles.precision_of(torch.ones(2)) == ("ieee" if way == "highest" else "tf32")
+    finally:
+        torch.backends.fp32_precision = before
+        if way != "tf32":
+            torch.set_float32_matmul_precision("highest")
