@@ -6,7 +6,6 @@ import contextlib
 import gc
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -74,26 +73,7 @@ def run(
         except Unavailable as absent:
             outcome.skipped = {"": str(absent)}
             return outcome
-        works = _prepare(contest, outcome, budget)
-        if contest.ours and not any(name in works for name in contest.ours):
-            return outcome
-        errors = _gate(case, contest, works, outcome, budget)
-        if not outcome.failures:
-            measure = _meter
-            if case.unit != "MiB":
-                each = budget.each(len(works), seconds)
-                measure = partial(_time, rounds=rounds, seconds=each)
-            outcome.records = measure(case, contest, works, device, outcome, budget)
-            for record in outcome.records:
-                furthest = errors.get(record["contender"])
-                record["rms_error"] = None if furthest is None else furthest.rms
-                record["allowed_error"] = None if furthest is None else furthest.allowed_rms
-            for name in contest.profiled:
-                if name in works and not budget.spent:
-                    try:
-                        outcome.profiles[name] = profile.of(works[name], device)
-                    except Exception as error:  # must not cost the times that there are
-                        outcome.skipped[f"profile of {name}"] = reason(error)
+        _Running(case, contest, outcome, device, budget).measure(rounds, seconds)
     return outcome
 
 
@@ -108,130 +88,155 @@ def _threads(count: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _leave(
-    name: str, error: Exception, contest: Contest, works: dict[str, Work], outcome: Outcome
-) -> None:
-    """A contender leaves with its reason; an exception of ours is a defect, and propagates."""
-    if name in contest.ours and not isinstance(error, Unavailable):
-        raise error
-    outcome.skipped[name] = reason(error)
-    works.pop(name, None)
+@dataclass
+class _Running:
+    """A case whose contest has begun; `works` are those who are still in it."""
 
+    case: Case
+    contest: Contest
+    outcome: Outcome
+    device: str
+    budget: Budget
+    works: dict[str, Work] = field(default_factory=dict)
 
-def _prepare(contest: Contest, outcome: Outcome, budget: Budget) -> dict[str, Work]:
-    works: dict[str, Work] = {}
-    for name, make in contest.contenders.items():
+    def measure(self, rounds: int, seconds: float) -> None:
+        self.prepare()
+        if self.contest.ours and not any(name in self.works for name in self.contest.ours):
+            return
+        errors = self.gate()
+        if self.outcome.failures:
+            return
+        if self.case.unit == "MiB":
+            self.outcome.records = self.meter()
+        else:
+            self.outcome.records = self.time(rounds, self.budget.each(len(self.works), seconds))
+        for record in self.outcome.records:
+            furthest = errors.get(record["contender"])
+            record["rms_error"] = None if furthest is None else furthest.rms
+            record["allowed_error"] = None if furthest is None else furthest.allowed_rms
+        for name in self.contest.profiled:
+            if name in self.works and not self.budget.spent:
+                try:
+                    self.outcome.profiles[name] = profile.of(self.works[name], self.device)
+                except Exception as error:  # must not cost the times that there are
+                    self.outcome.skipped[f"profile of {name}"] = reason(error)
+
+    def leave(self, name: str, error: Exception) -> None:
+        """A contender leaves with its reason; an exception of ours is a defect, and propagates."""
+        if name in self.contest.ours and not isinstance(error, Unavailable):
+            raise error
+        self.outcome.skipped[name] = reason(error)
+        self.works.pop(name, None)
+
+    @contextlib.contextmanager
+    def turn_of(self, name: str) -> Iterator[None]:
+        """What one contender does by itself: it leaves if that raises."""
         try:
-            _in_time(budget)
-            works[name] = make()
+            yield
         except Exception as error:
-            _leave(name, error, contest, works, outcome)
-    return works
+            self.leave(name, error)
 
+    def in_time(self) -> None:
+        if self.budget.spent:
+            raise Unavailable(LEFT_OUT)
 
-def _in_time(budget: Budget) -> None:
-    if budget.spent:
-        raise Unavailable(LEFT_OUT)
+    def prepare(self) -> None:
+        for name, make in self.contest.contenders.items():
+            with self.turn_of(name):
+                self.in_time()
+                self.works[name] = make()
 
+    def gate(self) -> dict[str, Verdict]:
+        """The largest relative RMS error of each contender; our verdicts go into the outcome.
 
-def _gate(
-    case: Case, contest: Contest, works: dict[str, Work], outcome: Outcome, budget: Budget
-) -> dict[str, Verdict]:
-    """The largest relative RMS error of each contender; our verdicts go into `outcome`.
+        Where only memory is metered, others are not judged: one run of them may take a minute.
+        """
+        errors: dict[str, Verdict] = {}
+        for name, gate in (self.contest.gates or {}).items():
+            ours = name in self.contest.ours
+            if name not in self.works or (self.case.unit == "MiB" and not ours):
+                continue
+            work = self.works[name]
+            with self.turn_of(name):
+                self.in_time()  # whoever has not been judged is not timed
+                work.once()
+                assert work.outputs is not None, f"{self.case}: {name} has a gate but no outputs"
+                verdicts = gate.judge(work.outputs())
+                errors[name] = max(verdicts, key=lambda verdict: verdict.rms)
+                if ours:
+                    self.outcome.verdicts[name] = verdicts
+        return errors
 
-    Where only memory is metered, others are not judged: one run of them may take a minute.
-    """
-    errors: dict[str, Verdict] = {}
-    for name, gate in (contest.gates or {}).items():
-        ours = name in contest.ours
-        if name not in works or (case.unit == "MiB" and not ours):
-            continue
-        work = works[name]
-        try:
-            _in_time(budget)  # whoever has not been judged is not timed
-            work.once()
-            assert work.outputs is not None, f"{case}: {name} has a gate but shows no outputs"
-            verdicts = gate.judge(work.outputs())
-        except Exception as error:
-            _leave(name, error, contest, works, outcome)
-            continue
-        errors[name] = max(verdicts, key=lambda verdict: verdict.rms)
-        if ours:
-            outcome.verdicts[name] = verdicts
-    return errors
+    def time(self, rounds: int, seconds: float) -> list[Record]:
+        case = self.case
+        samples = timing.interleave(
+            dict(self.works),
+            rounds=rounds,
+            seconds=seconds,
+            clock=timing.clock_of(self.device),
+            drop=self.leave,
+            late=lambda: self.budget.spent,
+        )
+        times = {name: timing.summarise(found) for name, found in samples.items()}
+        baseline = min(
+            (name for name in self.contest.baseline if name in times),
+            key=lambda name: times[name].median,
+            default=None,
+        )
+        records = []
+        scale = _PER_SECOND[case.unit]
+        for name in (name for name in self.contest.contenders if name in times):
+            took = times[name]
+            record = self.record(name, took.median * scale)
+            record |= {"spread": took.spread * scale, "rounds": took.samples}
+            if baseline is not None:
+                _compare(record, baseline, times[baseline].median * scale)
+            for column, amount, unit in (
+                ("gbps", case.bytes, 1e9),
+                ("tflops", case.flops, 1e12),
+                ("tokens_per_s", case.tokens, 1),
+            ):
+                if amount is not None:
+                    record[column] = amount / took.median / unit
+            metered = case.memory and "peak memory" not in self.outcome.skipped
+            if metered and not self.budget.spent:
+                record["peak_mib"] = _peak(self.works[name], self.device)
+            records.append(record)
+        return records
 
+    def meter(self) -> list[Record]:
+        records = []
+        for name, work in list(self.works.items()):
+            with self.turn_of(name):
+                self.in_time()
+                work.once()  # what a library allocates in its first run and keeps is not this run's
+                peak = _peak(work, self.device)
+                record = self.record(name, peak) | {"peak_mib": peak}
+                if self.contest.formula is not None:
+                    _compare(record, *self.contest.formula)
+                records.append(record)
+        return records
 
-def _time(
-    case: Case,
-    contest: Contest,
-    works: dict[str, Work],
-    device: str,
-    outcome: Outcome,
-    budget: Budget,
-    *,
-    rounds: int,
-    seconds: float,
-) -> list[Record]:
-    def drop(name: str, error: Exception) -> None:
-        _leave(name, error, contest, works, outcome)
-
-    samples = timing.interleave(
-        dict(works),
-        rounds=rounds,
-        seconds=seconds,
-        clock=timing.clock_of(device),
-        drop=drop,
-        late=lambda: budget.spent,
-    )
-    times = {name: timing.summarise(found) for name, found in samples.items()}
-    baseline = min(
-        (name for name in contest.baseline if name in times),
-        key=lambda name: times[name].median,
-        default=None,
-    )
-    records = []
-    scale = _PER_SECOND[case.unit]
-    for name in (name for name in contest.contenders if name in times):
-        took = times[name]
-        record = _record(case, contest, name, device, took.median * scale)
-        record |= {"spread": took.spread * scale, "rounds": took.samples}
-        if baseline is not None:
-            _compare(record, baseline, times[baseline].median * scale)
-        for column, amount, unit in (
-            ("gbps", case.bytes, 1e9),
-            ("tflops", case.flops, 1e12),
-            ("tokens_per_s", case.tokens, 1),
-        ):
-            if amount is not None:
-                record[column] = amount / took.median / unit
-        if case.memory and "peak memory" not in outcome.skipped and not budget.spent:
-            record["peak_mib"] = _peak(works[name], device)
-        records.append(record)
-    return records
-
-
-def _meter(
-    case: Case,
-    contest: Contest,
-    works: dict[str, Work],
-    device: str,
-    outcome: Outcome,
-    budget: Budget,
-) -> list[Record]:
-    records = []
-    for name, work in list(works.items()):
-        try:
-            _in_time(budget)
-            work.once()  # what a library allocates in its first run and keeps is not this run's
-            peak = _peak(work, device)
-        except Exception as error:
-            _leave(name, error, contest, works, outcome)
-            continue
-        record = _record(case, contest, name, device, peak) | {"peak_mib": peak}
-        if contest.formula is not None:
-            _compare(record, *contest.formula)
-        records.append(record)
-    return records
+    def record(self, name: str, value: float) -> Record:
+        case = self.case
+        served_by = _backend(case, self.device) if name in self.contest.ours else name
+        return {
+            "op": case.op,
+            "backend": self.contest.named.get(name) or served_by,
+            "contender": name,
+            "dtype": case.dtype,
+            "shape": list(case.shape),
+            "head": case.head,
+            "metric": case.metric,
+            "axis": case.axis,
+            "note": case.note,
+            "threads": torch.get_num_threads() if self.device == "cpu" else None,
+            "value": value,
+            "unit": case.unit,
+            "baseline": None,
+            "baseline_value": None,
+            "ratio": None,
+        }
 
 
 def _peak(work: Work, device: str) -> float:
@@ -239,27 +244,6 @@ def _peak(work: Work, device: str) -> float:
     if work.before is not None:
         work.before()
     return memory.peak_extra_bytes(work.run, device) / memory.MIB
-
-
-def _record(case: Case, contest: Contest, name: str, device: str, value: float) -> Record:
-    return {
-        "op": case.op,
-        "backend": contest.named.get(name)
-        or (_backend(case, device) if name in contest.ours else name),
-        "contender": name,
-        "dtype": case.dtype,
-        "shape": list(case.shape),
-        "head": case.head,
-        "metric": case.metric,
-        "axis": case.axis,
-        "note": case.note,
-        "threads": torch.get_num_threads() if device == "cpu" else None,
-        "value": value,
-        "unit": case.unit,
-        "baseline": None,
-        "baseline_value": None,
-        "ratio": None,
-    }
 
 
 def _compare(record: Record, baseline: str, value: float) -> None:
