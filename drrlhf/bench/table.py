@@ -100,14 +100,8 @@ def _mine(record: Record) -> bool:
 
 
 def _robust_risk_markdown(result: results.Result) -> str:
-    ratios = {
-        record["metric"]: record["ratio"]
-        for record in result["records"]
-        if record["op"] == "robust_risk"
-        and record["shape"] == [robust_risk.PAIRS["cpu"]]
-        and record["axis"] is None
-        and _mine(record)
-    }
+    found = _records(result, op="robust_risk", shape=[robust_risk.PAIRS["cpu"]], axis=None)
+    ratios = {record["metric"]: record["ratio"] for record in found if _mine(record)}
     rows = [(f"`{name}`", f"{ratios[name]:.1f}") for name in robust_risk.SETS if name in ratios]
     return _markdown(("set", f"ratio to `{robust_risk.BASELINE}`"), rows)
 
@@ -117,22 +111,15 @@ def _head_markdown(result: results.Result) -> str:
     others = (
         (heads.PLAIN, "plain PyTorch"),
         (heads.COMPILED, "torch.compile"),
-        (heads.TRL, "TRL {}".format(_short(result["versions"].get("trl", "")))),
+        (heads.TRL, _trl(result)),
     )
-    measured = [
-        record
-        for record in result["records"]
-        if record["op"] == "linear_token_logprobs"
-        and record["axis"] is None
-        and record["baseline"] == heads.GEMM
-        and record["contender"] != heads.GEMM
-    ]
+    found = _records(result, op="linear_token_logprobs", axis=None, baseline=heads.GEMM)
+    measured = [record for record in found if record["contender"] != heads.GEMM]
     works = {(r["dtype"], r["metric"], r["head"]): r["shape"] for r in measured}
     rows = []
     for dtype, metric, head in works:
-        same = [
-            r for r in measured if (r["dtype"], r["metric"], r["head"]) == (dtype, metric, head)
-        ]
+        work = (dtype, metric, head)
+        same = [r for r in measured if (r["dtype"], r["metric"], r["head"]) == work]
         ours = [r for r in same if _mine(r)]
         by_name = {r["contender"]: f"{r['ratio']:.1f}" for r in same}
         cells = [", ".join(_our_cell(r) for r in ours)]
@@ -154,40 +141,22 @@ def _trainer_step_markdown(result: results.Result) -> str:
         ("step in accumulated batches", "{} accumulated batches of {} pairs, sequences of {}"),
         ("step in one forward", "{} batch of {} pairs, sequences of {}"),
     ):
-        same = {
-            r["contender"]: r
-            for r in result["records"]
-            if r["op"] == "trainer_step" and r["metric"] == metric
-        }
+        same = _by_contender(result, op="trainer_step", metric=metric)
         if same:
             shape = next(iter(same.values()))["shape"]
             cells = [f"{same[c]['ratio']:.2f}" if c in same else "–" for c in contenders]
             rows.append((title.format(*shape), *cells))
-    trl = "TRL {}".format(_short(result["versions"].get("trl", "")))
     sets = [f"`{text}`" for text in trainer_step.SETS]
-    return _markdown(("time of one step, relative to our own plain one", *sets, trl), rows)
+    return _markdown(("time of one step, relative to our own plain one", *sets, _trl(result)), rows)
 
 
-def _one(
-    result: results.Result,
-    op: str,
-    metric: str,
-    contender: str,
-    dtype: str = "bfloat16",
-    head: str | None = None,
-) -> Record | None:
-    """The record of one contender in one case; None where it was not measured."""
-    for record in result["records"]:
-        if (
-            record["op"] == op
-            and record["metric"] == metric
-            and record["contender"] == contender
-            and record["dtype"] == dtype
-            and record["axis"] is None
-            and head in (None, record["head"])
-        ):
-            return record
-    return None
+def _records(result: results.Result, **wanted: Any) -> list[Record]:
+    """The records in which these keys have these values."""
+    return [r for r in result["records"] if all(r[key] == value for key, value in wanted.items())]
+
+
+def _by_contender(result: results.Result, **wanted: Any) -> dict[str, Record]:
+    return {record["contender"]: record for record in _records(result, **wanted)}
 
 
 # Work, op, metric, dtype, head, who is ours, and what is shown of a record.
@@ -230,20 +199,18 @@ _UNITS = {"peak_mib": "MiB", "tokens_per_s": "tokens/s"}
 
 def _speed_markdown(*found: results.Result) -> str:
     """Rows: a piece of work. Cells: median time, memory or tokens per second."""
-    trl = "TRL {}".format(_short(found[0]["versions"].get("trl", "")))
     rows = []
     for work, op, metric, dtype, head, ours, key in _SPEED:
-        result = next((r for r in found if any(one["op"] == op for one in r["records"])), None)
-        mine = result and _one(result, op, metric, ours, dtype, head)
-        if result is None or not mine:
-            continue
+        result = next((r for r in found if _records(r, op=op)), found[0])
+        of_head = {} if head is None else {"head": head}
+        same = _by_contender(result, op=op, metric=metric, dtype=dtype, axis=None, **of_head)
         plain = "log_softmax" if op == "token_logprobs" else heads.PLAIN
-        others = [
-            _one(result, op, metric, name, dtype, head)
-            for name in (plain, heads.COMPILED, heads.TRL)
-        ]
-        rows.append((work.format(*mine["shape"]), *(_amount(r, key) for r in (mine, *others))))
-    return _markdown(("work", "drrlhf", "plain PyTorch", "torch.compile", trl), rows)
+        names = (ours, plain, heads.COMPILED, heads.TRL)
+        if ours in same:
+            cells = (_amount(same.get(name), key) for name in names)
+            rows.append((work.format(*same[ours]["shape"]), *cells))
+    head_row = ("work", "drrlhf", "plain PyTorch", "torch.compile", _trl(found[0]))
+    return _markdown(head_row, rows)
 
 
 def _amount(record: Record | None, key: str) -> str:
@@ -267,16 +234,11 @@ def _policy_loss_markdown(result: results.Result) -> str:
         ("log-probs to gradients, grpo by sequence", "the same with sequence-level ratios"),
         ("hidden states to gradients", "from hidden states ({}×{}×{} tokens, head {}×{})"),
     ):
-        same = {
-            r["contender"]: r
-            for r in result["records"]
-            if r["op"] == "policy_loss" and r["metric"] == metric and r["axis"] is None
-        }
+        same = _by_contender(result, op="policy_loss", metric=metric, axis=None)
         if OURS in same:
             cells = [f"{same[n]['ratio']:.2f}" if n in same else "–" for n in _POLICY_CONTENDERS]
             rows.append((work.format(*same[OURS]["shape"]), same[OURS]["dtype"], *cells))
-    trl = "TRL {}".format(_short(result["versions"].get("trl", "")))
-    return _markdown(("loss with its gradient", "dtype", "`tv:0.1`", "`erm`", trl), rows)
+    return _markdown(("loss with its gradient", "dtype", "`tv:0.1`", "`erm`", _trl(result)), rows)
 
 
 _POLICY_CONTENDERS = (OURS, variant("erm"), heads.TRL)
@@ -284,11 +246,8 @@ _POLICY_CONTENDERS = (OURS, variant("erm"), heads.TRL)
 
 def _packing_markdown(result: results.Result) -> str:
     """Rows: padded and packed. Cells: tokens per second, and over the padded step's."""
-    speeds = {
-        record["contender"]: record["tokens_per_s"]
-        for record in result["records"]
-        if record["op"] == "trainer_step" and record["metric"] == "step of mixed lengths"
-    }
+    found = _records(result, op="trainer_step", metric="step of mixed lengths")
+    speeds = {record["contender"]: record["tokens_per_s"] for record in found}
     padded, packed = variant("padded"), variant("packed")
     rows = [
         (f"`padding_free={value}`", _number(speeds[name]), f"{speeds[name] / speeds[padded]:.2f}")
@@ -303,8 +262,8 @@ def _our_cell(record: Record) -> str:
     return f"{record['ratio']:.1f}" + (f" ({variant})" if variant else "")
 
 
-def _short(version: str) -> str:
-    return ".".join(version.split(".")[:2])
+def _trl(result: results.Result) -> str:
+    return "TRL " + ".".join(result["versions"].get("trl", "").split(".")[:2])
 
 
 def _markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
