@@ -10,8 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import drrlhf as dr
-from drrlhf import backends
 from drrlhf.bench import heads, linear_preference_loss, peers
 from drrlhf.bench.gate import Gate
 from drrlhf.bench.linear_preference_loss import BETA, ERM, KERNELS, ROBUST
@@ -150,12 +148,7 @@ def _plain_step(ambiguity: str) -> Step:
         logps = logits.log_softmax(-1).gather(-1, labels[:, :-1, None]).squeeze(-1).sum(1)
         if ambiguity == "erm":
             return linear_preference_loss.dpo_loss(logps - reference)
-        chosen, rejected = (logps - reference).chunk(2)
-        zeros = torch.zeros_like(chosen)
-        with backends.use("reference"):
-            return dr.preference_loss(
-                chosen, rejected, zeros, zeros, beta=BETA, ambiguity=ambiguity
-            ).loss
+        return linear_preference_loss.robust_dpo_loss(logps - reference, ambiguity)
 
     return step
 

@@ -121,6 +121,11 @@ class Problem:
             result["d weight"] = self.weight.grad[self.words]
         return result
 
+    def judged(self, made: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        """Of what a head gave the log-probs, and by name all that is checked."""
+        logps, *more = made if self.extras else (made,)
+        return logps, {k: x.detach() for k, x in zip(("log-probs", *JUDGED_EXTRAS), (logps, *more))}
+
     def work(self, head: Head, upstream: Tensor | None = None) -> Work:
         """Forward, and backward where the problem has one."""
         upstream = self.upstream if upstream is None else upstream
@@ -131,11 +136,8 @@ class Problem:
             found.clear()
 
         def run() -> None:
-            made = head(self.hidden, self.weight, self.labels)
-            logps = made[0] if self.extras else made
-            found["log-probs"] = logps.detach()
-            if self.extras:
-                found.update(zip(JUDGED_EXTRAS, (x.detach() for x in made[1:])))
+            logps, values = self.judged(head(self.hidden, self.weight, self.labels))
+            found.update(values)
             if self.backward:
                 logps.backward(upstream.to(logps.dtype))
 
@@ -175,10 +177,7 @@ class Problem:
             # No row's result depends on another's: the checked ones are enough.
             hidden = self.hidden.detach()[self.rows].requires_grad_(self.backward)
             made = self.plain(hidden, self.weight, self.labels[self.rows])
-            logps = made[0] if self.extras else made
-            result = {"log-probs": logps.detach()}
-            if self.extras:
-                result.update(zip(JUDGED_EXTRAS, made[1:]))
+            logps, result = self.judged(made)
             if self.backward:
                 logps.backward(upstream[self.rows])
                 assert hidden.grad is not None

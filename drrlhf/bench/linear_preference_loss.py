@@ -14,7 +14,16 @@ from drrlhf import backends
 from drrlhf.bench import heads, peers
 from drrlhf.bench.gate import Gate
 from drrlhf.bench.heads import COMPILED, LIGER, PLAIN, TRL, Problem
-from drrlhf.bench.registry import OURS, SUITES, Case, Contest, Unavailable, Work, our
+from drrlhf.bench.registry import (
+    OURS,
+    SUITES,
+    Case,
+    Contest,
+    Unavailable,
+    Work,
+    our,
+    with_gradients,
+)
 
 # Pairs, tokens of a sequence, vocabulary, depth.
 SHAPES = {"cpu": (4, 128, 32000, 1024), "gpu": (8, 512, 151936, 4096), "quick": (3, 8, 211, 32)}
@@ -57,6 +66,16 @@ def dpo_loss(sequence_logps: Tensor) -> Tensor:
     return -functional.logsigmoid(BETA * (chosen - rejected)).mean()
 
 
+def robust_dpo_loss(sequence_logps: Tensor, ambiguity: str) -> Tensor:
+    """The same in the worst case, by plain PyTorch; differentiable."""
+    chosen, rejected = sequence_logps.chunk(2)
+    zeros = torch.zeros_like(chosen)
+    with backends.use("reference"):
+        return dr.preference_loss(
+            chosen, rejected, zeros, zeros, beta=BETA, ambiguity=ambiguity
+        ).loss
+
+
 def _over(head: heads.Head) -> Loss:
     """Plain DPO over somebody's token log-probs."""
 
@@ -92,21 +111,11 @@ def _contest(
         )
 
     def work(loss: Loss) -> Work:
-        found: dict[str, Tensor] = {}
+        def of_states() -> Tensor:
+            hidden = problem.hidden.view(2 * pairs, length, d)
+            return loss(hidden, problem.weight, labels).float()
 
-        def before() -> None:
-            problem.clear()
-            found.clear()
-
-        def run() -> None:
-            value = loss(problem.hidden.view(2 * pairs, length, d), problem.weight, labels)
-            found["loss"] = value.detach()
-            value.backward()
-
-        def outputs() -> Mapping[str, Tensor]:
-            return {"loss": found["loss"].float(), **problem.gradients()}
-
-        return Work(run, before, outputs)
+        return with_gradients(of_states, problem.clear, problem.gradients)
 
     erm, robust = (_gate(problem, labels, ambiguity) for ambiguity in ("erm", ROBUST))
     contenders: dict[str, Callable[[], Work]] = {
@@ -125,20 +134,11 @@ def _gate(problem: Problem, labels: Tensor, ambiguity: str) -> Gate:
     """The truth of the whole head, whose pair weights depend on every token."""
     known: dict[str, Any] = {}
 
-    def reduce(sequence_logps: Tensor) -> Tensor:
-        """The loss () by plain PyTorch, differentiable."""
-        chosen, rejected = sequence_logps.chunk(2)
-        zeros = torch.zeros_like(chosen)
-        with backends.use("reference"):
-            return dr.preference_loss(
-                chosen, rejected, zeros, zeros, beta=BETA, ambiguity=ambiguity
-            ).loss
-
     def slopes(logps: Tensor) -> Tensor:
         """From float64 log-probs (N,) of all tokens to the loss's derivative by each."""
         with torch.enable_grad():
             sums = logps.view_as(labels).sum(1).requires_grad_()
-            loss = reduce(sums)
+            loss = robust_dpo_loss(sums, ambiguity)
             (slope,) = torch.autograd.grad(loss, sums)
         known.update(loss=loss.detach(), sums=sums.detach(), slope=slope, logps=logps)
         return slope.repeat_interleave(labels.shape[1])
@@ -151,7 +151,7 @@ def _gate(problem: Problem, labels: Tensor, ambiguity: str) -> Gate:
     def by_plain() -> Mapping[str, Tensor]:
         problem.clear()
         logps = heads.plain(problem.hidden, problem.weight, problem.labels)
-        loss = reduce(logps.view_as(labels).sum(1))
+        loss = robust_dpo_loss(logps.view_as(labels).sum(1), ambiguity)
         loss.backward()
         return {"loss": loss.detach(), **problem.gradients()}
 

@@ -14,7 +14,7 @@ from drrlhf import backends
 from drrlhf.bench import peers
 from drrlhf.bench.gate import Gate
 from drrlhf.bench.heads import TRL, Problem
-from drrlhf.bench.registry import OURS, SUITES, Case, Contest, Work, our
+from drrlhf.bench.registry import OURS, SUITES, Case, Contest, Work, our, with_gradients
 from drrlhf.bench.trl_policy import trl_policy_loss
 
 # Prompts, completions of each, tokens of a completion.
@@ -97,21 +97,15 @@ def _from_logps(suite: str, options: Mapping[str, Any]) -> Contest:
 
     def work(loss: Callable[..., Tensor], mine: Mapping[str, Tensor] = batch) -> Work:
         leaf = mine["logps"].clone().requires_grad_()
-        found: dict[str, Tensor] = {}
 
-        def before() -> None:
+        def clear() -> None:
             leaf.grad = None
 
-        def run() -> None:
-            value = loss({**mine, "logps": leaf}, **options)
-            value.backward()
-            found["loss"] = value.detach()
-
-        def outputs() -> Mapping[str, Tensor]:
+        def gradient() -> Mapping[str, Tensor]:
             assert leaf.grad is not None
-            return {"loss": found["loss"], "d log-probs": leaf.grad}
+            return {"d log-probs": leaf.grad}
 
-        return Work(run, before, outputs)
+        return with_gradients(lambda: loss({**mine, "logps": leaf}, **options), clear, gradient)
 
     def of_ours(ambiguity: str) -> Callable[..., Tensor]:
         return lambda batch, **rest: _ours(batch, prompts, ambiguity, **rest)
@@ -171,16 +165,12 @@ def _from_hidden(suite: str) -> Contest:
     del batch["logps"], batch["old_logps"], batch["ref_logps"], batch["entropy"]
 
     def work(head: Callable[..., tuple[Tensor, Tensor]], loss: Callable[..., Tensor]) -> Work:
-        found: dict[str, Tensor] = {}
-
-        def run() -> None:
+        def of_tokens() -> Tensor:
             logps, entropy = head(problem.hidden, problem.weight, problem.labels)
             tokens = {"logps": logps.view(n, length), "entropy": entropy.detach().view(n, length)}
-            value = loss({**batch, **tokens, "old_logps": None})
-            value.backward()
-            found["loss"] = value.detach().float()
+            return loss({**batch, **tokens, "old_logps": None})
 
-        return Work(run, problem.clear, problem.gradients)
+        return with_gradients(of_tokens, problem.clear, problem.gradients)
 
     def ours() -> Work:
         function = our("linear_token_logprobs", "outputs")

@@ -80,6 +80,23 @@ class Work:
         self.run()
 
 
+def with_gradients(
+    loss: Callable[[], Tensor],
+    clear: Callable[[], object],
+    gradients: Callable[[], Mapping[str, Tensor]],
+    name: str = "loss",
+) -> Work:
+    """A loss () and its backward; shows the loss under `name`, and the gradients that it left."""
+    found: dict[str, Tensor] = {}
+
+    def run() -> None:
+        value = loss()
+        value.backward()
+        found[name] = value.detach()
+
+    return Work(run, clear, lambda: {**found, **gradients()})
+
+
 @dataclass(frozen=True)
 class Contest:
     """The contenders of one case, on inputs that exist now.

@@ -12,7 +12,7 @@ import drrlhf as dr
 from drrlhf import backends
 from drrlhf.bench import peers
 from drrlhf.bench.gate import Gate
-from drrlhf.bench.registry import OURS, SUITES, Case, Contest, Work
+from drrlhf.bench.registry import OURS, SUITES, Case, Contest, Work, with_gradients
 
 SETS = (
     "erm",
@@ -67,21 +67,14 @@ def _contest(text: str, n: int, device: str) -> Contest:
     ambiguity = dr.parse_ambiguity(text)
 
     def work(reduce: Callable[[Tensor], Tensor]) -> Work:
-        found: dict[str, Tensor] = {}
-
         def clear() -> None:
             losses.grad = None
 
-        def run() -> None:
-            value = reduce(losses)
-            value.backward()
-            found["value"] = value
-
-        def outputs() -> Mapping[str, Tensor]:
+        def weights() -> Mapping[str, Tensor]:
             assert losses.grad is not None
-            return {"value": found["value"].detach(), "weights": losses.grad}
+            return {"weights": losses.grad}
 
-        return Work(run, clear, outputs)
+        return with_gradients(lambda: reduce(losses), clear, weights, "value")
 
     def ours(losses: Tensor) -> Tensor:
         return dr.robust_risk(losses, ambiguity, groups=groups).value

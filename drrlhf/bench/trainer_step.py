@@ -25,11 +25,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import drrlhf as dr
-from drrlhf import backends
 from drrlhf.bench import dpo_step, heads, peers
 from drrlhf.bench.gate import Gate
-from drrlhf.bench.linear_preference_loss import BETA
+from drrlhf.bench.linear_preference_loss import BETA, robust_dpo_loss
 from drrlhf.bench.registry import OURS, SUITES, Case, Contest, Unavailable, Work, variant
 
 # batches, pairs in each, tokens of each sequence
@@ -326,23 +324,13 @@ def _plain(
 ) -> dict[str, Tensor]:
     """The watched gradient of the one big batch, from full logits in plain PyTorch."""
     sides = {
-        name: torch.cat([part for side in (0, 1) for part in _halves(batches, name, side)])
+        name: torch.cat([batch[name].chunk(2)[side] for side in (0, 1) for batch in batches])
         for name in batches[0]
     }
-
     with torch.no_grad():
         reference = _logps(start, sides)
-    chosen, rejected = (_logps(policy, sides) - reference).chunk(2)
-    zeros = torch.zeros_like(chosen)
-    with backends.use("reference"):
-        dr.preference_loss(
-            chosen, rejected, zeros, zeros, beta=BETA, ambiguity=ambiguity
-        ).loss.backward()
+    robust_dpo_loss(_logps(policy, sides) - reference, ambiguity).backward()
     return _gradient(policy)
-
-
-def _halves(batches: list[dict[str, Tensor]], name: str, side: int) -> list[Tensor]:
-    return [batch[name].chunk(2)[side] for batch in batches]
 
 
 def _gradient(model: Any) -> dict[str, Tensor]:
