@@ -81,10 +81,9 @@ void multiply_by_head(const Tensor& gradient, const Tensor& weight, Tensor resul
       const std::uint16_t* from = words_of(gradient) + start;
       HeadSums sums(weight, count, workspace);
       sums.each([](std::int64_t, std::int64_t) {},
-                [&](std::int64_t first, std::int64_t rows, std::int64_t j, std::int64_t columns,
-                    std::uint16_t* out, std::int64_t stride) {
-                  softmax_kernels().transpose(from + first * step + j, step, rows, columns, out,
-                                              stride);
+                [&](const Part& part, std::uint16_t* out, std::int64_t stride) {
+                  softmax_kernels().transpose(from + part.first * step + part.column, step,
+                                              part.rows, part.columns, out, stride);
                 });
       auto* to = result.mutable_data_ptr<at::BFloat16>() + start * width;
       write_rows(count, width, [&](std::int64_t j, float* row) {

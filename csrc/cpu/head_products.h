@@ -32,9 +32,8 @@ class HeadSums {
   std::int64_t height() const { return height_; }
 
   // For each block of the head's rows [first, first + rows): begin_block(first, rows), then
-  // f(first, rows, column, count, out, stride) writes the factors of the head's rows [first, first
-  // + rows) and of `count` tokens, kTileTokens at most, from `column` on: out (count, rows), with 0
-  // behind the rows up to a multiple of 32.
+  // f(part, out, stride) writes the factors of these rows and of kTileTokens tokens at most: out
+  // (columns, rows), with 0 behind the rows up to a multiple of 32.
   template <class Begin, class F>
   void each(const Begin& begin_block, const F& f) {
     at::parallel_for(0, parts_ * chunks_, 1, [&](std::int64_t from, std::int64_t to) {
@@ -55,7 +54,7 @@ class HeadSums {
           for (std::int64_t j = token; j < end; j += kTokens) {
             const std::int64_t count = std::min(kTokens, end - j);
             for (std::int64_t k = 0; k < count; k += kTileTokens) {
-              f(first, rows, j + k, std::min(kTileTokens, count - k),
+              f(Part{first, rows, j + k, std::min(kTileTokens, count - k)},
                 reinterpret_cast<std::uint16_t*>(p + k * stride), stride);
             }
             multiply_packed(p, stride, count, round_up(rows, 2),
@@ -145,9 +144,8 @@ Tensor gradient_buffer(std::int64_t rows, std::int64_t tokens, at::ScalarType dt
 
 // d weight (V, D), and d bias (V,) if not null, from gradients of blocks of the head's rows that
 // are multiplied by `hidden` (tokens, D) while they are in the cache: begin(first, rows) starts a
-// block, f(first, rows, token, count, out, stride) writes `count` tokens' gradients out (rows,
-// count), and finite numbers behind them up to a multiple of kColumnBlock. `factor` (tokens,) as in
-// sum_tokens.
+// block, f(part, out, stride) writes its gradients out (rows, columns), and finite numbers behind
+// them up to a multiple of kColumnBlock. `factor` (tokens,) as in sum_tokens.
 template <class Begin, class F>
 void weight_gradient(const Tensor& hidden, const std::vector<float>& factor, Tensor& d_weight,
                      Tensor* d_bias, const Begin& begin_block, const F& f) {
@@ -168,7 +166,7 @@ void weight_gradient(const Tensor& hidden, const std::vector<float>& factor, Ten
       std::fill(bias.begin(), bias.end(), 0.0);
       for (std::int64_t token = 0; token < n; token += kDepth) {
         const std::int64_t count = std::min(kDepth, n - token);
-        f(first, rows, token, count, g, stride);
+        f(Part{first, rows, token, count}, g, stride);
         // What a whole step of the product may read: of an earlier token it might be NaN.
         for (std::int64_t j = round_up(count, kColumnBlock); j < round_up(count, 32); ++j) {
           for (std::int64_t v = 0; v < rows; ++v) g[v * stride + j] = 0;

@@ -73,16 +73,15 @@ class Ratios {
     find_references(head);
   }
 
-  // Turns a tile of z of the tokens from `column` on into `out`, as SoftmaxKernels::tile_ratios.
-  void turn(float* z, std::int64_t stride, std::int64_t first, std::int64_t rows,
-            std::int64_t column, std::int64_t columns, std::uint16_t* out, std::int64_t out_stride,
-            bool transposed) {
-    if (statistics_.has_value()) statistics_->fold(z, stride, first, rows, column, columns);
-    const std::int64_t tokens = std::min(columns, tokens_.count() - column);
+  // Turns a tile into `out`, as SoftmaxKernels::tile_ratios.
+  void turn(const Tile& tile, std::uint16_t* out, std::int64_t out_stride, bool transposed) {
+    if (statistics_.has_value()) statistics_->fold(tile);
+    const std::int64_t j = tile.column, tokens = std::min(tile.columns, tokens_.count() - j);
+    float* sum = sum_.data() + at::get_thread_num() * tokens_.columns();
     softmax_kernels().tile_ratios(
-        z, stride, rows, columns, tokens, first, tokens_.labels.data() + column, transform_,
-        reference_.data() + column, sum_.data() + at::get_thread_num() * tokens_.columns() + column,
-        label_z_.data() + column, label_slope_.data() + column, out, out_stride, transposed);
+        tile, tokens, tokens_.labels.data() + j, transform_,
+        {reference_.data() + j, sum + j, label_z_.data() + j, label_slope_.data() + j}, out,
+        out_stride, transposed);
   }
 
   // The statistics of token j. Where divides_by_label does not hold of its logp, NaN for one, they
@@ -126,8 +125,9 @@ class Ratios {
                         (bias.defined() ? bias.const_data_ptr<float>()[y] : 0.0f);
       }
     });
-    softmax_kernels().transform_tile(reference_.data(), tokens_.columns(), 1, tokens_.columns(),
-                                     nullptr, transform_);
+    const std::int64_t columns = tokens_.columns();
+    softmax_kernels().transform_tile({{0, 1, 0, columns}, reference_.data(), columns}, nullptr,
+                                     transform_);
     for (float& z : reference_) z = std::isfinite(z) ? z : 0.0f;
   }
 
@@ -240,12 +240,9 @@ class Forward {
   void keep_ratios(const LogitTiles& logits, Ratios& ratios) {
     const std::int64_t n = valid();
     auto* to = reinterpret_cast<std::uint16_t*>(kept_.mutable_data_ptr<at::BFloat16>());
-    logits.each(0, vocabulary_, nullptr, 0,
-                [&](float* z, std::int64_t stride, std::int64_t first, std::int64_t rows,
-                    std::int64_t column, std::int64_t columns) {
-                  ratios.turn(z, stride, first, rows, column, columns, to + first * n + column, n,
-                              false);
-                });
+    logits.each(0, vocabulary_, nullptr, 0, [&](const Tile& tile) {
+      ratios.turn(tile, to + tile.first * n + tile.column, n, false);
+    });
   }
 
   // Multiplies the ratios by the head, tile by tile.
@@ -257,12 +254,12 @@ class Forward {
     const auto take = [&](std::int64_t first, std::int64_t rows) {
       logits.take(first, rows, blocks[at::get_thread_num()]);
     };
-    sums.each(take, [&](std::int64_t first, std::int64_t rows, std::int64_t column,
-                        std::int64_t columns, std::uint16_t* out, std::int64_t out_stride) {
-      float* z = tiles.mutable_data_ptr<float>() + at::get_thread_num() * size;
-      columns = round_up(columns, kColumnBlock);
-      logits.tile(blocks[at::get_thread_num()], first, rows, column, columns, z, stride);
-      ratios.turn(z, stride, first, rows, column, columns, out, out_stride, true);
+    sums.each(take, [&](Part part, std::uint16_t* out, std::int64_t out_stride) {
+      part.columns = round_up(part.columns, kColumnBlock);
+      const int t = at::get_thread_num();
+      const Tile tile = {part, tiles.mutable_data_ptr<float>() + t * size, stride};
+      logits.make(blocks[t], tile);
+      ratios.turn(tile, out, out_stride, true);
     });
   }
 
@@ -294,10 +291,7 @@ class Forward {
     const LogitTiles logits(tokens, head_);
     ColumnStatistics statistics(tokens, result_.extras());
     logits.each(0, vocabulary_, z, stride_for(tokens.count()),
-                [&](float* tile, std::int64_t stride, std::int64_t first, std::int64_t rows,
-                    std::int64_t column, std::int64_t columns) {
-                  statistics.fold(tile, stride, first, rows, column, columns);
-                });
+                [&](const Tile& tile) { statistics.fold(tile); });
     Columns columns(tokens.columns());
     for (std::int64_t j = 0; j < tokens.count(); ++j) {
       const TokenStatistics s = statistics.finish_token(j, vocabulary_);
@@ -331,7 +325,7 @@ class Forward {
     at::parallel_for(0, tiles, 1, [&](std::int64_t from, std::int64_t to) {
       for (std::int64_t i = from; i < to; ++i) {
         const std::int64_t first = i * kTileRows, rows = std::min(kTileRows, vocabulary_ - first);
-        gradient.write(z + first * stride, stride, first, rows, 0, tokens.columns(),
+        gradient.write({{first, rows, 0, tokens.columns()}, z + first * stride, stride},
                        base + first * out_stride * size, out_stride);
       }
     });

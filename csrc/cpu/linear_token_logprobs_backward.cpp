@@ -56,14 +56,14 @@ void weight_gradient_of_logits(const Tokens& tokens, const Head& head, GradientT
       [&](std::int64_t first, std::int64_t rows) {
         logits.take(first, rows, blocks[at::get_thread_num()]);
       },
-      [&](std::int64_t first, std::int64_t rows, std::int64_t token, std::int64_t count,
-          at::BFloat16* out, std::int64_t out_stride) {
+      [&](const Part& part, at::BFloat16* out, std::int64_t out_stride) {
         const int t = at::get_thread_num();
-        float* tile = z.mutable_data_ptr<float>() + t * height * stride;
-        for (std::int64_t j = 0; j < count; j += kTileTokens) {
-          const std::int64_t columns = round_up(std::min(kTileTokens, count - j), kColumnBlock);
-          logits.tile(blocks[t], first, rows, token + j, columns, tile, stride);
-          tiles.write(tile, stride, first, rows, token + j, columns, out + j, out_stride);
+        Tile tile = {part, z.mutable_data_ptr<float>() + t * height * stride, stride};
+        for (std::int64_t j = 0; j < part.columns; j += kTileTokens) {
+          tile.column = part.column + j;
+          tile.columns = round_up(std::min(kTileTokens, part.columns - j), kColumnBlock);
+          logits.make(blocks[t], tile);
+          tiles.write(tile, out + j, out_stride);
         }
       });
 }
@@ -77,10 +77,10 @@ void weight_gradient_of_kept(const Tensor& kept, const std::vector<std::int64_t>
   const std::int64_t step = kept.stride(0);
   weight_gradient(
       hidden, factor, d_weight, d_bias, [](std::int64_t, std::int64_t) {},
-      [&](std::int64_t first, std::int64_t rows, std::int64_t token, std::int64_t count,
-          at::BFloat16* out, std::int64_t stride) {
-        for (std::int64_t v = 0; v < rows; ++v) {
-          const std::uint16_t* row = from + (first + v) * step;
+      [&](const Part& part, at::BFloat16* out, std::int64_t stride) {
+        const std::int64_t token = part.column, count = part.columns;
+        for (std::int64_t v = 0; v < part.rows; ++v) {
+          const std::uint16_t* row = from + (part.first + v) * step;
           auto* to = reinterpret_cast<std::uint16_t*>(out + v * stride);
           if (whole) {
             std::memcpy(to, row + token, count * sizeof *to);
@@ -210,12 +210,10 @@ class Backward {
                           std::int64_t begin, std::int64_t end, Tensor out) {
     const std::int64_t out_stride = out.stride(0), size = out.element_size();
     char* to = static_cast<char*>(out.mutable_data_ptr());
-    logits.each(begin, end, nullptr, stride_for(tokens.count()),
-                [&](float* tile, std::int64_t stride, std::int64_t first, std::int64_t rows,
-                    std::int64_t column, std::int64_t count) {
-                  gradient.write(tile, stride, first, rows, column, count,
-                                 to + ((first - begin) * out_stride + column) * size, out_stride);
-                });
+    logits.each(begin, end, nullptr, stride_for(tokens.count()), [&](const Tile& tile) {
+      const std::int64_t at = (tile.first - begin) * out_stride + tile.column;
+      gradient.write(tile, to + at * size, out_stride);
+    });
     return out.narrow(0, 0, end - begin).narrow(1, 0, tokens.count());
   }
 

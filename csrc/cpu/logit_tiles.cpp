@@ -75,18 +75,16 @@ void LogitTiles::take(std::int64_t first, std::int64_t rows, Tensor& block) cons
   }
 }
 
-void LogitTiles::tile(const Tensor& block, std::int64_t first, std::int64_t rows,
-                      std::int64_t column, std::int64_t columns, float* z,
-                      std::int64_t stride) const {
+void LogitTiles::make(const Tensor& block, const Tile& tile) const {
   const auto* from = block.const_data_ptr<at::BFloat16>();
   const auto* packed =
-      reinterpret_cast<const at::BFloat16*>(packed_.const_data_ptr()) + column * width_;
+      reinterpret_cast<const at::BFloat16*>(packed_.const_data_ptr()) + tile.column * width_;
   for (std::int64_t k = 0; k < width_; k += kPiece) {
-    at::native::cpublas::brgemm(rows, columns, std::min(kPiece, width_ - k), kPieceStride, kBlock,
-                                stride, k > 0, from + k / kPiece * block.stride(0),
-                                packed + k * kBlock, z, true);
+    at::native::cpublas::brgemm(tile.rows, tile.columns, std::min(kPiece, width_ - k), kPieceStride,
+                                kBlock, tile.stride, k > 0, from + k / kPiece * block.stride(0),
+                                packed + k * kBlock, tile.z, true);
   }
-  softmax_kernels().transform_tile(z, stride, rows, columns, bias(first), transform_);
+  softmax_kernels().transform_tile(tile, bias(tile.first), transform_);
 }
 
 void LogitTiles::pack() {
@@ -121,10 +119,10 @@ ColumnStatistics::ColumnStatistics(const Tokens& tokens, bool extras)
   }
 }
 
-void ColumnStatistics::fold(float* tile, std::int64_t stride, std::int64_t first, std::int64_t rows,
-                            std::int64_t column, std::int64_t columns) {
-  softmax_kernels().fold_tile(tile, stride, rows, columns, first, tokens_.labels.data() + column,
-                              of_thread(at::get_thread_num(), column), label_z_.data() + column);
+void ColumnStatistics::fold(const Tile& tile) {
+  softmax_kernels().fold_tile(tile, tokens_.labels.data() + tile.column,
+                              of_thread(at::get_thread_num(), tile.column),
+                              label_z_.data() + tile.column);
 }
 
 TokenStatistics ColumnStatistics::finish_token(std::int64_t j, std::int64_t vocabulary) const {
@@ -174,11 +172,9 @@ GradientTiles::GradientTiles(const Tokens& t, const Columns& c, const Head& head
       storage(s),
       scratch(at::get_num_threads() * t.columns()) {}
 
-void GradientTiles::write(const float* tile, std::int64_t stride, std::int64_t first,
-                          std::int64_t rows, std::int64_t column, std::int64_t count, void* out,
-                          std::int64_t out_stride) {
-  softmax_kernels().tile_gradient(tile, stride, rows, count, first, tokens.labels.data() + column,
-                                  transform, columns.coefficients(column), out, out_stride, storage,
+void GradientTiles::write(const Tile& tile, void* out, std::int64_t out_stride) {
+  softmax_kernels().tile_gradient(tile, tokens.labels.data() + tile.column, transform,
+                                  columns.coefficients(tile.column), out, out_stride, storage,
                                   scratch.data() + at::get_thread_num() * tokens.columns());
 }
 

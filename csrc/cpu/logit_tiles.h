@@ -34,9 +34,8 @@ class LogitTiles {
  public:
   LogitTiles(const Tokens& tokens, const Head& head);
 
-  // f(tile, stride, first, rows, column, columns) for the tiles of z of the head's rows [begin,
-  // end) and the tokens from `column` on, in parallel. They are parts of `chunk` (end - begin,
-  // stride), or lie in the cache until f returns if null.
+  // f(tile) for the tiles of all tokens and the head's rows [begin, end), in parallel. They are
+  // parts of `chunk` (end - begin, stride), or lie in the cache until f returns if null.
   template <class F>
   void each(std::int64_t begin, std::int64_t end, float* chunk, std::int64_t stride,
             const F& f) const {
@@ -54,10 +53,9 @@ class LogitTiles {
   // Copies the head's rows [first, first + rows) to `block`.
   void take(std::int64_t first, std::int64_t rows, Tensor& block) const;
 
-  // z of the head's rows [first, first + rows), which `block` holds, and of `columns` tokens,
-  // kTileTokens at most; `column` is a multiple of kTileTokens.
-  void tile(const Tensor& block, std::int64_t first, std::int64_t rows, std::int64_t column,
-            std::int64_t columns, float* z, std::int64_t stride) const;
+  // Makes z of a tile of kTileTokens tokens at most, from a multiple of these on; `block` holds
+  // the head's rows.
+  void make(const Tensor& block, const Tile& tile) const;
 
  private:
   // The layout that the blocked product wants of its second operand: by blocks of kBlock tokens,
@@ -90,9 +88,9 @@ class LogitTiles {
                                       : buffer.mutable_data_ptr<float>() +
                                             at::get_thread_num() * height * stride_for(kTileTokens);
           const std::int64_t step = chunk != nullptr ? stride : stride_for(kTileTokens);
-          const std::int64_t count = std::min(kTileTokens, columns - j);
-          tile(head, first, rows, j, count, z, step);
-          f(z, step, first, rows, j, count);
+          const Tile tile = {{first, rows, j, std::min(kTileTokens, columns - j)}, z, step};
+          make(head, tile);
+          f(tile);
         }
       }
       at::native::cpublas::brgemm_release();
@@ -115,14 +113,13 @@ class LogitTiles {
       const std::int64_t tiles = (count + kTileRows - 1) / kTileRows;
       at::parallel_for(0, tiles, 1, [&](std::int64_t from, std::int64_t to) {
         for (std::int64_t i = from; i < to; ++i) {
-          const std::int64_t rows = std::min(kTileRows, count - i * kTileRows);
-          float* tile = block + i * kTileRows * stride;
+          const std::int64_t first = i * kTileRows, rows = std::min(kTileRows, count - first);
+          const Tile tile = {{start + first, rows, 0, columns}, block + first * stride, stride};
           for (std::int64_t v = 0; v < rows; ++v) {
-            std::fill(tile + v * stride + n, tile + v * stride + columns, 0.0f);
+            std::fill(tile.z + v * stride + n, tile.z + v * stride + columns, 0.0f);
           }
-          const std::int64_t first = start + i * kTileRows;
-          softmax_kernels().transform_tile(tile, stride, rows, columns, bias(first), transform_);
-          f(tile, stride, first, rows, 0, columns);
+          softmax_kernels().transform_tile(tile, bias(tile.first), transform_);
+          f(tile);
         }
       });
     }
@@ -140,9 +137,7 @@ class ColumnStatistics {
  public:
   ColumnStatistics(const Tokens& tokens, bool extras);
 
-  // Folds a tile of z of the tokens from `column` on.
-  void fold(float* tile, std::int64_t stride, std::int64_t first, std::int64_t rows,
-            std::int64_t column, std::int64_t columns);
+  void fold(const Tile& tile);
 
   TokenStatistics finish_token(std::int64_t j, std::int64_t vocabulary) const;
 
@@ -183,9 +178,8 @@ struct GradientTiles {
 
   GradientTiles(const Tokens& tokens, const Columns& columns, const Head& head, Storage storage);
 
-  // Of the tile's tokens, which are those from `column` on.
-  void write(const float* tile, std::int64_t stride, std::int64_t first, std::int64_t rows,
-             std::int64_t column, std::int64_t count, void* out, std::int64_t out_stride);
+  // Of the tile's tokens.
+  void write(const Tile& tile, void* out, std::int64_t out_stride);
 };
 
 }  // namespace drrlhf::cpu

@@ -50,6 +50,26 @@ struct ColumnCoefficients {
   const float *a, *b, *logp, *lse, *lse_tail, *entropy;
 };
 
+// Of ratios to fixed references, for every column of a tile: the others' e are added to `sum`, and
+// the label's z and dz/dlogit are set.
+struct RatiosOfColumns {
+  const float* reference;
+  float *sum, *label_z, *label_slope;
+};
+
+// A part of transposed logits (V, tokens): entries [first, first + rows) of the vocabulary and
+// tokens [column, column + columns).
+struct Part {
+  std::int64_t first, rows, column, columns;
+};
+
+// z of a part, whose rows lie `stride` entries apart. What kernels take beside it by column begins
+// at the tile's own first one.
+struct Tile : Part {
+  float* z;
+  std::int64_t stride;
+};
+
 struct SoftmaxKernels {
   int lanes;  // floats in a vector
   // Statistics of the row x (n,) without entry `label`, whose transformed value goes to label_z.
@@ -59,31 +79,25 @@ struct SoftmaxKernels {
   void (*row_gradient)(const void* x, void* out, Storage storage, std::int64_t n,
                        std::int64_t label, const Transform& transform,
                        const RowCoefficients& coefficients);
-  // Turns the tile's logits (rows, columns) into z in place; bias (rows,) may be null. `columns` is
-  // a multiple of kColumnBlock, here and below.
-  void (*transform_tile)(float* tile, std::int64_t stride, std::int64_t rows, std::int64_t columns,
-                         const float* bias, const Transform& transform);
-  // Folds a tile of z into `others`. The tile's first row is entry `first` of the vocabulary; a
-  // column whose label (columns,) lies in the tile gets its label_z. The tile is left as it was.
-  void (*fold_tile)(float* tile, std::int64_t stride, std::int64_t rows, std::int64_t columns,
-                    std::int64_t first, const std::int64_t* labels, const OthersOfColumns& others,
+  // Turns the tile's logits into z in place; bias (rows,) may be null. `columns` is a multiple of
+  // kColumnBlock, here and below.
+  void (*transform_tile)(Tile tile, const float* bias, const Transform& transform);
+  // Folds a tile into `others`. A column whose label (columns,) lies in the tile gets its label_z.
+  // The tile is left as it was.
+  void (*fold_tile)(Tile tile, const std::int64_t* labels, const OthersOfColumns& others,
                     float* label_z);
-  // out (rows, columns) = gradient of the tile of z; out may begin where the tile does, with rows
-  // no further apart. scratch (columns,).
-  void (*tile_gradient)(const float* tile, std::int64_t stride, std::int64_t rows,
-                        std::int64_t columns, std::int64_t first, const std::int64_t* labels,
-                        const Transform& transform, const ColumnCoefficients& coefficients,
-                        void* out, std::int64_t out_stride, Storage storage, float* scratch);
+  // out (rows, columns) = gradient of the tile; out may begin where the tile does, with rows no
+  // further apart. scratch (columns,).
+  void (*tile_gradient)(Tile tile, const std::int64_t* labels, const Transform& transform,
+                        const ColumnCoefficients& coefficients, void* out, std::int64_t out_stride,
+                        Storage storage, float* scratch);
   // Ratios e = exp(z - reference) to a reference that is fixed beforehand: out = e dz/dlogit in
   // bfloat16, in units of scale / temperature, of the first `tokens` columns. Transposed they are
   // out (tokens, rows), filled with 0 up to a multiple of 32 entries; otherwise (rows, tokens). A
-  // label's own entry is 0; its z and its dz/dlogit go to label_z and label_slope, and the others'
-  // e are added to `sum` (columns,). The tile is left without the labels' own logits. Only where
-  // the processor has AVX-512.
-  void (*tile_ratios)(float* tile, std::int64_t stride, std::int64_t rows, std::int64_t columns,
-                      std::int64_t tokens, std::int64_t first, const std::int64_t* labels,
-                      const Transform& transform, const float* reference, float* sum,
-                      float* label_z, float* label_slope, std::uint16_t* out,
+  // label's own entry is 0. The tile is left without the labels' own logits. Only where the
+  // processor has AVX-512.
+  void (*tile_ratios)(Tile tile, std::int64_t tokens, const std::int64_t* labels,
+                      const Transform& transform, const RatiosOfColumns& ratios, std::uint16_t* out,
                       std::int64_t out_stride, bool transposed);
   // out (columns, rows) = x (rows, columns), both of 16-bit entries; out's rows are filled with 0
   // up to a multiple of 32 entries. Only where the processor has AVX-512.
