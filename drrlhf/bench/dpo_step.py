@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import drrlhf as dr
 from drrlhf.bench import heads, linear_preference_loss, peers
 from drrlhf.bench.gate import Gate
 from drrlhf.bench.linear_preference_loss import BETA, ERM, KERNELS, ROBUST
-from drrlhf.bench.registry import OURS, SUITES, Case, Contest, Unavailable, Work, our
+from drrlhf.bench.registry import OURS, SUITES, Case, Contest, Unavailable, Work
 
 SHAPES = {"cpu": (8, 256), "gpu": (16, 1024), "quick": (4, 12)}  # sequences, tokens of each
 CHECKED = (4, 64)  # of the same, in float64
@@ -128,13 +129,13 @@ def _gradients(model: Any, step: Step, *inputs: Tensor) -> dict[str, Tensor]:
 
 
 def _ours(ambiguity: str) -> Step:
-    function = our("linear_preference_loss")
-
     def step(model: Any, ids: Tensor, labels: Tensor, reference: Tensor) -> Tensor:
         policy = model.get_base_model()
         hidden = policy.model(ids, torch.ones_like(ids), use_cache=False).last_hidden_state
         weight = policy.get_output_embeddings().weight
-        return function(hidden, weight, labels, reference, beta=BETA, ambiguity=ambiguity).loss
+        return dr.linear_preference_loss(
+            hidden, weight, labels, reference, beta=BETA, ambiguity=ambiguity
+        ).loss
 
     return step
 

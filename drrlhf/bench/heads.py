@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+import drrlhf as dr
 from drrlhf.bench import peers
 from drrlhf.bench.gate import Gate
 from drrlhf.bench.registry import (
@@ -23,7 +25,6 @@ from drrlhf.bench.registry import (
     Work,
     on_backend,
     other_backends,
-    our,
     variant,
 )
 
@@ -251,15 +252,10 @@ def plain_extras(
     return logp.gather(-1, labels.unsqueeze(-1)).squeeze(-1), entropy, mean, top
 
 
-def ours_extras() -> Head:
-    """`linear_token_logprobs` with `EXTRAS`, or `Unavailable`."""
-    function = our("linear_token_logprobs", "outputs")
-
-    def head(*inputs: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        found = function(*inputs, outputs=EXTRAS)
-        return found.logps, found.entropy, found.mean_logit, found.is_top1
-
-    return head
+def ours_extras(*inputs: Tensor) -> Any:
+    """`linear_token_logprobs` with `EXTRAS`."""
+    found = dr.linear_token_logprobs(*inputs, outputs=EXTRAS)
+    return found.logps, found.entropy, found.mean_logit, found.is_top1
 
 
 def trl_extras() -> Head:
@@ -274,9 +270,8 @@ def trl_extras() -> Head:
 
 
 def ours(**options: Any) -> Head:
-    """`linear_token_logprobs` with options, or `Unavailable`."""
-    function = our("linear_token_logprobs", *options)
-    return lambda hidden, weight, labels: function(hidden, weight, labels, **options)
+    """`linear_token_logprobs` with options."""
+    return partial(dr.linear_token_logprobs, **options)
 
 
 def trl(extras: tuple[str, ...] = ()) -> Head:
@@ -332,7 +327,7 @@ def everyone(problem: Problem, suite: str) -> tuple[dict[str, Callable[[], Work]
         return lambda: problem.work(ours(**options))
 
     trained = problem.trained and problem.backward
-    mine = {OURS: (lambda: problem.work(ours_extras())) if problem.extras else of_ours()}
+    mine = {OURS: (lambda: problem.work(ours_extras)) if problem.extras else of_ours()}
     if trained:
         # On a CPU the default is one of these two, as the problem's size decides.
         mine = {} if suite == "cpu" else mine

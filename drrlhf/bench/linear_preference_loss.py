@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +22,6 @@ from drrlhf.bench.registry import (
     Contest,
     Unavailable,
     Work,
-    our,
     with_gradients,
 )
 
@@ -105,10 +105,8 @@ def _contest(
     reference = torch.zeros(2 * pairs, device=device)
 
     def ours(ambiguity: str) -> Loss:
-        function = our("linear_preference_loss")
-        return lambda hidden, weight, labels: (
-            function(hidden, weight, labels, reference, beta=BETA, ambiguity=ambiguity).loss
-        )
+        function: Any = partial(dr.linear_preference_loss, beta=BETA, ambiguity=ambiguity)
+        return lambda *inputs: function(*inputs, reference).loss
 
     def work(loss: Loss) -> Work:
         def of_states() -> Tensor:

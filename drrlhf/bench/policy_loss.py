@@ -11,10 +11,10 @@ from torch import Tensor
 
 import drrlhf as dr
 from drrlhf import backends
-from drrlhf.bench import peers
+from drrlhf.bench import heads
 from drrlhf.bench.gate import Gate
 from drrlhf.bench.heads import TRL, Problem
-from drrlhf.bench.registry import OURS, SUITES, Case, Contest, Work, our, with_gradients
+from drrlhf.bench.registry import OURS, SUITES, Case, Contest, Work, with_gradients
 from drrlhf.bench.trl_policy import trl_policy_loss
 
 # Prompts, completions of each, tokens of a completion.
@@ -80,8 +80,8 @@ def _batch(prompts: int, each: int, length: int, device: str) -> dict[str, Tenso
 
 
 def _ours(batch: Mapping[str, Tensor], prompts: int, ambiguity: str, **options: Any) -> Tensor:
-    function = our("policy_loss")
-    return function(**batch, num_prompts=prompts, ambiguity=ambiguity, **options).loss
+    mine: Any = {**batch, **options}
+    return dr.policy_loss(**mine, num_prompts=prompts, ambiguity=ambiguity).loss
 
 
 def _theirs(batch: Mapping[str, Tensor], **options: Any) -> Tensor:
@@ -173,24 +173,15 @@ def _from_hidden(suite: str) -> Contest:
         return with_gradients(of_tokens, problem.clear, problem.gradients)
 
     def ours() -> Work:
-        function = our("linear_token_logprobs", "outputs")
-
-        def head(*given: Tensor) -> tuple[Tensor, Tensor]:
-            out = function(*given, outputs=("entropy",))
+        def head(*given: Tensor) -> Any:
+            out = dr.linear_token_logprobs(*given, outputs=("entropy",))
             return out.logps, out.entropy
 
         return work(head, lambda mine: _ours(mine, prompts, SET, loss_type="dapo"))
 
     def theirs() -> Work:
-        function = peers.load("trl.kernels", "trl").ChunkedLogProbFunction
-        chunk = peers.load("trl.trainer.utils", "trl")._CHUNKED_LOGPROB_CHUNK_SIZE
-
-        def head(*given: Tensor) -> tuple[Tensor, Tensor]:
-            hidden, weight, labels = given
-            outputs = ("log_probs", "entropy")
-            return function.apply(hidden, weight, None, labels, 1.0, chunk, None, 1.0, outputs)[:2]
-
-        return work(head, lambda mine: _theirs(mine, loss_type="dapo"))
+        head = heads.trl(("entropy",))
+        return work(lambda *given: head(*given)[:2], lambda mine: _theirs(mine, loss_type="dapo"))
 
     advantages, rewards, ids = (
         batch[name].cpu() for name in ("advantages", "rewards", "prompt_ids")

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 import torch
 from torch import Tensor
 
+import drrlhf as dr
 from drrlhf import backends
 from drrlhf.ambiguity import parse_ambiguity
 from drrlhf.bench.gate import Gate
@@ -20,7 +21,6 @@ from drrlhf.bench.registry import (
     Unavailable,
     Work,
     other_backends,
-    our,
     variant,
 )
 
@@ -56,7 +56,7 @@ def _margins(suite: str, text: str) -> Call:
     def call(dtype: torch.dtype) -> tuple[Tensor, ...]:
         chosen, *others = (x.to(dtype) for x in logps)
         chosen = chosen.detach().requires_grad_()
-        out = our("preference_loss")(chosen, *others, ambiguity=ambiguity)
+        out = dr.preference_loss(chosen, *others, ambiguity=ambiguity)
         (gradient,) = torch.autograd.grad(out.loss, chosen)
         return out.loss.detach(), out.weights, gradient
 

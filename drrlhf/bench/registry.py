@@ -8,14 +8,12 @@ Adding one: a `Case` in the module of its op, whose `build` makes the inputs and
 from __future__ import annotations
 
 import importlib
-import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
-import drrlhf as dr
 from drrlhf import backends
 from drrlhf.bench.gate import Gate
 
@@ -201,18 +199,3 @@ def select(suite: str, ops: Iterable[str] = ()) -> list[Case]:
 def most_valuable_first(cases: Iterable[Case]) -> list[Case]:
     """By their `order`; those of one order as they come."""
     return sorted(cases, key=lambda case: case.order)
-
-
-def our(name: str, *parameters: str) -> Callable[..., Any]:
-    """The public function `drrlhf.<name>`.
-
-    Raises:
-        Unavailable: this version has no such function, or it lacks one of `parameters`.
-    """
-    if not hasattr(dr, name):
-        raise Unavailable(f"this version of drrlhf has no {name}")
-    function = getattr(dr, name)
-    missing = [p for p in parameters if p not in inspect.signature(function).parameters]
-    if missing:
-        raise Unavailable(f"{name} of this version of drrlhf takes no {', '.join(missing)}")
-    return function

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import drrlhf as dr
 from drrlhf.bench import peers
 from drrlhf.bench.gate import Gate
 from drrlhf.bench.registry import (
@@ -20,7 +21,6 @@ from drrlhf.bench.registry import (
     Work,
     on_backend,
     other_backends,
-    our,
     variant,
 )
 
@@ -127,10 +127,6 @@ def _contest(suite: str, n: int, v: int, dtype: torch.dtype, backward: bool, ful
 
         return Work(run, before, outputs)
 
-    def in_place() -> Work:
-        function = our("token_logprobs", "inplace_backward")
-        return work(partial(function, inplace_backward=True), spends=True)
-
     def on_rows(dtype: torch.dtype) -> Mapping[str, Tensor]:
         leaf = logits.detach()[rows].to(dtype).requires_grad_()
         function = plain if dtype == torch.float64 else plain_float
@@ -142,14 +138,15 @@ def _contest(suite: str, n: int, v: int, dtype: torch.dtype, backward: bool, ful
             result["gradient"] = leaf.grad
         return result
 
-    contenders: dict[str, Callable[[], Work]] = {OURS: lambda: work(our("token_logprobs"))}
+    contenders: dict[str, Callable[[], Work]] = {OURS: lambda: work(dr.token_logprobs)}
     ours: tuple[str, ...] = (OURS, IN_PLACE)
     named = {variant(backend): backend for backend in other_backends("token_logprobs", suite)}
     for name, backend in named.items() if full else ():
         ours += (name,)
         contenders[name] = on_backend(backend, contenders[OURS])
     if backward and full:
-        contenders[IN_PLACE] = in_place
+        in_place = partial(dr.token_logprobs, inplace_backward=True)
+        contenders[IN_PLACE] = lambda: work(in_place, spends=True)
     contenders[PLAIN] = lambda: work(plain)
     baseline: tuple[str, ...] = (PLAIN,)
     if dtype != torch.float32:
