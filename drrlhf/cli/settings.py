@@ -36,7 +36,7 @@ _RATES_TOLD = "reward 1e-5, dpo and grpo 1e-6; with --lora ten times that"
 KINDS = ("reward", "dpo", "grpo")
 _PAIRS = ("reward", "dpo")
 _POLICY = ("dpo", "grpo")
-_IN, _OPT, _OUT, _DEMO = "Input", "Optimisation", "Output", "Demo"
+_IN, _OUT, _DEMO = "Input", "Output", "Demo"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,9 +44,9 @@ class Option:
     """What is said of an option beside its name and type.
 
     said: ``default`` and what `typer.Option` takes. of: the kinds that take it. instead: what is
-    said otherwise for a kind. to: the name under which transformers and TRL know it; None where the
-    trainer is not told, or not in these words. free: may change when a run is resumed, since it
-    changes no number, or is compared by content.
+    said otherwise for a kind. to: the name under which transformers and TRL know it, "" if that is
+    its own; None where the trainer is not told, or not in these words. free: may change when a run
+    is resumed, since it changes no number, or is compared by content.
     """
 
     names: tuple[str, ...]
@@ -77,11 +77,11 @@ class Option:
 def _option(
     default: Any,
     help: str,
-    panel: str,
     *names: str,
+    panel: str = "Optimisation",
     of: tuple[str, ...] = KINDS,
     instead: Mapping[str, Mapping[str, Any]] | None = None,
-    to: str | None = None,
+    to: str | None = "",
     free: bool = False,
     **rules: Any,
 ) -> Any:
@@ -105,44 +105,54 @@ class Settings:
         None,
         "Preference pairs: a .jsonl, .json, .csv or .parquet file, or a `datasets` name. "
         "Columns chosen and rejected; optional prompt, group, margin, weight.",
-        _IN,
+        panel=_IN,
         free=True,
         instead={
             "grpo": {
                 "help": "Prompts: a .jsonl, .json, .csv or .parquet file, or a `datasets` name. "
-                "Column prompt; optional group, weight; others go to the reward function.",
+                "Column prompt; optional group, weight; others go to the reward function."
             }
         },
+        to=None,
     )
     model: str = _option(
         None,
         "Model directory, or a hub name. Adapters, as --lora leaves them, are trained on, and "
         "what they were at the start is the reference.",
-        _IN,
+        panel=_IN,
         free=True,
+        to=None,
     )
     reward: str | None = _option(
         None,
         "module:function, called as TRL's reward functions (prompts, completions and "
         "columns by name), or the directory of a reward model, whole or as adapters.",
-        _IN,
+        panel=_IN,
         of=("grpo",),
+        to=None,
     )
     eval_data: str | None = _option(
         None,
         "Held-out pairs, evaluated with every checkpoint and at the end.",
-        _IN,
+        panel=_IN,
         free=True,
+        to=None,
     )
     split: str | None = _option(
-        None, "Split of --data, a `datasets` name.", _IN, free=True, show_default="train"
+        None,
+        "Split of --data, a `datasets` name.",
+        panel=_IN,
+        free=True,
+        show_default="train",
+        to=None,
     )
     eval_split: str | None = _option(
         None,
         "Split of --eval-data; without that, of --data.",
-        _IN,
+        panel=_IN,
         free=True,
         show_default="train of --eval-data",
+        to=None,
     )
 
     ambiguity: str = _option(
@@ -150,175 +160,113 @@ class Settings:
         "Ambiguity set: erm (plain training), tv:0.1, kl:0.1, kl:temperature=1, chi2:0.5, "
         "cvar:0.3, group (as many groups as the data has), group:4,step_size=0.05; all but the "
         "bare group also with ,trim=0.05.",
-        _OPT,
-        to="ambiguity",
         show_default=DEFAULT_AMBIGUITY,
     )
     beta: float | None = _option(
         0.1,
         "Strength of the pull to the start.",
-        _OPT,
         of=_POLICY,
-        to="beta",
         instead={"grpo": {"default": 0.0, "min": 0}},
     )
     loss_type: str | None = _option(
         "sigmoid",
         "Loss of a pair, by TRL's name (its robust is rDPO).",
-        _OPT,
         of=_POLICY,
-        to="loss_type",
         instead={
             "grpo": {"default": "dapo", "help": "grpo, bnpo, dr_grpo, dapo, or another of TRL's."}
         },
     )
     label_smoothing: float | None = _option(
-        0.0,
-        "Assumed share of flipped labels.",
-        _OPT,
-        of=("dpo",),
-        to="label_smoothing",
-        min=0,
-        max=1,
+        0.0, "Assumed share of flipped labels.", of=("dpo",), min=0, max=1
     )
     importance_level: Literal["token", "sequence"] | None = _option(
-        "token",
-        "What an importance ratio is of.",
-        _OPT,
-        of=("grpo",),
-        to="importance_sampling_level",
+        "token", "What an importance ratio is of.", of=("grpo",), to="importance_sampling_level"
     )
     clip_low: float | None = _option(
-        0.2,
-        "Ratios are clipped at 1 minus this.",
-        _OPT,
-        of=("grpo",),
-        to="epsilon",
-        min=0,
-        max=1,
+        0.2, "Ratios are clipped at 1 minus this.", of=("grpo",), to="epsilon", min=0, max=1
     )
     clip_high: float | None = _option(
-        0.2, "Ratios are clipped at 1 plus this.", _OPT, of=("grpo",), to="epsilon_high", min=0
+        0.2, "Ratios are clipped at 1 plus this.", of=("grpo",), to="epsilon_high", min=0
     )
-    num_generations: int | None = _option(
-        8, "Completions of each prompt.", _OPT, of=("grpo",), to="num_generations", min=2
-    )
+    num_generations: int | None = _option(8, "Completions of each prompt.", of=("grpo",), min=2)
     max_completion_length: int | None = _option(
-        256,
-        "Longest completion in tokens.",
-        _OPT,
-        of=("grpo",),
-        to="max_completion_length",
-        min=1,
+        256, "Longest completion in tokens.", of=("grpo",), min=1
     )
-    temperature: float | None = _option(1.0, "Of sampling.", _OPT, of=("grpo",), to="temperature")
+    temperature: float | None = _option(1.0, "Of sampling.", of=("grpo",))
     group_by: Literal["column", "pass_rate"] | None = _option(
         "column",
         "Groups of --ambiguity group:G: the column group, or each prompt's running share "
         "of completions that reach --pass-threshold.",
-        _OPT,
         of=("grpo",),
-        to="group_by",
     )
     pass_threshold: float | None = _option(
-        0.5,
-        "The reward from which a completion has passed.",
-        _OPT,
-        of=("grpo",),
-        to="pass_threshold",
+        0.5, "The reward from which a completion has passed.", of=("grpo",)
     )
-    epochs: float = _option(1.0, "Passes over the data.", _OPT, to="num_train_epochs", min=0)
+    epochs: float = _option(1.0, "Passes over the data.", to="num_train_epochs", min=0)
     max_steps: int = _option(
-        -1,
-        "Optimizer steps, instead of --epochs; -1: off.",
-        _OPT,
-        "--max-steps",
-        "--steps",
-        to="max_steps",
+        -1, "Optimizer steps, instead of --epochs; -1: off.", "--max-steps", "--steps"
     )
     batch_size: int = _option(
         8,
         "Pairs per device and batch.",
-        _OPT,
         to="per_device_train_batch_size",
         instead={
             "grpo": {
                 "help": "Completions per device and batch; those of a step are a multiple of "
-                "--num-generations.",
+                "--num-generations."
             }
         },
         min=1,
     )
     gradient_accumulation: int = _option(
-        1, "Batches per optimizer step.", _OPT, to="gradient_accumulation_steps", min=1
+        1, "Batches per optimizer step.", to="gradient_accumulation_steps", min=1
     )
     robust_scope: Literal["step", "microbatch"] = _option(
         "step",
         "The worst case is among the pairs of the optimizer step (two passes over its batches "
         "where there are several), or of each batch alone.",
-        _OPT,
-        to="robust_scope",
     )
     padding_free: bool | None = _option(
         False,
         "Run the model on one packed row of tokens, without padding (causal decoders).",
-        _OPT,
         "--padding-free",
         of=_PAIRS,
-        to="padding_free",
     )
-    learning_rate: float = _option(
-        None, "Peak; decays linearly to 0.", _OPT, to="learning_rate", show_default=_RATES_TOLD
-    )
-    max_length: int | None = _option(
-        1024, "Longest sequence in tokens.", _OPT, of=_PAIRS, to="max_length", min=2
-    )
+    learning_rate: float = _option(None, "Peak; decays linearly to 0.", show_default=_RATES_TOLD)
+    max_length: int | None = _option(1024, "Longest sequence in tokens.", of=_PAIRS, min=2)
     center_rewards_coefficient: float | None = _option(
-        0.0,
-        "Pulls the rewards of a pair towards mean 0.",
-        _OPT,
-        of=("reward",),
-        to="center_rewards_coefficient",
-        min=0,
+        0.0, "Pulls the rewards of a pair towards mean 0.", of=("reward",), min=0
     )
-    seed: int = _option(42, "Decides data order and new weights.", _OPT, to="seed", min=0)
+    seed: int = _option(42, "Decides data order and new weights.", min=0)
     lora: bool = _option(
         None,
         "Train LoRA adapters only.",
-        _OPT,
         "--lora/--no-lora",
         show_default="lora where --model holds adapters",
+        to=None,
     )
     lora_r: int = _option(
         None,
         "Rank of the adapters.",
-        _OPT,
         min=1,
         show_default=f"{LORA_R}, or that of --model's",
+        to=None,
     )
     dtype: Literal["fp32", "bf16"] = _option(
-        None, "bf16 is autocast.", _OPT, show_default="bf16 on a GPU, fp32 on the CPU"
+        None, "bf16 is autocast.", show_default="bf16 on a GPU, fp32 on the CPU", to=None
     )
     precompute_ref: bool | None = _option(
         False,
         "Reference log-probs once, beforehand: the reference model then needs no memory.",
-        _OPT,
         "--precompute-ref",
         of=("dpo",),
         to="precompute_ref_log_probs",
     )
 
-    output_dir: str = _option(None, "Directory of this run.", _OUT, to="output_dir", free=True)
-    save_steps: int = _option(
-        500, "Steps between checkpoints.", _OUT, to="save_steps", free=True, min=1
-    )
+    output_dir: str = _option(None, "Directory of this run.", panel=_OUT, free=True)
+    save_steps: int = _option(500, "Steps between checkpoints.", panel=_OUT, free=True, min=1)
     logging_steps: int = _option(
-        1,
-        "Steps that one line of metrics.jsonl averages over.",
-        _OUT,
-        to="logging_steps",
-        free=True,
-        min=1,
+        1, "Steps that one line of metrics.jsonl averages over.", panel=_OUT, free=True, min=1
     )
 
     @classmethod
@@ -330,7 +278,7 @@ class Settings:
     def arguments(self) -> dict[str, Any]:
         """What the trainer of this kind is told in the words of an option, under its own names."""
         return {
-            option.to: getattr(self, name)
+            option.to or name: getattr(self, name)
             for name, option in options_of(Settings).items()
             if option.to is not None and self.kind in option.of
         }
@@ -341,34 +289,36 @@ class CommandLine(Settings):
     """Settings, and what a command line says beside them, which no run records."""
 
     resume: bool = _option(
-        False, "Go on from the newest checkpoint in --output-dir.", _OUT, "--resume"
+        False, "Go on from the newest checkpoint in --output-dir.", "--resume", panel=_OUT
     )
-    overwrite: bool = _option(False, "Discard an earlier run in --output-dir.", _OUT, "--overwrite")
+    overwrite: bool = _option(
+        False, "Discard an earlier run in --output-dir.", "--overwrite", panel=_OUT
+    )
     demo: bool = _option(
         False,
         "Compare every ambiguity set on real sentiment preferences instead.",
-        _DEMO,
         "--demo",
+        panel=_DEMO,
         instead={
             "dpo": {
                 "help": "Train a cut SmolLM2 plainly and robustly on real sentiment preferences; "
-                "takes --output-dir, --steps, --ambiguity and --seed.",
+                "takes --output-dir, --steps, --ambiguity and --seed."
             },
             "grpo": {
                 "help": "Train a cut SmolLM2 plainly and robustly on prompts of four domains; "
-                "takes --output-dir, --steps, --ambiguity and --seeds.",
+                "takes --output-dir, --steps, --ambiguity and --seeds."
             },
         },
     )
     seeds: int | None = _option(
         5,
         "Runs per ambiguity set.",
-        _DEMO,
+        panel=_DEMO,
         of=("reward", "grpo"),
         instead={"grpo": {"default": 3, "min": 1}},
         min=2,
     )
-    quick: bool | None = _option(False, "A shortened demo.", _DEMO, "--quick", of=("reward",))
+    quick: bool | None = _option(False, "A shortened demo.", "--quick", panel=_DEMO, of=("reward",))
 
 
 def options_of(listed: type[Settings]) -> dict[str, Option]:
