@@ -3,6 +3,7 @@ is in run.py and drrlhf.demo."""
 
 from __future__ import annotations
 
+import importlib
 import shlex
 from pathlib import Path
 from typing import Any
@@ -53,8 +54,7 @@ def dpo(ctx: typer.Context, **options: Any) -> None:
     _console.ignore_upstream_deprecations()
     if options["demo"]:
         _only_with_demo(ctx, {"output_dir", "max_steps", "ambiguity", "seed", "demo"})
-        folder = Path(options["output_dir"] or "demo-dpo")
-        _dpo_demo(folder, options["max_steps"], options["ambiguity"], options["seed"])
+        _policy_demo("dpo", options, "seed")
     else:
         _train(ctx, "dpo")
 
@@ -73,8 +73,7 @@ def grpo(ctx: typer.Context, **options: Any) -> None:
     _console.ignore_upstream_deprecations()
     if options["demo"]:
         _only_with_demo(ctx, {"output_dir", "max_steps", "ambiguity", "seeds", "demo"})
-        folder = Path(options["output_dir"] or "demo-grpo")
-        _grpo_demo(folder, options["max_steps"], options["ambiguity"], options["seeds"])
+        _policy_demo("grpo", options, "seeds")
     else:
         _never_without_demo(ctx, {"seeds"})
         _train(ctx, "grpo")
@@ -101,26 +100,19 @@ def _reward_demo(output_dir: Path, seeds: int, quick: bool) -> None:
         reward.run(output_dir, seeds=seeds, quick=quick, console=_console.console())
 
 
-def _dpo_demo(output_dir: Path, steps: int, ambiguity: str | None, seed: int) -> None:
+def _policy_demo(kind: str, options: dict[str, Any], own: str) -> None:
+    """The demonstration of dpo or grpo; `own` is the option that only this one takes."""
     with _console.user_errors():
         run.require("peft", "gguf")
-        from drrlhf.demo import dpo, material
-    options: dict[str, Any] = {"ambiguity": ambiguity or DEFAULT_AMBIGUITY, "seed": seed}
-    if steps != -1:
-        options["steps"] = steps
-    with _console.user_errors(material.MaterialError):
-        dpo.run(output_dir, console=_console.console(), **options)
+        from drrlhf.demo import material
 
-
-def _grpo_demo(output_dir: Path, steps: int, ambiguity: str | None, seeds: int) -> None:
-    with _console.user_errors():
-        run.require("peft", "gguf")
-        from drrlhf.demo import grpo, material
-    options: dict[str, Any] = {"ambiguity": ambiguity or DEFAULT_AMBIGUITY, "seeds": seeds}
-    if steps != -1:
-        options["steps"] = steps
+        demo = importlib.import_module(f"drrlhf.demo.{kind}")
+    chosen = {"ambiguity": options["ambiguity"] or DEFAULT_AMBIGUITY, own: options[own]}
+    if options["max_steps"] != -1:
+        chosen["steps"] = options["max_steps"]
     with _console.user_errors(material.MaterialError):
-        grpo.run(output_dir, console=_console.console(), **options)
+        folder = Path(options["output_dir"] or f"demo-{kind}")
+        demo.run(folder, console=_console.console(), **chosen)
 
 
 def _given(ctx: typer.Context) -> dict[str, Any]:
