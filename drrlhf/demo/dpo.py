@@ -4,7 +4,7 @@ The model is the first layers of SmolLM2-135M-Instruct, small enough for two CPU
 are those of `drrlhf.demo.sentiment`, 95 % of one domain and 5 % of another. Both runs start from
 the same weights and adapters and see the same pairs in the same order; held-out pairs of these
 domains, and of two that were never trained on, tell them apart. What comes out is reported as it
-is.
+is. `drrlhf.demo.grpo` has its model, its domains and its frame from here.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -47,6 +47,7 @@ from drrlhf.report import plot_comparison
 from drrlhf.trl import DPOConfig, DPOTrainer
 
 SEEN, RARE, UNSEEN = "movie", "tweets", ("amazon", "nyt")
+DOMAINS = (SEEN, RARE, *UNSEEN)
 RARE_SHARE = 0.05
 LAYERS = 8
 BATCH = 8
@@ -75,46 +76,22 @@ def run(
     parse_ambiguity(ambiguity)
     if steps < 1:
         raise ValueError(f"steps must be >= 1, got {steps}")
-    logging.disable_progress_bar()
-    disable_progress_bars()
+    quiet()
     train, held_out = mixture(steps * BATCH, seed), held_out_rows(HELD_OUT, seed)
-    model_dir = cut_model(LAYERS, console)
-    result = compare(
-        model_dir,
-        train,
-        held_out,
-        output_dir,
-        ambiguity=ambiguity,
-        steps=steps,
-        seed=seed,
-        console=console,
-    )
-    domains = {SEEN: f"{1 - RARE_SHARE:.0%} of training", RARE: f"{RARE_SHARE:.0%} of training"}
-    result |= {
-        "data": DERIVED,
-        "model": f"the first {LAYERS} layers of SmolLM2-135M-Instruct, LoRA",
-        "domains": {name: domains.get(name, "unseen") for name in held_out},
-    }
-    output_dir = Path(output_dir)
-    write_text(output_dir / "dpo.json", json.dumps(result, indent=2) + "\n")
-    plot_comparison(result, output_dir / "dpo.png")
-    console.print(table(result))
-    console.print(f"Written: {output_dir / 'dpo.json'}, {output_dir / 'dpo.png'}", soft_wrap=True)
-    return result
+    model_dir, folder = cut_model(LAYERS, console), Path(output_dir)
+    options: dict[str, Any] = {"ambiguity": ambiguity, "steps": steps, "seed": seed}
+    result = compare(model_dir, train, held_out, folder, console=console, **options)
+    return finish(result, DERIVED, folder, "dpo", plot_comparison, table, console)
 
 
 def mixture(n: int, seed: int) -> list[dict[str, Any]]:
-    """n training pairs, `RARE_SHARE` of them (at least one) from the rare domain."""
-    rare = max(1, round(RARE_SHARE * n))
-    return [
-        *preference_rows("train", [SEEN], n - rare, seed),
-        *preference_rows("train", [RARE], rare, seed),
-    ]
+    """n training pairs of the two domains."""
+    return mixed(n, lambda domain, k: preference_rows("train", [domain], k, seed))
 
 
 def held_out_rows(n: int, seed: int) -> dict[str, list[dict[str, Any]]]:
     """n test pairs of every domain: the frequent one, the rare one, and those never trained on."""
-    return {name: preference_rows("test", [name], n, seed) for name in (SEEN, RARE, *UNSEEN)}
+    return {name: preference_rows("test", [name], n, seed) for name in DOMAINS}
 
 
 def cut_model(layers: int, console: Console) -> Path:
@@ -190,7 +167,6 @@ def compare(
 
 
 def _config(folder: Path, ambiguity: str, settings: Mapping[str, Any]) -> DPOConfig:
-    accelerated = torch.cuda.is_available()
     return DPOConfig(
         output_dir=str(folder),
         ambiguity=ambiguity,
@@ -199,14 +175,8 @@ def _config(folder: Path, ambiguity: str, settings: Mapping[str, Any]) -> DPOCon
         max_length=settings["max_length"],
         seed=settings["seed"],
         per_device_train_batch_size=BATCH,
-        bf16=accelerated or fast_dtype() == torch.bfloat16,
-        use_cpu=not accelerated,
-        gradient_checkpointing=False,
-        logging_steps=1,
         logging_nan_inf_filter=False,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
+        **machine(),
     )
 
 
@@ -235,16 +205,9 @@ def _train(
         train_dataset=sets.pop(""),
         eval_dataset=sets,
         callbacks=[progress, metrics],
-        peft_config=LoraConfig(
-            r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"
-        ),
+        peft_config=lora(),
     )
-    trainer.remove_callback(PrinterCallback)
-    try:
-        trainer.train()
-    finally:
-        progress.stop()
-    trainer.save_model()
+    train_alone(trainer, progress)
     scores = {}
     tokenized: Any = trainer.eval_dataset
     for name, rows in tokenized.items():
@@ -302,20 +265,14 @@ def _speed_and_loss(folder: Path) -> dict[str, Any]:
 def table(result: Mapping[str, Any]) -> Table:
     """One row a setting: held-out accuracy ± standard error and mean margin by domain."""
     settings = result["settings"]
-    shown = Table(
-        title=f"DPO on {result['model']}, "
-        f"{settings['steps']} steps of {settings['batch_size']} pairs",
-        caption="Held-out accuracy in % and mean margin, ± standard error over pairs; one seed. "
-        "Loss: what each run minimised at its end, plain mean or worst case.\n" + result["data"],
-        box=box.SIMPLE_HEAD,
-        collapse_padding=True,
-        pad_edge=False,
+    shown = table_of(
+        result,
+        f"DPO on {result['model']}, {settings['steps']} steps of {settings['batch_size']} pairs",
+        "Held-out accuracy in % and mean margin, ± standard error over pairs; one seed. "
+        "Loss: what each run minimised at its end, plain mean or worst case.",
+        "final\nloss",
+        "s per\nstep",
     )
-    shown.add_column("ambiguity")
-    for name, role in result["domains"].items():
-        shown.add_column(f"{name}\n({role})", justify="right")
-    shown.add_column("final\nloss", justify="right")
-    shown.add_column("s per\nstep", justify="right")
     for one in result["runs"]:
         cells = [
             f"{100 * s['accuracy']:.1f} ± {100 * s['accuracy_error']:.1f}\n"
@@ -324,4 +281,89 @@ def table(result: Mapping[str, Any]) -> Table:
         ]
         loss = "not finite" if one["final_loss"] is None else f"{one['final_loss']:.3f}"
         shown.add_row(one["ambiguity"], *cells, loss, f"{one['seconds_per_step']:.2f}")
+    return shown
+
+
+# ---- what the demonstration of GRPO shares ----------------------------------------------------
+
+
+def quiet() -> None:
+    """Leaves the progress bars to us."""
+    logging.disable_progress_bar()
+    disable_progress_bars()
+
+
+def mixed(n: int, draw: Callable[[str, int], list[Any]]) -> list[Any]:
+    """n rows as ``draw(domain, number)`` gives them, `RARE_SHARE` (at least one) of the rare
+    domain."""
+    rare = max(1, round(RARE_SHARE * n))
+    return draw(SEEN, n - rare) + draw(RARE, rare)
+
+
+def machine() -> dict[str, Any]:
+    """Arguments of a trainer that this machine and a demonstration ask for."""
+    accelerated = torch.cuda.is_available()
+    return {
+        "bf16": accelerated or fast_dtype() == torch.bfloat16,
+        "use_cpu": not accelerated,
+        "gradient_checkpointing": False,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
+
+
+def lora() -> LoraConfig:
+    """Adapters on every linear layer."""
+    return LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
+def train_alone(trainer: Any, progress: ProgressCallback) -> None:
+    """Train under our progress bar alone, and save what was trained."""
+    trainer.remove_callback(PrinterCallback)
+    try:
+        trainer.train()
+    finally:
+        progress.stop()
+    trainer.save_model()
+
+
+def finish(
+    result: dict[str, Any],
+    data: str,
+    folder: Path,
+    name: str,
+    draw: Callable[[dict[str, Any], Path], object],
+    table: Callable[[dict[str, Any]], Table],
+    console: Console,
+) -> dict[str, Any]:
+    """The result with what it was found on; written, drawn and printed."""
+    shares = {SEEN: f"{1 - RARE_SHARE:.0%} of training", RARE: f"{RARE_SHARE:.0%} of training"}
+    result |= {
+        "data": data,
+        "model": f"the first {LAYERS} layers of SmolLM2-135M-Instruct, LoRA",
+        "domains": {domain: shares.get(domain, "unseen") for domain in DOMAINS},
+    }
+    as_json, picture = folder / f"{name}.json", folder / f"{name}.png"
+    write_text(as_json, json.dumps(result, indent=2) + "\n")
+    draw(result, picture)
+    console.print(table(result))
+    console.print(f"Written: {as_json}, {picture}", soft_wrap=True)
+    return result
+
+
+def table_of(result: Mapping[str, Any], title: str, caption: str, *columns: str) -> Table:
+    """An empty table: the set, a column a domain, and these."""
+    shown = Table(
+        title=title,
+        caption=f"{caption}\n{result['data']}",
+        box=box.SIMPLE_HEAD,
+        collapse_padding=True,
+        pad_edge=False,
+    )
+    shown.add_column("ambiguity")
+    domains = [f"{name}\n({role})" for name, role in result["domains"].items()]
+    for name in (*domains, *columns):
+        shown.add_column(name, justify="right")
     return shown

@@ -1,27 +1,22 @@
 """GRPO on a real language model: plain and against the worst prompts, everything else the same.
 
-The model is the first layers of SmolLM2-135M-Instruct. A prompt is the beginning of a rated text of
-one of the four domains of `drrlhf.demo.sentiment`, 95 % of them of one domain and 5 % of another;
-the reward is that of a sentiment model trained on the preference pairs of these texts, for the
-beginning and what the policy makes of it. So prompts differ in what can be had from them: the
-adversary turns to those that begin badly. Plain and robust training start from the same weights and
-see the same prompts; beginnings that were held out, of these domains and of two that were never
-trained on, tell them apart. What comes out is reported as it is.
+Model and mixture are those of `drrlhf.demo.dpo`. A prompt is the beginning of a rated text of
+one of its domains; the reward is that of a sentiment model trained on the preference pairs of these
+texts, for the beginning and what the policy makes of it. So prompts differ in what can be had from
+them: the adversary turns to those that begin badly. Plain and robust training start from the same
+weights and see the same prompts; beginnings that were held out, of the two domains and of two that
+were never trained on, tell them apart. What comes out is reported as it is.
 """
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import torch
-from datasets import Dataset, disable_progress_bars
-from peft import LoraConfig
-from rich import box
+from datasets import Dataset
 from rich.console import Console
 from rich.table import Table
 from transformers import (
@@ -30,20 +25,21 @@ from transformers import (
     PrinterCallback,
     set_seed,
 )
-from transformers.utils import logging
 
 from drrlhf import parse_ambiguity
 from drrlhf.callbacks import MetricsCallback, ProgressCallback
-from drrlhf.demo.dpo import LAYERS, RARE, RARE_SHARE, SEEN, UNSEEN, cut_model
-from drrlhf.demo.embeddings import fast_dtype
+from drrlhf.demo import dpo
 from drrlhf.demo.material import fetch
 from drrlhf.demo.sentiment import load_split, preference_rows
-from drrlhf.files import json_lines, write_text
+from drrlhf.files import json_lines
 from drrlhf.report import plot_rewards
 from drrlhf.seeds import mean_and_error
 from drrlhf.trl import GRPOConfig, GRPOTrainer, RewardConfig, RewardTrainer
 
-DOMAINS = (SEEN, RARE, *UNSEEN)
+DATA = (
+    "Reward: a model of human sentiment ratings (Hutto & Gilbert 2014), by preferences that were "
+    "derived from them; the prompts are beginnings of the rated texts."
+)
 BEGINNING = 8  # words
 PROMPTS, COMPLETIONS, TOKENS = 8, 4, 20  # of a step; of a prompt; of a completion
 HELD_OUT = 48  # prompts a domain
@@ -73,35 +69,20 @@ def run(
     parse_ambiguity(ambiguity)
     if steps < 1 or seeds < 1:
         raise ValueError(f"steps and seeds must be >= 1, got {steps} and {seeds}")
-    logging.disable_progress_bar()
-    disable_progress_bars()
-    output_dir = Path(output_dir)
-    model_dir = cut_model(LAYERS, console)
-    reward_dir = reward_model(output_dir / "reward", console)
-    held_out = {domain: beginnings("test", domain, HELD_OUT, 0) for domain in DOMAINS}
+    dpo.quiet()
+    folder = Path(output_dir)
+    models = dpo.cut_model(dpo.LAYERS, console), str(reward_model(folder / "reward", console))
+    held_out = {domain: beginnings("test", domain, HELD_OUT, 0) for domain in dpo.DOMAINS}
+    options: dict[str, Any] = {"ambiguity": ambiguity, "steps": steps, "seeds": seeds}
     result = compare(
-        model_dir,
-        str(reward_dir),
+        *models,
         lambda seed: mixture(steps * PROMPTS, seed),
         held_out,
-        output_dir,
-        ambiguity=ambiguity,
-        steps=steps,
-        seeds=seeds,
+        folder,
         console=console,
+        **options,
     )
-    shares = {SEEN: f"{1 - RARE_SHARE:.0%} of training", RARE: f"{RARE_SHARE:.0%} of training"}
-    result |= {
-        "data": "Reward: a model of human sentiment ratings (Hutto & Gilbert 2014), by preferences "
-        "that were derived from them; the prompts are beginnings of the rated texts.",
-        "model": f"the first {LAYERS} layers of SmolLM2-135M-Instruct, LoRA",
-        "domains": {domain: shares.get(domain, "unseen") for domain in DOMAINS},
-    }
-    write_text(output_dir / "grpo.json", json.dumps(result, indent=2) + "\n")
-    plot_rewards(result, output_dir / "grpo.png")
-    console.print(table(result))
-    console.print(f"Written: {output_dir / 'grpo.json'}, {output_dir / 'grpo.png'}", soft_wrap=True)
-    return result
+    return dpo.finish(result, DATA, folder, "grpo", plot_rewards, table, console)
 
 
 def beginnings(split: str, domain: str, n: int, seed: int) -> list[dict[str, Any]]:
@@ -113,9 +94,8 @@ def beginnings(split: str, domain: str, n: int, seed: int) -> list[dict[str, Any
 
 
 def mixture(n: int, seed: int) -> list[dict[str, Any]]:
-    """n training prompts, `RARE_SHARE` of them (at least one) of the rare domain."""
-    rare = max(1, round(RARE_SHARE * n))
-    return beginnings("train", SEEN, n - rare, seed) + beginnings("train", RARE, rare, seed)
+    """n training prompts of the two domains."""
+    return dpo.mixed(n, lambda domain, k: beginnings("train", domain, k, seed))
 
 
 def reward_model(folder: Path, console: Console) -> Path:
@@ -140,7 +120,7 @@ def reward_model(folder: Path, console: Console) -> Path:
         learning_rate=1e-4,
         max_length=128,
         center_rewards_coefficient=0.01,
-        **_machine(),
+        **dpo.machine(),
     )
     progress = ProgressCallback(console, "reward model")
     set_seed(0)
@@ -151,12 +131,7 @@ def reward_model(folder: Path, console: Console) -> Path:
         train_dataset=Dataset.from_list(rows),
         callbacks=[progress],
     )
-    trainer.remove_callback(PrinterCallback)
-    try:
-        trainer.train()
-    finally:
-        progress.stop()
-    trainer.save_model()
+    dpo.train_alone(trainer, progress)
     return folder
 
 
@@ -205,19 +180,6 @@ def compare(
     return {"settings": settings, "start": start, "runs": runs}
 
 
-def _machine() -> dict[str, Any]:
-    accelerated = torch.cuda.is_available()
-    return {
-        "bf16": accelerated or fast_dtype() == torch.bfloat16,
-        "use_cpu": not accelerated,
-        "gradient_checkpointing": False,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-    }
-
-
 def _config(folder: Path, ambiguity: str, settings: Mapping[str, Any], seed: int) -> GRPOConfig:
     return GRPOConfig(
         output_dir=str(folder),
@@ -231,7 +193,7 @@ def _config(folder: Path, ambiguity: str, settings: Mapping[str, Any], seed: int
         max_completion_length=settings["tokens"],
         seed=seed,
         logging_nan_inf_filter=False,
-        **_machine(),
+        **dpo.machine(),
     )
 
 
@@ -248,9 +210,7 @@ def _trainer(
         processing_class=AutoTokenizer.from_pretrained(model_dir),
         train_dataset=Dataset.from_list([{"prompt": row["prompt"]} for row in rows]),
         callbacks=[ProgressCallback(console, title)],
-        peft_config=LoraConfig(
-            r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"
-        ),
+        peft_config=dpo.lora(),
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
@@ -262,11 +222,7 @@ def _train(trainer: GRPOTrainer, config: GRPOConfig) -> list[dict[str, Any]]:
     trainer.add_callback(MetricsCallback(path))  # the start model's scores are none of its lines
     (progress,) = (c for c in trainer.callback_handler.callbacks if isinstance(c, ProgressCallback))
     set_seed(config.seed)  # scoring the start model has drawn numbers
-    try:
-        trainer.train()
-    finally:
-        progress.stop()
-    trainer.save_model()
+    dpo.train_alone(trainer, progress)
     return [line for line in json_lines(path) if line["event"] == "train"]
 
 
@@ -292,19 +248,13 @@ def table(result: Mapping[str, Any]) -> Table:
     """A row a policy: held-out reward by domain ± standard error over seeds; and the gain of robust
     over plain training, seed by seed."""
     settings = result["settings"]
-    shown = Table(
-        title=f"GRPO on {result['model']},\n{settings['steps']} steps of {settings['prompts']} "
+    shown = dpo.table_of(
+        result,
+        f"GRPO on {result['model']},\n{settings['steps']} steps of {settings['prompts']} "
         f"prompts x {settings['completions']} completions",
-        caption=f"Held-out reward, ± standard error over {settings['seeds']} seed(s).\n"
-        + result["data"],
-        box=box.SIMPLE_HEAD,
-        collapse_padding=True,
-        pad_edge=False,
+        f"Held-out reward, ± standard error over {settings['seeds']} seed(s).",
+        "s per\nstep",
     )
-    shown.add_column("ambiguity")
-    for name, role in result["domains"].items():
-        shown.add_column(f"{name}\n({role})", justify="right")
-    shown.add_column("s per\nstep", justify="right")
 
     def row(title: str, rewards: Mapping[str, Sequence[float]], sign: str, last: str) -> None:
         cells = (mean_and_error(rewards[name]) for name in result["domains"])
