@@ -14,17 +14,21 @@ import typer
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
-PromptColumn = Annotated[
-    str | None,
-    typer.Option(
-        help="Column by which pairs belong together.",
-        show_default="prompt_id, prompt, question_id or id; none: every pair by itself",
-    ),
-]
-MaxNan = Annotated[
-    float, typer.Option(help="Share of scores that may be NaN, infinite or missing.")
-]
-Seed = Annotated[int, typer.Option(min=0, help="Of the resampling.")]
+# Said alike by the commands about scored pairs.
+PROMPT_COLUMN: dict[str, Any] = {
+    "help": "Column by which pairs belong together.",
+    "show_default": "prompt_id, prompt, question_id or id; none: every pair by itself",
+}
+MAX_NAN = "Share of scores that may be NaN, infinite or missing."
+RESAMPLES = "Bootstrap samples of prompts."
+
+
+def option(default: Any, help: str, *names: str, **rules: Any) -> Any:
+    """A field of a dataclass for `taken_from`; a default of ... asks for a value."""
+    said = typer.Option(*names, help=help, **rules)
+    if default is ...:
+        return dataclasses.field(metadata={"option": said})
+    return dataclasses.field(default=default, metadata={"option": said})
 
 
 def with_parameters(function: Function, parameters: Sequence[inspect.Parameter]) -> Function:
@@ -36,15 +40,17 @@ def with_parameters(function: Function, parameters: Sequence[inspect.Parameter])
 
 
 def taken_from(listed: type) -> Callable[[Callable[[Any], None]], Callable[..., None]]:
-    """Makes a function of one ``listed``, a dataclass whose fields are annotated for typer, the
-    command that takes these options."""
-    hints = typing.get_type_hints(listed, include_extras=True)
+    """Makes a function of one ``listed``, a dataclass of fields as `option` makes them, the command
+    that takes these options."""
+    hints = typing.get_type_hints(listed)
     parameters = [
         inspect.Parameter(
             field.name,
             inspect.Parameter.KEYWORD_ONLY,
-            default=field.default,
-            annotation=hints[field.name],
+            default=inspect.Parameter.empty
+            if field.default is dataclasses.MISSING
+            else field.default,
+            annotation=Annotated[hints[field.name], field.metadata["option"]],
         )
         for field in dataclasses.fields(listed)
     ]

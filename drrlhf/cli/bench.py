@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import itertools
 import signal
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import typer
 
 from drrlhf.cli import _console
+from drrlhf.cli._options import option, taken_from
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -24,52 +26,42 @@ GATE_FAILED = 1
 INTERRUPTED = 128 + signal.SIGINT
 
 
-def bench(
-    suite: Annotated[
-        Literal["cpu", "gpu", "quick"],
-        typer.Option(help="Shapes and device; quick is tiny and proves only that it works."),
-    ] = "cpu",
-    op: Annotated[
-        list[str] | None, typer.Option(help="Only this op; give it again for more of them.")
-    ] = None,
-    rounds: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            help="Rounds of each case; contenders that take long have fewer, three at least.",
-            show_default="15",
-        ),
-    ] = None,
-    seconds: Annotated[
-        float | None,
-        typer.Option(
-            help="Time for all cases: the most valuable first, and what it leaves out is listed.",
-            show_default="no limit",
-        ),
-    ] = None,
-    output: Annotated[
-        Path | None,
-        typer.Option(
-            file_okay=False,
-            help="Folder for <suite>_<device>_<date>.json, written after every case.",
-        ),
-    ] = None,
-    plot: Annotated[
-        bool,
-        typer.Option("--plot", help="Draw ratios and scaling, in --output or the current folder."),
-    ] = False,
-    threads: Annotated[
-        int | None, typer.Option(min=1, help="CPU threads.", show_default="torch's own")
-    ] = None,
-    readme: Annotated[
-        bool,
-        typer.Option(
-            "--readme",
-            help="Measure nothing: print the README's tables from the newest results in --output "
-            "or benchmarks/results.",
-        ),
-    ] = False,
-) -> None:
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What the command takes, in the order of its --help."""
+
+    suite: Literal["cpu", "gpu", "quick"] = option(
+        "cpu", "Shapes and device; quick is tiny and proves only that it works."
+    )
+    op: list[str] | None = option(None, "Only this op; give it again for more of them.")
+    rounds: int | None = option(
+        None,
+        "Rounds of each case; contenders that take long have fewer, three at least.",
+        min=1,
+        show_default="15",
+    )
+    seconds: float | None = option(
+        None,
+        "Time for all cases: the most valuable first, and what it leaves out is listed.",
+        show_default="no limit",
+    )
+    output: Path | None = option(
+        None, "Folder for <suite>_<device>_<date>.json, written after every case.", file_okay=False
+    )
+    plot: bool = option(
+        False, "Draw ratios and scaling, in --output or the current folder.", "--plot"
+    )
+    threads: int | None = option(None, "CPU threads.", min=1, show_default="torch's own")
+    readme: bool = option(
+        False,
+        "Measure nothing: print the README's tables from the newest results in --output "
+        "or benchmarks/results.",
+        "--readme",
+    )
+
+
+@taken_from(Options)
+def bench(options: Options) -> None:
     """Time every op beside plain PyTorch and other libraries, each checked against float64 first.
 
     Exit status 1 when a result of ours is wrong; its speed is not shown.
@@ -82,26 +74,26 @@ def bench(
 
         drrlhf bench --suite gpu --seconds 240 --output benchmarks/results
     """
-    if readme:
-        _print_readme(output or DEFAULT_RESULTS)
+    if options.readme:
+        _print_readme(options.output or DEFAULT_RESULTS)
         return
     _console.ignore_upstream_deprecations()
     with _console.user_errors():
         from drrlhf.bench.budget import Budget
 
-        budget = Budget(seconds)
-        cases = _cases(suite, op or [], plot, threads, ordered=seconds is not None)
+        budget = Budget(options.seconds)
+        cases = _cases(options)
     console = _console.console()
     outcomes: list[Outcome] = []
     interrupted = False
-    keep = _Keeper(suite, output)
+    keep = _Keeper(options.suite, options.output)
     try:
-        _measure(cases, suite, rounds, budget, outcomes, keep, console)
+        _measure(cases, options, budget, outcomes, keep, console)
     except KeyboardInterrupt:
         interrupted = True
         console.print(f"Interrupted after {len(outcomes)} of {len(cases)} cases.")
     finally:  # a defect of ours in the last case must not lose an hour of the others
-        for path in keep.everything(outcomes, plot):
+        for path in keep.everything(outcomes, options.plot):
             console.print(str(path), soft_wrap=True, highlight=False)
     failed = [outcome for outcome in outcomes if outcome.failures]
     for outcome in failed:
@@ -125,31 +117,28 @@ def _print_readme(folder: Path) -> None:
     typer.echo("\n\n".join(tables.values()))
 
 
-def _cases(
-    suite: str, ops: list[str], plot: bool, threads: int | None, ordered: bool
-) -> list[Case]:
+def _cases(options: Options) -> list[Case]:
     """What will be measured; whatever the caller can mend is found here."""
-    if plot and importlib.util.find_spec("matplotlib") is None:
+    if options.plot and importlib.util.find_spec("matplotlib") is None:
         raise ImportError("--plot needs matplotlib, not installed here: pip install 'drrlhf[trl]'")
     import torch
 
     from drrlhf.bench.registry import SUITES, most_valuable_first, select
 
-    if SUITES[suite] == "cuda" and not torch.cuda.is_available():
+    if SUITES[options.suite] == "cuda" and not torch.cuda.is_available():
         raise ValueError(
-            f"--suite {suite} needs a CUDA device, and torch {torch.__version__} finds none here; "
-            "take --suite cpu"
+            f"--suite {options.suite} needs a CUDA device, and torch {torch.__version__} finds none "
+            "here; take --suite cpu"
         )
-    if threads is not None:
-        torch.set_num_threads(threads)
-    cases = select(suite, ops)
-    return most_valuable_first(cases) if ordered else cases
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    cases = select(options.suite, options.op or [])
+    return cases if options.seconds is None else most_valuable_first(cases)
 
 
 def _measure(
     cases: list[Case],
-    suite: str,
-    rounds: int | None,
+    options: Options,
     budget: Budget,
     outcomes: list[Outcome],
     keep: _Keeper,
@@ -176,9 +165,8 @@ def _measure(
             titled = False
             for case in group:
                 progress.update(task, description=str(case))
-                outcome = runner.run(
-                    case, suite, rounds=rounds or runner.DEFAULT_ROUNDS, budget=budget
-                )
+                rounds = options.rounds or runner.DEFAULT_ROUNDS
+                outcome = runner.run(case, options.suite, rounds=rounds, budget=budget)
                 outcomes.append(outcome)
                 progress.advance(task)
                 if outcome.skipped.get("") == LEFT_OUT:

@@ -10,12 +10,12 @@ from collections.abc import Callable
 from enum import Enum
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from drrlhf.cli import _console
-from drrlhf.cli._options import MaxNan, PromptColumn, Seed, taken_from
+from drrlhf.cli._options import MAX_NAN, PROMPT_COLUMN, RESAMPLES, option, taken_from
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -39,71 +39,48 @@ class Dtype(str, Enum):
 class Options:
     """What the command takes, in the order of its --help."""
 
-    scores: Annotated[
-        list[Path] | None,
-        typer.Option(
-            help="Scored pairs, a .jsonl, .json, .csv or .parquet file with chosen_reward and "
-            "rejected_reward, or margin, and any columns of attributes; again for more models.",
-        ),
-    ] = None
-    model: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Directory of a reward model, or of a policy, whole or as adapters, which scores "
-            "the pairs of --data, also after changes of the text that leave its meaning alone; "
-            "again for more models.",
-        ),
-    ] = None
-    reference: Annotated[
-        str | None,
-        typer.Option(
-            help="Directory of the model that a policy was trained from.",
-            show_default="for adapters what they began as: those in ref/, or the model under them",
-        ),
-    ] = None
-    beta: Annotated[
-        float, typer.Option(help="Of a policy's reward, beta times its log-ratio to --reference.")
-    ] = 0.1
-    data: Annotated[
-        str | None,
-        typer.Option(
-            help="Preference pairs for --model: a .jsonl, .json, .csv or .parquet file, or a "
-            "`datasets` name; columns beside chosen, rejected and prompt are attributes."
-        ),
-    ] = None
-    split: Annotated[
-        str | None,
-        typer.Option(help="Split of --data, a `datasets` name.", show_default="train"),
-    ] = None
-    max_length: Annotated[
-        int, typer.Option(min=2, help="Tokens of a text that --model reads at most.")
-    ] = 2048
-    dtype: Annotated[
-        Dtype, typer.Option(help="Of --model; bfloat16 is the fast one where hardware has it.")
-    ] = Dtype.as_saved
-    output_dir: Annotated[
-        Path, typer.Option(file_okay=False, help="Folder for report.html and report.json.")
-    ] = Path("stress")
-    require: Annotated[
-        list[str] | None,
-        typer.Option(
-            help='A floor such as "tv:0.1 accuracy>=0.75" or "kl:0.1 loss<=0.6"; again for more. '
-            "Exit status 1 when one is missed.",
-        ),
-    ] = None
-    floor: Annotated[
-        float, typer.Option(help="Accuracy that the robustness radius is asked for.")
-    ] = 0.5
-    ambiguity: Annotated[
-        str, typer.Option(help="The set whose reweighting is described in words.")
-    ] = "cvar:0.2"
-    prompt_column: PromptColumn = None
-    max_nan: MaxNan = 0.01
-    resamples: Annotated[int, typer.Option(help="Bootstrap samples of prompts.")] = 200
-    min_support: Annotated[
-        int, typer.Option(help="Prompts that a group must have to be ranked.")
-    ] = 30
-    seed: Seed = 0
+    scores: list[Path] | None = option(
+        None,
+        "Scored pairs, a .jsonl, .json, .csv or .parquet file with chosen_reward and "
+        "rejected_reward, or margin, and any columns of attributes; again for more models.",
+    )
+    model: list[str] | None = option(
+        None,
+        "Directory of a reward model, or of a policy, whole or as adapters, which scores "
+        "the pairs of --data, also after changes of the text that leave its meaning alone; "
+        "again for more models.",
+    )
+    reference: str | None = option(
+        None,
+        "Directory of the model that a policy was trained from.",
+        show_default="for adapters what they began as: those in ref/, or the model under them",
+    )
+    beta: float = option(0.1, "Of a policy's reward, beta times its log-ratio to --reference.")
+    data: str | None = option(
+        None,
+        "Preference pairs for --model: a .jsonl, .json, .csv or .parquet file, or a "
+        "`datasets` name; columns beside chosen, rejected and prompt are attributes.",
+    )
+    split: str | None = option(None, "Split of --data, a `datasets` name.", show_default="train")
+    max_length: int = option(2048, "Tokens of a text that --model reads at most.", min=2)
+    dtype: Dtype = option(
+        Dtype.as_saved, "Of --model; bfloat16 is the fast one where hardware has it."
+    )
+    output_dir: Path = option(
+        Path("stress"), "Folder for report.html and report.json.", file_okay=False
+    )
+    require: list[str] | None = option(
+        None,
+        'A floor such as "tv:0.1 accuracy>=0.75" or "kl:0.1 loss<=0.6"; again for more. '
+        "Exit status 1 when one is missed.",
+    )
+    floor: float = option(0.5, "Accuracy that the robustness radius is asked for.")
+    ambiguity: str = option("cvar:0.2", "The set whose reweighting is described in words.")
+    prompt_column: str | None = option(None, **PROMPT_COLUMN)
+    max_nan: float = option(0.01, MAX_NAN)
+    resamples: int = option(200, RESAMPLES)
+    min_support: int = option(30, "Prompts that a group must have to be ranked.")
+    seed: int = option(0, "Of the resampling.", min=0)
 
 
 @taken_from(Options)

@@ -2,46 +2,43 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
-
-import typer
+from typing import TYPE_CHECKING, Any
 
 from drrlhf.cli import _console
-from drrlhf.cli._options import MaxNan, PromptColumn, Seed
+from drrlhf.cli._options import MAX_NAN, PROMPT_COLUMN, RESAMPLES, option, taken_from
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 
-def suggest_radius(
-    scores: Annotated[
-        Path,
-        typer.Option(
-            help="Held-out pairs scored by a plainly trained model, a .jsonl, .json, .csv or "
-            ".parquet file with chosen_reward and rejected_reward, or margin.",
-        ),
-    ],
-    group_by: Annotated[
-        str | None,
-        typer.Option(
-            help="Attribute whose groups the radius is to cover, such as domain; best scored by "
-            "models that did not train on the group.",
-        ),
-    ] = None,
-    prompt_column: PromptColumn = None,
-    quantile: Annotated[
-        float, typer.Option(help="Of the bootstrapped mean loss that is to be covered.")
-    ] = 0.95,
-    resamples: Annotated[int, typer.Option(help="Bootstrap samples of prompts.")] = 1000,
-    min_support: Annotated[int, typer.Option(help="Prompts that a group must have to count.")] = 30,
-    max_nan: MaxNan = 0.01,
-    seed: Seed = 0,
-    output: Annotated[
-        Path | None, typer.Option(dir_okay=False, help="JSON file for the suggestion.")
-    ] = None,
-) -> None:
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What the command takes, in the order of its --help."""
+
+    scores: Path = option(
+        ...,
+        "Held-out pairs scored by a plainly trained model, a .jsonl, .json, .csv or "
+        ".parquet file with chosen_reward and rejected_reward, or margin.",
+    )
+    group_by: str | None = option(
+        None,
+        "Attribute whose groups the radius is to cover, such as domain; best scored by "
+        "models that did not train on the group.",
+    )
+    prompt_column: str | None = option(None, **PROMPT_COLUMN)
+    quantile: float = option(0.95, "Of the bootstrapped mean loss that is to be covered.")
+    resamples: int = option(1000, RESAMPLES)
+    min_support: int = option(30, "Prompts that a group must have to count.")
+    max_nan: float = option(0.01, MAX_NAN)
+    seed: int = option(0, "Of the resampling.", min=0)
+    output: Path | None = option(None, "JSON file for the suggestion.", dir_okay=False)
+
+
+@taken_from(Options)
+def suggest_radius(options: Options) -> None:
     """Suggest a radius to train with, from held-out pairs that a plain model has scored.
 
     The smallest radius whose worst case covers what chance may do to a sample of this size, and,
@@ -59,21 +56,24 @@ def suggest_radius(
         from drrlhf.stress import load_scores
         from drrlhf.stress.radius import suggest_radius as suggest
 
-        with console.status(f"Reading {scores} ..."):
+        with console.status(f"Reading {options.scores} ..."):
             loaded = load_scores(
-                scores, prompt_column=prompt_column, max_nan=max_nan, all_right=True
+                options.scores,
+                prompt_column=options.prompt_column,
+                max_nan=options.max_nan,
+                all_right=True,
             )
         with console.status("Searching ..."):
             found = suggest(
                 loaded,
-                group_by=group_by,
-                quantile=quantile,
-                resamples=resamples,
-                min_support=min_support,
-                seed=seed,
+                group_by=options.group_by,
+                quantile=options.quantile,
+                resamples=options.resamples,
+                min_support=options.min_support,
+                seed=options.seed,
             )
-        if output is not None:
-            _write(found, output)
+        if options.output is not None:
+            _write(found, options.output)
     console.print(_table(found))
     for sentence in _said(found):
         console.print(sentence, highlight=False, markup=False)
