@@ -25,7 +25,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from drrlhf.files import json_lines, write_text
 
@@ -48,7 +48,7 @@ class MetricsCallback(TrainerCallback):
         self._start = 0.0
 
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: Any, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         self._start = time.perf_counter()
         lines = [line for line in json_lines(self.path) if line["step"] <= state.global_step]
@@ -61,19 +61,14 @@ class MetricsCallback(TrainerCallback):
             write_text(self.path, "".join(map(_json_line, lines)))
 
     def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: Any, state: TrainerState, control: TrainerControl, **_: Any
     ) -> TrainerControl:
         if control.should_save:
             control.should_log = True
         return control
 
     def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
+        self, args: Any, state: TrainerState, control: Any, logs: Any = None, **_: Any
     ) -> None:
         logs = dict(logs or {})
         if "train_runtime" in logs:  # the closing summary of this call, not a step of the run
@@ -131,7 +126,7 @@ class InterruptCallback(TrainerCallback):
         os.write(2, b"\nStopping after this step and saving a checkpoint; again to stop at once.\n")
 
     def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: Any, state: TrainerState, control: TrainerControl, **_: Any
     ) -> TrainerControl:
         if self.signum is not None:
             control.should_save = control.should_training_stop = True
@@ -160,7 +155,7 @@ class ProgressCallback(TrainerCallback):
         self._evaluation: Any = None
 
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: Any, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         if state.is_world_process_zero:
             self._steps = self._progress.add_task(
@@ -169,29 +164,19 @@ class ProgressCallback(TrainerCallback):
             self._progress.start()
 
     def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: Any, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         if self._steps is not None:
             self._progress.update(self._steps, completed=state.global_step)
 
     def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
+        self, args: Any, state: TrainerState, control: Any, logs: Any = None, **_: Any
     ) -> None:
         if self._steps is not None and logs and "loss" in logs:
             self._progress.update(self._steps, note=f"loss {logs['loss']:.4f}")
 
     def on_prediction_step(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        eval_dataloader: Any = None,
-        **kwargs: Any,
+        self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **_: Any
     ) -> None:
         if self._steps is None:
             return
@@ -202,7 +187,7 @@ class ProgressCallback(TrainerCallback):
         self._progress.advance(self._evaluation)
 
     def on_evaluate(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: Any, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         if self._evaluation is not None:
             self._progress.remove_task(self._evaluation)
