@@ -15,7 +15,7 @@ from drrlhf.functional import GroupState, NormaliserState
 
 
 class _RobustModule(nn.Module):
-    def __init__(self, ambiguity: str | AmbiguitySet, options: dict[str, Any]) -> None:
+    def __init__(self, ambiguity: str | AmbiguitySet = ERM(), **options: Any) -> None:  # noqa: B008
         super().__init__()
         self.ambiguity = parse_ambiguity(ambiguity)
         self.options = options
@@ -42,18 +42,12 @@ class _RobustModule(nn.Module):
 class RobustRiskModule(_RobustModule):
     """`drrlhf.robust_risk` as a module: ``RobustRiskModule("tv:0.1")(losses)``."""
 
-    def __init__(self, ambiguity: str | AmbiguitySet = ERM(), **options: Any) -> None:  # noqa: B008
-        super().__init__(ambiguity, options)
-
     def forward(self, losses: Tensor, **keywords: Any) -> functional.RobustRisk:
         return self._call(functional.robust_risk, losses, **keywords)
 
 
 class PreferenceLossModule(_RobustModule):
     """`drrlhf.preference_loss` as a module; options are its keyword arguments."""
-
-    def __init__(self, ambiguity: str | AmbiguitySet = ERM(), **options: Any) -> None:  # noqa: B008
-        super().__init__(ambiguity, options)
 
     def forward(
         self,
@@ -70,9 +64,6 @@ class PreferenceLossModule(_RobustModule):
 class LinearPreferenceLossModule(_RobustModule):
     """`drrlhf.linear_preference_loss` as a module; options are its keyword arguments."""
 
-    def __init__(self, ambiguity: str | AmbiguitySet = ERM(), **options: Any) -> None:  # noqa: B008
-        super().__init__(ambiguity, options)
-
     def forward(
         self,
         hidden: Tensor,
@@ -88,9 +79,6 @@ class LinearPreferenceLossModule(_RobustModule):
 class RewardLossModule(_RobustModule):
     """`drrlhf.reward_loss` as a module; options are its keyword arguments."""
 
-    def __init__(self, ambiguity: str | AmbiguitySet = ERM(), **options: Any) -> None:  # noqa: B008
-        super().__init__(ambiguity, options)
-
     def forward(
         self, chosen_rewards: Tensor, rejected_rewards: Tensor, **keywords: Any
     ) -> functional.RewardLoss:
@@ -99,9 +87,6 @@ class RewardLossModule(_RobustModule):
 
 class PolicyLossModule(_RobustModule):
     """`drrlhf.policy_loss` as a module; options are its keyword arguments."""
-
-    def __init__(self, ambiguity: str | AmbiguitySet = ERM(), **options: Any) -> None:  # noqa: B008
-        super().__init__(ambiguity, options)
 
     def forward(
         self,
