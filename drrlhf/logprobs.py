@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, overload
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict, overload
 
 import torch
 from torch import Tensor
@@ -11,6 +11,9 @@ from torch import Tensor
 from drrlhf import head_memory, ops
 from drrlhf.checks import check_choice, check_device, check_floating, check_integer, check_value
 from drrlhf.conventions import ENTROPY, IS_TOP1, LOG_SUM_SQ_PROBS, MEAN_LOGIT
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 def _check_labels(
@@ -93,27 +96,34 @@ def _result(found: Any, outputs: Sequence[str]) -> Tensor | TokenLogprobs:
     )
 
 
+class LogitOptions(TypedDict, total=False):
+    """Options of the logits, see `token_logprobs`."""
+
+    ignore_index: int
+    temperature: float
+    softcap: float | None
+
+
+class TokenOptions(LogitOptions, total=False):
+    """The options of `token_logprobs`."""
+
+    inplace_backward: bool
+
+
+class HeadOptions(LogitOptions, total=False):
+    """The options of `linear_token_logprobs`."""
+
+    logit_scale: float
+    memory_budget: int | None
+
+
 @overload
 def token_logprobs(  # type: ignore[overload-overlap]
-    logits: Tensor,
-    labels: Tensor,
-    *,
-    ignore_index: int = ...,
-    temperature: float = ...,
-    softcap: float | None = ...,
-    outputs: tuple[()] = ...,
-    inplace_backward: bool = ...,
+    logits: Tensor, labels: Tensor, *, outputs: tuple[()] = ..., **options: Unpack[TokenOptions]
 ) -> Tensor: ...
 @overload
 def token_logprobs(
-    logits: Tensor,
-    labels: Tensor,
-    *,
-    ignore_index: int = ...,
-    temperature: float = ...,
-    softcap: float | None = ...,
-    outputs: Sequence[str],
-    inplace_backward: bool = ...,
+    logits: Tensor, labels: Tensor, *, outputs: Sequence[str], **options: Unpack[TokenOptions]
 ) -> TokenLogprobs: ...
 def token_logprobs(
     logits: Tensor,
@@ -172,12 +182,8 @@ def linear_token_logprobs(  # type: ignore[overload-overlap]
     labels: Tensor,
     *,
     bias: Tensor | None = ...,
-    ignore_index: int = ...,
-    temperature: float = ...,
-    softcap: float | None = ...,
-    logit_scale: float = ...,
     outputs: tuple[()] = ...,
-    memory_budget: int | None = ...,
+    **options: Unpack[HeadOptions],
 ) -> Tensor: ...
 @overload
 def linear_token_logprobs(
@@ -186,12 +192,8 @@ def linear_token_logprobs(
     labels: Tensor,
     *,
     bias: Tensor | None = ...,
-    ignore_index: int = ...,
-    temperature: float = ...,
-    softcap: float | None = ...,
-    logit_scale: float = ...,
     outputs: Sequence[str],
-    memory_budget: int | None = ...,
+    **options: Unpack[HeadOptions],
 ) -> TokenLogprobs: ...
 def linear_token_logprobs(
     hidden: Tensor,

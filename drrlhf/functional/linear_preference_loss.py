@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,7 +20,12 @@ from drrlhf.functional.robust_risk import (
     solver,
     summable,
 )
-from drrlhf.logprobs import check_boundaries, linear_token_logprobs, sequence_logprobs
+from drrlhf.logprobs import (
+    HeadOptions,
+    check_boundaries,
+    linear_token_logprobs,
+    sequence_logprobs,
+)
 from drrlhf.reference.pair_losses import PAIR_LOSSES, PairOptions
 
 if TYPE_CHECKING:
@@ -41,16 +46,6 @@ class LinearPreferenceLoss(NamedTuple):
     rejected_rewards: Tensor
     dual: Tensor
     logps: Tensor
-
-
-class HeadOptions(TypedDict, total=False):
-    """The options of `linear_token_logprobs`."""
-
-    ignore_index: int
-    temperature: float
-    softcap: float | None
-    logit_scale: float
-    memory_budget: int | None
 
 
 class LinearPreferenceLossOptions(HeadOptions, PreferenceLossOptions, total=False):
