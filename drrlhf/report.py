@@ -20,6 +20,20 @@ _STYLES = ("-", "--", "-.", ":")
 Line = dict[str, Any]
 
 
+def figure_of(width: float, height: float) -> Any:
+    """An empty figure that needs no display.
+
+    Raises:
+        ImportError: matplotlib is missing.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
 def save(figure: Any, output_png: str | os.PathLike[str], dpi: int = 130, **more: Any) -> Path:
     """Write a figure as a PNG, whole at any time; its path. ``more`` goes to ``savefig``."""
     path = Path(output_png)
@@ -64,12 +78,9 @@ def plot_training(
     if group_columns(train, ("reward",)):
         panels.append(_draw_group_rewards)
 
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    figure = Figure(figsize=(8.0, 0.6 + 2.7 * len(panels)), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = figure_of(8.0, 0.6 + 2.7 * len(panels))
     axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
     for axis, draw in zip(axes, panels, strict=True):
         draw(axis, train, evaluations, groups)
@@ -86,27 +97,13 @@ def plot_comparison(result: dict[str, Any], output_png: str | os.PathLike[str]) 
 
     Bars carry one standard error over pairs; the dashed line is chance.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     runs, domains = result["runs"], list(result["domains"])
-    figure = Figure(figsize=(9.5, 3.9), layout="constrained")
-    FigureCanvasAgg(figure)
-    width = 0.8 / len(runs)
+    figure = figure_of(9.5, 3.9)
     for axis, column in zip(figure.subplots(1, 2), ("accuracy", "margin"), strict=True):
         for number, run in enumerate(runs):
             scores = [run["held_out"][name] for name in domains]
-            axis.bar(
-                [place + (number - (len(runs) - 1) / 2) * width for place in range(len(domains))],
-                [score[column] for score in scores],
-                width,
-                yerr=[score[f"{column}_error"] for score in scores],
-                capsize=3,
-                label=run["ambiguity"],
-                color=PALETTE[number],
-                hatch=("", "//")[number % 2],
-                edgecolor="white",
-            )
+            found = [(score[column], score[f"{column}_error"]) for score in scores]
+            _bars(axis, found, number, len(runs), run["ambiguity"])
         axis.axhline(0.5 if column == "accuracy" else 0, color="black", linewidth=1, linestyle="--")
         ticks = [f"{name}\n{result['domains'][name]}" for name in domains]
         axis.set_xticks(range(len(domains)), ticks, fontsize="small")
@@ -128,14 +125,9 @@ def plot_rewards(result: dict[str, Any], output_png: str | os.PathLike[str]) -> 
     Thin lines are single seeds, bars and thick lines their means; error bars are one standard error
     over seeds, and the dashed marks are the start model.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     runs, domains = result["runs"], list(result["domains"])
-    figure = Figure(figsize=(9.5, 3.9), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = figure_of(9.5, 3.9)
     over, bars = figure.subplots(1, 2)
-    width = 0.8 / len(runs)
     for number, run in enumerate(runs):
         color, label = PALETTE[number], run["ambiguity"]
         for seed in run["training"]:
@@ -145,17 +137,7 @@ def plot_rewards(result: dict[str, Any], output_png: str | os.PathLike[str]) -> 
             range(1, len(mean) + 1), mean, color=color, label=label, linestyle=_STYLES[number]
         )
         rewards = [mean_and_error(run["rewards"][name]) for name in domains]
-        bars.bar(
-            [place + (number - (len(runs) - 1) / 2) * width for place in range(len(domains))],
-            [mean for mean, _ in rewards],
-            width,
-            yerr=[error for _, error in rewards],
-            capsize=3,
-            label=label,
-            color=color,
-            hatch=("", "//")[number % 2],
-            edgecolor="white",
-        )
+        _bars(bars, rewards, number, len(runs), label)
     for place, name in enumerate(domains):
         start = fmean(result["start"][name])
         bars.hlines(start, place - 0.42, place + 0.42, color="black", linestyle="--", linewidth=1)
@@ -174,6 +156,22 @@ def plot_rewards(result: dict[str, Any], output_png: str | os.PathLike[str]) -> 
         fontsize=8,
     )
     return save(figure, output_png)
+
+
+def _bars(axis: Any, found: list[tuple[float, float]], number: int, runs: int, label: str) -> None:
+    """A bar with its error for each domain, of one run among several."""
+    width = 0.8 / runs
+    axis.bar(
+        [place + (number - (runs - 1) / 2) * width for place in range(len(found))],
+        [value for value, _ in found],
+        width,
+        yerr=[error for _, error in found],
+        capsize=3,
+        label=label,
+        color=PALETTE[number],
+        hatch=("", "//")[number % 2],
+        edgecolor="white",
+    )
 
 
 def group_columns(

@@ -9,7 +9,7 @@ from typing import Any
 from drrlhf.bench.registry import OURS
 from drrlhf.bench.results import Result
 from drrlhf.bench.runner import Record
-from drrlhf.report import PALETTE, save
+from drrlhf.report import PALETTE, figure_of, save
 
 _MARKERS = "osD^vP*X"
 _HATCHES = ("", "//", "..", "xx")
@@ -45,11 +45,7 @@ def _title(result: Result) -> str:
 
 
 def _figure(rows: int, columns: int, width: float, heights: list[float]) -> tuple[Any, Any]:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, 0.6 + sum(heights)), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = figure_of(width, 0.6 + sum(heights))
     grid = figure.subplots(
         rows, columns, squeeze=False, gridspec_kw={"height_ratios": heights[:rows]}
     )

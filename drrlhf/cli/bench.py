@@ -127,8 +127,8 @@ def _cases(options: Options) -> list[Case]:
 
     if SUITES[options.suite] == "cuda" and not torch.cuda.is_available():
         raise ValueError(
-            f"--suite {options.suite} needs a CUDA device, and torch {torch.__version__} finds none "
-            "here; take --suite cpu"
+            f"--suite {options.suite} needs a CUDA device, and torch {torch.__version__} finds "
+            "none here; take --suite cpu"
         )
     if options.threads is not None:
         torch.set_num_threads(options.threads)

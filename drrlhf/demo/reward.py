@@ -44,7 +44,7 @@ import drrlhf as dr
 from drrlhf.demo import embeddings, material, sentiment
 from drrlhf.demo.sentiment import Pair, Text
 from drrlhf.files import write_text
-from drrlhf.report import save
+from drrlhf.report import figure_of, save
 from drrlhf.seeds import mean_and_error
 
 MAIN, RARE, UNSEEN = "movie", "tweets", ("amazon", "nyt")
@@ -422,12 +422,8 @@ def plot(results: Mapping[str, Any], path: Path) -> None:
 
     All panels span equally many points of accuracy, so lengths compare; each is centred on its own.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     methods = list(results["methods"])
-    figure = Figure(figsize=(12.5, 4.3), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = figure_of(12.5, 4.3)
     panels = figure.subplots(1, len(LABELS), sharey=True)
     reach = {domain: _reach(results["methods"], domain) for domain in LABELS}
     span = 1.25 * max(high - low for low, high in reach.values())
