@@ -137,6 +137,12 @@ DRRLHF_HD Tail upper_tail(const Team& team, const double* l, const double* p, do
   return {high, share};
 }
 
+// The sum of f(i), one number each.
+template <class Team, class F>
+DRRLHF_HD double total(const Team& team, F f) {
+  return team.template sum<1>([=](std::int64_t i) { return Sums<1>{{f(i)}}; }).v[0];
+}
+
 struct Bounds {
   double bottom, top;
 };
@@ -155,8 +161,7 @@ DRRLHF_HD Bounds loss_bounds(const Team& team, const double* l, const double* p)
 template <class Team>
 DRRLHF_HD double expected_loss(const Team& team, const Problem& problem, double top, double span) {
   const double *q = problem.q, *d = problem.d;
-  return top -
-         span * team.template sum<1>([=](std::int64_t i) { return Sums<1>{{q[i] * d[i]}}; }).v[0];
+  return top - span * total(team, [=](std::int64_t i) { return q[i] * d[i]; });
 }
 
 struct Moments {  // of d under p exp(-s d): log of the normaliser, mean, variance
@@ -251,10 +256,8 @@ template <class Team>
 DRRLHF_HD void write_linear(const Team& team, const Problem& problem, double eta) {
   const double *d = problem.d, *p = problem.p;
   double* q = problem.q;
-  const double mass = team.template sum<1>([=](std::int64_t i) {
-                            return Sums<1>{{d[i] < eta ? p[i] * (eta - d[i]) : 0.0}};
-                          })
-                          .v[0];
+  const double mass =
+      total(team, [=](std::int64_t i) { return d[i] < eta ? p[i] * (eta - d[i]) : 0.0; });
   team.each([=](std::int64_t i) { q[i] = d[i] < eta ? p[i] * ((eta - d[i]) / mass) : 0.0; });
 }
 
@@ -306,11 +309,8 @@ DRRLHF_HD Solution solve_cvar_temperature(const Team& team, const Problem& probl
   });
   // sum q (l - v - t log(q/p)): a constant where free, l - v + t log(alpha) where capped.
   const double free = -t * (h - log(alpha)), capped = t * log(alpha);
-  const double value = team.template sum<1>([=](std::int64_t i) {
-                             const double z = x[i] + h;
-                             return Sums<1>{{q[i] * (z < 0 ? free : l[i] - v + capped)}};
-                           })
-                           .v[0];
+  const double value =
+      total(team, [=](std::int64_t i) { return q[i] * (x[i] + h < 0 ? free : l[i] - v + capped); });
   return {v + value, v + free};
 }
 
@@ -320,9 +320,7 @@ DRRLHF_HD void trim_top(const Team& team, double* p, const double* l, double tri
   if (!(trim > 0)) return;
   const Bounds bound = loss_bounds(team, l, p);
   const Tail tail = upper_tail(team, l, p, trim, bound.bottom, bound.top);
-  const double left =
-      team.template sum<1>([=](std::int64_t i) { return Sums<1>{{p[i] * (1 - tail.kept(l[i]))}}; })
-          .v[0];
+  const double left = total(team, [=](std::int64_t i) { return p[i] * (1 - tail.kept(l[i])); });
   team.each([=](std::int64_t i) { p[i] = p[i] * (1 - tail.kept(l[i])) / left; });
 }
 
@@ -375,9 +373,7 @@ DRRLHF_HD Solution worst_case(const Team& team, const Problem& problem, Ambiguit
   if (set.kind == Kind::kCvarTemperature) {
     return solve_cvar_temperature(team, problem, a, set.temperature, bottom, top);
   }
-  const double at_top =
-      team.template sum<1>([=](std::int64_t i) { return Sums<1>{{l[i] == top ? p[i] : 0.0}}; })
-          .v[0];
+  const double at_top = total(team, [=](std::int64_t i) { return l[i] == top ? p[i] : 0.0; });
   double dual = 0.0, penalty = 0.0;
   if ((set.kind == Kind::kKlRadius && a >= -log(at_top)) ||
       (set.kind == Kind::kChiSquareRadius && a >= (1 / at_top - 1) / 2)) {
@@ -409,17 +405,14 @@ DRRLHF_HD Solution worst_case(const Team& team, const Problem& problem, Ambiguit
   } else if (set.kind == Kind::kChiSquarePenalty) {
     const double c = a / span;
     const auto root = [=](double m0, double m1, double) { return (m1 + c) / m0; };
-    const double mean =
-        team.template sum<1>([=](std::int64_t i) { return Sums<1>{{p[i] * d[i]}}; }).v[0];
+    const double mean = total(team, [=](std::int64_t i) { return p[i] * d[i]; });
     const double eta = solve_active_set(team, problem, mean + c, root);
     write_linear(team, problem, eta);
     dual = top - span * eta;
-    penalty = 0.5 * a *
-              team.template sum<1>([=](std::int64_t i) {
-                    const double excess = p[i] > 0 ? q[i] / p[i] - 1 : 0.0;
-                    return Sums<1>{{p[i] * excess * excess}};
-                  })
-                  .v[0];
+    penalty = 0.5 * a * total(team, [=](std::int64_t i) {
+                const double excess = p[i] > 0 ? q[i] / p[i] - 1 : 0.0;
+                return p[i] * excess * excess;
+              });
   } else {  // CVaR
     const Tail tail = upper_tail(team, l, p, a, bottom, top);
     team.each([=](std::int64_t i) { q[i] = p[i] * tail.kept(l[i]) / a; });
@@ -463,13 +456,11 @@ DRRLHF_HD Solution group_step(const Team& team, const Problem& problem, Group gr
       }
     });
   }
-  double total = 0.0;
-  for (int g = 0; g < size; ++g) total += mass[g] > 0 ? w[g] : 0.0;
+  double held = 0.0;
+  for (int g = 0; g < size; ++g) held += mass[g] > 0 ? w[g] : 0.0;
   team.each(
-      [=](std::int64_t i) { q[i] = p[i] > 0 ? w[group(i)] / total / mass[group(i)] * p[i] : 0.0; });
-  const double value =
-      team.template sum<1>([=](std::int64_t i) { return Sums<1>{{p[i] > 0 ? q[i] * l[i] : 0.0}}; })
-          .v[0];
+      [=](std::int64_t i) { q[i] = p[i] > 0 ? w[group(i)] / held / mass[group(i)] * p[i] : 0.0; });
+  const double value = total(team, [=](std::int64_t i) { return p[i] > 0 ? q[i] * l[i] : 0.0; });
   return {value, 0.0};
 }
 
