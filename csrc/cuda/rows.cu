@@ -17,32 +17,18 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-template <Dtype kDtype>
-Failure scale_rows_of(const void* x, std::int64_t rows, std::int64_t columns, Numbers factor,
-                      Integers labels, std::int64_t ignore_index, void* out, Stream stream) {
-  using Element = ElementOf<kDtype>;
-  return launch(scale_rows_kernel<kDtype>, rows, kThreads, stream, static_cast<const Element*>(x),
-                columns, factor, labels, ignore_index, static_cast<Element*>(out));
-}
-
 }  // namespace
 
 Failure scale_rows_cuda(const void* x, Dtype dtype, std::int64_t rows, std::int64_t columns,
                         Numbers factor, Integers labels, std::int64_t ignore_index, void* out,
                         Stream stream) {
-  switch (dtype) {
-    case Dtype::kFloat:
-      return scale_rows_of<Dtype::kFloat>(x, rows, columns, factor, labels, ignore_index, out,
-                                          stream);
-    case Dtype::kBFloat16:
-      return scale_rows_of<Dtype::kBFloat16>(x, rows, columns, factor, labels, ignore_index, out,
-                                             stream);
-    case Dtype::kHalf:
-      return scale_rows_of<Dtype::kHalf>(x, rows, columns, factor, labels, ignore_index, out,
-                                         stream);
-    default:
-      return "expected float32, bfloat16 or float16";
-  }
+  const auto scale = [&](auto type) {
+    using Element = ElementOf<type.value>;
+    return launch(scale_rows_kernel<type.value>, rows, kThreads, stream,
+                  static_cast<const Element*>(x), columns, factor, labels, ignore_index,
+                  static_cast<Element*>(out));
+  };
+  return with_type(dtype, scale, "expected float32, bfloat16 or float16");
 }
 
 Failure clear_cuda(void* data, std::int64_t bytes, Stream stream) {

@@ -35,6 +35,42 @@ struct Storage<Dtype::kHalf> {
   __device__ static std::uint16_t narrow(float x) { return float_to_half(x); }
 };
 
+template <bool kValue>
+struct Flag {
+  static constexpr bool value = kValue;
+};
+
+template <Dtype kDtype>
+struct Type {
+  static constexpr Dtype value = kDtype;
+};
+
+// Calls f with the dtype as a type.
+template <class F>
+Failure with_type(Dtype dtype, F f, Failure otherwise) {
+  switch (dtype) {
+    case Dtype::kFloat:
+      return f(Type<Dtype::kFloat>{});
+    case Dtype::kBFloat16:
+      return f(Type<Dtype::kBFloat16>{});
+    case Dtype::kHalf:
+      return f(Type<Dtype::kHalf>{});
+    default:
+      return otherwise;
+  }
+}
+
+// Calls f with the dtype of logits and two flags as types.
+template <class F>
+Failure with_types(Dtype dtype, bool first, bool second, F f) {
+  const auto flags = [&](auto type) {
+    if (first)
+      return second ? f(type, Flag<true>{}, Flag<true>{}) : f(type, Flag<true>{}, Flag<false>{});
+    return second ? f(type, Flag<false>{}, Flag<true>{}) : f(type, Flag<false>{}, Flag<false>{});
+  };
+  return with_type(dtype, flags, "logits: expected float32, bfloat16 or float16");
+}
+
 template <Dtype kDtype>
 using ElementOf = typename Storage<kDtype>::Element;
 

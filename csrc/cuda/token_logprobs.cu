@@ -44,12 +44,7 @@ __global__ void __launch_bounds__(kThreads)
   const Element* x = static_cast<const Element*>(logits.data) + row * logits.stride;
   Element* out = static_cast<Element*>(to) + row * out_stride;
   const std::int64_t label = integer_at(labels, row);
-  RowCoefficients c = {float(number_at(grad.grad, row)),
-                       float(number_at(grad.grad_entropy, row)),
-                       float(-expm1(double(grad.logp[row]))),
-                       grad.lse[row],
-                       grad.lse_tail[row],
-                       kByEntropy ? grad.entropy[row] : 0.0f};
+  const RowCoefficients c = coefficients<kByEntropy>(grad, row);
   const std::int64_t from = part * kLoadsOfBlock, until = from + kLoadsOfBlock;
   if (label != ignore_index && (c.a != 0 || c.b != 0)) {
     write_row<kDtype, kDtype, kByEntropy, kCapped>(x, out, logits.vocabulary, label - logits.first,
@@ -113,36 +108,6 @@ __global__ void __launch_bounds__(kThreads)
   }
   write_row<Dtype::kFloat, kOut, kByEntropy, kCapped>(x, d, logits.vocabulary, label - logits.first,
                                                       0, logits.vocabulary, true, c, t);
-}
-
-template <bool kValue>
-struct Flag {
-  static constexpr bool value = kValue;
-};
-
-template <Dtype kDtype>
-struct Type {
-  static constexpr Dtype value = kDtype;
-};
-
-// Calls f with the dtype and two flags as types.
-template <class F>
-Failure with_types(Dtype dtype, bool first, bool second, F f) {
-  const auto flags = [&](auto type) {
-    if (first)
-      return second ? f(type, Flag<true>{}, Flag<true>{}) : f(type, Flag<true>{}, Flag<false>{});
-    return second ? f(type, Flag<false>{}, Flag<true>{}) : f(type, Flag<false>{}, Flag<false>{});
-  };
-  switch (dtype) {
-    case Dtype::kFloat:
-      return flags(Type<Dtype::kFloat>{});
-    case Dtype::kBFloat16:
-      return flags(Type<Dtype::kBFloat16>{});
-    case Dtype::kHalf:
-      return flags(Type<Dtype::kHalf>{});
-    default:
-      return "logits: expected float32, bfloat16 or float16";
-  }
 }
 
 bool wants_extras(const TokenOut& out) {
