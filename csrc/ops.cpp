@@ -179,7 +179,7 @@ Tensor token_logprobs_backward(const Tensor& logits, const Tensor& labels,
                                const Tensor& entropy, std::int64_t ignore_index, double temperature,
                                std::optional<double> softcap) {
   Tensor out = empty_on_huge_pages(logits.sizes(), logits.scalar_type());
-  token_logprobs_backward_cpu(logits, labels, grad, grad_entropy, logp, lse, lse_tail, entropy,
+  token_logprobs_backward_cpu(logits, labels, {grad, grad_entropy, logp, lse, lse_tail, entropy},
                               ignore_index, temperature, softcap, out);
   return out;
 }
@@ -190,7 +190,7 @@ void token_logprobs_backward_(Tensor logits, const Tensor& labels, const Optiona
                               std::int64_t ignore_index, double temperature,
                               std::optional<double> softcap) {
   Tensor out = logits.contiguous();
-  token_logprobs_backward_cpu(logits, labels, grad, grad_entropy, logp, lse, lse_tail, entropy,
+  token_logprobs_backward_cpu(logits, labels, {grad, grad_entropy, logp, lse, lse_tail, entropy},
                               ignore_index, temperature, softcap, out);
   if (!out.is_same(logits)) logits.copy_(out);
 }
@@ -214,9 +214,9 @@ std::tuple<Tensor, Tensor, Tensor> linear_token_logprobs_backward(
     double logit_scale, std::int64_t keep, std::int64_t workspace, bool need_hidden,
     bool need_weight, bool need_bias) {
   const Head head = {weight, bias, ignore_index, temperature, softcap, logit_scale};
-  return linear_token_logprobs_backward_cpu(hidden, head, labels, grad, grad_entropy, logp, lse,
-                                            lse_tail, entropy, kept, static_cast<Keep>(keep),
-                                            workspace, need_hidden, need_weight, need_bias);
+  return linear_token_logprobs_backward_cpu(
+      hidden, head, labels, {grad, grad_entropy, logp, lse, lse_tail, entropy}, kept,
+      static_cast<Keep>(keep), workspace, need_hidden, need_weight, need_bias);
 }
 
 pybind11::dict build_info() {

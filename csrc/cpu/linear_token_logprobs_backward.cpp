@@ -92,16 +92,6 @@ void weight_gradient_of_kept(const Tensor& kept, const std::vector<std::int64_t>
       });
 }
 
-// Upstream gradients and statistics of all tokens, float32 (tokens,); undefined where there is no
-// gradient, and then 0.
-struct Upstream {
-  Tensor grad, grad_entropy, logp, lse, lse_tail, entropy;
-
-  static float of(const Tensor& x, std::int64_t token) {
-    return x.defined() ? x.const_data_ptr<float>()[token] : 0.0f;
-  }
-};
-
 // One call of the backward. Tokens whose label is not ignored are valid, and have the columns of a
 // kept gradient; those of them with an upstream gradient are active, and only they take part.
 class Backward {
@@ -192,14 +182,14 @@ class Backward {
       c.entropy.assign(tokens.columns(), 0.0f);
     }
     for (std::int64_t j = 0; j < tokens.count(); ++j) {
-      const std::int64_t i = tokens.place[j];
-      c.a[j] = Upstream::of(upstream_.grad, i);
-      c.logp[j] = Upstream::of(upstream_.logp, i);
-      c.lse[j] = Upstream::of(upstream_.lse, i);
-      c.lse_tail[j] = Upstream::of(upstream_.lse_tail, i);
+      const RowCoefficients row = upstream_.of(tokens.place[j]);
+      c.a[j] = row.a;
+      c.logp[j] = row.logp;
+      c.lse[j] = row.lse;
+      c.lse_tail[j] = row.lse_tail;
       if (by_entropy_) {
-        c.b[j] = Upstream::of(upstream_.grad_entropy, i);
-        c.entropy[j] = Upstream::of(upstream_.entropy, i);
+        c.b[j] = row.b;
+        c.entropy[j] = row.entropy;
       }
     }
     return c;
@@ -341,10 +331,9 @@ void check_kept(const Tensor& kept, Keep keep, at::ScalarType dtype, std::int64_
 }  // namespace
 
 std::tuple<Tensor, Tensor, Tensor> linear_token_logprobs_backward_cpu(
-    const Tensor& hidden, const Head& head, const Tensor& labels, const OptionalTensor& grad,
-    const OptionalTensor& grad_entropy, const Tensor& logp, const Tensor& lse,
-    const Tensor& lse_tail, const Tensor& entropy, const Tensor& kept, Keep keep,
-    std::int64_t workspace, bool need_hidden, bool need_weight, bool need_bias) {
+    const Tensor& hidden, const Head& head, const Tensor& labels, const GivenUpstream& given,
+    const Tensor& kept, Keep keep, std::int64_t workspace, bool need_hidden, bool need_weight,
+    bool need_bias) {
   const PlainTensors plain;
   check_head(hidden, head, labels);
   storage_of("hidden", hidden);
@@ -354,16 +343,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_token_logprobs_backward_cpu(
   const Tensor y = checked_labels(labels, shape, vocabulary, head.ignore_index);
   const std::int64_t total = y.numel();
   check_kept(kept, keep, dtype, total * (keep == Keep::kHidden ? width : vocabulary));
-  const auto optional = [&](const char* name, const OptionalTensor& g) {
-    return g.has_value() ? per_token(name, *g, total) : Tensor();
-  };
-  Upstream upstream;
-  upstream.grad = optional("grad", grad);
-  upstream.grad_entropy = optional("grad_entropy", grad_entropy);
-  upstream.logp = per_token("logp", logp, total);
-  upstream.lse = per_token("lse", lse, total);
-  upstream.lse_tail = per_token("lse_tail", lse_tail, total);
-  if (grad_entropy.has_value()) upstream.entropy = per_token("entropy", entropy, total);
+  const Upstream upstream(given, total);
   const Backward backward(hidden, head, y, upstream, kept, keep, workspace);
 
   Tensor d_hidden = at::empty({0}, dtype), d_weight = at::empty({0}, head.weight.options());

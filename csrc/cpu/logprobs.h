@@ -49,11 +49,31 @@ SevenTensors token_logprobs_cpu(const Tensor& logits, const Tensor& labels,
                                 std::int64_t ignore_index, double temperature,
                                 std::optional<double> softcap, std::int64_t outputs);
 
+// What a backward is given of its tokens, as the schemas have it.
+struct GivenUpstream {
+  const OptionalTensor &grad, &grad_entropy;
+  const Tensor &logp, &lse, &lse_tail, &entropy;
+};
+
+// The same, checked, float32 (tokens,); undefined where there is no gradient, and then 0.
+struct Upstream {
+  Tensor grad, grad_entropy, logp, lse, lse_tail, entropy;
+
+  Upstream(const GivenUpstream& given, std::int64_t tokens);
+
+  static float of(const Tensor& x, std::int64_t token) {
+    return x.defined() ? x.const_data_ptr<float>()[token] : 0.0f;
+  }
+
+  RowCoefficients of(std::int64_t token) const {
+    return {of(grad, token), of(grad_entropy, token), of(logp, token),
+            of(lse, token),  of(lse_tail, token),     of(entropy, token)};
+  }
+};
+
 // d/dlogits, written to `out` (contiguous, may be the logits themselves).
 void token_logprobs_backward_cpu(const Tensor& logits, const Tensor& labels,
-                                 const OptionalTensor& grad, const OptionalTensor& grad_entropy,
-                                 const Tensor& logp, const Tensor& lse, const Tensor& lse_tail,
-                                 const Tensor& entropy, std::int64_t ignore_index,
+                                 const GivenUpstream& given, std::int64_t ignore_index,
                                  double temperature, std::optional<double> softcap, Tensor& out);
 
 // Of the counted tokens of each sequence, (S,) in float64: the sum of their log-probs, their
@@ -92,9 +112,8 @@ EightTensors linear_token_logprobs_cpu(const Tensor& hidden, const Head& head, c
 
 // Gradients of hidden, weight and bias; empty where not needed.
 std::tuple<Tensor, Tensor, Tensor> linear_token_logprobs_backward_cpu(
-    const Tensor& hidden, const Head& head, const Tensor& labels, const OptionalTensor& grad,
-    const OptionalTensor& grad_entropy, const Tensor& logp, const Tensor& lse,
-    const Tensor& lse_tail, const Tensor& entropy, const Tensor& kept, Keep keep,
-    std::int64_t workspace, bool need_hidden, bool need_weight, bool need_bias);
+    const Tensor& hidden, const Head& head, const Tensor& labels, const GivenUpstream& given,
+    const Tensor& kept, Keep keep, std::int64_t workspace, bool need_hidden, bool need_weight,
+    bool need_bias);
 
 }  // namespace drrlhf::cpu

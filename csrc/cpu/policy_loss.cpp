@@ -176,6 +176,19 @@ DRRLHF_MULTIVERSION void scale(const double* x, std::int64_t n, double factor, d
   for (std::int64_t i = 0; i < n; ++i) out[i] = factor * x[i];
 }
 
+// Calls f(s, begin, n) for each sequence s and its n tokens from `begin` on, in parallel.
+template <class F>
+void each_sequence(const Sequences& sequences, std::int64_t tokens, const F& f) {
+  const std::int64_t each = tokens / (sequences.count > 0 ? sequences.count : 1) + 1;
+  at::parallel_for(0, sequences.count, kGrain / each + 1,
+                   [&](std::int64_t first, std::int64_t last) {
+                     for (std::int64_t s = first; s < last; ++s) {
+                       const std::int64_t begin = sequences.begin(s);
+                       f(s, begin, sequences.begin(s + 1) - begin);
+                     }
+                   });
+}
+
 template <class T>
 const T* pointer(const OptionalTensor& x) {
   return x.has_value() ? x->template const_data_ptr<T>() : nullptr;
@@ -198,19 +211,14 @@ PolicySums sums_of(const PolicyTokens& given, const Tensor& advantages,
                             pointer<bool>(mask),       out.slopes.mutable_data_ptr<T>()};
   const double* advantage = advantages.const_data_ptr<double>();
   double* table = out.table.mutable_data_ptr<double>();
-  const std::int64_t each = logps.numel() / (sequences.count > 0 ? sequences.count : 1) + 1;
-  at::parallel_for(
-      0, sequences.count, kGrain / each + 1, [&](std::int64_t first, std::int64_t last) {
-        for (std::int64_t s = first; s < last; ++s) {
-          double sums[kSequenceSums];
-          const std::int64_t begin = sequences.begin(s), n = sequences.begin(s + 1) - begin;
-          const Tokens<T> mine = from(tokens, begin);
-          const std::int64_t used = counted_until(mine.mask, n);
-          one_sequence(mine, used, advantage[s], options, sums);
-          std::fill(mine.slopes + used, mine.slopes + n, T(0));
-          for (int k = 0; k < kSequenceSums; ++k) table[k * sequences.count + s] = sums[k];
-        }
-      });
+  each_sequence(sequences, logps.numel(), [&](std::int64_t s, std::int64_t begin, std::int64_t n) {
+    double sums[kSequenceSums];
+    const Tokens<T> mine = from(tokens, begin);
+    const std::int64_t used = counted_until(mine.mask, n);
+    one_sequence(mine, used, advantage[s], options, sums);
+    std::fill(mine.slopes + used, mine.slopes + n, T(0));
+    for (int k = 0; k < kSequenceSums; ++k) table[k * sequences.count + s] = sums[k];
+  });
   return out;
 }
 
@@ -219,18 +227,13 @@ Tensor scaled(const Tensor& slopes, const Tensor& factors, const Sequences& sequ
   Tensor out = at::empty(slopes.sizes(), slopes.options());
   const T *from = slopes.const_data_ptr<T>(), *factor = factors.const_data_ptr<T>();
   T* to = out.mutable_data_ptr<T>();
-  const std::int64_t each = slopes.numel() / (sequences.count > 0 ? sequences.count : 1) + 1;
-  at::parallel_for(
-      0, sequences.count, kGrain / each + 1, [&](std::int64_t first, std::int64_t last) {
-        for (std::int64_t s = first; s < last; ++s) {
-          const std::int64_t begin = sequences.begin(s), n = sequences.begin(s + 1) - begin;
-          if (factor[s] == 0) {
-            std::fill_n(to + begin, n, T(0));
-          } else {
-            scale(from + begin, n, factor[s], to + begin);
-          }
-        }
-      });
+  each_sequence(sequences, slopes.numel(), [&](std::int64_t s, std::int64_t begin, std::int64_t n) {
+    if (factor[s] == 0) {
+      std::fill_n(to + begin, n, T(0));
+    } else {
+      scale(from + begin, n, factor[s], to + begin);
+    }
+  });
   return out;
 }
 

@@ -46,6 +46,18 @@ Tensor per_token(const char* argument, const Tensor& x, std::int64_t tokens) {
   return x.to(at::kFloat).contiguous();
 }
 
+Upstream::Upstream(const GivenUpstream& given, std::int64_t tokens) {
+  const auto optional = [&](const char* name, const OptionalTensor& g) {
+    return g.has_value() ? per_token(name, *g, tokens) : Tensor();
+  };
+  grad = optional("grad", given.grad);
+  grad_entropy = optional("grad_entropy", given.grad_entropy);
+  logp = per_token("logp", given.logp, tokens);
+  lse = per_token("lse", given.lse, tokens);
+  lse_tail = per_token("lse_tail", given.lse_tail, tokens);
+  if (grad_entropy.defined()) entropy = per_token("entropy", given.entropy, tokens);
+}
+
 TokenOutputs::TokenOutputs(at::IntArrayRef shape, std::int64_t outputs) : outputs_(outputs) {
   const auto asked = [&](Output output, at::ScalarType dtype) {
     return outputs & output ? at::zeros(shape, dtype) : at::empty({0}, dtype);
@@ -100,25 +112,14 @@ SevenTensors token_logprobs_cpu(const Tensor& logits, const Tensor& labels,
 }
 
 void token_logprobs_backward_cpu(const Tensor& logits, const Tensor& labels,
-                                 const OptionalTensor& grad, const OptionalTensor& grad_entropy,
-                                 const Tensor& logp, const Tensor& lse, const Tensor& lse_tail,
-                                 const Tensor& entropy, std::int64_t ignore_index,
+                                 const GivenUpstream& given, std::int64_t ignore_index,
                                  double temperature, std::optional<double> softcap, Tensor& out) {
   const Storage storage = storage_of("logits", logits);
   const std::int64_t vocabulary = logits.size(-1), size = logits.element_size();
   const auto shape = logits.sizes().slice(0, logits.dim() - 1);
   const Tensor y = checked_labels(labels, shape, vocabulary, ignore_index), x = logits.contiguous();
   const std::int64_t n = y.numel();
-  const auto optional = [&](const char* name, const OptionalTensor& g) {
-    return g.has_value() ? per_token(name, *g, n) : Tensor();
-  };
-  const Tensor a = optional("grad", grad), b = optional("grad_entropy", grad_entropy);
-  const Tensor lp = per_token("logp", logp, n), highs = per_token("lse", lse, n);
-  const Tensor tails = per_token("lse_tail", lse_tail, n);
-  const Tensor h = b.defined() ? per_token("entropy", entropy, n) : Tensor();
-  const auto at_token = [](const Tensor& values, std::int64_t i) {
-    return values.defined() ? values.const_data_ptr<float>()[i] : 0.0f;
-  };
+  const Upstream upstream(given, n);
   const Transform transform = transform_of(temperature, softcap, 1.0);
   const auto* label = y.const_data_ptr<std::int64_t>();
   const char* rows = static_cast<const char*>(x.const_data_ptr());
@@ -126,8 +127,7 @@ void token_logprobs_backward_cpu(const Tensor& logits, const Tensor& labels,
   at::parallel_for(0, n, 1, [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t i = begin; i < end; ++i) {
       const std::int64_t offset = i * vocabulary * size;
-      const RowCoefficients c = {at_token(a, i),     at_token(b, i),     at_token(lp, i),
-                                 at_token(highs, i), at_token(tails, i), at_token(h, i)};
+      const RowCoefficients c = upstream.of(i);
       if (label[i] == ignore_index || (c.a == 0 && c.b == 0)) {
         std::memset(to + offset, 0, vocabulary * size);
       } else {
