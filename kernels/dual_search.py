@@ -25,6 +25,14 @@ def zero():
     return tl.zeros([], tl.float64)
 
 
+@triton.jit
+def read(x_ptr, y_ptr, first, n, BLOCK: tl.constexpr):
+    """The places of a block and what lies there in two arrays (n,), behind their end 0."""
+    o = first + tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + o, mask=o < n, other=0.0)
+    return o, x, tl.load(y_ptr + o, mask=o < n, other=0.0)
+
+
 # --------------------------------------------------------------------------- reductions
 
 
@@ -34,9 +42,8 @@ def bounds(l_ptr, p_ptr, n, BLOCK: tl.constexpr):
     low = tl.zeros([BLOCK], tl.float64) + INFINITY
     high = tl.zeros([BLOCK], tl.float64) - INFINITY
     for first in range(0, n, BLOCK):
-        o = first + tl.arange(0, BLOCK)
-        l = tl.load(l_ptr + o, mask=o < n, other=0.0)
-        present = tl.load(p_ptr + o, mask=o < n, other=0.0) > 0
+        o, l, p = read(l_ptr, p_ptr, first, n, BLOCK)
+        present = p > 0
         low = tl.where(present & (l < low), l, low)
         high = tl.where(present & (l > high), l, high)
     return tl.min(low, 0), tl.max(high, 0)
@@ -48,9 +55,7 @@ def look(l_ptr, p_ptr, n, pivot, BLOCK: tl.constexpr):
     mass = tl.zeros([BLOCK], tl.float64)
     count, at = mass, mass
     for first in range(0, n, BLOCK):
-        o = first + tl.arange(0, BLOCK)
-        l = tl.load(l_ptr + o, mask=o < n, other=0.0)
-        p = tl.load(p_ptr + o, mask=o < n, other=0.0)
+        o, l, p = read(l_ptr, p_ptr, first, n, BLOCK)
         mass += tl.where(l > pivot, p, 0.0)
         count += tl.where((l > pivot) & (o < n), 1.0, 0.0)
         at += tl.where(l == pivot, p, 0.0)
@@ -63,9 +68,8 @@ def neighbours(l_ptr, p_ptr, n, pivot, BLOCK: tl.constexpr):
     above = tl.zeros([BLOCK], tl.float64) + INFINITY
     below = tl.zeros([BLOCK], tl.float64) - INFINITY
     for first in range(0, n, BLOCK):
-        o = first + tl.arange(0, BLOCK)
-        l = tl.load(l_ptr + o, mask=o < n, other=0.0)
-        present = tl.load(p_ptr + o, mask=o < n, other=0.0) > 0
+        o, l, p = read(l_ptr, p_ptr, first, n, BLOCK)
+        present = p > 0
         above = tl.where(present & (l > pivot) & (l < above), l, above)
         below = tl.where(present & (l <= pivot) & (l > below), l, below)
     return tl.min(above, 0), tl.max(below, 0)
@@ -77,9 +81,7 @@ def powers(d_ptr, p_ptr, n, eta, BLOCK: tl.constexpr):
     m0 = tl.zeros([BLOCK], tl.float64)
     m1, m2, count = m0, m0, m0
     for first in range(0, n, BLOCK):
-        o = first + tl.arange(0, BLOCK)
-        d = tl.load(d_ptr + o, mask=o < n, other=0.0)
-        p = tl.load(p_ptr + o, mask=o < n, other=0.0)
+        o, d, p = read(d_ptr, p_ptr, first, n, BLOCK)
         w = tl.where(d < eta, p, 0.0)
         m0 += w
         m1 += w * d
@@ -94,9 +96,7 @@ def tilted_moments(d_ptr, p_ptr, n, s, BLOCK: tl.constexpr):
     m0 = tl.zeros([BLOCK], tl.float64)
     m1, m2, less = m0, m0, m0
     for first in range(0, n, BLOCK):
-        o = first + tl.arange(0, BLOCK)
-        d = tl.load(d_ptr + o, mask=o < n, other=0.0)
-        p = tl.load(p_ptr + o, mask=o < n, other=0.0)
+        o, d, p = read(d_ptr, p_ptr, first, n, BLOCK)
         e = p * tl.exp(-s * d)
         m0 += e
         m1 += e * d
@@ -116,9 +116,8 @@ def expected(q_ptr, d_ptr, n, BLOCK: tl.constexpr):
     """sum q d."""
     total = tl.zeros([BLOCK], tl.float64)
     for first in range(0, n, BLOCK):
-        o = first + tl.arange(0, BLOCK)
-        q = tl.load(q_ptr + o, mask=o < n, other=0.0)
-        total += q * tl.load(d_ptr + o, mask=o < n, other=0.0)
+        o, q, d = read(q_ptr, d_ptr, first, n, BLOCK)
+        total += q * d
     return tl.sum(total, 0)
 
 
@@ -207,16 +206,12 @@ def trim_top(l_ptr, p_ptr, n, trim, BLOCK: tl.constexpr):
     threshold, share = upper_tail(l_ptr, p_ptr, n, trim, bottom, top, BLOCK)
     left = tl.zeros([BLOCK], tl.float64)
     for first in range(0, n, BLOCK):
-        o = first + tl.arange(0, BLOCK)
-        l = tl.load(l_ptr + o, mask=o < n, other=0.0)
-        p = tl.load(p_ptr + o, mask=o < n, other=0.0)
+        o, l, p = read(l_ptr, p_ptr, first, n, BLOCK)
         left += p * (1 - kept(l, threshold, share))
     total = tl.sum(left, 0)
     tl.debug_barrier()
     for first in range(0, n, BLOCK):
-        o = first + tl.arange(0, BLOCK)
-        l = tl.load(l_ptr + o, mask=o < n, other=0.0)
-        p = tl.load(p_ptr + o, mask=o < n, other=0.0)
+        o, l, p = read(l_ptr, p_ptr, first, n, BLOCK)
         tl.store(p_ptr + o, p * (1 - kept(l, threshold, share)) / total, mask=o < n)
     tl.debug_barrier()
 
@@ -229,9 +224,7 @@ def write_tilted(d_ptr, p_ptr, q_ptr, n, s, log_z, BLOCK: tl.constexpr):
     """q = p exp(-s d - log_z)."""
     scale = tl.exp(-log_z)
     for first in range(0, n, BLOCK):
-        o = first + tl.arange(0, BLOCK)
-        d = tl.load(d_ptr + o, mask=o < n, other=0.0)
-        p = tl.load(p_ptr + o, mask=o < n, other=0.0)
+        o, d, p = read(d_ptr, p_ptr, first, n, BLOCK)
         tl.store(q_ptr + o, p * tl.exp(-s * d) * scale, mask=o < n)
 
 
@@ -311,15 +304,11 @@ def write_linear(d_ptr, p_ptr, q_ptr, n, eta, BLOCK: tl.constexpr):
     """q = p (eta - d)_+, normalised."""
     mass = tl.zeros([BLOCK], tl.float64)
     for first in range(0, n, BLOCK):
-        o = first + tl.arange(0, BLOCK)
-        d = tl.load(d_ptr + o, mask=o < n, other=0.0)
-        p = tl.load(p_ptr + o, mask=o < n, other=0.0)
+        o, d, p = read(d_ptr, p_ptr, first, n, BLOCK)
         mass += tl.where(d < eta, p * (eta - d), 0.0)
     total = tl.sum(mass, 0)
     for first in range(0, n, BLOCK):
-        o = first + tl.arange(0, BLOCK)
-        d = tl.load(d_ptr + o, mask=o < n, other=0.0)
-        p = tl.load(p_ptr + o, mask=o < n, other=0.0)
+        o, d, p = read(d_ptr, p_ptr, first, n, BLOCK)
         tl.store(q_ptr + o, tl.where(d < eta, p * ((eta - d) / total), 0.0), mask=o < n)
 
 
@@ -365,9 +354,7 @@ def solve_cvar_temperature(l_ptr, p_ptr, d_ptr, q_ptr, n, alpha, t, bottom, top,
         of_free, of_capped = -t * (h - tl.log(alpha)), t * tl.log(alpha)
         total = tl.zeros([BLOCK], tl.float64)
         for first in range(0, n, BLOCK):
-            o = first + tl.arange(0, BLOCK)
-            l = tl.load(l_ptr + o, mask=o < n, other=0.0)
-            p = tl.load(p_ptr + o, mask=o < n, other=0.0)
+            o, l, p = read(l_ptr, p_ptr, first, n, BLOCK)
             z = (l - v) / t + h
             q = p * tl.exp(tl.where(z < 0, z, 0.0)) / alpha
             total += q * tl.where(z < 0, of_free, l - v + of_capped)
@@ -392,9 +379,7 @@ def write_top(l_ptr, p_ptr, q_ptr, n, top, threshold, share, kept_mass, top_mass
     """q = kept_mass p (fraction in the tail) + top_mass p / p(top) on the largest losses."""
     _, _, at_top = look(l_ptr, p_ptr, n, top, BLOCK)
     for first in range(0, n, BLOCK):
-        o = first + tl.arange(0, BLOCK)
-        l = tl.load(l_ptr + o, mask=o < n, other=0.0)
-        p = tl.load(p_ptr + o, mask=o < n, other=0.0)
+        o, l, p = read(l_ptr, p_ptr, first, n, BLOCK)
         at = tl.where(l == top, top_mass / at_top, 0.0)
         tl.store(q_ptr + o, p * (kept_mass * kept(l, threshold, share) + at), mask=o < n)
 
@@ -418,9 +403,7 @@ def worst_case(scratch_ptr, n, a, b, trim, KIND: tl.constexpr, NOMINAL: tl.const
     if KIND == "kl_temperature":
         anchor = tl.where(a < 0, bottom, top)
     for first in range(0, n, BLOCK):
-        o = first + tl.arange(0, BLOCK)
-        l = tl.load(l_ptr + o, mask=o < n, other=0.0)
-        p = tl.load(p_ptr + o, mask=o < n, other=0.0)
+        o, l, p = read(l_ptr, p_ptr, first, n, BLOCK)
         tl.store(d_ptr + o, tl.where(p > 0, tl.abs(l - anchor) / span, 0.0), mask=o < n)
     tl.debug_barrier()
 
@@ -472,9 +455,7 @@ def worst_case(scratch_ptr, n, a, b, trim, KIND: tl.constexpr, NOMINAL: tl.const
         tl.debug_barrier()
         total = tl.zeros([BLOCK], tl.float64)
         for first in range(0, n, BLOCK):
-            o = first + tl.arange(0, BLOCK)
-            p = tl.load(p_ptr + o, mask=o < n, other=0.0)
-            q = tl.load(q_ptr + o, mask=o < n, other=0.0)
+            o, p, q = read(p_ptr, q_ptr, first, n, BLOCK)
             excess = tl.where(p > 0, q / tl.where(p > 0, p, 1.0) - 1, 0.0)
             total += p * excess * excess
         penalty = 0.5 * a * tl.sum(total, 0)

@@ -60,6 +60,15 @@ def group_step(scratch_ptr, groups_ptr, before_ptr, after_ptr, masses_ptr, n, si
 
 
 @triton.jit
+def nominal_at(nominal_ptr, o, n, WEIGHTED: tl.constexpr):
+    """Nominal weights in float64, as they were given: 1 each if none were."""
+    if WEIGHTED:
+        return tl.load(nominal_ptr + o, mask=o < n, other=0.0).to(tl.float64)
+    else:
+        return tl.where(o < n, 1.0, 0.0).to(tl.float64)
+
+
+@triton.jit
 def solve(
     scratch_ptr, nominal_ptr, groups_ptr, before_ptr, after_ptr, masses_ptr, n, size, parameter,
     temperature, trim, KIND: tl.constexpr, NOMINAL: tl.constexpr, TRIMS: tl.constexpr,
@@ -75,9 +84,8 @@ def solve(
     total = tl.zeros([BLOCK], tl.float64)
     for first in range(0, n, BLOCK):
         o = first + tl.arange(0, BLOCK)
-        p = tl.where(o < n, 1.0, 0.0).to(tl.float64)
+        p = nominal_at(nominal_ptr, o, n, WEIGHTED)
         if WEIGHTED:
-            p = tl.load(nominal_ptr + o, mask=o < n, other=0.0).to(tl.float64)
             legal = (p >= 0) & (p < INFINITY)
             if DEBUG:
                 tl.device_assert(legal, "nominal: expected finite weights >= 0")
@@ -88,9 +96,7 @@ def solve(
     lost = plain
     for first in range(0, n, BLOCK):
         o = first + tl.arange(0, BLOCK)
-        p = tl.where(o < n, 1.0, 0.0).to(tl.float64)
-        if WEIGHTED:
-            p = tl.load(nominal_ptr + o, mask=o < n, other=0.0).to(tl.float64)
+        p = nominal_at(nominal_ptr, o, n, WEIGHTED)
         p = tl.where(mass > 0, p / tl.where(mass > 0, mass, 1.0), mass)
         l = tl.where(p == 0, 0.0, tl.load(l_ptr + o, mask=o < n, other=0.0))
         unknown = (tl.abs(l) < INFINITY) == 0  # NaN too
