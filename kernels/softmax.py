@@ -79,18 +79,18 @@ def first_reference(t):
 
 @triton.jit
 def fold(
-    z, columns, labels, vocabulary,
-    reference, total, shifted, squares, plain, own, before, after,
+    z, columns, labels, vocabulary, state,
     HEADROOM: tl.constexpr, EXTRAS: tl.constexpr, PRECISE: tl.constexpr,
 ):  # fmt: skip
-    """Counts a tile of z (rows, columns) in; returns the new state (rows,) and the tile's terms.
+    """Counts a tile of z (rows, columns) in; returns the new state, (rows,) each: reference, total,
+    shifted, squares, plain, before, after.
 
     Of the entries other than the label, relative to `reference`: total = sum e,
     e = exp(z - reference). Where EXTRAS are wanted also shifted = sum e (z - reference),
-    squares = sum e^2, and the largest z before and after the label; plain = sum z of all entries;
-    own = z of the label as this product made it, for equal logits must stay equal. The reference
-    moves where an entry lies more than HEADROOM above it.
+    squares = sum e^2, and the largest z before and after the label; plain = sum z of all entries.
+    The reference moves where an entry lies more than HEADROOM above it.
     """
+    reference, total, shifted, squares, plain, before, after = state
     inside = (columns < vocabulary)[None, :] & (columns >= 0)[None, :]
     others = inside & (columns[None, :] != labels[:, None])
     w = tl.where(others, z, float("-inf"))
@@ -106,12 +106,11 @@ def fold(
         shifted = tl.where(factor > 0, factor * (shifted - rise * total), 0.0) + tl.sum(terms, 1)
         squares = factor * factor * squares + tl.sum(e * e, 1)
         plain += tl.sum(tl.where(inside, z, 0.0), 1)
-        own += tl.sum(tl.where(columns[None, :] == labels[:, None], z, 0.0), 1)
         earlier = columns[None, :] < labels[:, None]
         before = tl.maximum(before, tl.max(tl.where(earlier, w, float("-inf")), 1))
         after = tl.maximum(after, tl.max(tl.where(earlier, float("-inf"), w), 1))
     total = factor * total + tl.sum(e, 1)
-    return moved, total, shifted, squares, plain, own, before, after, e
+    return moved, total, shifted, squares, plain, before, after
 
 
 @triton.jit

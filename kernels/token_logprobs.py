@@ -108,11 +108,9 @@ def token_logprobs_kernel(
     t, t_slope = transform(t, 1.0, softcap, inverse_temperature, CAPPED)
     t = tl.where(known, t, float("nan"))
 
-    reference = first_reference(t)
-    total = tl.zeros([ROWS], tl.float32)
-    shifted, squares, plain, own = total, total, total, total
-    before = total - float("inf")
-    after = before
+    none = tl.zeros([ROWS], tl.float32)
+    least = none - float("inf")
+    state = (first_reference(t), none, none, none, none, least, least)
     shift = 0
     if not ALIGNED and ROWS == 1:
         shift = (tl.program_id(0).to(tl.int64) * stride % GROUP).to(tl.int32)
@@ -122,24 +120,9 @@ def token_logprobs_kernel(
                 x_ptr, starts, shift, first, counted, vocabulary, ROWS, BLOCK, ALIGNED
             )
             z, slope = transform(x, 1.0, softcap, inverse_temperature, CAPPED)
-            reference, total, shifted, squares, plain, own, before, after, e = fold(
-                z,
-                columns,
-                labels,
-                vocabulary,
-                reference,
-                total,
-                shifted,
-                squares,
-                plain,
-                own,
-                before,
-                after,
-                HEADROOM,
-                EXTRAS,
-                PRECISE,
-            )
+            state = fold(z, columns, labels, vocabulary, state, HEADROOM, EXTRAS, PRECISE)
 
+    reference, total, shifted, squares, plain, before, after = state
     logp, lse, tail, u, _, log_sum, whole = finish(t, reference, total)
     tl.store(logp_ptr + rows, tl.where(counted, logp, 0.0), mask=live)
     tl.store(lse_ptr + rows, tl.where(counted, lse, 0.0), mask=live)
