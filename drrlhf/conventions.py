@@ -49,6 +49,31 @@ class Keep(enum.IntEnum):
         return (tokens, row_width(vocabulary))
 
 
+class HeadGradient(NamedTuple):
+    """The arguments of `linear_token_logprobs_backward`, as its schema has them."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    labels: Tensor
+    grad: Tensor | None
+    grad_entropy: Tensor | None
+    logp: Tensor
+    lse: Tensor
+    lse_tail: Tensor
+    entropy: Tensor
+    kept: Tensor
+    ignore_index: int
+    temperature: float
+    softcap: float | None
+    logit_scale: float
+    keep: int
+    workspace: int
+    need_hidden: bool
+    need_weight: bool
+    need_bias: bool
+
+
 # Below this log-prob the quotients of Keep.RATIOS could overflow.
 IMPROBABLE = -31.0
 

@@ -41,7 +41,15 @@ from drrlhf.kernels.tiles import (
 from drrlhf.kernels.token_logprobs import OPTIONAL
 from torch import Tensor
 
-from drrlhf.conventions import ENTROPY, IS_TOP1, LOG_SUM_SQ_PROBS, MEAN_LOGIT, Keep, row_width
+from drrlhf.conventions import (
+    ENTROPY,
+    IS_TOP1,
+    LOG_SUM_SQ_PROBS,
+    MEAN_LOGIT,
+    HeadGradient,
+    Keep,
+    row_width,
+)
 
 ROWS, BLOCK = 16, 256  # of the kernels that only pass over rows
 AT_ONCE = 64  # parts that `finish_kernel` reads together
@@ -462,35 +470,18 @@ def _columns_that_fit(h: Tensor, vocabulary: int, workspace: int) -> int:
     return min(max(columns, fitting // columns * columns), row_width(vocabulary))
 
 
-def linear_token_logprobs_backward(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    grad: Tensor | None,
-    grad_entropy: Tensor | None,
-    logp: Tensor,
-    lse: Tensor,
-    lse_tail: Tensor,
-    entropy: Tensor,
-    kept: Tensor,
-    ignore_index: int,
-    temperature: float,
-    softcap: float | None,
-    logit_scale: float,
-    keep: int,
-    workspace: int,
-    need_hidden: bool,
-    need_weight: bool,
-    need_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def linear_token_logprobs_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """As `drrlhf.reference.linear_token_logprobs_backward`, from what was kept where it serves."""
-    head = _head(hidden, weight, bias, labels, ignore_index, temperature, softcap, logit_scale)
+    g = HeadGradient(*arguments)
+    hidden, weight, bias, kept, keep = g.hidden, g.weight, g.bias, g.kept, g.keep
+    need_hidden, need_weight, need_bias = g.need_hidden, g.need_weight, g.need_bias
+    options = (g.ignore_index, g.temperature, g.softcap, g.logit_scale)
+    head = _head(hidden, weight, bias, g.labels, *options)
     h = head.hidden
     n, vocabulary = h.shape[0], weight.shape[0]
-    a = None if grad is None else grad.reshape(-1).contiguous()
-    b = None if grad_entropy is None else grad_entropy.reshape(-1).contiguous()
-    statistics = [x.reshape(-1) for x in (logp, lse, lse_tail, entropy)]
+    a = None if g.grad is None else g.grad.reshape(-1).contiguous()
+    b = None if g.grad_entropy is None else g.grad_entropy.reshape(-1).contiguous()
+    statistics = [x.reshape(-1) for x in (g.logp, g.lse, g.lse_tail, g.entropy)]
     kind = weight if bias is None else bias
     d_hidden = torch.zeros(hidden.shape if need_hidden else (0,), dtype=h.dtype, device=h.device)
     d_weight = torch.empty(
@@ -509,7 +500,7 @@ def linear_token_logprobs_backward(
     rows = d_hidden.view(-1, h.shape[1])
     if keep == Keep.RATIOS and b is None:
         assert a is not None
-        tokens = compact(head.labels, ignore_index)
+        tokens = compact(head.labels, g.ignore_index)
         factor = _factors(head, tokens, statistics, a)
         blocks = _active_blocks(factor, tokens)
         ratios = _ratios(kept, head)
@@ -522,9 +513,9 @@ def linear_token_logprobs_backward(
             _bias_gradient(kept, tokens, factor, d_bias)
         return d_hidden, d_weight, d_bias
 
-    tokens = compact(head.labels, ignore_index, a, b)
+    tokens = compact(head.labels, g.ignore_index, a, b)
     listed = rows_of(h, tokens, n)
-    step = _columns_that_fit(h, vocabulary, workspace)
+    step = _columns_that_fit(h, vocabulary, g.workspace)
     d = h.new_empty(listed.shape[0], step)
     several = step < vocabulary
     total = rows.to(torch.float32) if need_hidden and several else rows

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from drrlhf.conventions import Keep, statistics_dtype
-from drrlhf.reference.token_logprobs import (
-    needs_gradient,
-    token_logprobs,
-    token_logprobs_backward,
-)
+from drrlhf.conventions import HeadGradient, Keep, statistics_dtype
+from drrlhf.reference.token_logprobs import needs_gradient, token_logprobs, token_logprobs_backward
 
 
 def linear_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float) -> Tensor:
@@ -49,37 +45,12 @@ def linear_token_logprobs(
     return (*found, hidden.new_full(shape, math.nan))
 
 
-class Upstream(NamedTuple):
-    """The arguments of `linear_token_logprobs_backward`, as its schema has them."""
-
-    hidden: Tensor
-    weight: Tensor
-    bias: Tensor | None
-    labels: Tensor
-    grad: Tensor | None
-    grad_entropy: Tensor | None
-    logp: Tensor
-    lse: Tensor
-    lse_tail: Tensor
-    entropy: Tensor
-    kept: Tensor
-    ignore_index: int
-    temperature: float
-    softcap: float | None
-    logit_scale: float
-    keep: int
-    workspace: int
-    need_hidden: bool
-    need_weight: bool
-    need_bias: bool
-
-
 def linear_token_logprobs_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden (..., D), weight (V, D) and bias (V,), empty where not needed.
 
     Always from the logits, computed again.
     """
-    a = Upstream(*arguments)
+    a = HeadGradient(*arguments)
     weight, grads = a.weight, (a.grad, a.grad_entropy)
     logits = linear_logits(a.hidden, weight, a.bias, a.logit_scale)
     statistics = (a.logp, a.lse, a.lse_tail, a.entropy)

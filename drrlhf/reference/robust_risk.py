@@ -10,10 +10,12 @@ Notation: `l` losses (n,), `p` nominal weights (n,) with sum 1, `q` worst-case w
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from drrlhf.ambiguity import Encoded
 from drrlhf.checks import check_value
 from drrlhf.conventions import statistics_dtype
 
@@ -231,13 +233,10 @@ def solve(
     nominal: Tensor | None,
     groups: Tensor | None,
     group_weights: Tensor | None,
-    kind: str,
-    parameter: float,
-    temperature: float,
-    trim: float,
-    update: bool,
+    ambiguity: Encoded,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Value (), weights (n,), dual () and new group weights (G,) of `losses` (n,), all float64."""
+    kind, parameter, temperature, trim, update = ambiguity
     p = normalised(nominal, losses.numel(), losses)
     masked = p == 0
     l = torch.where(masked, 0, losses.double())
@@ -281,15 +280,10 @@ def robust_risk(
     nominal: Tensor | None,
     groups: Tensor | None,
     group_weights: Tensor | None,
-    kind: str,
-    parameter: float,
-    temperature: float,
-    trim: float,
-    update: bool,
+    *ambiguity: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Value (), weights (n,), dual () in at least float32, and new group weights (G,) float64."""
-    value, q, dual, state = solve(
-        losses, nominal, groups, group_weights, kind, parameter, temperature, trim, update
-    )
+    """Of an `ambiguity.Encoded`: value (), weights (n,), dual () in at least float32, and new group
+    weights (G,) float64."""
+    value, q, dual, state = solve(losses, nominal, groups, group_weights, Encoded(*ambiguity))
     dtype = statistics_dtype(losses)
     return value.to(dtype), q.to(dtype), dual.to(dtype), state

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from drrlhf.ambiguity import Encoded
 from drrlhf.conventions import statistics_dtype
 from drrlhf.reference.robust_risk import solve
 from drrlhf.reference.sequence_logprobs import sequence_logprobs
@@ -22,11 +25,7 @@ def sequence_preference_loss(
     ignore_index: int,
     beta: float,
     label_smoothing: float,
-    kind: str,
-    parameter: float,
-    temperature: float,
-    trim: float,
-    update: bool,
+    *ambiguity: Any,
 ) -> tuple[Tensor, ...]:
     """`robust_risk` of -(1 - eps) log sigmoid(h) - eps log sigmoid(-h), eps = label_smoothing and
     h = beta (u chosen - u rejected), where u are the sums of token log-probs less `ref_logps` (2n,)
@@ -40,9 +39,7 @@ def sequence_preference_loss(
     h, eps = beta * (chosen - rejected), label_smoothing
     losses = -(1 - eps) * F.logsigmoid(h) - eps * F.logsigmoid(-h)
     slopes = beta * (eps * torch.sigmoid(h) - (1 - eps) * torch.sigmoid(-h))
-    value, q, dual, state = solve(
-        losses, nominal, groups, group_weights, kind, parameter, temperature, trim, update
-    )
+    value, q, dual, state = solve(losses, nominal, groups, group_weights, Encoded(*ambiguity))
     # A masked pair gets none, whatever its derivative is.
     d = torch.where(q == 0, 0, q * slopes)
     results = (value, q, losses, beta * chosen, beta * rejected, dual)

@@ -76,34 +76,6 @@ def token_logprobs(
     return tuple(found)
 
 
-def _logit_gradient(
-    z: Tensor,
-    labels: Tensor,
-    grad: Tensor | None,
-    grad_entropy: Tensor | None,
-    logp: Tensor,
-    lse: Tensor,
-    lse_tail: Tensor,
-    entropy: Tensor,
-    ignore_index: int,
-) -> Tensor:
-    """d / dz of grad logp + grad_entropy entropy, (..., V); of all rows, wanted or not."""
-    _, _, index = _counted(labels, ignore_index, z.shape[-1])
-    log_p = (z - lse.unsqueeze(-1)) - lse_tail.unsqueeze(-1)
-    p = torch.exp(log_p)
-    d = torch.zeros_like(z)
-    if grad is not None:
-        # The true class as -expm1(logp): 1 - p cancels exactly where tuned models live.
-        d = (-p).scatter(-1, index, -torch.expm1(logp).unsqueeze(-1)) * grad.to(z.dtype).unsqueeze(
-            -1
-        )
-    if grad_entropy is not None:
-        # d entropy / dz_j = -p_j (log p_j + entropy)
-        slope = torch.where(p > 0, p * (log_p + entropy.unsqueeze(-1)), 0)
-        d = d - grad_entropy.to(z.dtype).unsqueeze(-1) * slope
-    return d
-
-
 def needs_gradient(valid: Tensor, grad: Tensor | None, grad_entropy: Tensor | None) -> Tensor:
     """Counted tokens with an upstream gradient: nothing of the others matters, NaN or not."""
     asked = torch.zeros_like(valid)
@@ -128,8 +100,19 @@ def token_logprobs_backward(
     """grad d logp / d logits + grad_entropy d entropy / d logits (..., V), in the logits' dtype."""
     x = logits.to(lse.dtype)
     z = _scaled(x, temperature, softcap)
-    statistics = (logp, lse, lse_tail, entropy)
-    d = _logit_gradient(z, labels, grad, grad_entropy, *statistics, ignore_index) / temperature
+    _, _, index = _counted(labels, ignore_index, z.shape[-1])
+    log_p = (z - lse.unsqueeze(-1)) - lse_tail.unsqueeze(-1)
+    p = torch.exp(log_p)
+    d = torch.zeros_like(z)
+    if grad is not None:
+        # The true class as -expm1(logp): 1 - p cancels exactly where tuned models live.
+        of_logp = (-p).scatter(-1, index, -torch.expm1(logp).unsqueeze(-1))
+        d = of_logp * grad.to(z.dtype).unsqueeze(-1)
+    if grad_entropy is not None:
+        # d entropy / dz_j = -p_j (log p_j + entropy)
+        slope = torch.where(p > 0, p * (log_p + entropy.unsqueeze(-1)), 0)
+        d = d - grad_entropy.to(z.dtype).unsqueeze(-1) * slope
+    d = d / temperature
     if softcap is not None:
         d = d * (1 - torch.tanh(x / softcap) ** 2)
     # Last, for the slope of a capped NaN is NaN, and 0 times it too.
