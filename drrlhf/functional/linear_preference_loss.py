@@ -18,7 +18,6 @@ from drrlhf.functional.robust_risk import (
     Options,
     require_finite,
     solver,
-    summable,
 )
 from drrlhf.logprobs import (
     HeadOptions,
@@ -157,9 +156,7 @@ def _in_one_op(
         sequences.labels,
         sequences.cu_seqlens,
         ref_logps,
-        summable(problem.nominal),
-        problem.groups,
-        problem.group_weights,
+        *problem.given(),
         sequences.ignore_index,
         loss.beta,
         loss.label_smoothing,
@@ -183,13 +180,10 @@ def _composed(
     """Sums of sequences, pair losses, worst case, one after another. In float64 up to the losses:
     a sum of many log-probs leaves float32 few digits for the difference of two of them."""
     sums = sequences.sums(logps.double())
-    chosen, rejected = _halves(sums)
     references = (None, None) if ref_logps is None else _halves(ref_logps)
-    lengths: tuple[Tensor | None, Tensor | None] = (None, None)
-    if PAIR_LOSSES[about_loss.get("loss_type", FUSED_PAIR_LOSS)].lengths:
-        lengths = _halves(sequences.lengths())
-    tensors: Any = (chosen, rejected, *references, *lengths)
-    pairs = CheckedPairs(*tensors, **about_loss)
+    by_length = PAIR_LOSSES[about_loss.get("loss_type", FUSED_PAIR_LOSS)].lengths
+    lengths = _halves(sequences.lengths()) if by_length else (None, None)
+    pairs = CheckedPairs(_halves(sums), references, lengths, **about_loss)
     out = reduced(pairs, *pairs.log_ratios(), "the pairs", risk)
     found = LinearPreferenceLoss(*out, sums.detach())
     return LinearPreferenceLoss(*(x.to(logps.dtype) for x in found))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, TypeAlias, TypedDict
 
 import torch
 from torch import Tensor
@@ -47,7 +47,7 @@ PAIR_LOSS_OPTIONS = frozenset(PairLossOptions.__annotations__)
 
 
 def read_options(
-    references: tuple[Tensor | None, Tensor | None],
+    references: Optionals,
     dtype_of: Tensor,
     *,
     beta: float = 0.1,
@@ -109,38 +109,34 @@ def read_options(
     )
 
 
+Optionals: TypeAlias = tuple[Tensor | None, Tensor | None]
+
+
 class CheckedPairs:
-    """Arguments of `pair_losses` that go together, each (n,)."""
+    """Arguments of `pair_losses` that go together: (chosen, rejected) of each kind, (n,) each."""
 
     def __init__(
         self,
-        chosen_logps: Tensor,
-        rejected_logps: Tensor,
-        ref_chosen_logps: Tensor | None,
-        ref_rejected_logps: Tensor | None,
-        chosen_lengths: Tensor | None,
-        rejected_lengths: Tensor | None,
+        policy: tuple[Tensor, Tensor],
+        references: Optionals,
+        lengths: Optionals,
         **options: Unpack[PairLossOptions],
     ) -> None:
-        check_vector("chosen_logps", chosen_logps)
-        for name, value in (
-            ("chosen_logps", chosen_logps),
-            ("rejected_logps", rejected_logps),
-            ("ref_chosen_logps", ref_chosen_logps),
-            ("ref_rejected_logps", ref_rejected_logps),
-            ("chosen_lengths", chosen_lengths),
-            ("rejected_lengths", rejected_lengths),
+        check_vector("chosen_logps", policy[0])
+        for kind, values in (
+            ("{}_logps", policy),
+            ("ref_{}_logps", references),
+            ("{}_lengths", lengths),
         ):
-            if value is None and name != "rejected_logps":
-                continue
-            check_vector(name, value, chosen_logps.numel(), "chosen_logps")  # type: ignore[arg-type]
-            check_device(name, value, "chosen_logps", chosen_logps)
-            if not name.endswith("lengths"):
-                check_floating(name, value)  # type: ignore[arg-type]
-        self.policy = chosen_logps, rejected_logps
-        self.references = ref_chosen_logps, ref_rejected_logps
-        self.lengths = chosen_lengths, rejected_lengths
-        self.loss_type, self.options = read_options(self.references, chosen_logps, **options)
+            for name, value in zip((kind.format("chosen"), kind.format("rejected")), values):
+                if value is None and name != "rejected_logps":
+                    continue
+                check_vector(name, value, policy[0].numel(), "chosen_logps")  # type: ignore[arg-type]
+                check_device(name, value, "chosen_logps", policy[0])
+                if kind.endswith("logps"):
+                    check_floating(name, value)  # type: ignore[arg-type]
+        self.policy, self.references, self.lengths = policy, references, lengths
+        self.loss_type, self.options = read_options(references, policy[0], **options)
         if PAIR_LOSSES[self.loss_type].lengths and None in self.lengths:
             raise ValueError(
                 f"chosen_lengths, rejected_lengths: {self.loss_type} divides by the number of "
@@ -176,13 +172,7 @@ def pair_losses(
 
     For combining several loss types or weighing pairs before `robust_risk` reduces them.
     """
-    pairs = CheckedPairs(
-        chosen_logps,
-        rejected_logps,
-        ref_chosen_logps,
-        ref_rejected_logps,
-        chosen_lengths,
-        rejected_lengths,
-        **options,
-    )
+    references = ref_chosen_logps, ref_rejected_logps
+    lengths = chosen_lengths, rejected_lengths
+    pairs = CheckedPairs((chosen_logps, rejected_logps), references, lengths, **options)
     return pairs.losses(*pairs.log_ratios())

@@ -77,15 +77,9 @@ def preference_loss(
     about_loss, about_risk = take("preference_loss", options, PAIR_LOSS_OPTIONS, RISK_OPTIONS)
     risk = Options(**about_risk)
     with distributed.agreement(risk.process_group, chosen_logps):
-        pairs = CheckedPairs(
-            chosen_logps,
-            rejected_logps,
-            ref_chosen_logps,
-            ref_rejected_logps,
-            chosen_lengths,
-            rejected_lengths,
-            **about_loss,
-        )
+        references = ref_chosen_logps, ref_rejected_logps
+        lengths = chosen_lengths, rejected_lengths
+        pairs = CheckedPairs((chosen_logps, rejected_logps), references, lengths, **about_loss)
         log_ratios = pairs.log_ratios(statistics_dtype(chosen_logps))
     return reduced(pairs, *log_ratios, "chosen_logps", risk)
 

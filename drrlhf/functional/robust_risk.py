@@ -134,6 +134,10 @@ class Solver(NamedTuple):
     momentum: float | None
     options: Options
 
+    def given(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Nominal weights, groups and group weights as the ops take them."""
+        return summable(self.nominal), self.groups, self.group_weights
+
     def reweigh(self, value: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         """An op's value () and weights (n,); with momentum those of the running normaliser."""
         if self.momentum is None:
@@ -210,9 +214,7 @@ def worst_case(losses: Tensor, like: str, options: Options) -> RobustRisk:
     if options.process_group is not None:
         return _across_ranks(losses, like, options)
     problem = solver(losses.numel(), losses, like, options)
-    out = ops.robust_risk(
-        losses, summable(problem.nominal), problem.groups, problem.group_weights, *problem.encoded
-    )
+    out = ops.robust_risk(losses, *problem.given(), *problem.encoded)
     if options.check_finite:
         require_finite(losses, problem.nominal)
     problem.keep(out.stepped)
@@ -370,18 +372,9 @@ def robust_risk(
         RuntimeError: with a process group, see `drrlhf.distributed.gather`: a rank that died, or
             refused its arguments, or was asked something else.
     """
-
     with distributed.agreement(process_group, losses):
         check_vector("losses", losses)
         check_floating("losses", losses)
-    options = Options(
-        ambiguity,
-        nominal,
-        groups,
-        group_state,
-        normaliser_state,
-        update,
-        process_group,
-        check_finite,
-    )
+    states = group_state, normaliser_state
+    options = Options(ambiguity, nominal, groups, *states, update, process_group, check_finite)
     return worst_case(losses, "losses", options)
