@@ -50,7 +50,7 @@ SERVED: dict[str, frozenset[str]] = {
     "reference": frozenset(OPS),
 }
 # What is one product after another Triton does best: there the softmax is part of the product. On
-# an H100 (2026-11-26, frozen head, in products) it took 2.3 against 2.4 of CUDA's slabs; with a
+# an H100 (2026-11-26, frozen head, in products) it took 2.3 against 2.4 of CUDA's chunks; with a
 # trained head 5.8 against 4.8, before its kernels became those of `head_products`, of which the
 # parts measured add up to 4.2. Rows of logits are CUDA's: 2493 GB/s against 1819, and a call of the
 # pair losses takes 70 to 110 µs against 185 to 300.

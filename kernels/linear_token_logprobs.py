@@ -259,7 +259,7 @@ def _outputs(head: Head, bits: int) -> dict[str, bool]:
 
 
 def _ratios(d: Tensor, head: Head) -> Tensor:
-    """The columns of a slab of ratios that are the vocabulary's."""
+    """The columns of rows of ratios that are the vocabulary's."""
     return d[:, : head.weight.shape[0]]
 
 
@@ -395,7 +395,7 @@ def linear_token_logprobs(
     workspace: bytes for the statistics of parts, and for the ratios on their way where they are
     not kept.
     """
-    assert keep != Keep.COLUMNS, "a slab of columns is the CPU's; expected Keep.RATIOS"
+    assert keep != Keep.COLUMNS, "columns are the CPU's; expected Keep.RATIOS"
     head = _head(hidden, weight, bias, labels, ignore_index, temperature, softcap, logit_scale)
     h, vocabulary = head.hidden, weight.shape[0]
     n = h.shape[0]
@@ -424,13 +424,13 @@ def linear_token_logprobs(
     chunk = _rows_of_parts(head, outputs, workspace)
     if keep == Keep.HIDDEN:
         chunk = min(chunk, _rows_that_fit(h, vocabulary, workspace))
-        slab = h.new_empty(chunk, row_width(vocabulary))
+        space = h.new_empty(chunk, row_width(vocabulary))
     factor = torch.empty_like(of_labels.logit) if stores else None
     for first in range(0, n, chunk):
         slots = min(chunk, n - first)
         ratios = None
         if stores:
-            ratios = slab[:slots] if keep == Keep.HIDDEN else kept[first : first + slots]
+            ratios = space[:slots] if keep == Keep.HIDDEN else kept[first : first + slots]
         _fold(
             head, counted, tokens, of_labels, first, slots, results, outputs,
             None if half else ratios, factor,

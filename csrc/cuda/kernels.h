@@ -121,24 +121,24 @@ Failure token_logprobs_backward_cuda(const Logits& logits, Integers labels,
                                      const TokenGrad& grad, void* out, std::int64_t out_stride,
                                      Stream stream);
 
-// Where a slab of gradients goes, rows `stride` entries apart: over the logits, in whose rows the
+// Where a chunk of gradients goes, rows `stride` entries apart: over the logits, in whose rows the
 // narrower dtypes have room, or elsewhere.
-struct SlabOut {
+struct ChunkOut {
   void* data;
   Dtype dtype;
   std::int64_t stride;
 };
 
-// token_logprobs of a slab of float32 logits, and d logp / d logits; 0 where the label is ignored
+// token_logprobs of a chunk of float32 logits, and d logp / d logits; 0 where the label is ignored
 // or logp is NaN.
-Failure softmax_slab_cuda(const Logits& logits, Integers labels, std::int64_t ignore_index,
-                          const LogitTransform& transform, const TokenOut& out, const SlabOut& slab,
-                          Stream stream);
+Failure softmax_chunk_cuda(const Logits& logits, Integers labels, std::int64_t ignore_index,
+                           const LogitTransform& transform, const TokenOut& out,
+                           const ChunkOut& chunk, Stream stream);
 
-// token_logprobs_backward of a slab of float32 logits.
-Failure slab_gradient_cuda(const Logits& logits, Integers labels, std::int64_t ignore_index,
-                           const LogitTransform& transform, const TokenGrad& grad,
-                           const SlabOut& slab, Stream stream);
+// token_logprobs_backward of a chunk of float32 logits.
+Failure chunk_gradient_cuda(const Logits& logits, Integers labels, std::int64_t ignore_index,
+                            const LogitTransform& transform, const TokenGrad& grad,
+                            const ChunkOut& chunk, Stream stream);
 
 // out (rows, columns) = factor (rows,) x, exactly 0 where the factor is or the label is ignored;
 // both contiguous and of one dtype. factor may be kNone, which is 1.

@@ -82,16 +82,16 @@ class LinearHead {
   // d logp / d logits to `gradients`, which may be `as_gradient` of the logits.
   void differentiate(const Tensor& logits, std::int64_t token, const TokenTensors& out,
                      const Tensor& gradients) const {
-    call_.check(softmax_slab_cuda(logits_of(logits), after(labels_, token), ignore_index_,
-                                  transform_, out.from(token), slab_out(gradients),
-                                  call_.stream()));
+    call_.check(softmax_chunk_cuda(logits_of(logits), after(labels_, token), ignore_index_,
+                                   transform_, out.from(token), chunk_out(gradients),
+                                   call_.stream()));
   }
 
   void differentiate(const Tensor& logits, std::int64_t token, std::int64_t first,
                      const Upstream& upstream, const Tensor& gradients) const {
-    call_.check(slab_gradient_cuda(logits_of(logits, first), after(labels_, token), ignore_index_,
-                                   transform_, upstream.from(token), slab_out(gradients),
-                                   call_.stream()));
+    call_.check(chunk_gradient_cuda(logits_of(logits, first), after(labels_, token), ignore_index_,
+                                    transform_, upstream.from(token), chunk_out(gradients),
+                                    call_.stream()));
   }
 
   // x (tokens, D) by a factor for each token, exactly 0 where that is or the label is ignored.
@@ -121,7 +121,7 @@ class LinearHead {
     return tiles <= most ? tiles : part;
   }
 
-  static SlabOut slab_out(const Tensor& x) {
+  static ChunkOut chunk_out(const Tensor& x) {
     return {x.mutable_data_ptr(), dtype_of(x.scalar_type()), x.stride(0)};
   }
 

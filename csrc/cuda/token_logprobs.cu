@@ -1,5 +1,5 @@
 // token_logprobs: one read of the logits forward; one read and one write backward, in place on
-// request; and both at once for a slab of logits that a matrix product has just left.
+// request; and both at once for a chunk of logits that a matrix product has just left.
 #include "softmax.h"
 
 namespace drrlhf::cuda {
@@ -67,8 +67,8 @@ __device__ void clear_row(ElementOf<kOut>* out, std::int64_t vocabulary) {
 // float32 logits in, statistics and d logp / d logits in kOut out, where the logits are or not.
 template <Dtype kOut, bool kExtras, bool kCapped>
 __global__ void __launch_bounds__(kThreads)
-    softmax_slab_kernel(Logits logits, Integers labels, std::int64_t ignore_index, LogitTransform t,
-                        TokenOut out, void* to, std::int64_t out_stride) {
+    softmax_chunk_kernel(Logits logits, Integers labels, std::int64_t ignore_index,
+                         LogitTransform t, TokenOut out, void* to, std::int64_t out_stride) {
   DRRLHF_SHARED(Partials, partials);
   const std::int64_t row = blockIdx.x;
   const float* x = static_cast<const float*>(logits.data) + row * logits.stride;
@@ -95,8 +95,8 @@ __global__ void __launch_bounds__(kThreads)
 // The same where statistics and upstream gradients are known.
 template <Dtype kOut, bool kByEntropy, bool kCapped>
 __global__ void __launch_bounds__(kThreads)
-    slab_gradient_kernel(Logits logits, Integers labels, std::int64_t ignore_index,
-                         LogitTransform t, TokenGrad grad, void* to, std::int64_t out_stride) {
+    chunk_gradient_kernel(Logits logits, Integers labels, std::int64_t ignore_index,
+                          LogitTransform t, TokenGrad grad, void* to, std::int64_t out_stride) {
   const std::int64_t row = blockIdx.x;
   const float* x = static_cast<const float*>(logits.data) + row * logits.stride;
   auto* d = static_cast<ElementOf<kOut>*>(to) + row * out_stride;
@@ -143,26 +143,26 @@ Failure token_logprobs_backward_cuda(const Logits& logits, Integers labels,
       });
 }
 
-Failure softmax_slab_cuda(const Logits& logits, Integers labels, std::int64_t ignore_index,
-                          const LogitTransform& transform, const TokenOut& out, const SlabOut& slab,
-                          Stream stream) {
-  return with_types(slab.dtype, wants_extras(out), transform.softcap != 0,
+Failure softmax_chunk_cuda(const Logits& logits, Integers labels, std::int64_t ignore_index,
+                           const LogitTransform& transform, const TokenOut& out,
+                           const ChunkOut& chunk, Stream stream) {
+  return with_types(chunk.dtype, wants_extras(out), transform.softcap != 0,
                     [&](auto type, auto extras, auto capped) {
-                      return launch(softmax_slab_kernel<type.value, extras.value, capped.value>,
+                      return launch(softmax_chunk_kernel<type.value, extras.value, capped.value>,
                                     logits.rows, kThreads, stream, logits, labels, ignore_index,
-                                    transform, out, slab.data, slab.stride);
+                                    transform, out, chunk.data, chunk.stride);
                     });
 }
 
-Failure slab_gradient_cuda(const Logits& logits, Integers labels, std::int64_t ignore_index,
-                           const LogitTransform& transform, const TokenGrad& grad,
-                           const SlabOut& slab, Stream stream) {
-  return with_types(slab.dtype, grad.grad_entropy.dtype != Dtype::kNone, transform.softcap != 0,
+Failure chunk_gradient_cuda(const Logits& logits, Integers labels, std::int64_t ignore_index,
+                            const LogitTransform& transform, const TokenGrad& grad,
+                            const ChunkOut& chunk, Stream stream) {
+  return with_types(chunk.dtype, grad.grad_entropy.dtype != Dtype::kNone, transform.softcap != 0,
                     [&](auto type, auto by_entropy, auto capped) {
                       return launch(
-                          slab_gradient_kernel<type.value, by_entropy.value, capped.value>,
+                          chunk_gradient_kernel<type.value, by_entropy.value, capped.value>,
                           logits.rows, kThreads, stream, logits, labels, ignore_index, transform,
-                          grad, slab.data, slab.stride);
+                          grad, chunk.data, chunk.stride);
                     });
 }
 

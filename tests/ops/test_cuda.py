@@ -59,7 +59,7 @@ def test_rows_are_read_and_written_16_bytes_at_a_time(tmp_path):
     for entry in entries:
         name, text = entry.split("(", 1)
         assert "ld.global.v4" in text, name
-        if "backward" in name or "slab" in name:
+        if "backward" in name or "chunk" in name:
             assert "st.global.v4" in text, name
 
 
