@@ -15,8 +15,8 @@ class Budget:
     """Seconds from now on; None is no limit.
 
     A case is not begun with less left than it says it needs. What has begun asks before it makes or
-    checks a contender, and before a round, and leaves out the rest when the time is up: but whoever
-    has been checked is timed once. So it ends late by one such step and a run of each at most.
+    checks an implementation, and before a round, and leaves out the rest when the time is up: but
+    whoever has been checked is timed once. So it ends late by one such step and a run of each.
     """
 
     def __init__(
@@ -37,6 +37,6 @@ class Budget:
     def spent(self) -> bool:
         return self.left <= 0
 
-    def each(self, contenders: int, most: float) -> float:
-        """Seconds after which a contender of a case leaves its rounds, `most` at most."""
-        return min(most, max(0.0, self.left) * SHARE / max(contenders, 1))
+    def each(self, implementations: int, most: float) -> float:
+        """Seconds after which an implementation of a case leaves its rounds, `most` at most."""
+        return min(most, max(0.0, self.left) * SHARE / max(implementations, 1))

@@ -37,12 +37,12 @@ CHECKED_WORDS = 256
 _TRUTH_ROWS = 512  # at once, in float64
 SMALL_BUDGET = 48 << 20  # bytes: the products' own workspace, so that the softmax is recomputed
 LARGE_BUDGET = 1 << 40  # bytes: whatever is worth keeping fits
-RECOMPUTE, SLAB = variant("recompute"), variant("slab kept")
+RECOMPUTE, KEPT = variant("recompute"), variant("slab kept")
 # Budgets of the head by suite, beside the default.
 BUDGETS: dict[str, dict[str, int]] = {
-    "cpu": {RECOMPUTE: SMALL_BUDGET, SLAB: LARGE_BUDGET},
+    "cpu": {RECOMPUTE: SMALL_BUDGET, KEPT: LARGE_BUDGET},
     "gpu": {
-        SLAB: LARGE_BUDGET,
+        KEPT: LARGE_BUDGET,
         variant("48 MiB"): 48 << 20,
         variant("256 MiB"): 256 << 20,
     },
@@ -334,7 +334,7 @@ def everyone(problem: Problem, suite: str) -> tuple[dict[str, Callable[[], Work]
         mine |= {name: of_ours(memory_budget=bytes_) for name, bytes_ in BUDGETS[suite].items()}
     named = {}
     for backend in other_backends("linear_token_logprobs", suite):
-        for name in [name for name in (OURS, SLAB) if name in mine]:
+        for name in [name for name in (OURS, KEPT) if name in mine]:
             what = name.removeprefix(OURS).strip(" ()")
             other = variant(backend, what) if what else variant(backend)
             mine[other] = on_backend(backend, mine[name])

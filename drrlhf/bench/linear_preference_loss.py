@@ -116,7 +116,7 @@ def _contest(
         return with_gradients(of_states, problem.clear, problem.gradients)
 
     erm, robust = (_gate(problem, labels, ambiguity) for ambiguity in ("erm", ROBUST))
-    contenders: dict[str, Callable[[], Work]] = {
+    implementations: dict[str, Callable[[], Work]] = {
         OURS: lambda: work(ours(ROBUST)),
         ERM: lambda: work(ours("erm")),
         PLAIN: lambda: work(_over(heads.plain)),
@@ -124,8 +124,8 @@ def _contest(
         TRL: lambda: work(_over(heads.trl())),
         LIGER: lambda: work(_liger(suite)),
     }
-    gates = dict.fromkeys(contenders, erm) | {OURS: robust}
-    return Contest(contenders, ours=(OURS, ERM), baseline=(ERM,), gates=gates)
+    gates = dict.fromkeys(implementations, erm) | {OURS: robust}
+    return Contest(implementations, ours=(OURS, ERM), baseline=(ERM,), gates=gates)
 
 
 def _gate(problem: Problem, labels: Tensor, ambiguity: str) -> Gate:

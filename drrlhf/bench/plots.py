@@ -20,7 +20,7 @@ AXES = {"tokens": 0, "vocabulary": 1, "pairs": 0}
 def plot(result: Result, folder: str | os.PathLike[str], stem: str) -> list[Path]:
     """Draw ``<stem>_ratios.png`` and ``<stem>_scaling.png`` in `folder`; the paths of those drawn.
 
-    Ratios: for each op, every contender's median over its baseline's, on a logarithmic scale.
+    Ratios: for each op, every implementation's median over its baseline's, on a logarithmic scale.
     Scaling: for each op and axis, time over tokens, vocabulary or pairs, with the interquartile
     range. A figure without data is not drawn.
 
@@ -61,7 +61,7 @@ def _ratios(records: list[Record]) -> Any:
     panels = list(dict.fromkeys((r["op"], r["baseline"]) for r in bars))
     if not bars:
         return None
-    contenders = list(dict.fromkeys(r["contender"] for r in bars))
+    implementations = list(dict.fromkeys(r["contender"] for r in bars))
     sizes = [sum((r["op"], r["baseline"]) == panel for r in bars) for panel in panels]
     figure, grid = _figure(len(panels), 1, 8.5, [0.9 + 0.2 * size for size in sizes])
     for axis, (op, baseline) in zip(grid[:, 0], panels, strict=True):
@@ -73,7 +73,7 @@ def _ratios(records: list[Record]) -> Any:
             if ticks and work not in ticks:
                 place += 0.6  # air between one piece of work and the next
             ticks.setdefault(work, place)
-            number = contenders.index(name)
+            number = implementations.index(name)
             axis.barh(
                 place,
                 record["ratio"] - 1,

@@ -1,4 +1,4 @@
-"""What a case of the benchmark is: one piece of work, and the contenders that do it.
+"""What a case of the benchmark is: one piece of work, and the implementations that do it.
 
 Adding one: a `Case` in the module of its op, whose `build` makes the inputs and returns a
 `Contest`; nothing is allocated before the case's turn comes. Adding an op: a module with
@@ -44,7 +44,7 @@ BY_NAME: dict[str, tuple[str, ...]] = {
 
 
 def variant(*what: str) -> str:
-    """The name of a contender of ours that is not ours as it comes: "drrlhf (cuda, in place)"."""
+    """The name of ours where it is not as it comes: "drrlhf (cuda, in place)"."""
     return f"{OURS} ({', '.join(what)})"
 
 
@@ -55,12 +55,12 @@ def other_backends(op: str, suite: str) -> tuple[str, ...]:
 
 
 class Unavailable(Exception):
-    """A contender, or a whole case, that cannot run here; its text is the reason."""
+    """An implementation, or a whole case, that cannot run here; its text is the reason."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """What one contender does.
+    """What one implementation does.
 
     run: the part that is timed. before: untimed, ahead of every run (clears gradients, or builds
     the graph that only the backward of is timed). outputs: what the last run computed, by
@@ -97,17 +97,17 @@ def with_gradients(
 
 @dataclass(frozen=True)
 class Contest:
-    """The contenders of one case, on inputs that exist now.
+    """The implementations of one case, on inputs that exist now.
 
-    contenders: name -> what makes its `Work`, or raises `Unavailable`. ours: those that must pass
-    their gate before any speed is shown, and whose errors are errors. baseline: ratios are to the
-    fastest of these. gates: the float64 truth that each contender's outputs are held against.
+    implementations: name -> what makes its `Work`, or raises `Unavailable`. ours: those that must
+    pass their gate before any speed is shown, and whose errors are errors. baseline: ratios are to
+    the fastest of these. gates: the float64 truth that the outputs of each are held against.
     formula: in place of a baseline, a computed number: (what it is, its value in the case's unit).
-    profiled: those of whose run the result file keeps a profile. named: contender of ours ->
+    profiled: those of whose run the result file keeps a profile. named: implementation of ours ->
     the backend that it is measured on, where that is not the automatic choice.
     """
 
-    contenders: Mapping[str, Callable[[], Work]]
+    implementations: Mapping[str, Callable[[], Work]]
     ours: tuple[str, ...] = (OURS,)
     baseline: tuple[str, ...] = ()
     gates: Mapping[str, Gate] | None = None

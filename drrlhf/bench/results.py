@@ -51,7 +51,7 @@ def collect(suite: str, outcomes: Iterable[Outcome], taken_on: Result | None = N
     """What a result file holds: ``records`` beside what they were taken on, see `background`.
 
     Further keys: records, skipped (who did not run, and why), failed (our results that were wrong)
-    and profiles (where the time of a contender went, see `profile.of`).
+    and profiles (where the time of an implementation went, see `profile.of`).
     """
     outcomes = list(outcomes)
     return (background(suite) if taken_on is None else taken_on) | {

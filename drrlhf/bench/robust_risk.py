@@ -88,14 +88,14 @@ def _contest(text: str, n: int, device: str) -> Contest:
         return {"value": value.detach(), "weights": leaf.grad}
 
     gate = Gate(lambda: by_reference(torch.float64), lambda: by_reference(torch.float32))
-    contenders: dict[str, Callable[[], Work]] = {
+    implementations: dict[str, Callable[[], Work]] = {
         OURS: lambda: work(ours),
         BASELINE: lambda: work(lambda losses: torch.logsumexp(losses, 0)),
     }
     for name, make in _peers(text).items():
-        contenders[name] = partial(lambda make: work(make()), make)
-    gates = {name: gate for name in contenders if name != BASELINE}
-    return Contest(contenders, baseline=(BASELINE,), gates=gates)
+        implementations[name] = partial(lambda make: work(make()), make)
+    gates = {name: gate for name in implementations if name != BASELINE}
+    return Contest(implementations, baseline=(BASELINE,), gates=gates)
 
 
 def _peers(text: str) -> dict[str, Callable[[], Callable[[Tensor], Tensor]]]:

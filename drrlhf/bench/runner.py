@@ -27,8 +27,8 @@ Record = dict[str, Any]
 class Outcome:
     """What one case gave.
 
-    records: one for each contender that ran. skipped: name -> why it did not ("" names the whole
-    case). verdicts: what the gate said of ours. profiles: contender -> where its time went.
+    records: one for each implementation that ran. skipped: name -> why it did not ("" names the
+    whole case). verdicts: what the gate said of ours. profiles: name -> where its time went.
     """
 
     case: Case
@@ -39,7 +39,7 @@ class Outcome:
 
     @property
     def failures(self) -> list[str]:
-        """What our contenders got wrong, one line for each quantity."""
+        """What our implementations got wrong, one line for each quantity."""
         return [f"{n}: {v}" for n, all_ in self.verdicts.items() for v in all_ if not v.ok]
 
 
@@ -122,7 +122,7 @@ class _Running:
                     self.outcome.skipped[f"profile of {name}"] = reason(error)
 
     def leave(self, name: str, error: Exception) -> None:
-        """A contender leaves with its reason; an exception of ours is a defect, and propagates."""
+        """An implementation leaves with its reason; an exception of ours is a defect: raised."""
         if name in self.contest.ours and not isinstance(error, Unavailable):
             raise error
         self.outcome.skipped[name] = reason(error)
@@ -130,7 +130,7 @@ class _Running:
 
     @contextlib.contextmanager
     def turn_of(self, name: str) -> Iterator[None]:
-        """What one contender does by itself: it leaves if that raises."""
+        """What one implementation does by itself: it leaves if that raises."""
         try:
             yield
         except Exception as error:
@@ -141,13 +141,13 @@ class _Running:
             raise Unavailable(LEFT_OUT)
 
     def prepare(self) -> None:
-        for name, make in self.contest.contenders.items():
+        for name, make in self.contest.implementations.items():
             with self.turn_of(name):
                 self.in_time()
                 self.works[name] = make()
 
     def gate(self) -> dict[str, Verdict]:
-        """The largest relative RMS error of each contender; our verdicts go into the outcome.
+        """The largest relative RMS error of each implementation; our verdicts go into the outcome.
 
         Where only memory is metered, others are not judged: one run of them may take a minute.
         """
@@ -185,7 +185,7 @@ class _Running:
         )
         records = []
         scale = _PER_SECOND[case.unit]
-        for name in (name for name in self.contest.contenders if name in times):
+        for name in (name for name in self.contest.implementations if name in times):
             took = times[name]
             record = self.record(name, took.median * scale)
             record |= {"spread": took.spread * scale, "rounds": took.samples}

@@ -26,8 +26,9 @@ _COLUMNS: tuple[tuple[str, Callable[[Record], str], str], ...] = (
     ("error", lambda r: _error(r.get("rms_error")), "rms_error"),
 )
 LEGEND = (
-    "median ± interquartile range; ratio to the contender marked *; peak memory beyond the inputs; "
-    "error: RMS against float64 relative to its RMS, of the value or gradient that is furthest off"
+    "median ± interquartile range; ratio to the implementation marked *; peak memory beyond the "
+    "inputs; error: RMS against float64 relative to its RMS, of the value or gradient that is "
+    "furthest off"
 )
 
 
@@ -35,7 +36,7 @@ _BY_WIDTH = 24  # so that the columns of one case stand under those of the last
 
 
 def screen(outcome: Outcome) -> Group:
-    """One case: a line for each contender, with its reason where it did not run.
+    """One case: a line for each implementation, with its reason where it did not run.
 
     A case that failed its gate shows what is wrong, and no speed.
     """
@@ -135,16 +136,16 @@ def _head_markdown(result: results.Result) -> str:
 
 def _trainer_step_markdown(result: results.Result) -> str:
     """Rows: how a step is cut. Cells: median time over that of our own plain step."""
-    contenders = [*trainer_step.SET_CONTENDERS, heads.TRL]
+    implementations = [*trainer_step.SET_IMPLEMENTATIONS, heads.TRL]
     rows = []
     for metric, title in (
         ("step in accumulated batches", "{} accumulated batches of {} pairs, sequences of {}"),
         ("step in one forward", "{} batch of {} pairs, sequences of {}"),
     ):
-        same = _by_contender(result, op="trainer_step", metric=metric)
+        same = _by_implementation(result, op="trainer_step", metric=metric)
         if same:
             shape = next(iter(same.values()))["shape"]
-            cells = [f"{same[c]['ratio']:.2f}" if c in same else "–" for c in contenders]
+            cells = [f"{same[c]['ratio']:.2f}" if c in same else "–" for c in implementations]
             rows.append((title.format(*shape), *cells))
     sets = [f"`{text}`" for text in trainer_step.SETS]
     return _markdown(("time of one step, relative to our own plain one", *sets, _trl(result)), rows)
@@ -155,7 +156,7 @@ def _records(result: results.Result, **wanted: Any) -> list[Record]:
     return [r for r in result["records"] if all(r[key] == value for key, value in wanted.items())]
 
 
-def _by_contender(result: results.Result, **wanted: Any) -> dict[str, Record]:
+def _by_implementation(result: results.Result, **wanted: Any) -> dict[str, Record]:
     return {record["contender"]: record for record in _records(result, **wanted)}
 
 
@@ -203,7 +204,7 @@ def _speed_markdown(*found: results.Result) -> str:
     for work, op, metric, dtype, head, ours, key in _SPEED:
         result = next((r for r in found if _records(r, op=op)), found[0])
         of_head = {} if head is None else {"head": head}
-        same = _by_contender(result, op=op, metric=metric, dtype=dtype, axis=None, **of_head)
+        same = _by_implementation(result, op=op, metric=metric, dtype=dtype, axis=None, **of_head)
         plain = "log_softmax" if op == "token_logprobs" else heads.PLAIN
         names = (ours, plain, heads.COMPILED, heads.TRL)
         if ours in same:
@@ -234,14 +235,16 @@ def _policy_loss_markdown(result: results.Result) -> str:
         ("log-probs to gradients, grpo by sequence", "the same with sequence-level ratios"),
         ("hidden states to gradients", "from hidden states ({}×{}×{} tokens, head {}×{})"),
     ):
-        same = _by_contender(result, op="policy_loss", metric=metric, axis=None)
+        same = _by_implementation(result, op="policy_loss", metric=metric, axis=None)
         if OURS in same:
-            cells = [f"{same[n]['ratio']:.2f}" if n in same else "–" for n in _POLICY_CONTENDERS]
+            cells = [
+                f"{same[n]['ratio']:.2f}" if n in same else "–" for n in _POLICY_IMPLEMENTATIONS
+            ]
             rows.append((work.format(*same[OURS]["shape"]), same[OURS]["dtype"], *cells))
     return _markdown(("loss with its gradient", "dtype", "`tv:0.1`", "`erm`", _trl(result)), rows)
 
 
-_POLICY_CONTENDERS = (OURS, variant("erm"), heads.TRL)
+_POLICY_IMPLEMENTATIONS = (OURS, variant("erm"), heads.TRL)
 
 
 def _packing_markdown(result: results.Result) -> str:

@@ -1,4 +1,4 @@
-"""Times of several contenders, taken in turns so that whatever the machine does meets them all."""
+"""Times of several implementations, in turns so that whatever the machine does meets them all."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Clock = Callable[[Callable[[], object]], float]
 
 SAMPLE_SECONDS = 2e-3  # shorter runs are repeated within a sample
 MOST_CALLS = 50
-FEWEST_ROUNDS = 3  # of a contender that has used up its time
+FEWEST_ROUNDS = 3  # of an implementation that has used up its time
 
 
 class Timing(NamedTuple):
@@ -42,7 +42,7 @@ def no_collection() -> Iterator[None]:
 
 
 def summarise(samples: list[float]) -> Timing:
-    """Median and interquartile range of the samples of one contender."""
+    """Median and interquartile range of the samples of one implementation."""
     if len(samples) < 2:
         return Timing(samples[0], 0.0, 1)
     low, median, high = statistics.quantiles(samples, n=4, method="inclusive")
@@ -82,13 +82,13 @@ def interleave(
     drop: Callable[[str, Exception], None] | None = None,
     late: Callable[[], bool] = lambda: False,
 ) -> dict[str, list[float]]:
-    """Seconds of one run of each contender: {name: one sample for each of its rounds}.
+    """Seconds of one run of each implementation: {name: one sample for each of its rounds}.
 
-    A round runs every contender once, the first of one round being the last of the next; an
+    A round runs every implementation once, the first of one round being the last of the next; an
     untimed run of each comes before. Whoever has run for `seconds` leaves after `FEWEST_ROUNDS`
     rounds, so that slow ones do not keep the others waiting. An exception goes to `drop` with the
-    contender's name, and that contender leaves without a result; without `drop` it propagates.
-    Once it is `late`, whoever has a sample has enough.
+    name of whose it is, who leaves without a result; without `drop` it propagates. Once it is
+    `late`, whoever has a sample has enough.
     """
     samples: dict[str, list[float]] = {}
     spent = dict.fromkeys(works, 0.0)

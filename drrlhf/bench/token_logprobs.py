@@ -138,29 +138,29 @@ def _contest(suite: str, n: int, v: int, dtype: torch.dtype, backward: bool, ful
             result["gradient"] = leaf.grad
         return result
 
-    contenders: dict[str, Callable[[], Work]] = {OURS: lambda: work(dr.token_logprobs)}
+    implementations: dict[str, Callable[[], Work]] = {OURS: lambda: work(dr.token_logprobs)}
     ours: tuple[str, ...] = (OURS, IN_PLACE)
     named = {variant(backend): backend for backend in other_backends("token_logprobs", suite)}
     for name, backend in named.items() if full else ():
         ours += (name,)
-        contenders[name] = on_backend(backend, contenders[OURS])
+        implementations[name] = on_backend(backend, implementations[OURS])
     if backward and full:
         in_place = partial(dr.token_logprobs, inplace_backward=True)
-        contenders[IN_PLACE] = lambda: work(in_place, spends=True)
-    contenders[PLAIN] = lambda: work(plain)
+        implementations[IN_PLACE] = lambda: work(in_place, spends=True)
+    implementations[PLAIN] = lambda: work(plain)
     baseline: tuple[str, ...] = (PLAIN,)
     if dtype != torch.float32:
-        contenders[PLAIN_FLOAT] = lambda: work(plain_float)
+        implementations[PLAIN_FLOAT] = lambda: work(plain_float)
         baseline = (PLAIN, PLAIN_FLOAT)
     if full and device == "cuda":
-        contenders[TRL] = lambda: work(_trl())
+        implementations[TRL] = lambda: work(_trl())
     if full:
-        contenders["torch.compile"] = lambda: work(peers.compiled(plain_float, suite))
+        implementations["torch.compile"] = lambda: work(peers.compiled(plain_float, suite))
     gate = Gate(lambda: on_rows(torch.float64), lambda: on_rows(dtype))
     return Contest(
-        contenders,
+        implementations,
         ours=ours,
         baseline=baseline,
-        gates=dict.fromkeys(contenders, gate),
+        gates=dict.fromkeys(implementations, gate),
         named=named,
     )

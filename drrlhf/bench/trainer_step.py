@@ -45,9 +45,11 @@ SPREAD_OF_NORMS = 0.1
 TRL_LIGER = f"{heads.TRL} with liger"
 LIGER_OPTION = "use_liger_kernel"
 SETS = ("erm", "tv:0.1", "cvar:0.3")
-SET_CONTENDERS: dict[str, dict[str, Any]] = {variant(text): {"ambiguity": text} for text in SETS}
+SET_IMPLEMENTATIONS: dict[str, dict[str, Any]] = {
+    variant(text): {"ambiguity": text} for text in SETS
+}
 # Ours with Liger's layers, beside TRL's with them.
-LIGER_CONTENDERS: dict[str, dict[str, Any]] = {
+LIGER_IMPLEMENTATIONS: dict[str, dict[str, Any]] = {
     variant(text, "liger"): {"ambiguity": text, LIGER_OPTION: True} for text in SETS[:2]
 }
 PADDED, PACKED = variant("padded"), variant("packed")
@@ -60,12 +62,12 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 def cases(suite: str) -> Iterator[Case]:
     """The reference's pass is part of every step, as TRL has it by default."""
     steps = (
-        ("step in accumulated batches", ACCUMULATED, SET_CONTENDERS),
-        ("step in one forward", WHOLE, SET_CONTENDERS),
+        ("step in accumulated batches", ACCUMULATED, SET_IMPLEMENTATIONS),
+        ("step in one forward", WHOLE, SET_IMPLEMENTATIONS),
         ("step of mixed lengths", LENGTHS, LAYOUTS),
     )
     trained = (True,) if suite == "cpu" else (True, False)
-    for adapters, (metric, shapes, contenders) in product(trained, steps):
+    for adapters, (metric, shapes, implementations) in product(trained, steps):
         batches, pairs, length = shape = shapes[suite]
         mixed = shapes is LENGTHS
         spread = _spread(pairs, length) if mixed else [length] * (2 * pairs)
@@ -83,7 +85,9 @@ def cases(suite: str) -> Iterator[Case]:
             note=f"adapters N(0, {SPREAD[suite]:g}²)"
             if adapters
             else f"norms 1 + N(0, {SPREAD_OF_NORMS:g}²)",
-            build=partial(_contest, suite, shape, contenders, mixed, adapters, shapes is WHOLE),
+            build=partial(
+                _contest, suite, shape, implementations, mixed, adapters, shapes is WHOLE
+            ),
         )
 
 
@@ -98,7 +102,7 @@ def _spread(pairs: int, longest: int) -> list[int]:
 def _contest(
     suite: str,
     shape: tuple[int, int, int],
-    contenders: Mapping[str, dict[str, Any]],
+    implementations: Mapping[str, dict[str, Any]],
     mixed: bool,
     adapters: bool,
     whole: bool,
@@ -110,11 +114,11 @@ def _contest(
     checked = _apart(base, _moved(copy.deepcopy(base), adapters, SPREAD[suite]), device)
 
     # What a set costs with Liger's layers is asked once, where the whole batch is one forward.
-    contenders = {**contenders, **(LIGER_CONTENDERS if whole and adapters else {})}
+    implementations = {**implementations, **(LIGER_IMPLEMENTATIONS if whole and adapters else {})}
     theirs: dict[str, dict[str, Any]] = {heads.TRL: {}, TRL_LIGER: {LIGER_OPTION: True}}
 
     def work(name: str) -> Callable[[], Work]:
-        options = (contenders | theirs)[name]
+        options = (implementations | theirs)[name]
         with_liger = options.get(LIGER_OPTION, False)
 
         def make() -> Work:
@@ -152,16 +156,20 @@ def _contest(
 
     # In one forward the question is what a set, or padding, costs us: TRL would cost minutes on a
     # CPU.
-    names = [*contenders] if shape[0] == 1 and suite == "cpu" else [*contenders, heads.TRL]
+    names = (
+        [*implementations] if shape[0] == 1 and suite == "cpu" else [*implementations, heads.TRL]
+    )
     names += [TRL_LIGER] * (suite != "cpu")
     gates = {text: gate(text) for text in SETS}
     return Contest(
         {name: work(name) for name in names},
-        ours=tuple(contenders),
-        baseline=(next(iter(contenders)),),
-        gates={name: gates[contenders.get(name, {}).get("ambiguity", "erm")] for name in names},
+        ours=tuple(implementations),
+        baseline=(next(iter(implementations)),),
+        gates={
+            name: gates[implementations.get(name, {}).get("ambiguity", "erm")] for name in names
+        },
         # The whole batch in one forward, and what a set costs in it, is the step to look into.
-        profiled=(next(iter(contenders)), heads.TRL) if whole else (),
+        profiled=(next(iter(implementations)), heads.TRL) if whole else (),
     )
 
 

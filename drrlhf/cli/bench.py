@@ -36,7 +36,7 @@ class Options:
     op: list[str] | None = option(None, "Only this op; give it again for more of them.")
     rounds: int | None = option(
         None,
-        "Rounds of each case; contenders that take long have fewer, three at least.",
+        "Rounds of each case; implementations that take long have fewer, three at least.",
         min=1,
         show_default="15",
     )
