@@ -15,16 +15,7 @@ from drrlhf.version import __version__
 
 if TYPE_CHECKING:
     from drrlhf import backends
-    from drrlhf.ambiguity import (
-        ERM,
-        KL,
-        TV,
-        AmbiguitySet,
-        ChiSquare,
-        CVaR,
-        Group,
-        parse_ambiguity,
-    )
+    from drrlhf.ambiguity import ERM, KL, TV, AmbiguitySet, ChiSquare, CVaR, Group, parse_ambiguity
     from drrlhf.functional.linear_preference_loss import (
         LinearPreferenceLoss,
         linear_preference_loss,
@@ -33,12 +24,7 @@ if TYPE_CHECKING:
     from drrlhf.functional.policy_loss import PolicyLoss, policy_loss
     from drrlhf.functional.preference_loss import PreferenceLoss, preference_loss
     from drrlhf.functional.reward_loss import RewardLoss, reward_loss
-    from drrlhf.functional.robust_risk import (
-        GroupState,
-        NormaliserState,
-        RobustRisk,
-        robust_risk,
-    )
+    from drrlhf.functional.robust_risk import GroupState, NormaliserState, RobustRisk, robust_risk
     from drrlhf.logprobs import (
         TokenLogprobs,
         linear_token_logprobs,

@@ -42,10 +42,7 @@ def save(figure: Any, output_png: str | os.PathLike[str], dpi: int = 130, **more
 
 
 def plot_training(
-    metrics_path: str | os.PathLike[str],
-    output_png: str | os.PathLike[str],
-    *,
-    title: str = "",
+    metrics_path: str | os.PathLike[str], output_png: str | os.PathLike[str], *, title: str = ""
 ) -> Path:
     """Draw the curves of one run's ``metrics.jsonl`` as a PNG and return its path.
 
@@ -259,10 +256,7 @@ def _draw_weights(axis: Any, train: list[Line], *_: Any) -> None:
 
 
 def _draw_groups(
-    axis: Any,
-    train: list[Line],
-    evaluations: list[Line],
-    groups: dict[str, str],
+    axis: Any, train: list[Line], evaluations: list[Line], groups: dict[str, str]
 ) -> None:
     _group_curves(axis, train, groups)
     kept = next(iter(groups.values())).endswith("state")

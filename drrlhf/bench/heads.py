@@ -41,11 +41,7 @@ RECOMPUTE, KEPT = variant("recompute"), variant("slab kept")
 # Budgets of the head by suite, beside the default.
 BUDGETS: dict[str, dict[str, int]] = {
     "cpu": {RECOMPUTE: SMALL_BUDGET, KEPT: LARGE_BUDGET},
-    "gpu": {
-        KEPT: LARGE_BUDGET,
-        variant("48 MiB"): 48 << 20,
-        variant("256 MiB"): 256 << 20,
-    },
+    "gpu": {KEPT: LARGE_BUDGET, variant("48 MiB"): 48 << 20, variant("256 MiB"): 256 << 20},
 }
 BUDGETS["quick"] = BUDGETS["cpu"] | BUDGETS["gpu"]
 # What TRL's DPO trainer asks of the head besides log-probs: by our names, and by TRL's.

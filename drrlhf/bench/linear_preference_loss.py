@@ -15,15 +15,7 @@ from drrlhf import backends
 from drrlhf.bench import heads, peers
 from drrlhf.bench.gate import Gate
 from drrlhf.bench.heads import COMPILED, LIGER, PLAIN, TRL, Problem
-from drrlhf.bench.registry import (
-    OURS,
-    SUITES,
-    Case,
-    Contest,
-    Unavailable,
-    Work,
-    with_gradients,
-)
+from drrlhf.bench.registry import OURS, SUITES, Case, Contest, Unavailable, Work, with_gradients
 
 # Pairs, tokens of a sequence, vocabulary, depth.
 SHAPES = {"cpu": (4, 128, 32000, 1024), "gpu": (8, 512, 151936, 4096), "quick": (3, 8, 211, 32)}

@@ -112,10 +112,7 @@ def _sparse(suite: str, shape: tuple[int, int, int], dtype: torch.dtype) -> Case
             },
             ours=(sparse, dense),
             baseline=(dense,),
-            gates={
-                sparse: problem.gate(upstream, values=False),
-                dense: problem.gate(values=False),
-            },
+            gates={sparse: problem.gate(upstream, values=False), dense: problem.gate(values=False)},
         )
 
     return Case(

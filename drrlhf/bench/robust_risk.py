@@ -28,11 +28,7 @@ SETS = (
     "group:4",
 )
 PAIRS = {"cpu": 4096, "gpu": 4096, "quick": 128}
-SCALING = {
-    "cpu": (64, 256, 1024, 16384, 65536),
-    "gpu": (64, 1024, 65536),
-    "quick": (32,),
-}
+SCALING = {"cpu": (64, 256, 1024, 16384, 65536), "gpu": (64, 1024, 65536), "quick": (32,)}
 SCALED_SETS = ("tv:0.1", "kl:0.1", "chi2:0.5", "cvar:0.3")
 BASELINE = "torch.logsumexp"
 

@@ -279,10 +279,7 @@ def _continued(output_dir: Path, record: dict[str, Any], checkpoint: Path) -> di
     rundir.check_same_run(earlier, record)
     step = rundir.checkpoint_state(checkpoint)["global_step"]
     resumed = {"step": step, "at": rundir.now(), "versions": record["versions"]}
-    return earlier | {
-        "settings": record["settings"],
-        "resumed": [*earlier["resumed"], resumed],
-    }
+    return earlier | {"settings": record["settings"], "resumed": [*earlier["resumed"], resumed]}
 
 
 def _first_process() -> bool:

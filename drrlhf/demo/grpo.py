@@ -259,9 +259,7 @@ def table(result: Mapping[str, Any]) -> Table:
     def row(title: str, rewards: Mapping[str, Sequence[float]], sign: str, last: str) -> None:
         cells = (mean_and_error(rewards[name]) for name in result["domains"])
         shown.add_row(
-            title,
-            *(f"{m:{sign}.3f}" + (f" ± {e:.3f}" if e == e else "") for m, e in cells),
-            last,
+            title, *(f"{m:{sign}.3f}" + (f" ± {e:.3f}" if e == e else "") for m, e in cells), last
         )
 
     row("start model", result["start"], "", "")

@@ -5,12 +5,7 @@ from drrlhf.functional.pair_losses import pair_losses
 from drrlhf.functional.policy_loss import PolicyLoss, policy_loss
 from drrlhf.functional.preference_loss import PreferenceLoss, preference_loss
 from drrlhf.functional.reward_loss import RewardLoss, reward_loss
-from drrlhf.functional.robust_risk import (
-    GroupState,
-    NormaliserState,
-    RobustRisk,
-    robust_risk,
-)
+from drrlhf.functional.robust_risk import GroupState, NormaliserState, RobustRisk, robust_risk
 
 __all__ = [
     "GroupState",

@@ -13,18 +13,8 @@ from drrlhf.conventions import FUSED_PAIR_LOSS
 from drrlhf.functional.options import take
 from drrlhf.functional.pair_losses import PAIR_LOSS_OPTIONS, CheckedPairs, read_options
 from drrlhf.functional.preference_loss import PreferenceLossOptions, reduced
-from drrlhf.functional.robust_risk import (
-    RISK_OPTIONS,
-    Options,
-    require_finite,
-    solver,
-)
-from drrlhf.logprobs import (
-    HeadOptions,
-    check_boundaries,
-    linear_token_logprobs,
-    sequence_logprobs,
-)
+from drrlhf.functional.robust_risk import RISK_OPTIONS, Options, require_finite, solver
+from drrlhf.logprobs import HeadOptions, check_boundaries, linear_token_logprobs, sequence_logprobs
 from drrlhf.reference.pair_losses import PAIR_LOSSES, PairOptions
 
 if TYPE_CHECKING:

@@ -124,10 +124,7 @@ def _interval(column: _Column, index: int, z: float, overall: float) -> dict[str
     else:  # all pairs alike: they tell no more than their prompts
         size = float(column.support[index])
     low, high = wilson(accuracy, size, z)
-    return {
-        "accuracy": {"value": accuracy, "low": low, "high": high},
-        "below": high < overall,
-    }
+    return {"accuracy": {"value": accuracy, "low": low, "high": high}, "below": high < overall}
 
 
 def wilson(share: float, size: float, z: float) -> tuple[float, float]:

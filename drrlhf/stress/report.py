@@ -31,12 +31,7 @@ def write_report(result: Mapping[str, Any], output_dir: str | os.PathLike[str]) 
     folder = Path(output_dir)
     page, data = render(result), json.dumps(_finite(result), indent=1, allow_nan=False) + "\n"
     folder.mkdir(parents=True, exist_ok=True)
-    write_together(
-        {
-            folder / HTML_FILE: writes_text(page),
-            folder / JSON_FILE: writes_text(data),
-        }
-    )
+    write_together({folder / HTML_FILE: writes_text(page), folder / JSON_FILE: writes_text(data)})
     return folder / HTML_FILE
 
 
