@@ -83,10 +83,6 @@ Adversary load_adversary(const OptionalTensor& nominal, const OptionalTensor& gr
   return result;
 }
 
-at::ScalarType statistics_dtype(const Tensor& x) {
-  return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-}
-
 Tensor scalar(double value, at::ScalarType dtype) { return at::scalar_tensor(value, dtype); }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> robust_risk(
@@ -103,9 +99,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> robust_risk(
   const auto dtype = statistics_dtype(losses);
   return {scalar(s.value, dtype), q.to(dtype), scalar(s.dual, dtype), adversary.group_weights};
 }
-
-using NineTensors =
-    std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 NineTensors sequence_preference_loss(const Tensor& logps, const Tensor& labels,
                                      const OptionalTensor& cu_seqlens, const Tensor& ref_logps,

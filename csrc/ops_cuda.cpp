@@ -115,9 +115,6 @@ Sequences sequences_of(Call& call, const Tensor& labels, const OptionalTensor& c
   return q;
 }
 
-using NineTensors =
-    std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
-
 NineTensors sequence_preference_loss(const Tensor& logps, const Tensor& labels,
                                      const OptionalTensor& cu_seqlens, const Tensor& ref_logps,
                                      const OptionalTensor& nominal, const OptionalTensor& groups,
@@ -186,15 +183,13 @@ SevenTensors token_logprobs(const Tensor& logits, const Tensor& labels, std::int
   return result.tensors();
 }
 
-void token_gradient(const Tensor& logits, const Tensor& labels, const OptionalTensor& grad,
-                    const OptionalTensor& grad_entropy, const Tensor& logp, const Tensor& lse,
-                    const Tensor& lse_tail, const Tensor& entropy, std::int64_t ignore_index,
-                    double temperature, std::optional<double> softcap, const Tensor& x,
-                    const Tensor& out) {
+void token_gradient(const Tensor& logits, const Tensor& labels, const GivenUpstream& given,
+                    std::int64_t ignore_index, double temperature, std::optional<double> softcap,
+                    const Tensor& x, const Tensor& out) {
   Call call("token_logprobs_backward", logits);
   const std::int64_t n = x.size(0);
   if (n == 0) return;
-  const Upstream upstream(call, n, grad, grad_entropy, logp, lse, lse_tail, entropy);
+  const Upstream upstream(call, n, given);
   call.check(token_logprobs_backward_cuda(logits_of(x), call.integers("labels", labels, n),
                                           ignore_index, transform_of(temperature, softcap, 1.0),
                                           upstream.from(0), out.mutable_data_ptr(), out.stride(0),
@@ -207,7 +202,7 @@ Tensor token_logprobs_backward(const Tensor& logits, const Tensor& labels,
                                const Tensor& entropy, std::int64_t ignore_index, double temperature,
                                std::optional<double> softcap) {
   const Tensor out = at::empty(logits.sizes(), logits.options());
-  token_gradient(logits, labels, grad, grad_entropy, logp, lse, lse_tail, entropy, ignore_index,
+  token_gradient(logits, labels, {grad, grad_entropy, logp, lse, lse_tail, entropy}, ignore_index,
                  temperature, softcap, as_rows("logits", logits), out.view({-1, logits.size(-1)}));
   return out;
 }
@@ -218,7 +213,7 @@ void token_logprobs_backward_(Tensor logits, const Tensor& labels, const Optiona
                               std::int64_t ignore_index, double temperature,
                               std::optional<double> softcap) {
   const Tensor x = as_rows("logits", logits);
-  token_gradient(logits, labels, grad, grad_entropy, logp, lse, lse_tail, entropy, ignore_index,
+  token_gradient(logits, labels, {grad, grad_entropy, logp, lse, lse_tail, entropy}, ignore_index,
                  temperature, softcap, x, x);
   if (x.const_data_ptr() != logits.const_data_ptr()) logits.copy_(x.view(logits.sizes()));
 }

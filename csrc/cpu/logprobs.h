@@ -2,24 +2,10 @@
 // drrlhf/reference/.
 #pragma once
 
-#include <ATen/core/Tensor.h>
-
-#include <optional>
-#include <tuple>
-
+#include "../tensors.h"
 #include "softmax.h"
 
 namespace drrlhf::cpu {
-
-using at::Tensor;
-using OptionalTensor = std::optional<Tensor>;
-
-// Bits of `outputs`: which statistics are wanted besides the log-prob.
-enum Output : std::int64_t { kEntropy = 1, kMean = 2, kIsTop1 = 4, kLogSumSquares = 8 };
-
-// logp, lse, lse_tail, entropy, mean, is_top1, log_sum_squares; empty where not asked for.
-using SevenTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
-using EightTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 // Statistics by token, (...) each, as the labels are; 0 where the label is ignored.
 class TokenOutputs {
@@ -49,13 +35,8 @@ SevenTensors token_logprobs_cpu(const Tensor& logits, const Tensor& labels,
                                 std::int64_t ignore_index, double temperature,
                                 std::optional<double> softcap, std::int64_t outputs);
 
-// What a backward is given of its tokens, as the schemas have it.
-struct GivenUpstream {
-  const OptionalTensor &grad, &grad_entropy;
-  const Tensor &logp, &lse, &lse_tail, &entropy;
-};
-
-// The same, checked, float32 (tokens,); undefined where there is no gradient, and then 0.
+// What a backward is given, checked, float32 (tokens,); undefined where there is no gradient, and
+// then 0.
 struct Upstream {
   Tensor grad, grad_entropy, logp, lse, lse_tail, entropy;
 

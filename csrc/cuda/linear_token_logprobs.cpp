@@ -187,7 +187,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_token_logprobs_backward(
   const LinearHead head(call, hidden, weight, bias, labels, ignore_index,
                         transform_of(temperature, softcap, logit_scale), workspace);
   const std::int64_t tokens = head.tokens(), vocabulary = head.vocabulary();
-  const Upstream upstream(call, tokens, grad, grad_entropy, logp, lse, lse_tail, entropy);
+  const Upstream upstream(call, tokens, {grad, grad_entropy, logp, lse, lse_tail, entropy});
   const auto bias_options = bias.has_value() ? bias->options() : weight.options();
   Tensor d_hidden = at::empty({0}, hidden.options()), d_weight = at::empty({0}, weight.options()),
          d_bias = at::empty({0}, bias_options);

@@ -7,10 +7,9 @@
 
 #include <array>
 #include <deque>
-#include <optional>
-#include <tuple>
 
 #include "../message.h"
+#include "../tensors.h"
 #include "kernels.h"
 
 #if !defined(DRRLHF_EMULATED)
@@ -19,9 +18,6 @@
 #endif
 
 namespace drrlhf::cuda {
-
-using at::Tensor;
-using OptionalTensor = std::optional<Tensor>;
 
 inline Dtype dtype_of(at::ScalarType type) {
   switch (type) {
@@ -36,10 +32,6 @@ inline Dtype dtype_of(at::ScalarType type) {
     default:
       return Dtype::kNone;
   }
-}
-
-inline at::ScalarType statistics_dtype(const Tensor& x) {
-  return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
 }
 
 inline NumbersOut out_of(const Tensor& x) {
@@ -111,12 +103,6 @@ class Call {
   c10::impl::ExcludeDispatchKeyGuard no_autocast_{c10::autocast_dispatch_keyset};
 };
 
-// Bits of `outputs`, as drrlhf.reference has them.
-enum Output : std::int64_t { kEntropy = 1, kMean = 2, kIsTop1 = 4, kLogSumSquares = 8 };
-
-using SevenTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
-using EightTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
-
 // Statistics by token, (...) each, as the labels are; empty where not asked for.
 struct TokenTensors {
   Tensor logp, lse, lse_tail, entropy, mean, is_top1, log_sum_squares;
@@ -184,14 +170,14 @@ struct Upstream {
   Numbers grad, grad_entropy;
   const float *logp, *lse, *lse_tail, *entropy;
 
-  Upstream(Call& call, std::int64_t n, const OptionalTensor& g, const OptionalTensor& g_entropy,
-           const Tensor& logp_, const Tensor& lse_, const Tensor& tail_, const Tensor& entropy_)
-      : grad(call.numbers("grad", g, n)),
-        grad_entropy(call.numbers("grad_entropy", g_entropy, n)),
-        logp(call.floats("logp", logp_, n)),
-        lse(call.floats("lse", lse_, n)),
-        lse_tail(call.floats("lse_tail", tail_, n)),
-        entropy(g_entropy.has_value() ? call.floats("entropy", entropy_, n) : nullptr) {}
+  Upstream(Call& call, std::int64_t n, const GivenUpstream& given)
+      : grad(call.numbers("grad", given.grad, n)),
+        grad_entropy(call.numbers("grad_entropy", given.grad_entropy, n)),
+        logp(call.floats("logp", given.logp, n)),
+        lse(call.floats("lse", given.lse, n)),
+        lse_tail(call.floats("lse_tail", given.lse_tail, n)),
+        entropy(given.grad_entropy.has_value() ? call.floats("entropy", given.entropy, n)
+                                               : nullptr) {}
 
   // From token `first` on.
   TokenGrad from(std::int64_t first) const {
