@@ -204,10 +204,10 @@ def test_no_backend_is_measured_twice(monkeypatch):
     for serving in ("cuda", "triton"):
         monkeypatch.setattr(registry.backends, "serving", lambda op, device, s=serving: s)
         problem = heads.Problem(4, 9, 8, torch.float32, "cpu", trained=True)
-        contenders, named = heads.everyone(problem, "gpu")
+        implementations, named = heads.everyone(problem, "gpu")
         (other,) = {"cuda", "triton"} - {serving}
         assert named == {f"drrlhf ({other})": other, f"drrlhf ({other}, slab kept)": other}
-        ours = [name for name in contenders if name.startswith("drrlhf")]
+        ours = [name for name in implementations if name.startswith("drrlhf")]
         assert ours == [
             "drrlhf",
             "drrlhf (slab kept)",
@@ -232,7 +232,7 @@ def test_the_truth_of_the_extras_is_that_of_full_logits():
     truth = problem.truth(lambda _: problem.upstream)
     for name, expected in zip(("log-probs", *heads.JUDGED_EXTRAS), (logps, entropy, mean)):
         torch.testing.assert_close(truth[name].float(), expected.detach().float()[problem.rows])
-    for head in (heads.ours_extras(), heads.trl_extras()):
+    for head in (heads.ours_extras, heads.trl_extras()):
         found = head(problem.hidden, problem.weight, problem.labels)
         for a, b in zip(found, (logps, entropy, mean)):
             torch.testing.assert_close(a, b.float(), rtol=1e-5, atol=1e-5)
@@ -260,12 +260,12 @@ def test_the_gate_of_a_step_sees_a_wrong_beta_and_its_standard_is_small():
         c for c in registry.select("quick", ["trainer_step"]) if c.metric == "step in one forward"
     )
     made = step.build()
-    gate, work = made.gates["drrlhf (erm)"], made.contenders["drrlhf (erm)"]()
+    gate, work = made.gates["drrlhf (erm)"], made.implementations["drrlhf (erm)"]()
     (right,) = gate.judge(work.outputs())
     assert right.ok and right.allowed_rms <= 2 * dpo_step.STANDARD
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainer_step, "BETA", 0.2)
-        (wrong,) = gate.judge(made.contenders["drrlhf (erm)"]().outputs())
+        (wrong,) = gate.judge(made.implementations["drrlhf (erm)"]().outputs())
     assert not wrong.ok and wrong.rms > 5 * wrong.allowed_rms
 
 
