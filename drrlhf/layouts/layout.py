@@ -55,6 +55,24 @@ class Layout:
         return 1 - len(self.tokens) / max(self.total, 1)
 
 
+def seen_by(tensor: Tensor, block: Block) -> Tensor:
+    """What a block sees of the keys or values of a row (a, b, T, width), in order."""
+    own = tensor[:, :, block.start : block.stop]
+    if block.before == block.before_stop:
+        return own
+    if block.before_stop == block.start:  # right before it
+        return tensor[:, :, block.before : block.stop]
+    return torch.cat([tensor[:, :, block.before : block.before_stop], own], dim=2)
+
+
+def causal_mask(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
+    """Which keys (queries, keys) each query sees, of queries that are the last of the keys: those
+    up to its own, of them the last ``window``; None is all."""
+    ones = torch.ones(queries, keys, dtype=torch.bool, device=device)
+    seen = ones.tril(keys - queries)
+    return seen if window is None else seen & ~ones.tril(keys - queries - window)
+
+
 def packed(input_ids: Tensor, attention_mask: Tensor) -> Layout:
     """One sequence after the other; the ids and the mask are (n, L), padded anywhere."""
     return _laid_out([[i] for i in range(len(input_ids))], attention_mask, None)
