@@ -16,6 +16,7 @@
 #include "cpu/memory.h"
 #include "cpu/policy_loss.h"
 #include "cpu/robust_risk.h"
+#include "cpu/row_attention.h"
 #include "message.h"
 #include "names.h"
 
@@ -242,6 +243,7 @@ TORCH_LIBRARY_IMPL(drrlhf_cpp, CPU, m) {
   m.impl("token_logprobs_backward_", &drrlhf::token_logprobs_backward_);
   m.impl("linear_token_logprobs", &drrlhf::linear_token_logprobs);
   m.impl("linear_token_logprobs_backward", &drrlhf::linear_token_logprobs_backward);
+  m.impl("row_attention_backward", &drrlhf::row_attention_backward);
   m.impl("policy_loss", &drrlhf::policy_loss);
   m.impl("policy_loss_backward", &drrlhf::policy_loss_backward);
 }
