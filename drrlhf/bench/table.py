@@ -84,8 +84,8 @@ def readme_tables(folder: str | os.PathLike[str]) -> dict[str, str]:
 
     "speed": ours beside the others, one row a piece of work; "robust_risk": the cost of every set;
     "head": the log-prob head in bare products; "policy_loss": the loss of GRPO; "trainer_step": a
-    whole step under each set; "packing": a step without padding. A table that no result has
-    records for is left out.
+    whole step under each set; "packing": a step without padding; "sharing": one whose prompts lie
+    there once. A table that no result has records for is left out.
     """
     tables: dict[str, str] = {}
     for name, ops, make in _TABLES:
@@ -162,6 +162,11 @@ def _by_implementation(result: results.Result, **wanted: Any) -> dict[str, Recor
 
 # Work, op, metric, dtype, head, who is ours, and what is shown of a record.
 _SPEED: tuple[tuple[str, str, str, str, str | None, str, str], ...] = (
+    (
+        "DPO step with `tv:0.1`, {1} pairs of {2} tokens, 384 of them the prompt",
+        *("trainer_step", trainer_step.of_prompts(384, 64), "bfloat16", "frozen"),
+        *(trainer_step.SHARED_TV, "tokens_per_s"),
+    ),
     (
         "log-probs from bfloat16 logits ({}×{}), forward",
         *("token_logprobs", "forward", "bfloat16", None, OURS, "value"),
@@ -260,6 +265,21 @@ def _packing_markdown(result: results.Result) -> str:
     return _markdown(("step of mixed lengths", "tokens/s", "relative"), rows)
 
 
+def _sharing_markdown(result: results.Result) -> str:
+    """Rows: lengths of prompts and answers. Cells: how many times as fast as apart."""
+    names = (trainer_step.APART, trainer_step.SHARED, trainer_step.SHARED_TV, heads.TRL)
+    rows = []
+    for _, prompt, answer in (shape for some in trainer_step.PROMPTS.values() for shape in some):
+        metric = trainer_step.of_prompts(prompt, answer)
+        same = _by_implementation(result, op="trainer_step", metric=metric)
+        if trainer_step.APART in same:
+            apart = same[trainer_step.APART]["value"]
+            cells = (f"{apart / same[n]['value']:.2f}" if n in same else "–" for n in names)
+            rows.append((str(prompt), str(answer), *cells))
+    head = ("prompt", "answers", "apart", "shared", "shared, `tv:0.1`", _trl(result))
+    return _markdown(head, rows)
+
+
 def _our_cell(record: Record) -> str:
     variant = record["contender"].removeprefix(OURS).strip(" ()")
     return f"{record['ratio']:.1f}" + (f" ({variant})" if variant else "")
@@ -285,4 +305,5 @@ _TABLES: tuple[tuple[str, tuple[str, ...], Callable[..., str]], ...] = (
     ("policy_loss", ("policy_loss",), _policy_loss_markdown),
     ("trainer_step", ("trainer_step",), _trainer_step_markdown),
     ("packing", ("trainer_step",), _packing_markdown),
+    ("sharing", ("trainer_step",), _sharing_markdown),
 )

@@ -34,6 +34,12 @@ from drrlhf.bench.registry import OURS, SUITES, Case, Contest, Unavailable, Work
 ACCUMULATED = {"cpu": (8, 4, 128), "gpu": (8, 8, 512), "quick": (2, 2, 12)}
 WHOLE = {"cpu": (1, 8, 128), "gpu": (1, 16, 512), "quick": (1, 4, 12)}
 LENGTHS = {"cpu": (1, 8, 512), "gpu": (1, 32, 2048), "quick": (1, 4, 12)}
+# pairs, tokens of the prompt that both answers have, tokens of each answer
+PROMPTS = {
+    "cpu": ((8, 384, 64), (8, 256, 128), (8, 128, 128), (8, 64, 256)),
+    "gpu": ((16, 1536, 256),),
+    "quick": ((2, 16, 8),),
+}
 SHORTEST = 32  # of the lengths, which are spread evenly up to the longest
 CHECKED = (2, 2, 32)  # the step that the gate runs, in float64 too
 CANDIDATES = 16  # pairs that its pairs are chosen from
@@ -57,6 +63,17 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     PADDED: {"padding_free": False},
     PACKED: {"padding_free": True},
 }
+APART, SHARED, SHARED_TV = variant("apart"), variant("shared"), variant("shared", "tv:0.1")
+SHARING: dict[str, dict[str, Any]] = {
+    APART: {"share_prompts": False},
+    SHARED: {"share_prompts": "auto"},
+    SHARED_TV: {"share_prompts": "auto", "ambiguity": "tv:0.1"},
+}
+
+
+def of_prompts(prompt: int, answer: int) -> str:
+    """The metric of a step whose pairs have a prompt."""
+    return f"step of prompts of {prompt} and answers of {answer}"
 
 
 def cases(suite: str) -> Iterator[Case]:
@@ -89,6 +106,22 @@ def cases(suite: str) -> Iterator[Case]:
                 _contest, suite, shape, implementations, mixed, adapters, shapes is WHOLE
             ),
         )
+    for pairs, prompt, answer in PROMPTS[suite]:
+        shape = 1, pairs, prompt + answer
+        yield Case(
+            op="trainer_step",
+            metric=of_prompts(prompt, answer),
+            dtype="bfloat16",
+            shape=shape,
+            head="frozen",
+            memory=True,
+            kernels=dpo_step.KERNELS,
+            tokens=2 * pairs * (prompt + answer),
+            order=0,
+            seconds=30.0 if suite == "gpu" else 20.0,
+            note=f"adapters N(0, {SPREAD[suite]:g}²)",
+            build=partial(_contest, suite, shape, SHARING, False, True, False, prompt),
+        )
 
 
 def _spread(pairs: int, longest: int) -> list[int]:
@@ -106,12 +139,14 @@ def _contest(
     mixed: bool,
     adapters: bool,
     whole: bool,
+    prompt: int | None = None,
 ) -> Contest:
     device = SUITES[suite]
     base = dpo_step.policy_model(suite, device)
     vocabulary = base.config.vocab_size
-    step = _batches(vocabulary, shape, mixed, device)
-    checked = _apart(base, _moved(copy.deepcopy(base), adapters, SPREAD[suite]), device)
+    step = _batches(vocabulary, shape, mixed, device, prompt)
+    moved = _moved(copy.deepcopy(base), adapters, SPREAD[suite])
+    checked = _apart(base, moved, device, prompt is not None)
 
     # What a set costs with Liger's layers is asked once, where the whole batch is one forward.
     implementations = {**implementations, **(LIGER_IMPLEMENTATIONS if whole and adapters else {})}
@@ -156,9 +191,8 @@ def _contest(
 
     # In one forward the question is what a set, or padding, costs us: TRL would cost minutes on a
     # CPU.
-    names = (
-        [*implementations] if shape[0] == 1 and suite == "cpu" else [*implementations, heads.TRL]
-    )
+    ours_alone = shape[0] == 1 and suite == "cpu" and prompt is None
+    names = [*implementations] if ours_alone else [*implementations, heads.TRL]
     names += [TRL_LIGER] * (suite != "cpu")
     gates = {text: gate(text) for text in SETS}
     return Contest(
@@ -225,9 +259,14 @@ def _watched(model: Any, adapters: bool) -> list[Any]:
 
 
 def _batches(
-    vocabulary: int, shape: tuple[int, int, int], mixed: bool, device: str
+    vocabulary: int,
+    shape: tuple[int, int, int],
+    mixed: bool,
+    device: str,
+    prompt: int | None = None,
 ) -> list[dict[str, Tensor]]:
-    """Batches as TRL's collator makes them; a quarter of each sequence is its prompt."""
+    """Batches as TRL's collator makes them. The prompt of a pair is as long as given; else each
+    sequence has its own, a quarter of it."""
     count, pairs, length = shape
     generator = torch.Generator().manual_seed(1)
     lengths = torch.tensor(_spread(pairs, length) if mixed else [length] * (2 * pairs))
@@ -237,6 +276,9 @@ def _batches(
         ids = torch.randint(3, vocabulary, (2 * pairs, length), generator=generator)
         attention = (place < lengths[:, None]).long()
         completion = attention * (place >= (lengths // 4)[:, None])
+        if prompt is not None:
+            ids[pairs:, :prompt] = ids[:pairs, :prompt]
+            completion = attention * (place >= prompt)
         batch = {
             "input_ids": ids * attention,
             "attention_mask": attention,
@@ -247,10 +289,12 @@ def _batches(
 
 
 @torch.no_grad()
-def _apart(start: Any, policy: Any, device: str) -> list[dict[str, Tensor]]:
-    """Batches of the shape CHECKED whose pairs are evenly spread over the margins of many."""
+def _apart(start: Any, policy: Any, device: str, shared: bool) -> list[dict[str, Tensor]]:
+    """Batches of the shape CHECKED whose pairs are evenly spread over the margins of many; with a
+    prompt that both answers have, or not."""
     count, pairs, length = CHECKED
-    (many,) = _batches(start.config.vocab_size, (1, CANDIDATES, length), False, device)
+    prompt = length // 2 if shared else None
+    (many,) = _batches(start.config.vocab_size, (1, CANDIDATES, length), False, device, prompt)
     chosen, rejected = (_logps(policy, many) - _logps(start, many)).chunk(2)
     order = (chosen - rejected).argsort()
     places = torch.linspace(0, CANDIDATES - 1, count * pairs, device=device).round().long()

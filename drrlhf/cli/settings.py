@@ -232,6 +232,11 @@ class Settings:
         "--padding-free",
         of=_PAIRS,
     )
+    share_prompts: Literal["auto", "true", "false"] = _option(
+        "auto",
+        "Run the model on a prompt once for all of its answers; auto: where the model keeps its "
+        "numbers and enough tokens are saved.",
+    )
     learning_rate: float = _option(None, "Peak; decays linearly to 0.", show_default=_RATES_TOLD)
     max_length: int | None = _option(1024, "Longest sequence in tokens.", of=_PAIRS, min=2)
     center_rewards_coefficient: float | None = _option(
