@@ -115,14 +115,16 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, out, norms = ctx.saved_tensors
+        # Once: under gradient checkpointing a second look would compute them again, and raises.
+        saved = ctx.saved_tensors
+        query, key, value, out, norms = saved
         blocks, window, scale = ctx.options
         longest = max(
             block.before_stop - block.before + block.stop - block.start for block in blocks
         )
         if _compiled(query.dtype) and longest <= MOST_KEYS:
             found = torch.ops.drrlhf_cpp.row_attention_backward(
-                grad, *ctx.saved_tensors, torch.tensor(blocks), window or longest, scale
+                grad, *saved, torch.tensor(blocks), window or longest, scale
             )
             return *found, None, None, None
         of_query = torch.empty_like(query)

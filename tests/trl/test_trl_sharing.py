@@ -328,6 +328,24 @@ def test_bfloat16_gradients_are_as_good_as_pytorchs(window, monkeypatch):
         assert theirs > 0 and ours < 2 * theirs
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_under_checkpointing(dtype):
+    inputs, outer, _ = attention_problem(BLOCKS, dtype, None, None)
+    expected = attended(inputs, outer, **{attention.BLOCKS: BLOCKS})
+    again = [x.detach().requires_grad_() for x in inputs]
+
+    def layer(*inputs):
+        module = torch.nn.Module()
+        module.num_key_value_groups = 3
+        found, _ = attention.block_attention(module, *inputs, None, **{attention.BLOCKS: BLOCKS})
+        return found.transpose(1, 2)
+
+    found = torch.utils.checkpoint.checkpoint(layer, *again, use_reentrant=False)
+    gradients = torch.autograd.grad(found, again, outer)
+    for mine, theirs in zip((found, *gradients), expected, strict=True):
+        assert torch.equal(mine, theirs)
+
+
 @pytest.mark.parametrize(
     ("blocks", "message"),
     [
