@@ -143,12 +143,16 @@ def read(path: str | os.PathLike[str]) -> Result:
     return result
 
 
-def newest(folder: str | os.PathLike[str], op: str) -> Result | None:
-    """The newest kept CPU result in `folder` that has records of `op`; None without one."""
+def newest(folder: str | os.PathLike[str], op: str, metric: str = "") -> Result | None:
+    """The newest kept CPU result in `folder` that has records of `op`, with a metric that begins
+    with ``metric``; None without one."""
     found = ((path.stem.rpartition("_")[2], path) for path in Path(folder).glob("cpu_*.json"))
     for _, path in sorted(found, reverse=True):
         result = read(path)
-        if any(record["op"] == op for record in result["records"]):
+        if any(
+            record["op"] == op and record["metric"].startswith(metric)
+            for record in result["records"]
+        ):
             return result
     return None
 

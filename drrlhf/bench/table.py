@@ -88,8 +88,9 @@ def readme_tables(folder: str | os.PathLike[str]) -> dict[str, str]:
     there once. A table that no result has records for is left out.
     """
     tables: dict[str, str] = {}
-    for name, ops, make in _TABLES:
-        found = [result for op in ops if (result := results.newest(folder, op)) is not None]
+    for name, needed, make in _TABLES:
+        newest = (results.newest(folder, *records) for records in needed)
+        found = [result for result in newest if result is not None]
         if found and (markdown := make(*found)):
             tables[name] = markdown
     return tables
@@ -207,7 +208,7 @@ def _speed_markdown(*found: results.Result) -> str:
     """Rows: a piece of work. Cells: median time, memory or tokens per second."""
     rows = []
     for work, op, metric, dtype, head, ours, key in _SPEED:
-        result = next((r for r in found if _records(r, op=op)), found[0])
+        result = next((r for r in found if _records(r, op=op, metric=metric)), found[0])
         of_head = {} if head is None else {"head": head}
         same = _by_implementation(result, op=op, metric=metric, dtype=dtype, axis=None, **of_head)
         plain = "log_softmax" if op == "token_logprobs" else heads.PLAIN
@@ -298,12 +299,13 @@ def _markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(lines)
 
 
-_TABLES: tuple[tuple[str, tuple[str, ...], Callable[..., str]], ...] = (
-    ("speed", tuple(dict.fromkeys(row[1] for row in _SPEED)), _speed_markdown),
-    ("robust_risk", ("robust_risk",), _robust_risk_markdown),
-    ("head", ("linear_token_logprobs",), _head_markdown),
-    ("policy_loss", ("policy_loss",), _policy_loss_markdown),
-    ("trainer_step", ("trainer_step",), _trainer_step_markdown),
-    ("packing", ("trainer_step",), _packing_markdown),
-    ("sharing", ("trainer_step",), _sharing_markdown),
+# What each is made from: op, and how the metric begins.
+_TABLES: tuple[tuple[str, tuple[tuple[str, str], ...], Callable[..., str]], ...] = (
+    ("speed", tuple(dict.fromkeys(row[1:3] for row in _SPEED)), _speed_markdown),
+    ("robust_risk", (("robust_risk", ""),), _robust_risk_markdown),
+    ("head", (("linear_token_logprobs", ""),), _head_markdown),
+    ("policy_loss", (("policy_loss", ""),), _policy_loss_markdown),
+    ("trainer_step", (("trainer_step", "step in "),), _trainer_step_markdown),
+    ("packing", (("trainer_step", "step of mixed"),), _packing_markdown),
+    ("sharing", (("trainer_step", "step of prompts"),), _sharing_markdown),
 )

@@ -236,6 +236,7 @@ class Settings:
         "auto",
         "Run the model on a prompt once for all of its answers; auto: where the model keeps its "
         "numbers and enough tokens are saved.",
+        free=True,
     )
     learning_rate: float = _option(None, "Peak; decays linearly to 0.", show_default=_RATES_TOLD)
     max_length: int | None = _option(1024, "Longest sequence in tokens.", of=_PAIRS, min=2)

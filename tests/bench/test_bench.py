@@ -277,12 +277,15 @@ def test_records_of_a_step_say_where_it_started_and_what_was_allowed(quick):
         assert record["rms_error"] <= record["allowed_error"] <= 2 * dpo_step.STANDARD
 
 
-def test_pairs_of_the_checked_step_are_apart():
+@pytest.mark.parametrize("shared", [False, True])
+def test_pairs_of_the_checked_step_are_apart(shared):
     """No rounding decides which pair is the worst."""
     base = dpo_step.policy_model("quick", "cpu")
     policy = trainer_step._moved(copy.deepcopy(base), True, trainer_step.SPREAD["quick"])
-    batches = trainer_step._apart(base, policy, "cpu")
+    batches = trainer_step._apart(base, policy, "cpu", shared)
     count, pairs, length = trainer_step.CHECKED
+    for sides in (b["input_ids"].chunk(2) for b in batches):
+        assert bool((sides[0] == sides[1])[:, : length // 2].all()) == shared
     assert [b["input_ids"].shape for b in batches] == [(2 * pairs, length)] * count
     margins = []
     for model, start in ((policy, base), (policy.double(), base.double())):

@@ -25,6 +25,7 @@ OF_ALL = {
     "gradient_accumulation",
     "robust_scope",
     "learning_rate",
+    "share_prompts",
     "seed",
     "lora",
     "lora_r",
