@@ -118,6 +118,7 @@ def test_a_record_has_every_setting_and_nothing_beside():
         "eval_data",
         "eval_split",
         "save_steps",
+        "share_prompts",  # rounding alone
         "logging_steps",
     }
     assert free == FREE_ON_RESUME
