@@ -303,10 +303,22 @@ class OneRow:
                 [hidden[places[: len(ids)]] for places, ids in zip(found.places, sequences)],
             )
 
+        class Refused(Exception):
+            """The model raised an error at a row, which it did not alone."""
+
+        def tried(sequences: list[Tensor]) -> list[Numbers]:
+            try:
+                return together(sequences)
+            except Exception as error:
+                raise Refused(f"it raises {type(error).__name__}: {error}") from error
+
         with probe.quietly(self.model, device):
-            return probe.difference(
-                self.base.config, alone, together, self.longest, common=kind == "shared"
-            )
+            try:
+                return probe.difference(
+                    self.base.config, alone, tried, self.longest, common=kind == "shared"
+                )
+            except Refused as refused:
+                return str(refused)
 
 
 def _asked(model: Any, labels: Tensor | None) -> str:

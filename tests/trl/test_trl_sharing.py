@@ -226,6 +226,25 @@ def test_what_does_not_keep_its_numbers_stays_apart(name):
         numbers(model, layouts.OneRow(model, packed=False, share=True))
 
 
+def test_a_model_that_takes_no_rows_is_left_alone():
+    """As those do whose layers take no keywords but their own."""
+
+    def refuse(module, args, kwargs):
+        if attention.BLOCKS in kwargs:
+            raise TypeError("an unexpected keyword")
+
+    model, said = made("Llama"), []
+    model.model.register_forward_pre_hook(refuse, with_kwargs=True)
+    expected = numbers(model, model)
+    layouts.prepare(model)
+    found = numbers(model, layouts.OneRow(model, packed=False, share="auto", notice=said.append))
+    assert said[0].endswith("alone: it raises TypeError: an unexpected keyword")
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    for options in ({"packed": True, "share": False}, {"packed": False, "share": True}):
+        with pytest.raises(ValueError, match=r"LlamaForCausalLM.*it raises TypeError: an unexp"):
+            numbers(model, layouts.OneRow(model, **options))
+
+
 def test_a_window_narrower_than_the_prompt_is_tried():
     """Masks alone tell Qwen2Moe's layers of their window, and a row has none."""
     for longest, kept in ((8, True), (14, False)):
