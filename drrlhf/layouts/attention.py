@@ -54,9 +54,8 @@ def block_attention(
     for block in blocks:
         q = query[:, :, block.start : block.stop]
         k, v = (seen_by(tensor, block) for tensor in (key, value))
-        queries, keys = q.shape[2], k.shape[2]
-        plain = queries == keys and (window is None or keys <= window)
-        mask = None if plain else causal_mask(queries, keys, window, q.device)[None, None]
+        mask = causal_mask(q.shape[2], k.shape[2], window, q.device)
+        mask = None if mask is None else mask[None, None]
         found.append(sdpa_attention_forward(module, q, k, v, mask, **kwargs)[0])
     return torch.cat(found, dim=1), None
 

@@ -71,20 +71,15 @@ class _Part(NamedTuple):
         k, v = (seen_by(x[:, None], block).expand(-1, q.shape[1], -1, -1) for x in (key, value))
         return _Part(q, k, v, window, scale)
 
-    @property
-    def causal(self) -> bool:
-        """Whether the kernel knows by itself what is seen."""
-        queries, keys = self.query.shape[2], self.key.shape[2]
-        return queries == keys and (self.window is None or keys <= self.window)
-
     def known(self) -> dict[str, Any]:
-        """What PyTorch's kernel is told besides: what to add to the scores, and their scale."""
-        if self.causal:
-            return {"scale": self.scale}
+        """What PyTorch's kernel is told besides: whether it sees to causality by itself, what else
+        to add to the scores, and their scale."""
         queries, keys = self.query.shape[2], self.key.shape[2]
         seen = causal_mask(queries, keys, self.window, self.query.device)
-        bias = self.query.new_zeros(1, 1, queries, keys).masked_fill_(~seen, -torch.inf)
-        return {"attn_mask": bias, "scale": self.scale}
+        bias = None
+        if seen is not None:
+            bias = self.query.new_zeros(1, 1, queries, keys).masked_fill_(~seen, -torch.inf)
+        return {"is_causal": seen is None, "attn_mask": bias, "scale": self.scale}
 
 
 class _Attention(torch.autograd.Function):
@@ -106,7 +101,7 @@ class _Attention(torch.autograd.Function):
         norms = query.new_empty(heads, length, 1, dtype=torch.float32)  # log-sum-exps of scores
         for block in blocks:
             part = _Part.of(query, key, value, block, window, scale)
-            found, sums = _flash(*part[:3], 0.0, part.causal, **part.known())
+            found, sums = _flash(*part[:3], dropout_p=0.0, **part.known())
             _by_key(out.transpose(0, 1), key)[:, :, block.start : block.stop] = found
             _by_key(norms, key)[:, :, block.start : block.stop, 0] = sums
         ctx.save_for_backward(query, key, value, out, norms)
@@ -140,8 +135,7 @@ class _Attention(torch.autograd.Function):
                 *part[:3],
                 laid[:, :, own],
                 sums[:, :, own, 0].contiguous(),
-                0.0,
-                part.causal,
+                dropout_p=0.0,
                 **part.known(),
             )
             _by_key(of_query, key)[:, :, own] = found[0]

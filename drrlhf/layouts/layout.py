@@ -65,9 +65,12 @@ def seen_by(tensor: Tensor, block: Block) -> Tensor:
     return torch.cat([tensor[:, :, block.before : block.before_stop], own], dim=2)
 
 
-def causal_mask(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
+def causal_mask(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor | None:
     """Which keys (queries, keys) each query sees, of queries that are the last of the keys: those
-    up to its own, of them the last ``window``; None is all."""
+    up to its own, of them the last ``window``; None is all. Without a mask (None) where kernels
+    know it by themselves: as many queries as keys, and no window that matters."""
+    if queries == keys and (window is None or keys <= window):
+        return None
     ones = torch.ones(queries, keys, dtype=torch.bool, device=device)
     seen = ones.tril(keys - queries)
     return seen if window is None else seen & ~ones.tril(keys - queries - window)

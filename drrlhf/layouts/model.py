@@ -40,11 +40,15 @@ _verdicts: weakref.WeakKeyDictionary[PreTrainedModel, dict[str, str | None]] = (
 )
 
 
+def _without_adapters(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def obstacle(model: Any) -> str | None:
     """Why the attention of ``model`` cannot take rows of several sequences, as "for MODEL: …"; None
     if it can, as far as its configuration tells: it is no causal decoder, its attention is neither
     PyTorch's nor flash attention, or it puts tokens of its own before every sequence."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = _without_adapters(model)
     if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
         return "with prompt-learning adapters, whose tokens it would lose"
     text = base.config.get_text_config()
@@ -66,8 +70,7 @@ def obstacle(model: Any) -> str | None:
 
 def sharing_obstacle(model: Any) -> str | None:
     """As `obstacle`, for rows with common prompts once."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    used = base.config._attn_implementation
+    used = _without_adapters(model).config._attn_implementation
     if "flash" in used:
         return (
             f"with attn_implementation={used!r}, which cannot show a prompt to several answers; "
@@ -78,7 +81,7 @@ def sharing_obstacle(model: Any) -> str | None:
 
 def prepare(model: Any) -> None:
     """Let the attention of ``model``, of which `obstacle` says nothing, take rows."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = _without_adapters(model)
     if base.config._attn_implementation == "sdpa":
         _verdicts.pop(base, None)
         base.set_attn_implementation(ATTENTION)
@@ -91,7 +94,7 @@ def in_rows(model: Any, longest: int | None = None) -> OneRow | None:
         return None
     prepare(model)
     row = OneRow(model, packed="auto", share="auto", longest=longest)
-    return row if row.keeps_numbers(_asked(model, None)) else None
+    return row if row.keeps_numbers() else None
 
 
 class OneRow:
@@ -126,6 +129,7 @@ class OneRow:
         self.model = model
         # Without what wraps it for adapters or for several processes.
         self.base = next(m for m in model.modules() if isinstance(m, PreTrainedModel))
+        self.scoring = _head_of(model)
         self.packed, self.share, self.longest = packed, share, longest
         self.notice = notice
 
@@ -137,10 +141,11 @@ class OneRow:
     ) -> Any:
         given = {"input_ids": input_ids, "attention_mask": attention_mask}
         labelled = {} if labels is None else {"labels": labels}
-        if labels is None and kwargs.get("fused_lm_head") is None and not _head_of(self.model):
+        if labels is None and kwargs.get("fused_lm_head") is None and self.scoring is None:
             # logits that TRL only shows: padded, as it wants them
             return self.model(**given, **kwargs)
-        found = self._layout(input_ids, attention_mask, _asked(self.model, labels), kwargs)
+        asked = "score" if labels is None else "log_probs"
+        found = self._layout(input_ids, attention_mask, asked, kwargs)
         if found is None:
             return self.model(**given, **labelled, **kwargs)
         return self._in_row(found, input_ids, attention_mask, labels, kwargs)
@@ -156,9 +161,10 @@ class OneRow:
         with one_row(), _only(self.base.base_model, found.places[:, :-1][wanted], found):
             return self.model(**row).logits[0]
 
-    def keeps_numbers(self, asked: str = "hidden") -> bool:
-        """Whether the model gives sequences in a row, prompts shared, what it gives them alone;
-        ``asked``, of what: "hidden" states, TRL's "log_probs" or a classifier's "score" too."""
+    def keeps_numbers(self) -> bool:
+        """Whether the model gives sequences in a row, prompts shared, what it gives them alone:
+        hidden states, and a classifier's scores."""
+        asked = "hidden" if self.scoring is None else "score"
         return self._keeps("shared", self.base.device, asked, {}) is None
 
     def _layout(
@@ -255,7 +261,7 @@ class OneRow:
 
     def _scores(self, found: Layout, row: dict[str, Any], input_ids: Tensor) -> Any:
         """A reward model's outputs, with the scores that it would read in the padded batch."""
-        with one_row(), _listening(_head_of(self.model)) as heard:
+        with one_row(), _listening(self.scoring) as heard:
             outputs = self.model(**row)
         pad = reward_inputs.pad_token_id(self.model)
         read = reward_inputs.score_positions(input_ids, pad).unsqueeze(1)
@@ -319,10 +325,6 @@ class OneRow:
                 )
             except Refused as refused:
                 return str(refused)
-
-
-def _asked(model: Any, labels: Tensor | None) -> str:
-    return "log_probs" if labels is not None else "score" if _head_of(model) else "hidden"
 
 
 @contextlib.contextmanager
