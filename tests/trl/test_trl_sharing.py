@@ -60,16 +60,7 @@ def both(models, tmp_path, monkeypatch):
 
 
 def assert_same(apart, shared):
-    scale = apart["gradients"][0].abs().max()
-    assert scale > 1e-3
-    torch.testing.assert_close(
-        shared["gradients"], apart["gradients"], rtol=0, atol=2e-6 * max(float(scale), 1)
-    )
-    for ours, theirs in zip(shared["logs"], apart["logs"], strict=True):
-        assert set(ours) == set(theirs)
-        for name in theirs:
-            if name not in ("epoch", "step"):
-                assert ours[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-5), name
+    test_trl_packing.assert_same(apart, shared, atol=2e-6)
 
 
 OPTIONS = [
