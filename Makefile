@@ -75,7 +75,7 @@ test-cuda-build: $(VENV)/.test
 # In an environment that has a CUDA torch: the kernels are built into the checkout, nothing is
 # installed. Five minutes on 16 cores; whatever ends it, build/gpu/ has what was done.
 test-gpu:
-	$(PYTHON) tests/gpu.py $(TESTS_OF_OPS) $(GPU)
+	$(PYTHON) tests/gpu.py $(TESTS_OF_OPS) tests/trl/test_row_attention.py $(GPU)
 
 # The same environment again: whole steps, every op and the ceilings beside what is installed. The
 # most valuable first, in five minutes with what starts and compiles; BENCH="--seconds 3600" for all.

@@ -69,6 +69,10 @@ SHARING: dict[str, dict[str, Any]] = {
     SHARED: {"share_prompts": "auto"},
     SHARED_TV: {"share_prompts": "auto", "ambiguity": "tv:0.1"},
 }
+SHARING_LIGER: dict[str, dict[str, Any]] = {
+    variant("shared", "liger"): {"share_prompts": "auto", LIGER_OPTION: True},
+}
+CHECKPOINTING = "gradient_checkpointing"
 
 
 def of_prompts(prompt: int, answer: int) -> str:
@@ -149,11 +153,15 @@ def _contest(
     checked = _apart(base, moved, device, prompt is not None)
 
     # What a set costs with Liger's layers is asked once, where the whole batch is one forward.
-    implementations = {**implementations, **(LIGER_IMPLEMENTATIONS if whole and adapters else {})}
+    if suite != "cpu":
+        with_liger = SHARING_LIGER if prompt else LIGER_IMPLEMENTATIONS if whole else {}
+        implementations = {**implementations, **(with_liger if adapters else {})}
     theirs: dict[str, dict[str, Any]] = {heads.TRL: {}, TRL_LIGER: {LIGER_OPTION: True}}
+    # Long prompts on a GPU: without sharing, what the layers keep would not fit into 80 GB.
+    common = {CHECKPOINTING: suite == "gpu" and prompt is not None}
 
     def work(name: str) -> Callable[[], Work]:
-        options = (implementations | theirs)[name]
+        options = (implementations | theirs)[name] | common
         with_liger = options.get(LIGER_OPTION, False)
 
         def make() -> Work:
@@ -202,9 +210,15 @@ def _contest(
         gates={
             name: gates[implementations.get(name, {}).get("ambiguity", "erm")] for name in names
         },
-        # The whole batch in one forward, and what a set costs in it, is the step to look into.
-        profiled=(next(iter(implementations)), heads.TRL) if whole else (),
+        profiled=_profiled(implementations, whole, prompt is not None and suite == "gpu"),
     )
+
+
+def _profiled(implementations: Mapping[str, Any], whole: bool, prompts: bool) -> tuple[str, ...]:
+    """Whose time is looked into: where the whole batch is one forward, and with shared prompts."""
+    if prompts:
+        return SHARED, heads.TRL
+    return (next(iter(implementations)), heads.TRL) if whole else ()
 
 
 class Layers:
@@ -343,7 +357,6 @@ def _trainer(
         beta=BETA,
         report_to="none",
         disable_tqdm=True,
-        gradient_checkpointing=False,
         **options,
     )
     trainer = kind(
@@ -357,6 +370,8 @@ def _trainer(
         peft_config=dpo_step.lora() if adapters else None,
     )
     _move(trainer.model, adapters, spread)
+    if arguments.gradient_checkpointing:  # as `train` does
+        trainer.model.gradient_checkpointing_enable(arguments.gradient_checkpointing_kwargs)
     trainer.optimizer = None
     return trainer
 

@@ -13,7 +13,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from drrlhf.layouts import attention_cpu
+from drrlhf.layouts import attention_cpu, attention_gpu
 from drrlhf.layouts.layout import Block, causal_mask, seen_by
 
 ATTENTION = "drrlhf_packed"
@@ -47,9 +47,8 @@ def block_attention(
     if blocks is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     window = kwargs.get("sliding_window")
-    if _served_on_cpu(query, value, kwargs):
-        scale = kwargs.get("scaling")
-        return attention_cpu.attention(query, key, value, blocks, window, scale), None
+    if served := _served(query, key, value, kwargs):
+        return served.attention(query, key, value, blocks, window, kwargs.get("scaling")), None
     found = []
     for block in blocks:
         q = query[:, :, block.start : block.stop]
@@ -60,15 +59,14 @@ def block_attention(
     return torch.cat(found, dim=1), None
 
 
-def _served_on_cpu(query: Tensor, value: Tensor, kwargs: dict[str, Any]) -> bool:
-    """Whether `attention_cpu` has what is asked for."""
-    return (
-        query.device.type == "cpu"
-        and query.shape[-1] == value.shape[-1]
-        and not kwargs.get("dropout")
-        and kwargs.get("is_causal") is not False
-        and not is_compiling()
-    )
+def _served(query: Tensor, key: Tensor, value: Tensor, kwargs: dict[str, Any]) -> Any:
+    """The module that does what is asked for in one function; None if there is none."""
+    if kwargs.get("dropout") or kwargs.get("is_causal") is False or is_compiling():
+        return None
+    for module in (attention_cpu, attention_gpu):
+        if module.serves(query, key, value):
+            return module
+    return None
 
 
 def _block_mask(*args: Any, **kwargs: Any) -> Tensor | None:

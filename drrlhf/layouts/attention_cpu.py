@@ -32,6 +32,11 @@ _BACKWARD = (
 COMPILED.define(_BACKWARD)
 
 
+def serves(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether it takes (1, heads, T, width) of queries, keys and values."""
+    return query.device.type == "cpu" and query.shape[-1] == value.shape[-1]
+
+
 def attention(
     query: Tensor,
     key: Tensor,

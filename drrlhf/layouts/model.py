@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GenericForSequenceClassification
 
@@ -38,6 +39,18 @@ _ROWS = {"packed": "a packed row", "shared": "a row with their common prompt onc
 _verdicts: weakref.WeakKeyDictionary[PreTrainedModel, dict[str, str | None]] = (
     weakref.WeakKeyDictionary()
 )
+# Rows with common prompts once, of batches that are still there: the reference, the policy and the
+# second pass of a step ask for the same one, and on a GPU each answer waits for all work before it.
+_shared: Any = WeakTensorKeyDictionary()
+
+
+def _shared_row(input_ids: Tensor, attention_mask: Tensor) -> Layout:
+    known = _shared.get(input_ids)
+    asked = attention_mask, attention_mask._version, input_ids._version
+    if known is None or known[0][0] is not asked[0] or known[0][1:] != asked[1:]:
+        known = asked, layout.shared(input_ids, attention_mask)
+        _shared[input_ids] = known
+    return known[1]
 
 
 def _without_adapters(model: Any) -> Any:
@@ -180,7 +193,7 @@ class OneRow:
         # Before anything of the batch is asked: every rank probes at the same call.
         kept = self.share and self._keeps("shared", input_ids.device, asked, options) is None
         if kept:
-            found = layout.shared(input_ids, attention_mask)
+            found = _shared_row(input_ids, attention_mask)
             enough = WORTH_SHARING if self.share == "auto" else 0.0
             if not unknown and found.saved > enough:
                 self.notice(

@@ -21,9 +21,8 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, HfArgumentParser
 from trl.trainer.utils import add_fused_lm_head
 
-from drrlhf.layouts import attention, attention_cpu, layout
+from drrlhf.layouts import attention, layout
 from drrlhf.layouts import model as layouts
-from drrlhf.layouts.layout import Block
 from drrlhf.trl import DPOConfig, DPOTrainer, GRPOConfig, RewardConfig, one_row, prompts
 
 
@@ -271,106 +270,6 @@ def test_auto_shares_what_is_worth_it():
             ids[2:, 0] = 200 + torch.arange(2)
         row(**batch | {"input_ids": ids}, fused_lm_head=True)
         assert shapes[-1] == expected
-
-
-BLOCKS = (Block(0, 7, 0, 0), Block(7, 10, 0, 7), Block(10, 15, 0, 7), Block(15, 18, 15, 15))
-
-
-def attention_problem(blocks, dtype, window, scale, width=8):
-    """Attention of 6 heads over 2 of keys by its definition in float64: inputs in ``dtype``, a
-    gradient of the result, and the result with the gradients of the inputs."""
-    generator = torch.Generator().manual_seed(0)
-    length = blocks[-1].stop
-    q, k, v, outer = (
-        torch.randn(1, h, length, width, generator=generator).to(dtype) for h in (6, 2, 2, 6)
-    )
-    inputs = [x.double().requires_grad_() for x in (q, k, v)]
-    seen = torch.zeros(length, length, dtype=torch.bool)
-    for block in blocks:
-        before = list(range(block.before, block.before_stop))
-        for i in range(block.start, block.stop):
-            every = [*before, *range(block.start, i + 1)]
-            seen[i, every[-(window or length) :]] = True
-    keys, values = (x.repeat_interleave(3, 1) for x in inputs[1:])
-    scores = (inputs[0] @ keys.mT) * (scale or width**-0.5)
-    result = scores.masked_fill(~seen, -torch.inf).softmax(-1) @ values
-    gradients = torch.autograd.grad(result, inputs, outer.double())
-    return (q, k, v), outer, (result.detach(), *gradients)
-
-
-def attended(inputs, outer, **options):
-    """The result (1, heads, T, width) of `block_attention` and its gradients."""
-    module = torch.nn.Module()
-    module.num_key_value_groups = 3
-    inputs = [x.detach().requires_grad_() for x in inputs]
-    found, _ = attention.block_attention(module, *inputs, None, **options)
-    gradients = torch.autograd.grad(found, inputs, outer.transpose(1, 2))
-    return found.detach().transpose(1, 2), *gradients
-
-
-@pytest.mark.parametrize("way", ["kernel", "extension", "block by block"])
-@pytest.mark.parametrize(("window", "scale"), [(None, None), (4, 0.3)])
-def test_attention_is_that_of_its_definition(way, window, scale, monkeypatch):
-    """Blocks with and without a prefix, windows, keys that heads share, a scale."""
-    inputs, outer, expected = attention_problem(BLOCKS, torch.float32, window, scale)
-    options = {"sliding_window": window, "scaling": scale, attention.BLOCKS: BLOCKS}
-    if way == "block by block":
-        options["dropout"] = 1e-30  # PyTorch's own functions serve it
-    monkeypatch.setattr(attention_cpu, "_compiled", lambda dtype: way == "extension")
-    for mine, right in zip(attended(inputs, outer, **options), expected, strict=True):
-        torch.testing.assert_close(mine.double(), right, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.accuracy
-@pytest.mark.parametrize("window", [None, 100])
-def test_bfloat16_gradients_are_as_good_as_pytorchs(window, monkeypatch):
-    """Parts of more than 128 queries, prefixes that lie apart; the standard is PyTorch's kernel."""
-    blocks = (Block(0, 150, 0, 0), Block(150, 170, 0, 150), Block(170, 470, 0, 150))
-    blocks += (Block(470, 500, 470, 470),)
-    inputs, outer, expected = attention_problem(blocks, torch.bfloat16, window, 0.4, width=32)
-    errors = []
-    for compiled in (True, False):
-        monkeypatch.setattr(attention_cpu, "_compiled", lambda dtype, compiled=compiled: compiled)
-        options = {"sliding_window": window, "scaling": 0.4, attention.BLOCKS: blocks}
-        found = attended(inputs, outer, **options)
-        errors.append([(x - y).square().mean().sqrt() for x, y in zip(found, expected)])
-    for ours, theirs in zip(*errors, strict=True):
-        assert theirs > 0 and ours < 2 * theirs
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_attention_under_checkpointing(dtype):
-    inputs, outer, _ = attention_problem(BLOCKS, dtype, None, None)
-    expected = attended(inputs, outer, **{attention.BLOCKS: BLOCKS})
-    again = [x.detach().requires_grad_() for x in inputs]
-
-    def layer(*inputs):
-        module = torch.nn.Module()
-        module.num_key_value_groups = 3
-        found, _ = attention.block_attention(module, *inputs, None, **{attention.BLOCKS: BLOCKS})
-        return found.transpose(1, 2)
-
-    found = torch.utils.checkpoint.checkpoint(layer, *again, use_reentrant=False)
-    gradients = torch.autograd.grad(found, again, outer)
-    for mine, theirs in zip((found, *gradients), expected, strict=True):
-        assert torch.equal(mine, theirs)
-
-
-@pytest.mark.parametrize(
-    ("blocks", "message"),
-    [
-        ([[0, 3, 0, 0], [4, 5, 4, 4]], "tokens in order"),
-        ([[0, 3, 0, 0], [3, 5, 3, 3], [5, 6, 0, 3]], "prefixes within a group"),
-        ([[0, 3, 0, 0]], "cover 6 tokens, got 3"),
-        ([[0, 3, 0, 2]], "tokens in order"),
-    ],
-)
-def test_blocks_that_are_no_row_are_refused(blocks, message):
-    q, norms = torch.ones(2, 6, 4), torch.zeros(2, 6, 1)
-    outer = q.transpose(0, 1)
-    arguments = outer, q, q, q, outer, norms, torch.tensor(blocks), 6, 1.0
-    with pytest.raises(ValueError, match=message):
-        torch.ops.drrlhf_cpp.row_attention_backward(*arguments)
 
 
 # -------------------------------------------------------------------------------- what is said
