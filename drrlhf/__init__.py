@@ -8,7 +8,10 @@ Names are imported when they are first used, so that `drrlhf --help` need not wa
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from drrlhf.version import __version__
@@ -88,6 +91,23 @@ _HOME = {
     ),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names.split()}
+
+
+def _find_kernels() -> None:
+    """In a checkout that nobody has installed the kernels lie beside the package, not in it."""
+    root = Path(__file__).parent.parent
+    if not (root / "csrc").is_dir() or find_spec("drrlhf.kernels") is not None:
+        return
+    folder = root / "kernels"
+    found = spec_from_file_location(
+        "drrlhf.kernels", folder / "__init__.py", submodule_search_locations=[str(folder)]
+    )
+    assert found is not None and found.loader is not None
+    sys.modules["drrlhf.kernels"] = kernels = module_from_spec(found)
+    found.loader.exec_module(kernels)
+
+
+_find_kernels()
 
 
 def __getattr__(name: str) -> Any:

@@ -139,7 +139,8 @@ __device__ Transformed transformed(float x, const LogitTransform& t) {
   if constexpr (kCapped) {
     const float u = x / t.softcap, minus = -2.0f * fabsf(u);
     const float e = expf(minus), value = -expm1f(minus) / (1.0f + e);
-    slope = 4.0f * e / ((1.0f + e) * (1.0f + e));
+    // 1 - tanh^2, whichever way loses less.
+    slope = value < 0.5f ? fmaf(-value, value, 1.0f) : 4.0f * e / ((1.0f + e) * (1.0f + e));
     x = t.softcap * (u < 0 ? -value : value);
   }
   return {multiply(x, t.inverse_temperature), slope};

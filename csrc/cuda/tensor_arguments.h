@@ -99,7 +99,8 @@ class Call {
 #endif
   Stream stream_;
   std::deque<Tensor> held_;
-  // Kernels run on plain tensors: autocast must not narrow a product.
+  // Kernels run on plain tensors: no graph is recorded, and autocast must not narrow a product.
+  at::AutoDispatchBelowAutograd below_autograd_;
   c10::impl::ExcludeDispatchKeyGuard no_autocast_{c10::autocast_dispatch_keyset};
 };
 

@@ -158,10 +158,10 @@ def _contest(
         implementations = {**implementations, **(with_liger if adapters else {})}
     theirs: dict[str, dict[str, Any]] = {heads.TRL: {}, TRL_LIGER: {LIGER_OPTION: True}}
     # Long prompts on a GPU: without sharing, what the layers keep would not fit into 80 GB.
-    common = {CHECKPOINTING: suite == "gpu" and prompt is not None}
+    common: dict[str, Any] = {CHECKPOINTING: suite == "gpu" and prompt is not None}
 
     def work(name: str) -> Callable[[], Work]:
-        options = (implementations | theirs)[name] | common
+        options = {**implementations, **theirs}[name] | common
         with_liger = options.get(LIGER_OPTION, False)
 
         def make() -> Work:

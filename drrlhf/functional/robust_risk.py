@@ -166,8 +166,9 @@ def solver(n: int, on: Tensor, like: str, options: Options) -> Solver:
             normalised(nominal, n, on)
     if parsed.momentum is not None and options.normaliser_state is not None:
         _check_state_device("normaliser_state", options.normaliser_state.log_normaliser, like, on)
-    kind, parameter, temperature, trim, _ = parsed.encoded
-    encoded = Encoded(kind, parameter, temperature, trim, options.update)
+    # By name: torch.compile of PyTorch 2.11 cannot iterate over what it finds in an object.
+    e = parsed.encoded
+    encoded = Encoded(e.kind, e.parameter, e.temperature, e.trim, options.update)
     if not parsed.num_groups:
         return Solver(nominal, None, None, encoded, parsed.momentum, options)
     if groups is None:

@@ -12,6 +12,7 @@ from three_ways import (
     EMULATED,
     INTERPRETED,
     LAYOUTS,
+    ON_GPU,
     OUTPUTS,
     SLOW,
     assert_differentiable_once,
@@ -246,7 +247,7 @@ def test_what_is_kept_follows_from_needs_and_budget(backend, monkeypatch):
             or ops.token_logprobs(plain_logits(*x[:2]), labels, -100, 1.0, None, 0)
         ),
     )
-    slab, room = 8 * 10 * 4, 48 * MIB
+    slab, room = 8 * 10 * 4, (512 if ON_GPU else 48) * MIB
     # Triton makes logits twice rather than multiply the head by few rows.
     again = Keep.NOTHING if backend == "triton" else Keep.HIDDEN
     cases = [
@@ -317,6 +318,11 @@ def test_tokens_without_upstream_gradient_take_no_part(backend, dtype, keep, act
             assert (a[dropped] == 0).all()
             a = a[place]
         close = {"rtol": 2e-2, "atol": 1e-3} if dtype == torch.bfloat16 else {}
+        if close and ON_GPU:
+            # Of other numbers of rows the library makes logits with other last digits: an entry, of
+            # 1.5 at most, may be rounded the other way, and is multiplied with the other factor.
+            factor = hidden if name == "weight" else weight if name == "hidden" else torch.ones(1)
+            close["atol"] = 1.5 * torch.finfo(dtype).eps * factor.abs().max().item()
         torch.testing.assert_close(a, b, **close, msg=lambda m: f"{name}: {m}")  # noqa: B023
 
 
