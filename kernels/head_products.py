@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 from drrlhf.kernels.head_rows import factor_of
-from drrlhf.kernels.numerics import exp, expm1, narrow
+from drrlhf.kernels.numerics import exp, expm1, narrow, rounded_product
 from drrlhf.kernels.softmax import (
     LARGEST,
     LN2,
@@ -47,7 +47,7 @@ def exponents(
         return z if PRECISE else z * LOG2E
     else:
         unit = scale * inverse_temperature
-        return x * (unit if PRECISE else unit * LOG2E)
+        return rounded_product(x, unit) if PRECISE else x * (unit * LOG2E)
 
 
 @triton.jit
@@ -250,7 +250,8 @@ def finish_kernel(
     for first in range(0, parts, AT_ONCE):
         p = parts_ptr + (first + o_part)[:, None] * parts_stride + here[None, :]
         mask = (first + o_part < parts)[:, None] & live[None, :]
-        rise = (tl.load(p, mask=mask, other=0.0).to(tl.float64) - r[None, :]) * UNIT
+        m = tl.load(p, mask=mask, other=float("-inf"))  # a part that is none is 0 of anything
+        rise = (m.to(tl.float64) - r[None, :]) * UNIT
         e = tl.exp(rise)
         part = tl.load(p + field, mask=mask, other=0.0).to(tl.float64)
         total += tl.sum(e * part, 0)

@@ -15,8 +15,24 @@ LN2_HIGH, LN2_LOW = tl.constexpr(0.693359375), tl.constexpr(-2.12194440e-4)
 
 
 @triton.jit
+def rounded_product(x, y):
+    """x y as a float32 of its own: a compiler that joins a product to the sum behind it would make
+    of one logit several numbers, the label's here and the sum's there."""
+    return tl.fma(x, y, 0.0)
+
+
+@triton.jit
 def exp(x):
-    """exp(x) in float32: the hardware's exponential is off by two units, this by less than one.
+    """exp(x); the hardware's in float32 is off by two units and what x log2(e) is rounded by."""
+    if x.dtype == tl.float64:
+        return tl.exp(x)
+    else:
+        return exp_float32(x)
+
+
+@triton.jit
+def exp_float32(x):
+    """exp(x), off by less than one unit.
 
     x = k ln 2 + r with |r| <= ln 2 / 2, and the series of exp(r) to r^7.
     """
@@ -46,7 +62,7 @@ def log1p(x):
 @triton.jit
 def expm1(x):
     """exp(x) - 1: what rounding exp(x) loses comes back as a factor (Kahan)."""
-    u = tl.exp(x)
+    u = exp(x)
     d = u - 1
     plain = (d == 0) | (d == -1) | (d != d) | (u == float("inf"))
     log_u = tl.log(tl.where(plain, 2, u))

@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 from drrlhf.kernels.launch import DEBUG, numbers, on, registers
-from drrlhf.kernels.numerics import expm1, number, put
+from drrlhf.kernels.numerics import exp, expm1, number, put
 from drrlhf.kernels.sequence_logprobs import TOKENS, WARPS, contiguous, limits
 from torch import Tensor
 
@@ -16,7 +16,7 @@ from drrlhf.conventions import EXPONENT_LIMIT, SequenceStatistics, statistics_dt
 
 LIMIT = tl.constexpr(EXPONENT_LIMIT)
 SMALL = tl.constexpr(0.34)  # below it the series of k3 has more digits than expm1(d) - d
-REGISTERS = 168
+REGISTERS = 176
 ROWS = len(SequenceStatistics._fields)  # of the table of sequences
 
 
@@ -25,7 +25,7 @@ def clipped_surrogate(log_ratio, advantage, low, high):
     """As in `drrlhf.reference`: -min(r A, clip(r) A), its derivative by log r, r, clipped low,
     clipped high, clamped."""
     over = tl.where(log_ratio > LIMIT, 1.0, 0.0)
-    ratio = tl.exp(tl.where(log_ratio > LIMIT, LIMIT, log_ratio))
+    ratio = exp(tl.where(log_ratio > LIMIT, LIMIT, log_ratio))
     raised = tl.where(ratio < low, low, ratio)
     free, held = ratio * advantage, tl.where(raised > high, high, raised) * advantage
     low_clipped = tl.where(ratio < low, tl.where(advantage < 0, 1.0, 0.0), 0.0)

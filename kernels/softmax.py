@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from drrlhf.kernels.numerics import LOG2E, expm1, log1p
+from drrlhf.kernels.numerics import LOG2E, expm1, log1p, rounded_product
 
 LARGEST = tl.constexpr(3.4028234663852886e38)
 # log2(e) minus the float32 next to it.
@@ -68,7 +68,7 @@ def transform(x, scale, softcap, inverse_temperature, CAPPED: tl.constexpr):
     if CAPPED:
         value, slope = tangent(z / softcap)
         z = softcap * value
-    return z * inverse_temperature, slope
+    return rounded_product(z, inverse_temperature), slope
 
 
 @triton.jit

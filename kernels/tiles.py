@@ -164,7 +164,12 @@ def multiply(left, right, total, PRECISION: tl.constexpr):
     """left right + total, in float32."""
     if WIDENS:
         left, right = left.to(tl.float32), right.to(tl.float32)
-    return tl.dot(left, right, total, input_precision=PRECISION)
+    if left.dtype == tl.float32 and PRECISION == "ieee":
+        # One sum of all products would lose digits that sums of each block's keep; written as a
+        # sum the compiler would make one of them again.
+        return tl.fma(tl.dot(left, right, input_precision=PRECISION), 1.0, total)
+    else:
+        return tl.dot(left, right, total, input_precision=PRECISION)
 
 
 @triton.jit

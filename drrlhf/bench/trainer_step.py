@@ -370,8 +370,10 @@ def _trainer(
         peft_config=dpo_step.lora() if adapters else None,
     )
     _move(trainer.model, adapters, spread)
-    if arguments.gradient_checkpointing:  # as `train` does
+    # As `train` does: without it there is no autocast, and adapters multiply in float32.
+    if arguments.gradient_checkpointing:
         trainer.model.gradient_checkpointing_enable(arguments.gradient_checkpointing_kwargs)
+    trainer.model_wrapped = trainer.accelerator.prepare(trainer.model)
     trainer.optimizer = None
     return trainer
 
