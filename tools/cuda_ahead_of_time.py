@@ -6,6 +6,7 @@ nvcc. Warnings are errors.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import shutil
@@ -16,7 +17,8 @@ from pathlib import Path
 
 from drrlhf.files import write_text
 
-SOURCES = Path(__file__).parents[1] / "csrc" / "cuda"
+CSRC = Path(__file__).parents[1] / "csrc"
+SOURCES = CSRC / "cuda"
 ARCHITECTURES = (80, 90, 100)
 FILE = "cuda_kernels_ahead_of_time.json"
 FLAGS = [
@@ -80,13 +82,21 @@ def table() -> list[dict[str, object]]:
         )
 
 
-def main(folder: str) -> None:
-    """Writes the table of every kernel and architecture."""
+def made_from() -> dict[str, object]:
+    """What the table follows from: the compiler, the text of the sources, and what is asked."""
     said = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout
     release = re.search(r"release ([\d.]+)", said)
     assert release is not None, said
+    text = hashlib.sha256(" ".join(FLAGS).encode())
+    for path in sorted(p for folder in ("core", "cuda") for p in (CSRC / folder).iterdir()):
+        text.update(f"{path.name}\n".encode() + path.read_bytes())
+    return {"versions": {"nvcc": release[1]}, "sources": text.hexdigest()}
+
+
+def main(folder: str) -> None:
+    """Writes the table of every kernel and architecture."""
     rows = table()
-    result = {"suite": "ahead of time", "versions": {"nvcc": release[1]}, "records": rows}
+    result = {"suite": "ahead of time", **made_from(), "records": rows}
     path = Path(folder) / FILE
     write_text(path, json.dumps(result, indent=1) + "\n")
     for r in rows:

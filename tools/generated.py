@@ -37,6 +37,7 @@ def blocks() -> dict[str, str]:
         **readme_tables(KEPT),
         "reward_demo": _reward_demo(_read("reward_demo")),
         "grpo_demo": _grpo_demo(_read("grpo_demo")),
+        "gpu_speed": _gpu_speed(results.read(_kept("gpu", ".json"))),
         "gpu_step": _gpu_step(results.read(_kept("gpu", ".json"))),
         "gpu_head": _gpu_head(list(json_lines(_kept("gpu-ops", ".jsonl")))),
         **summary.tables(page.HERE / "results"),
@@ -106,21 +107,72 @@ def _grpo_demo(result: dict[str, Any]) -> str:
     return _markdown((title, "before", *sets, "difference"), rows)
 
 
-def _gpu_step(result: results.Result) -> str:
-    """Rows: who trains. Cells: the median time of one step, and its spread."""
-    versions, records = result["versions"], result["records"]
-    mine = {"trl": f"TRL {versions['trl']}", "trl with liger": "TRL with Liger's layer kernels"}
+# Of a step on a GPU, its metric and what the table calls it, by its record.
+_GPU_STEPS = (
+    (
+        "step of prompts of 1536 and answers of 256",
+        "{pairs} pairs, prompts of 1536, answers of 256",
+    ),
+    ("step in one forward", "{pairs} pairs of {tokens} tokens, no prompt in common"),
+)
+# Ours and TRL's, without and with Liger's layers.
+_GPU_CONTENDERS = (
+    ("drrlhf (shared)", "drrlhf (erm)"),
+    ("trl",),
+    ("drrlhf (shared, liger)", "drrlhf (erm, liger)"),
+    ("trl with liger",),
+)
+
+
+def _gpu_speed(result: results.Result) -> str:
+    """Rows: a DPO step. Cells: tokens a second, ours beside TRL's."""
     rows = []
-    for one in records:
-        ours = re.sub(r"^drrlhf \((.*)\)$", r"drrlhf, `\1`", one["contender"])
-        time = f"{one['value']:.0f} ± {one['spread']:.0f} {one['unit']}"
-        rows.append((mine.get(one["contender"], ours), time))
-    (batches, pairs, tokens) = records[0]["shape"]
-    title = (
-        f"DPO step of {batches * pairs} pairs of {tokens} tokens, {records[0]['dtype']}, "
-        f"{result['device']}, {result['date']}, commit {result['commit']}"
+    for metric, title in _GPU_STEPS:
+        same = {r["contender"]: r for r in result["records"] if r["metric"] == metric}
+        if not same:
+            continue
+        (_, pairs, tokens) = next(iter(same.values()))["shape"]
+        found = [next(same[name] for name in names if name in same) for names in _GPU_CONTENDERS]
+        cells = [f"{record['tokens_per_s'] / 1000:.1f}k" for record in found]
+        rows.append((title.format(pairs=pairs, tokens=tokens), *cells))
+    trl = f"TRL {result['versions']['trl'].rpartition('.')[0]}"
+    return _markdown(
+        (
+            f"DPO step, tokens/s, {result['device']}",
+            "drrlhf",
+            trl,
+            "drrlhf, Liger's layers",
+            f"{trl}, Liger's layers",
+        ),
+        rows,
     )
-    return _markdown((title, "median ± interquartile range"), rows)
+
+
+def _gpu_step(result: results.Result) -> str:
+    """Rows: who trains. Cells: the median time of a step, its spread, and peak memory."""
+    versions = result["versions"]
+    mine = {"trl": f"TRL {versions['trl']}", "trl with liger": "TRL with Liger's layer kernels"}
+    columns: dict[str, dict[str, str]] = {}
+    for metric, _ in _GPU_STEPS:
+        for one in result["records"]:
+            if one["metric"] == metric:
+                name = mine.get(one["contender"]) or "drrlhf, `{}`".format(
+                    re.sub(r"^drrlhf \((.*)\)$", r"\1", one["contender"])
+                )
+                time = f"{one['value']:.0f} ± {one['spread']:.0f} {one['unit']}"
+                memory = f"{one['peak_mib'] / 1024:.1f} GiB"
+                columns.setdefault(name, {})[metric] = f"{time}, {memory}"
+    rows = [
+        (name, *(cells.get(metric, "–") for metric, _ in _GPU_STEPS))
+        for name, cells in columns.items()
+    ]
+    shapes = {r["metric"]: r["shape"] for r in result["records"]}
+    titles = [
+        title.format(pairs=shapes[metric][1], tokens=shapes[metric][2])
+        for metric, title in _GPU_STEPS
+    ]
+    where = f"{result['device']}, {result['date']}, commit {str(result['commit'])[:7]}"
+    return _markdown((where, *titles), rows)
 
 
 _GPU_WHO = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 from rich.console import Group
@@ -82,7 +83,8 @@ def _number(value: float | None) -> str:
 def readme_tables(folder: str | os.PathLike[str]) -> dict[str, str]:
     """Markdown tables for the README and docs/, from the newest kept CPU results in `folder`.
 
-    "speed": ours beside the others, one row a piece of work; "robust_risk": the cost of every set;
+    "speed": ours beside the others, one row a piece of work; "speed_short": those of whole losses
+    and steps; "robust_risk": the cost of every set;
     "head": the log-prob head in bare products; "policy_loss": the loss of GRPO; "trainer_step": a
     whole step under each set; "packing": a step without padding; "sharing": one whose prompts lie
     there once. A table that no result has records for is left out.
@@ -169,16 +171,24 @@ _SPEED: tuple[tuple[str, str, str, str, str | None, str, str], ...] = (
         *(trainer_step.SHARED_TV, "tokens_per_s"),
     ),
     (
+        "DPO step with `tv:0.1`, {} sequences of {} tokens",
+        *("dpo_step", "tv:0.1, forward+backward", "bfloat16", None, OURS, "tokens_per_s"),
+    ),
+    (
+        "GRPO loss with `tv:0.1`, {} prompts of {} completions of {} tokens, float32",
+        *("policy_loss", "log-probs to gradients, dapo", "float32", None, OURS, "value"),
+    ),
+    (
+        "bfloat16 head frozen ({0}×{2} by {1}×{2}), forward + backward",
+        *("linear_token_logprobs", "forward+backward", "bfloat16", "frozen", OURS, "value"),
+    ),
+    (
         "log-probs from bfloat16 logits ({}×{}), forward",
         *("token_logprobs", "forward", "bfloat16", None, OURS, "value"),
     ),
     (
         "log-probs from bfloat16 logits ({}×{}), forward + backward",
         *("token_logprobs", "forward+backward", "bfloat16", None, OURS, "value"),
-    ),
-    (
-        "bfloat16 head frozen ({0}×{2} by {1}×{2}), forward + backward",
-        *("linear_token_logprobs", "forward+backward", "bfloat16", "frozen", OURS, "value"),
     ),
     (
         "float32 head trained, logits kept ({0}×{2} by {1}×{2}), forward + backward",
@@ -192,22 +202,15 @@ _SPEED: tuple[tuple[str, str, str, str, str | None, str, str], ...] = (
         "peak memory, forward+backward",
         *("bfloat16", "frozen", OURS, "peak_mib"),
     ),
-    (
-        "DPO step with `tv:0.1`, {} sequences of {} tokens",
-        *("dpo_step", "tv:0.1, forward+backward", "bfloat16", None, OURS, "tokens_per_s"),
-    ),
-    (
-        "GRPO loss with `tv:0.1`, {} prompts of {} completions of {} tokens, float32",
-        *("policy_loss", "log-probs to gradients, dapo", "float32", None, OURS, "value"),
-    ),
 )
+SHORT = 3  # of these, the first ones tell most
 _UNITS = {"peak_mib": "MiB", "tokens_per_s": "tokens/s"}
 
 
-def _speed_markdown(*found: results.Result) -> str:
+def _speed_markdown(*found: results.Result, most: int | None = None) -> str:
     """Rows: a piece of work. Cells: median time, memory or tokens per second."""
     rows = []
-    for work, op, metric, dtype, head, ours, key in _SPEED:
+    for work, op, metric, dtype, head, ours, key in _SPEED[:most]:
         result = next((r for r in found if _records(r, op=op, metric=metric)), found[0])
         of_head = {} if head is None else {"head": head}
         same = _by_implementation(result, op=op, metric=metric, dtype=dtype, axis=None, **of_head)
@@ -302,6 +305,11 @@ def _markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 # What each is made from: op, and how the metric begins.
 _TABLES: tuple[tuple[str, tuple[tuple[str, str], ...], Callable[..., str]], ...] = (
     ("speed", tuple(dict.fromkeys(row[1:3] for row in _SPEED)), _speed_markdown),
+    (
+        "speed_short",
+        tuple(dict.fromkeys(row[1:3] for row in _SPEED[:SHORT])),
+        partial(_speed_markdown, most=SHORT),
+    ),
     ("robust_risk", (("robust_risk", ""),), _robust_risk_markdown),
     ("head", (("linear_token_logprobs", ""),), _head_markdown),
     ("policy_loss", (("policy_loss", ""),), _policy_loss_markdown),

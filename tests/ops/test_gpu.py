@@ -77,6 +77,32 @@ def test_a_failure_stops_nothing_and_is_told(tmp_path, sanitizer):
     assert (tmp_path / "out" / "cpu.xml").exists()
 
 
+def test_a_sanitizer_that_breaks_does_not_hide_what_comes_after(tmp_path, monkeypatch):
+    """As one of an H100 did: in the second test, every time."""
+    tests, program = write(tmp_path, "def test_good():\n    assert 1\n"), tmp_path / "sanitizer"
+    lines = (
+        "import pytest\n@pytest.mark.sanitized\n@pytest.mark.parametrize('x', ['a', 'b b', 'c'])\n"
+    )
+    cases = tmp_path / "tests" / "test_cases.py"
+    cases.write_text(
+        f"{lines}def test_it(x):\n    if x == 'b b':\n        import os, sys\n"
+        f"        os.write(2, b'========= {gpu.ITS_OWN}: of hardware\\n')\n        os._exit(9)\n"
+    )
+    program.write_text(FAKE.format(record=tmp_path / "calls", python=sys.executable))
+    program.chmod(0o755)
+    monkeypatch.setenv("COMPUTE_SANITIZER", str(program))
+    monkeypatch.setattr(gpu, "SANITIZED", cases)
+    monkeypatch.setattr(gpu, "TOOLS", ("racecheck",))
+    monkeypatch.setattr(gpu.signal, "signal", lambda *_: None)
+    out = tmp_path / "out"
+    assert gpu.main(["--device", "cpu", "--output", str(out), "--cores", "2", tests]) == 1
+    found = summary(tmp_path)
+    assert found["racecheck"]["status"].startswith("the tool itself failed, in ")
+    assert found["racecheck"]["status"].endswith("test_cases.py::test_it[b b]")
+    assert found["racecheck"]["passed"] == found["racecheck-2"]["passed"] == 1
+    assert found["racecheck-2"]["status"] == "ok" and "racecheck-3" not in found
+
+
 def test_the_time_limit_ends_a_step_and_keeps_what_there_is(tmp_path, sanitizer):
     tests = write(
         tmp_path,
