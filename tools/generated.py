@@ -17,6 +17,7 @@ from typing import Any
 
 from drrlhf.bench import results
 from drrlhf.bench.table import readme_tables
+from drrlhf.bench.trainer_step import of_prompts
 from drrlhf.files import json_lines, write_text
 from drrlhf.seeds import mean_and_error
 from evidence.shift import page, summary
@@ -109,10 +110,7 @@ def _grpo_demo(result: dict[str, Any]) -> str:
 
 # Of a step on a GPU, its metric and what the table calls it, by its record.
 _GPU_STEPS = (
-    (
-        "step of prompts of 1536 and answers of 256",
-        "{pairs} pairs, prompts of 1536, answers of 256",
-    ),
+    (of_prompts(1536, 256), "{pairs} pairs, prompts of 1536, answers of 256"),
     ("step in one forward", "{pairs} pairs of {tokens} tokens, no prompt in common"),
 )
 # Ours and TRL's, without and with Liger's layers.
