@@ -27,7 +27,9 @@ if TYPE_CHECKING:
     from drrlhf.functional.policy_loss import PolicyLoss, policy_loss
     from drrlhf.functional.preference_loss import PreferenceLoss, preference_loss
     from drrlhf.functional.reward_loss import RewardLoss, reward_loss
+    from drrlhf.functional.robust_reward import robust_reward
     from drrlhf.functional.robust_risk import GroupState, NormaliserState, RobustRisk, robust_risk
+    from drrlhf.functional.worst_view import worst_view
     from drrlhf.logprobs import (
         TokenLogprobs,
         linear_token_logprobs,
@@ -72,9 +74,11 @@ __all__ = [
     "policy_loss",
     "preference_loss",
     "reward_loss",
+    "robust_reward",
     "robust_risk",
     "sequence_logprobs",
     "token_logprobs",
+    "worst_view",
 ]
 
 _HOME = {
@@ -82,7 +86,7 @@ _HOME = {
     "functional": (
         "GroupState LinearPreferenceLoss NormaliserState PolicyLoss PreferenceLoss RewardLoss "
         "RobustRisk linear_preference_loss pair_losses policy_loss preference_loss reward_loss "
-        "robust_risk"
+        "robust_reward robust_risk worst_view"
     ),
     "logprobs": "TokenLogprobs linear_token_logprobs sequence_logprobs token_logprobs",
     "modules": (

@@ -5,7 +5,9 @@ from drrlhf.functional.pair_losses import pair_losses
 from drrlhf.functional.policy_loss import PolicyLoss, policy_loss
 from drrlhf.functional.preference_loss import PreferenceLoss, preference_loss
 from drrlhf.functional.reward_loss import RewardLoss, reward_loss
+from drrlhf.functional.robust_reward import robust_reward
 from drrlhf.functional.robust_risk import GroupState, NormaliserState, RobustRisk, robust_risk
+from drrlhf.functional.worst_view import worst_view
 
 __all__ = [
     "GroupState",
@@ -20,5 +22,7 @@ __all__ = [
     "policy_loss",
     "preference_loss",
     "reward_loss",
+    "robust_reward",
     "robust_risk",
+    "worst_view",
 ]

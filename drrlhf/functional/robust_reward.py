@@ -1,0 +1,91 @@
+"""`robust_reward`: the reward of a completion is the worst over several reward functions."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from drrlhf.checks import check_device, check_floating, check_value, check_vector
+from drrlhf.conventions import statistics_dtype
+from drrlhf.functional.row_worst_case import row_worst_case, solvable
+
+UWO = "uwo"
+# "min" is the worst of rewards as "max" is of losses.
+WORST = "min"
+
+
+def robust_reward(rewards: Tensor, ambiguity: str = WORST, weights: Tensor | None = None) -> Tensor:
+    """The worst case of each completion over K reward functions, (n, K) -> (n,).
+
+    With the nominal distribution p in proportion to ``weights``, for every row
+
+        value = (sum of weights) * min over q in the set around p of sum_k q_k r_k,
+
+    plus the set's penalty if it has one, so that ``"mean"`` is sum_k w_k r_k, TRL's own reward.
+    Rewards are compared as they come: functions that are to be compared by their spread, and not
+    by their size, must be brought to one scale before.
+
+    Args:
+        rewards: (n, K), floating. NaN: the function did not score that completion; the others
+            share its weight.
+        ambiguity: ``"min"``, the least reward; ``"mean"``; ``"kl:temperature=t"``,
+            -t log sum_k p_k exp(-r_k / t); ``"tv:r"``, a share r of the weight moved to the least;
+            ``"cvar:a"``, the mean of the least share a; ``"uwo:c"``, the mean minus c times the
+            variance over functions (Coste et al., arXiv 2310.02743, equation 5).
+        weights: (K,) >= 0, TRL's ``reward_weights``; 1 each unless given.
+
+    Returns:
+        (n,), float32, or float64 for float64 rewards; NaN where no function scored, or none that
+        has a weight.
+
+    Raises:
+        ValueError: shapes, dtypes, negative weights, or a set without a closed form for rows.
+    """
+    check_floating("rewards", rewards)
+    if rewards.ndim != 2:
+        raise ValueError(
+            f"rewards: expected shape (n, K), a row of rewards for each completion, got "
+            f"{tuple(rewards.shape)}"
+        )
+    table = rewards.to(statistics_dtype(rewards))
+    w = table.new_ones(table.shape[1]) if weights is None else weights.to(table.dtype)
+    check_vector("weights", w, table.shape[1], "rewards")
+    check_device("weights", weights, "rewards", rewards)
+    check_value(
+        lambda: ((w >= 0) & w.isfinite()).all(),
+        lambda: f"weights: expected numbers >= 0, got {w.tolist()}",
+        w,
+    )
+    scored = ~table.isnan()
+    nominal = torch.where(scored, w, 0.0).detach()
+    penalty = uncertainty(ambiguity)
+    if penalty is None:
+        text = "max" if ambiguity.strip().lower() == WORST else ambiguity
+        values = -row_worst_case(-table, nominal, solvable("ambiguity", text)).values
+    else:
+        p = nominal / nominal.sum(1, keepdim=True)
+        known = torch.where(scored, table, 0.0)
+        mean = (p * known).sum(1, keepdim=True)
+        spread = (p * (known - mean).square()).sum(1)
+        values = mean.squeeze(1) - penalty * spread
+    # As nansum leaves them out where a function did not score: `mean` is TRL's number.
+    values = nominal.sum(1) * values
+    return torch.where((nominal > 0).any(1), values, torch.nan)
+
+
+def uncertainty(ambiguity: str) -> float | None:
+    """c of ``"uwo:c"``; None of any other set.
+
+    Raises:
+        ValueError: c is no finite number >= 0.
+    """
+    name, _, value = ambiguity.strip().lower().partition(":")
+    if name != UWO:
+        return None
+    try:
+        found = float(value)
+    except ValueError:
+        found = float("nan")
+    if not 0 <= found < float("inf"):
+        raise ValueError(f"ambiguity: expected uwo:c with a finite c >= 0, got {ambiguity!r}")
+    return found
