@@ -33,8 +33,14 @@ from drrlhf.groups import is_group, named, of_values, short
 logger = logging.getLogger(__name__)
 
 REQUIRED = ("chosen", "rejected")
-OPTIONAL = ("prompt", "group", "margin", "weight")
+OPTIONAL = ("prompt", "group", "margin", "weight", "p_chosen")
 PROMPT_REQUIRED, PROMPT_OPTIONAL = ("prompt",), ("group", "weight")
+# Columns of numbers: the least, the most, and the words for it.
+NUMBERS = {
+    "margin": (-math.inf, math.inf, "a finite number"),
+    "weight": (0.0, math.inf, "a finite number >= 0"),
+    "p_chosen": (0.0, 1.0, "a probability in [0, 1]"),
+}
 KINDS = ("reward", "dpo")
 # Columns for the chat template, in rows that have them.
 TEMPLATE = ("tools", "chat_template_kwargs")
@@ -50,7 +56,8 @@ class PreferenceData:
     """Checked preference pairs.
 
     ``dataset`` holds ``chosen`` and ``rejected``, ``prompt`` where the source has one, and as the
-    source has them ``group`` (int64 numbers), ``margin`` and ``weight`` (floats), ``tools`` (JSON
+    source has them ``group`` (int64 numbers), ``margin``, ``weight`` and ``p_chosen`` (floats),
+    ``tools`` (JSON
     text, as TRL takes it) and ``chat_template_kwargs``. ``group_names[i]`` is what the source calls
     group ``i``, and the column is a `datasets.ClassLabel` of these names; None when it has the
     numbers themselves or no groups. Messages with more than role and content are `datasets.Json`,
@@ -147,7 +154,7 @@ def _csv_value(key: str, cell: str) -> Any:
         return cell
     if not cell.strip():
         return None
-    return _csv_number(cell) if key in ("margin", "weight") else cell
+    return _csv_number(cell) if key in NUMBERS else cell
 
 
 def _csv_number(cell: str) -> Any:
@@ -338,7 +345,7 @@ class _Columns:
     def check_value(self, number: int, key: str, value: Any) -> Any:
         if key == "group":
             return value  # checked at the end, when it is known whether groups are named
-        if key in ("margin", "weight"):
+        if key in NUMBERS:
             return self.check_number(number, key, value)
         if isinstance(value, str) is self.conversational:
             first = "messages" if self.conversational else "a string"
@@ -352,8 +359,8 @@ class _Columns:
         return check(number, key, value)
 
     def check_number(self, number: int, key: str, value: Any) -> float:
-        if not _is_number(value) or not math.isfinite(value) or (key == "weight" and value < 0):
-            wanted = "a finite number >= 0" if key == "weight" else "a finite number"
+        low, high, wanted = NUMBERS[key]
+        if not _is_number(value) or not math.isfinite(value) or not low <= value <= high:
             raise self.error(number, f"{key!r} must be {wanted}; got {_short(value)}")
         return float(value)
 

@@ -104,7 +104,7 @@ class Settings:
     data: str = _option(
         None,
         "Preference pairs: a .jsonl, .json, .csv or .parquet file, or a `datasets` name. "
-        "Columns chosen and rejected; optional prompt, group, margin, weight.",
+        "Columns chosen and rejected; optional prompt, group, margin, weight, p_chosen.",
         panel=_IN,
         free=True,
         instead={
@@ -237,6 +237,12 @@ class Settings:
         "Run the model on a prompt once for all of its answers; auto: where the model keeps its "
         "numbers and enough tokens are saved.",
         free=True,
+    )
+    label_ambiguity: str | None = _option(
+        "erm",
+        "What is believed of the column p_chosen, the probability of each label: erm, all of it; "
+        "chi2:RADIUS, the worst near it.",
+        of=_PAIRS,
     )
     learning_rate: float = _option(None, "Peak; decays linearly to 0.", show_default=_RATES_TOLD)
     max_length: int | None = _option(1024, "Longest sequence in tokens.", of=_PAIRS, min=2)

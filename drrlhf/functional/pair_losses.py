@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, TypeAlias, TypedDict
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict
 
 import torch
 from torch import Tensor
 
 from drrlhf.checks import check_choice, check_device, check_floating, check_vector
+from drrlhf.functional.label_probs import (
+    LABEL_OPTIONS,
+    LabelOptions,
+    check_labels,
+    over_outcomes,
+)
+from drrlhf.functional.options import take
 from drrlhf.reference.pair_losses import (
     F_DIVERGENCES,
     PAIR_LOSSES,
@@ -41,6 +49,10 @@ class PairLossOptions(TypedDict, total=False):
     f_alpha_divergence_coef: float
     simpo_gamma: float
     discopop_tau: float
+
+
+class DoubtedPairLossOptions(PairLossOptions, LabelOptions, total=False):
+    """The options of a pair loss, and of labels that are probabilities."""
 
 
 PAIR_LOSS_OPTIONS = frozenset(PairLossOptions.__annotations__)
@@ -153,9 +165,15 @@ class CheckedPairs:
             return chosen, rejected
         return chosen - ref_chosen, rejected - ref_rejected
 
-    def losses(self, chosen: Tensor, rejected: Tensor) -> Tensor:
-        """Losses (n,) of log-ratios (n,)."""
-        return formula(chosen, rejected, *self.lengths, self.loss_type, self.options)
+    def losses(
+        self, chosen: Tensor, rejected: Tensor, labels: Mapping[str, Any] | None = None
+    ) -> Tensor:
+        """Losses (n,) of log-ratios (n,), over both outcomes where labels are probabilities."""
+        found = formula(chosen, rejected, *self.lengths, self.loss_type, self.options)
+        if labels is None or labels.get("label_probs") is None:
+            return found
+        swapped = formula(rejected, chosen, *self.lengths[::-1], self.loss_type, self.options)
+        return over_outcomes(found, swapped, **labels)
 
 
 def pair_losses(
@@ -166,13 +184,15 @@ def pair_losses(
     *,
     chosen_lengths: Tensor | None = None,
     rejected_lengths: Tensor | None = None,
-    **options: Unpack[PairLossOptions],
+    **options: Unpack[DoubtedPairLossOptions],
 ) -> Tensor:
     """Per-pair losses (n,), differentiable and not reduced; arguments as in `preference_loss`.
 
     For combining several loss types or weighing pairs before `robust_risk` reduces them.
     """
+    about_loss, labels = take("pair_losses", options, PAIR_LOSS_OPTIONS, LABEL_OPTIONS)
     references = ref_chosen_logps, ref_rejected_logps
     lengths = chosen_lengths, rejected_lengths
-    pairs = CheckedPairs((chosen_logps, rejected_logps), references, lengths, **options)
-    return pairs.losses(*pairs.log_ratios())
+    pairs = CheckedPairs((chosen_logps, rejected_logps), references, lengths, **about_loss)
+    check_labels(labels, chosen_logps.numel(), "chosen_logps", chosen_logps)
+    return pairs.losses(*pairs.log_ratios(), labels)

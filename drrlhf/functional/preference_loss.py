@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
 from drrlhf import distributed
 from drrlhf.conventions import statistics_dtype
+from drrlhf.functional.label_probs import LABEL_OPTIONS, LabelOptions, check_labels
 from drrlhf.functional.options import take
 from drrlhf.functional.pair_losses import PAIR_LOSS_OPTIONS, CheckedPairs, PairLossOptions
 from drrlhf.functional.robust_risk import (
@@ -36,7 +38,7 @@ class PreferenceLoss(NamedTuple):
     dual: Tensor
 
 
-class PreferenceLossOptions(PairLossOptions, RiskOptions, total=False):
+class PreferenceLossOptions(PairLossOptions, LabelOptions, RiskOptions, total=False):
     """The options of `pair_losses` and of `robust_risk`."""
 
 
@@ -64,6 +66,9 @@ def preference_loss(
         beta=0.1, loss_type="sigmoid", label_smoothing=0.0, f_divergence="reverse_kl",
             f_alpha_divergence_coef=0.5, simpo_gamma=0.5, discopop_tau=0.05: which loss it is, see
             `PairLossOptions`.
+        label_probs=None, label_ambiguity="erm": (n,) how probable the labels are, and the adversary
+            over that, see `drrlhf.functional.label_probs`; the other outcome's loss is that of the
+            pair the other way round.
         ambiguity, nominal, groups, group_state, normaliser_state, update, process_group,
             check_finite: as in `robust_risk`.
 
@@ -74,22 +79,30 @@ def preference_loss(
     Raises:
         ValueError: shapes, dtypes, unknown names, options that the loss type does not take.
     """
-    about_loss, about_risk = take("preference_loss", options, PAIR_LOSS_OPTIONS, RISK_OPTIONS)
+    kinds = PAIR_LOSS_OPTIONS, LABEL_OPTIONS, RISK_OPTIONS
+    about_loss, labels, about_risk = take("preference_loss", options, *kinds)
     risk = Options(**about_risk)
     with distributed.agreement(risk.process_group, chosen_logps):
         references = ref_chosen_logps, ref_rejected_logps
         lengths = chosen_lengths, rejected_lengths
         pairs = CheckedPairs((chosen_logps, rejected_logps), references, lengths, **about_loss)
+        check_labels(labels, chosen_logps.numel(), "chosen_logps", chosen_logps)
         log_ratios = pairs.log_ratios(statistics_dtype(chosen_logps))
-    return reduced(pairs, *log_ratios, "chosen_logps", risk)
+    return reduced(pairs, *log_ratios, "chosen_logps", risk, labels)
 
 
 def reduced(
-    pairs: CheckedPairs, chosen: Tensor, rejected: Tensor, like: str, risk: Options
+    pairs: CheckedPairs,
+    chosen: Tensor,
+    rejected: Tensor,
+    like: str,
+    risk: Options,
+    labels: Mapping[str, Any] | None = None,
 ) -> PreferenceLoss:
     """The worst case of pairs with log-ratios `chosen`, `rejected` (n,)."""
     beta = pairs.options.beta
-    losses = pairs.losses(*(unmasked_gradient(u, risk.nominal) for u in (chosen, rejected)))
+    of_chosen, of_rejected = (unmasked_gradient(u, risk.nominal) for u in (chosen, rejected))
+    losses = pairs.losses(of_chosen, of_rejected, labels)
     value, weights, dual = worst_case(losses, like, risk)
     rewards = (beta * chosen.detach(), beta * rejected.detach())
     return PreferenceLoss(value, weights, losses.detach(), *rewards, dual)

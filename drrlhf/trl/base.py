@@ -10,6 +10,7 @@ from accelerate.logging import get_logger
 from torch import Tensor
 
 from drrlhf import robust_risk
+from drrlhf.functional.label_probs import label_radius
 from drrlhf.trl import columns, weighted
 from drrlhf.trl.one_row import OneRowMixin
 from drrlhf.trl.seam import overridden
@@ -48,6 +49,11 @@ class AmbiguityMixin(OneRowMixin, TwoPasses):
         self._pass: Pass | None = None
         if config is not None:
             self._check_arguments(config)
+            if label_radius(getattr(config, "label_ambiguity", "erm")) and not self._doubted:
+                raise ValueError(
+                    f"label_ambiguity={config.label_ambiguity!r} needs a column 'p_chosen' in the "
+                    "training data, the probability of every label; add it, or leave that option"
+                )
         # TRL's DPO trainer would warn that it ignores the flag, and clear it.
         self._read_rows(config)
         hidden = {"padding_free": False} if self._padding_free else {}
@@ -90,9 +96,16 @@ class AmbiguityMixin(OneRowMixin, TwoPasses):
         fresh = self._signature_columns is None
         super()._set_signature_columns_if_needed()  # type: ignore[misc]
         if fresh:
-            self._signature_columns += columns.COLUMNS
+            self._signature_columns += columns.PAIR_COLUMNS
 
     # -- the reduction -------------------------------------------------------------------------
+
+    def _labels(self, p_chosen: Tensor | None) -> dict[str, Any]:
+        """What a loss is told of labels that are probabilities (n,)."""
+        if p_chosen is None:
+            return {}
+        ambiguity = getattr(self.args, "label_ambiguity", "erm")
+        return {"label_probs": p_chosen, "label_ambiguity": ambiguity}
 
     def _reduced(
         self,

@@ -1,8 +1,9 @@
-"""The two columns that TRL does not know: ``group`` and ``weight`` (float64).
+"""The columns that TRL does not know: ``group``, ``weight`` and ``p_chosen`` (float64).
 
 They ride in the batch beside TRL's own columns and are taken out again before the model sees it.
 ``weight`` is the nominal weight of a pair (0 masks it), ``group`` its group: in the batch the int64
-number of it, in the data that, a code, or text (`drrlhf.groups`).
+number of it, in the data that, a code, or text (`drrlhf.groups`). ``p_chosen``, of pairs alone, is
+the probability of the label.
 """
 
 from __future__ import annotations
@@ -11,26 +12,32 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from drrlhf.groups import Groups, is_integer, named, of_values, short
 
-GROUP, WEIGHT = "group", "weight"
+GROUP, WEIGHT, LABEL = "group", "weight", "p_chosen"
 COLUMNS = (GROUP, WEIGHT)
+PAIR_COLUMNS = (*COLUMNS, LABEL)
+# What the numbers of a column may be, and the words for it.
+_DOMAINS: dict[str, tuple[Callable[[float], bool], str]] = {
+    WEIGHT: (lambda x: x >= 0, "a finite number >= 0 (0 masks the pair)"),
+    LABEL: (lambda x: 0 <= x <= 1, "a probability in [0, 1]"),
+}
 
 
 @dataclass
 class PairColumns:
-    """A data collator around another: adds ``group`` and ``weight`` when the examples have them.
+    """A data collator around another: adds our columns when the examples have them.
 
     ``groups`` are those of the ambiguity set, None when it has none: then a ``group`` column that
     holds integers is taken as it is, and any other left out.
 
     Raises:
-        ValueError: (when called) a group that is none of ``groups``, or a weight that is not a
-            finite number >= 0.
+        ValueError: (when called) a group that is none of ``groups``, a weight that is not a finite
+            number >= 0, or a ``p_chosen`` that is no probability.
     """
 
     collator: Callable[[list[dict[str, Any]]], Any]
@@ -38,13 +45,14 @@ class PairColumns:
 
     def __call__(self, examples: list[dict[str, Any]]) -> Any:
         extra = {}
-        for name, dtype in ((GROUP, torch.int64), (WEIGHT, torch.float64)):
+        for name in PAIR_COLUMNS:
+            dtype = torch.int64 if name == GROUP else torch.float64
             if name in examples[0]:
                 values = [_plain(example.get(name)) for example in examples]
                 check_values(name, values, self.groups)
                 if name == GROUP and self.groups is not None:
                     values = [self.groups.number(value) for value in values]
-                if name == WEIGHT or all(_is_integer(value) for value in values):
+                if name in _DOMAINS or all(_is_integer(value) for value in values):
                     extra[name] = torch.tensor(values, dtype=dtype)
         batch = self.collator(examples)
         for name, tensor in extra.items():
@@ -52,11 +60,19 @@ class PairColumns:
         return batch
 
 
-def take(inputs: Any) -> tuple[dict[str, Any], torch.Tensor | None, torch.Tensor | None]:
-    """Split a batch into (a copy without our columns, weight (n,), group (n,))."""
+class Taken(NamedTuple):
+    """A copy of a batch without our columns, and these, each (n,) or None."""
+
+    inputs: dict[str, Any]
+    weight: torch.Tensor | None
+    group: torch.Tensor | None
+    p_chosen: torch.Tensor | None
+
+
+def take(inputs: Any) -> Taken:
+    """Split a batch."""
     rest = dict(inputs)
-    group, weight = rest.pop(GROUP, None), rest.pop(WEIGHT, None)
-    return rest, weight, group
+    return Taken(rest, *(rest.pop(name, None) for name in (WEIGHT, GROUP, LABEL)))
 
 
 def check_datasets(
@@ -80,8 +96,9 @@ def check_datasets(
     train, evaluation = given.get("train_dataset"), given.get("eval_dataset")
     present = _present(train, "train_dataset", num_groups)
     groups = _groups(train, num_groups) if GROUP in present else None
-    if train is not None and WEIGHT in present and hasattr(train, "unique"):
-        check_values(WEIGHT, train.unique(WEIGHT), None, " of train_dataset")
+    for name in present & set(_DOMAINS):
+        if train is not None and hasattr(train, "unique"):
+            check_values(name, train.unique(name), None, " of train_dataset")
     check_evaluation(evaluation, groups, num_groups)
     return groups, present
 
@@ -96,7 +113,7 @@ def check_evaluation(
         return
     check_names(dataset, groups, argument)
     for name in _present(dataset, argument, num_groups):
-        if hasattr(dataset, "unique") and (name == WEIGHT or num_groups is not None):
+        if hasattr(dataset, "unique") and (name in _DOMAINS or num_groups is not None):
             check_values(name, dataset.unique(name), groups, f" of {argument}")
 
 
@@ -115,7 +132,7 @@ def _present(dataset: Any, argument: str, num_groups: int | None) -> set[str]:
     """Those of our columns that a dataset has."""
     if dataset is None:
         return set()
-    present = set(COLUMNS) & set(next(iter(dataset), {}))
+    present = set(PAIR_COLUMNS) & set(next(iter(dataset), {}))
     if num_groups is not None and GROUP not in present:
         asked, ids = "group", ""
         if num_groups:
@@ -169,11 +186,13 @@ def _class_names(dataset: Any) -> list[str] | None:
 def check_values(name: str, values: Iterable[Any], groups: Groups | None, where: str = "") -> None:
     """ValueError naming the first value that a column of ours may not hold."""
     for value in values:
-        if name == WEIGHT:
-            if not isinstance(value, Real) or not math.isfinite(value) or value < 0:
+        if name in _DOMAINS:
+            inside, wanted = _DOMAINS[name]
+            number = float(value) if isinstance(value, Real) else math.nan
+            if not math.isfinite(number) or not inside(number):
                 raise ValueError(
-                    f"column 'weight'{where} holds {value!r}: expected a finite number >= 0 (0 "
-                    "masks the pair). Correct the column, or rename it if it means something else."
+                    f"column {name!r}{where} holds {value!r}: expected {wanted}. Correct the "
+                    "column, or rename it if it means something else."
                 )
         elif groups is not None:
             try:

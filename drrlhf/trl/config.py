@@ -11,8 +11,10 @@ from trl import RewardConfig as _TRLRewardConfig
 
 from drrlhf import parse_ambiguity
 from drrlhf.checks import check_choice
+from drrlhf.functional.label_probs import label_radius
 from drrlhf.groups import from_data, with_count
 from drrlhf.trl.head import HEADS
+from drrlhf.trl.rewards import MEAN, check_ambiguity
 
 SCOPES = ("step", "microbatch")
 SHARING = {"auto": "auto", "true": True, "false": False}  # as a shell spells them
@@ -63,7 +65,24 @@ class _Ambiguous:
 
 
 @dataclass
-class DPOConfig(_Ambiguous, _TRLDPOConfig):
+class _Pairs(_Ambiguous):
+    """What the configurations for pairs get besides."""
+
+    label_ambiguity: str = field(
+        default="erm",
+        metadata={
+            "help": "What is believed of the column p_chosen, the probability that the chosen "
+            "answer is the better one: erm, all of it; or chi2:RADIUS, the worst near it."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        label_radius(self.label_ambiguity)
+        super().__post_init__()
+
+
+@dataclass
+class DPOConfig(_Pairs, _TRLDPOConfig):
     """TRL's ``DPOConfig`` plus the ambiguity set and the output head.
 
     ``ambiguity`` takes a string such as ``"tv:0.1"`` or an instance such as ``drrlhf.TV(0.1)``, and
@@ -74,6 +93,8 @@ class DPOConfig(_Ambiguous, _TRLDPOConfig):
     one batch; ``"microbatch"``, those of one device's batch. A run resumes with its own set unless
     ``resume_with_changed_ambiguity``. ``label_smoothing`` also applies to ``loss_type="sigmoid"``
     (cDPO): TRL ignores it.
+    With a column ``p_chosen``, such as the chosen answer's share of votes, losses are over both
+    outcomes; ``label_ambiguity="chi2:r"`` takes the worst probability near it (DPO-PRO).
     ``share_prompts`` runs the model on what two answers have in common, their prompt, once: all
     tokens of a batch then lie in one row, as with ``padding_free``, and the numbers are those that
     each answer has for itself, to rounding; dropout in the prompt is drawn once for its answers.
@@ -103,14 +124,15 @@ class DPOConfig(_Ambiguous, _TRLDPOConfig):
 
 
 @dataclass
-class RewardConfig(_Ambiguous, _TRLRewardConfig):
+class RewardConfig(_Pairs, _TRLRewardConfig):
     """TRL's ``RewardConfig`` plus the ambiguity set, given and kept as in :class:`DPOConfig`.
 
     ``padding_free`` runs the model on one packed row of all tokens (causal decoders), and
-    ``share_prompts`` on each prompt once, as in :class:`DPOConfig`.
+    ``share_prompts`` on each prompt once, and ``label_ambiguity`` is about the column ``p_chosen``,
+    as in :class:`DPOConfig`.
 
     Raises:
-        ValueError: the ambiguity set is unknown or an argument of it is out of range.
+        ValueError: an ambiguity set is unknown or an argument of it is out of range.
     """
 
     padding_free: bool = field(
@@ -130,9 +152,14 @@ class GRPOConfig(_Ambiguous, _TRLGRPOConfig):
     ``group``; or ``"pass_rate"``, the share of each prompt's completions so far that reached a
     reward of ``pass_threshold``, cut into G equal parts of [0, 1].
 
+    ``reward_ambiguity`` says how the rewards of several functions become that of a completion:
+    their worst case around ``reward_weights``, see :func:`drrlhf.robust_reward`, before advantages
+    are made; ``"mean"`` is TRL's weighted sum. With ``multi_objective_aggregation=
+    "normalize_then_sum"`` the functions are brought to one scale first, by TRL.
+
     Raises:
-        ValueError: the ambiguity set, ``head`` or ``group_by`` is unknown, or an argument of the
-            set is out of range.
+        ValueError: the ambiguity set, ``head``, ``group_by`` or ``reward_ambiguity`` is unknown, or
+            an argument of a set is out of range.
     """
 
     head: str = field(
@@ -146,8 +173,16 @@ class GRPOConfig(_Ambiguous, _TRLGRPOConfig):
     pass_threshold: float = field(
         default=0.5, metadata={"help": "The reward from which a completion counts as passed."}
     )
+    reward_ambiguity: str = field(
+        default=MEAN,
+        metadata={
+            "help": "How the rewards of several functions become one: mean, TRL's weighted sum; "
+            "min, kl:temperature=T, tv:RADIUS, cvar:ALPHA or uwo:C."
+        },
+    )
 
     def __post_init__(self) -> None:
         check_choice("head", self.head, HEADS)
         check_choice("group_by", self.group_by, GROUPINGS)
+        check_ambiguity(self.reward_ambiguity)
         super().__post_init__()

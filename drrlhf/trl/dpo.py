@@ -33,9 +33,10 @@ class DPOTrainer(AmbiguityMixin, trl.DPOTrainer):
     to ``loss_type="sigmoid"`` (cDPO), where TRL ignores it. Several ``loss_type`` are summed pair
     by pair with ``loss_weights`` (and WPO's ``use_weighting``), and the adversary weighs the sum;
     ``sft`` and a mixture-of-experts auxiliary loss are added outside the ambiguity set. Datasets
-    may have the columns ``group`` (numbers from 0, codes or text) and ``weight`` (>= 0). The
-    log-probs come from the head that ``args.head`` names, in training, evaluation and
-    precomputation; other trainers in the process keep theirs.
+    may have the columns ``group`` (numbers from 0, codes or text), ``weight`` (>= 0) and
+    ``p_chosen`` (in [0, 1], see ``args.label_ambiguity``). The log-probs come from the head that
+    ``args.head`` names, in training, evaluation and precomputation; other trainers in the process
+    keep theirs.
 
     Raises:
         ValueError: an unknown ``loss_type``; ``aot`` or ``aot_unpaired`` with weights; an
@@ -109,7 +110,7 @@ class DPOTrainer(AmbiguityMixin, trl.DPOTrainer):
         it returns is 0, or the auxiliary loss), and the reference enters one way, as if it had
         been precomputed. It runs after the policy, as in TRL, so that dropout draws the same.
         """
-        inputs, nominal, groups = columns.take(inputs)
+        inputs, nominal, groups, p_chosen = columns.take(inputs)
         terms = list(zip(self.loss_types, self.loss_weights, strict=True))
         outside = [term for term in terms if term[0] in OUTSIDE_LOSSES]
         inside = [term for term in terms if term[0] not in OUTSIDE_LOSSES]
@@ -139,7 +140,7 @@ class DPOTrainer(AmbiguityMixin, trl.DPOTrainer):
                 references = inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]
                 self._pass.references.append(references)
         if inside:
-            loss = loss + self._pair_risk(inside, recorder, inputs, nominal, groups)
+            loss = loss + self._pair_risk(inside, recorder, inputs, nominal, groups, p_chosen)
         return (loss, outputs) if return_outputs else loss
 
     def _pair_risk(
@@ -149,6 +150,7 @@ class DPOTrainer(AmbiguityMixin, trl.DPOTrainer):
         inputs: dict[str, torch.Tensor],
         nominal: torch.Tensor | None,
         groups: torch.Tensor | None,
+        p_chosen: torch.Tensor | None,
     ) -> torch.Tensor:
         """The number () to backpropagate for the pair losses."""
         mask = inputs["completion_mask"]
@@ -162,6 +164,7 @@ class DPOTrainer(AmbiguityMixin, trl.DPOTrainer):
             "ref_rejected_logps": ref_rejected,
             "chosen_lengths": chosen_lengths,
             "rejected_lengths": rejected_lengths,
+            **self._labels(p_chosen),
         }
         if self._adversarial:
             # Two completions that truncation has emptied have equal log-probs whatever the model:

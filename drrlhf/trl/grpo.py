@@ -19,6 +19,7 @@ from drrlhf.functional.robust_risk import weighted_sum
 from drrlhf.trl import columns, head, prompts, weighted
 from drrlhf.trl.one_row import OneRowMixin
 from drrlhf.trl.prompts import FACTOR, PassRates, PromptSampler
+from drrlhf.trl.rewards import MEAN, WorstReward
 from drrlhf.trl.seam import overridden
 from drrlhf.trl.step import StepMixin
 from drrlhf.trl.weighted import PROMPTS, Weighted
@@ -99,6 +100,9 @@ class GRPOTrainer(OneRowMixin, StepMixin, trl.GRPOTrainer):
         for function, pad in zip(self.reward_funcs, pads):  # an environment adds one
             if isinstance(function, PreTrainedModel):  # TRL has set it to the tokenizer's
                 function.config.get_text_config().pad_token_id = pad
+        combined = getattr(config, "reward_ambiguity", MEAN)
+        if combined != MEAN:
+            self.reward_weights: Any = WorstReward(self.reward_weights, combined)
         self._make_states()
         self.pass_rates = None if self._by_column else PassRates()
         self._check_setup()

@@ -19,7 +19,8 @@ class RewardTrainer(AmbiguityMixin, trl.RewardTrainer):
 
     The centring term of ``center_rewards_coefficient`` is part of each pair's loss, so that the
     adversary weighs it too. With ``ambiguity="erm"`` the numbers are TRL's. Datasets may have the
-    columns ``group`` (numbers from 0, codes or text) and ``weight`` (>= 0) beside TRL's ``margin``.
+    columns ``group`` (numbers from 0, codes or text), ``weight`` (>= 0) and ``p_chosen`` (in
+    [0, 1], see ``args.label_ambiguity``) beside TRL's ``margin``.
 
     Raises:
         ValueError: a Group set without a ``group`` column or with another number of groups, a
@@ -57,12 +58,13 @@ class RewardTrainer(AmbiguityMixin, trl.RewardTrainer):
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        inputs, nominal, groups = columns.take(inputs)
+        inputs, nominal, groups, p_chosen = columns.take(inputs)
         recorder = Recorder(self._runner(model))
         result = super().compute_loss(recorder, inputs, return_outputs, num_items_in_batch)
         chosen, rejected = recorder.output("logits").squeeze(-1).chunk(2)
         center = self.args.center_rewards_coefficient or 0.0
-        losses = reward_losses(chosen, rejected, inputs.get("margin"), center, nominal)
+        labels = self._labels(p_chosen)
+        losses = reward_losses(chosen, rejected, inputs.get("margin"), center, nominal, labels)
         correct = chosen.detach() > rejected.detach()
         value = self._reduced(losses, correct, nominal, groups)
         return (value, result[1]) if return_outputs else value

@@ -18,7 +18,7 @@ from drrlhf.trl import columns
 # Tensors (2n, L).
 SEQUENCES = ("input_ids", "attention_mask", "completion_mask", "token_type_ids")
 # Tensors (n,).
-PAIRS = ("ref_chosen_logps", "ref_rejected_logps", "margin", *columns.COLUMNS)
+PAIRS = ("ref_chosen_logps", "ref_rejected_logps", "margin", *columns.PAIR_COLUMNS)
 
 
 def count(batch: Mapping[str, Any]) -> int:

@@ -41,6 +41,7 @@ class SetMixin:
     normaliser_state: NormaliserState | None
     _groups: Groups | None  # of the column, where the set needs it or its values have names
     _weighted: bool
+    _doubted: bool  # labels are probabilities
     _get_output_dir: Any
     _push_from_checkpoint: Any
     _members = "pairs"  # what the adversary weighs, in messages
@@ -62,7 +63,7 @@ class SetMixin:
         if counted:
             assert self._groups is not None
             self.ambiguity = with_count(asked, self._groups.count)
-        self._weighted = columns.WEIGHT in present
+        self._weighted, self._doubted = (c in present for c in (columns.WEIGHT, columns.LABEL))
         self.robust_scope = getattr(config, "robust_scope", "step")
 
     def _make_states(self) -> None:

@@ -35,9 +35,10 @@ OF_ALL = {
     "logging_steps",
 }
 OF_ONE = {
-    "reward": {"padding_free", "max_length", "center_rewards_coefficient"},
+    "reward": {"padding_free", "label_ambiguity", "max_length", "center_rewards_coefficient"},
     "dpo": {
         "padding_free",
+        "label_ambiguity",
         "max_length",
         "beta",
         "loss_type",

@@ -84,6 +84,7 @@ def test_a_sanitizer_that_breaks_does_not_hide_what_comes_after(tmp_path, monkey
         "import pytest\n@pytest.mark.sanitized\n@pytest.mark.parametrize('x', ['a', 'b b', 'c'])\n"
     )
     cases = tmp_path / "tests" / "test_cases.py"
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = sanitized: its own\n")
     cases.write_text(
         f"{lines}def test_it(x):\n    if x == 'b b':\n        import os, sys\n"
         f"        os.write(2, b'========= {gpu.ITS_OWN}: of hardware\\n')\n        os._exit(9)\n"

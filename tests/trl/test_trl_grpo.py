@@ -290,6 +290,7 @@ WRONG = {
     "no groups": ({"group_by": "pass_rate"}, "group_by='pass_rate' groups prompts for a Group set"),
     "name": ({"group_by": "passrate"}, "did you mean 'pass_rate'"),
     "set": ({"ambiguity": "tv:2"}, "radius"),
+    "rewards": ({"reward_ambiguity": "chi2:1"}, "reward_ambiguity: expected"),
 }
 
 
@@ -315,3 +316,70 @@ def test_an_infinite_reward_is_named_and_nothing_is_updated(model, tmp_path):
     with pytest.raises(ValueError, match=r"rewards: expected finite numbers, got {'reward': inf}"):
         trainer.train()
     assert torch.equal(trainer.group_state.weights, before)
+
+
+# ------------------------------------------------------------------- the worst of several rewards
+
+
+def length(completion_ids, **_):
+    return [len(ids) / 4 + ids[0] / 90 for ids in completion_ids]
+
+
+def first(completion_ids, **_):
+    return [None if not ids or ids[0] % 3 == 0 else float(ids[0] % 7) for ids in completion_ids]
+
+
+SEVERAL = {"trainer_reward_funcs": [length, first], "reward_weights": [2.0, 0.5], "max_steps": 2}
+
+
+@pytest.mark.parametrize(
+    ("text", "combined"),
+    [
+        ("min", lambda r, w: 2.5 * min(r)),
+        ("uwo:0.5", lambda r, w: uncertain(r, w)),
+        ("kl:temperature=2", lambda r, w: softened(r, w)),
+    ],
+)
+@pytest.mark.parametrize("ambiguity", ["erm", "tv:0.3"])
+def test_the_worst_of_several_rewards(run, text, combined, ambiguity):
+    """As one function that gives the worst case by hand; one of the two may not score."""
+
+    def by_hand(completion_ids, **_):
+        found = []
+        for a, b in zip(length(completion_ids), first(completion_ids), strict=True):
+            r, w = ([a], [2.0]) if b is None else ([a, b], [2.0, 0.5])
+            # The weight of who did not score is missed, as in TRL's sum.
+            found.append(combined(r, w) * sum(w) / 2.5)
+        return found
+
+    ours = run(reward_ambiguity=text, ambiguity=ambiguity, **SEVERAL)
+    one = run(trainer_reward_funcs=by_hand, ambiguity=ambiguity, max_steps=2)
+    assert_same_steps(ours, one)
+    for mine, log in zip(ours["logs"], one["logs"]):
+        assert mine.get("reward") == pytest.approx(log.get("reward"), rel=1e-5)
+    plain = run(ambiguity=ambiguity, **SEVERAL)
+    assert any(not torch.equal(a, b) for a, b in zip(ours["gradients"], plain["gradients"]))
+
+
+def uncertain(r, w):
+    total, mean = sum(w), sum(x * y for x, y in zip(r, w)) / sum(w)
+    return 2.5 * (mean - 0.5 * sum(y * (x - mean) ** 2 for x, y in zip(r, w)) / total)
+
+
+def softened(r, w):
+    return -5.0 * math.log(sum(y * math.exp(-x / 2) for x, y in zip(r, w)) / sum(w))
+
+
+def test_the_mean_of_several_rewards_is_trls(run):
+    options = SEVERAL | {"head": "trl", "share_prompts": False}
+    ours = run(reward_ambiguity="mean", **options)
+    del options["head"], options["share_prompts"]
+    assert torch.equal(ours["parameters"], run("trl", **options)["parameters"])
+
+
+@pytest.mark.parametrize("way", ["sum_then_normalize", "normalize_then_sum"])
+def test_one_function_has_no_worst(run, way):
+    """Of one reward every set leaves its weighted value, whichever way TRL normalises."""
+    options = {"multi_objective_aggregation": way, "max_steps": 2, "reward_weights": [3.0]}
+    plain, worst = (run(reward_ambiguity=text, **options) for text in ("mean", "tv:0.5"))
+    assert_same_steps(worst, plain)

@@ -1,0 +1,40 @@
+"""What `reward_ambiguity` means to GRPO: how the rewards of several functions become one."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from drrlhf.functional.robust_reward import robust_reward
+
+MEAN = "mean"
+
+
+class WorstReward:
+    """Stands for TRL's ``reward_weights`` (K,), where TRL multiplies the rewards (n, K) of its
+    functions by them and sums over functions: the product has one column, the worst case."""
+
+    def __init__(self, weights: Tensor, ambiguity: str) -> None:
+        self.weights, self.ambiguity = weights, ambiguity
+
+    def to(self, device: object) -> WorstReward:
+        return WorstReward(self.weights.to(device), self.ambiguity)  # type: ignore[call-overload]
+
+    def unsqueeze(self, dim: int) -> WorstReward:
+        """As TRL makes a row of weights: here it is known what is weighed."""
+        return self
+
+    def __rmul__(self, rewards: Tensor) -> Tensor:
+        return robust_reward(rewards, self.ambiguity, self.weights).unsqueeze(1)
+
+
+def check_ambiguity(ambiguity: str) -> None:
+    """Refuse what ``reward_ambiguity`` cannot be.
+
+    Raises:
+        ValueError: `robust_reward` knows no such set.
+    """
+    try:
+        robust_reward(torch.ones(1, 1), ambiguity)
+    except ValueError as error:
+        raise ValueError(f"reward_{error}") from error
