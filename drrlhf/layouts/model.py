@@ -46,7 +46,9 @@ _shared: Any = WeakTensorKeyDictionary()
 
 def _shared_row(input_ids: Tensor, attention_mask: Tensor) -> Layout:
     known = _shared.get(input_ids)
-    asked = attention_mask, attention_mask._version, input_ids._version
+    # What is made in inference mode is written by nobody who counts.
+    versions = (0 if x.is_inference() else x._version for x in (attention_mask, input_ids))
+    asked = attention_mask, *versions
     if known is None or known[0][0] is not asked[0] or known[0][1:] != asked[1:]:
         known = asked, layout.shared(input_ids, attention_mask)
         _shared[input_ids] = known

@@ -370,19 +370,42 @@ def test_the_tables_of_the_demos_and_the_gpu():
         }
     )
     assert made.splitlines()[2:] == ["| a (seen) | 0.20 | 0.38 | 0.50 | +0.125 ± 0.125 |"]
-    step = {"shape": [2, 8, 64], "dtype": "bfloat16", "unit": "ms", "spread": 2.4}
-    made = generated._gpu_step(
-        {
-            **{"versions": {"trl": "1.16.0"}, "device": "X", "date": "D", "commit": "C"},
-            "records": [
-                step | {"contender": name, "value": value}
-                for name, value in (("drrlhf (tv:0.1)", 569.4), ("trl", 534.0))
-            ],
-        }
+    of_prompts, alone = (metric for metric, _ in generated._GPU_STEPS)
+    step = {"unit": "ms", "spread": 2.4, "peak_mib": 1536.0}
+    records = [
+        step
+        | {"contender": name, "metric": metric, "shape": [1, 16, tokens], "value": 2e6 / speed}
+        | {"tokens_per_s": speed}
+        for metric, tokens, name, speed in (
+            (of_prompts, 1792, "drrlhf (shared)", 4e4),
+            (of_prompts, 1792, "drrlhf (shared, liger)", 5e4),
+            (of_prompts, 1792, "trl", 2e4),
+            (of_prompts, 1792, "trl with liger", 2.5e4),
+            (alone, 512, "drrlhf (erm)", 1.23e4),
+            (alone, 512, "drrlhf (erm, liger)", 1.5e4),
+            (alone, 512, "trl", 1e4),
+            (alone, 512, "trl with liger", 1.25e4),
+        )
+    ]
+    about = {"versions": {"trl": "1.16.0"}, "device": "X", "date": "D", "commit": "C" * 40}
+    titles = (
+        "16 pairs, prompts of 1536, answers of 256",
+        "16 pairs of 512 tokens, no prompt in common",
     )
-    assert made.startswith("| DPO step of 16 pairs of 64 tokens, bfloat16, X, D, commit C |")
-    rows = ["| drrlhf, `tv:0.1` | 569 ± 2 ms |", "| TRL 1.16.0 | 534 ± 2 ms |"]
-    assert made.splitlines()[2:] == rows
+    made = generated._gpu_speed({**about, "records": records}).splitlines()
+    head = "| DPO step, tokens/s, X | drrlhf | TRL 1.16 | drrlhf, Liger's layers | TRL 1.16,"
+    assert made[0].startswith(head)
+    assert made[2:] == [
+        f"| {titles[0]} | 40.0k | 20.0k | 50.0k | 25.0k |",
+        f"| {titles[1]} | 12.3k | 10.0k | 15.0k | 12.5k |",
+    ]
+    made = generated._gpu_step({**about, "records": records}).splitlines()
+    assert made[0] == f"| X, D, commit {'C' * 7} | {titles[0]} | {titles[1]} |"
+    assert made[2:5] == [
+        "| drrlhf, `shared` | 50 ± 2 ms, 1.5 GiB | – |",
+        "| drrlhf, `shared, liger` | 40 ± 2 ms, 1.5 GiB | – |",
+        "| TRL 1.16.0 | 100 ± 2 ms, 1.5 GiB | 200 ± 2 ms, 1.5 GiB |",
+    ]
 
 
 def test_the_words_around_the_tables_are_what_these_say():
@@ -402,8 +425,19 @@ def test_the_words_around_the_tables_are_what_these_say():
     assert mean < -2 * error and "95" in grpo["domains"]["movie"]
     unseen = [domain for domain, share in grpo["domains"].items() if share == "unseen"]
     assert len(unseen) == 2 and all(mean < error for mean, error in map(difference, unseen))
-    gpu = {r["contender"]: r["value"] for r in read(generated._kept("gpu", ".json"))["records"]}
-    assert gpu["trl"] < min(time for name, time in gpu.items() if name.startswith("drrlhf"))
+    gpu: dict[str, dict[str, float]] = {}
+    for r in read(generated._kept("gpu", ".json"))["records"]:
+        gpu.setdefault(r["metric"], {})[r["contender"]] = r["value"]
+    for metric, times in ((metric, gpu[metric]) for metric, _ in generated._GPU_STEPS):
+        of_sets = [[t for n, t in times.items() if "liger" not in n and n.startswith("drrlhf")]]
+        of_sets.append([t for n, t in times.items() if "liger" in n and n.startswith("drrlhf")])
+        for ours, theirs in zip(of_sets, (times["trl"], times["trl with liger"]), strict=True):
+            assert max(ours) < theirs  # "ours is faster by little", the sets too
+        robust, plain = (
+            [t for n, t in times.items() if n.startswith("drrlhf") and n.endswith(end)]
+            for end in ("tv:0.1)", "(shared)" if metric != "step in one forward" else "(erm)")
+        )
+        assert max(robust) < 1.01 * min(plain)  # "take as long"
     lines = json_lines(generated._kept("gpu-ops", ".jsonl"))
     head = {(one["who"], one["kind"]): one.get("ms") for one in lines if one["item"] == "head"}
     times = " | ".join(f"{head['trl', kind]:.1f} ms" for kind in ("forward", "frozen"))
