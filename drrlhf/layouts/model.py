@@ -39,20 +39,22 @@ _ROWS = {"packed": "a packed row", "shared": "a row with their common prompt onc
 _verdicts: weakref.WeakKeyDictionary[PreTrainedModel, dict[str, str | None]] = (
     weakref.WeakKeyDictionary()
 )
-# Rows with common prompts once, of batches that are still there: the reference, the policy and the
-# second pass of a step ask for the same one, and on a GPU each answer waits for all work before it.
+# The last row with common prompts once, until it is asked for again: policy and reference ask for
+# the same one in turn, and on a GPU each answer waits for all work before it.
 _shared: Any = WeakTensorKeyDictionary()
 
 
 def _shared_row(input_ids: Tensor, attention_mask: Tensor) -> Layout:
-    known = _shared.get(input_ids)
+    known = _shared.pop(input_ids, None)
     # What is made in inference mode is written by nobody who counts.
     versions = (0 if x.is_inference() else x._version for x in (attention_mask, input_ids))
     asked = attention_mask, *versions
-    if known is None or known[0][0] is not asked[0] or known[0][1:] != asked[1:]:
-        known = asked, layout.shared(input_ids, attention_mask)
-        _shared[input_ids] = known
-    return known[1]
+    if known is not None and known[0][0] is asked[0] and known[0][1:] == asked[1:]:
+        return known[1]
+    found = layout.shared(input_ids, attention_mask)
+    _shared.clear()
+    _shared[input_ids] = asked, found
+    return found
 
 
 def _without_adapters(model: Any) -> Any:

@@ -25,6 +25,12 @@ class OneRowMixin:
         self._padding_free = bool(getattr(config, "padding_free", False))
         # TRL's own configuration has none, and gets the default.
         self._share = getattr(config, "share_prompts", "auto")
+        if self._share == "auto" and getattr(config, "torch_compile", False):
+            self._share = False
+            self._notice(
+                "share_prompts='auto': prompts are not shared with torch_compile, which would "
+                "compile anew for every row"
+            )
 
     def _prepare_rows(self, *models: Any) -> None:
         """Let the models (or None) take rows of several sequences.

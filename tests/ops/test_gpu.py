@@ -78,21 +78,24 @@ def test_a_failure_stops_nothing_and_is_told(tmp_path, sanitizer):
 
 
 def test_a_sanitizer_that_breaks_does_not_hide_what_comes_after(tmp_path, monkeypatch):
-    """As one of an H100 did: in the second test, every time."""
+    """As one did on an H200: in one test, every time."""
     tests, program = write(tmp_path, "def test_good():\n    assert 1\n"), tmp_path / "sanitizer"
-    lines = (
-        "import pytest\n@pytest.mark.sanitized\n@pytest.mark.parametrize('x', ['a', 'b b', 'c'])\n"
-    )
     cases = tmp_path / "tests" / "test_cases.py"
     (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = sanitized: its own\n")
     cases.write_text(
-        f"{lines}def test_it(x):\n    if x == 'b b':\n        import os, sys\n"
-        f"        os.write(2, b'========= {gpu.ITS_OWN}: of hardware\\n')\n        os._exit(9)\n"
+        "import os, pytest\n@pytest.mark.sanitized\n"
+        "@pytest.mark.parametrize('x', ['a', 'b b', 'c'])\n"
+        "def test_it(x):\n    if x == 'b b':\n        os._exit(9)\n"
     )
-    program.write_text(FAKE.format(record=tmp_path / "calls", python=sys.executable))
+    told = FAKE.format(record=tmp_path / "calls", python=sys.executable)
+    broken = (
+        f'"$@"; code=$?\n[ $code != 9 ] || echo "========= {gpu.ITS_OWN}: of hardware"\nexit $code'
+    )
+    program.write_text(told.replace('exec "$@"', broken))
     program.chmod(0o755)
     monkeypatch.setenv("COMPUTE_SANITIZER", str(program))
     monkeypatch.setattr(gpu, "SANITIZED", cases)
+    monkeypatch.setattr(gpu, "ROOT", tmp_path)
     monkeypatch.setattr(gpu, "TOOLS", ("racecheck",))
     monkeypatch.setattr(gpu.signal, "signal", lambda *_: None)
     out = tmp_path / "out"

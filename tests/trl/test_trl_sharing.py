@@ -272,6 +272,21 @@ def test_auto_shares_what_is_worth_it():
         assert shapes[-1] == expected
 
 
+def test_a_row_is_laid_out_once_for_policy_and_reference(monkeypatch):
+    counted, laid_out = [], layout.shared
+    monkeypatch.setattr(layout, "shared", lambda *x: counted.append(x) or laid_out(*x))
+    ids, mask = torch.tensor([[5, 6, 7], [5, 6, 8]]), torch.ones(2, 3, dtype=torch.long)
+    first, second = layouts._shared_row(ids, mask), layouts._shared_row(ids, mask)
+    assert first is second and len(counted) == 1 and len(first.tokens) == 4
+    layouts._shared_row(ids, mask)
+    ids[1, 1] = 9  # in place, as nobody should
+    assert len(layouts._shared_row(ids, mask).tokens) == 5
+    assert len(layouts._shared_row(ids, mask.clone()).tokens) == 5
+    with torch.inference_mode():
+        assert len(layouts._shared_row(ids.clone(), mask.clone()).tokens) == 5
+    assert len(counted) == 5
+
+
 # -------------------------------------------------------------------------------- what is said
 
 

@@ -141,9 +141,9 @@ def spied(trainer):
     """(training, random state at the start, pairs, losses) of every pass over a microbatch."""
     seen, original = [], trainer._pair_risk
 
-    def spy(terms, recorder, inputs, nominal, groups):
+    def spy(terms, recorder, inputs, *columns):
         before = len(trainer._pass.seen)
-        value = original(terms, recorder, inputs, nominal, groups)
+        value = original(terms, recorder, inputs, *columns)
         losses = trainer._pass.seen[before].losses
         seen.append((trainer._pass.weights is not None, rows.count(inputs), losses, inputs))
         return value
