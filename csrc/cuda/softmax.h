@@ -131,7 +131,8 @@ struct Transformed {
   float z, slope;  // slope: dz/dx without the factor scale inverse_temperature
 };
 
-template <bool kCapped>
+// kPrecise: the slope to its last digit, which a narrow result does not show and registers pay for.
+template <bool kCapped, bool kPrecise = false>
 __device__ Transformed transformed(float x, const LogitTransform& t) {
   // Products are rounded here, so that a logit is the same number wherever it is used.
   x = multiply(x, t.scale);
@@ -139,9 +140,13 @@ __device__ Transformed transformed(float x, const LogitTransform& t) {
   if constexpr (kCapped) {
     const float u = x / t.softcap, minus = -2.0f * fabsf(u);
     const float e = expf(minus), value = -expm1f(minus) / (1.0f + e);
-    // 1 - tanh^2 by 1 - tanh: an error of that one is halved and more where the slope is near 1.
-    const float rest = 2.0f * e / (1.0f + e);
-    slope = rest * (2.0f - rest);
+    if constexpr (kPrecise) {
+      // 1 - tanh^2 by 1 - tanh, whose error counts the less the nearer the slope is to 1.
+      const float rest = 2.0f * e / (1.0f + e);
+      slope = rest * (2.0f - rest);
+    } else {
+      slope = 4.0f * e / ((1.0f + e) * (1.0f + e));
+    }
     x = t.softcap * (u < 0 ? -value : value);
   }
   return {multiply(x, t.inverse_temperature), slope};
@@ -324,7 +329,7 @@ struct RowCoefficients {
 template <bool kByEntropy, bool kCapped, bool kPrecise>
 __device__ float entry_gradient(float x, bool is_label, const RowCoefficients& c,
                                 const LogitTransform& t) {
-  const Transformed at = transformed<kCapped>(x, t);
+  const Transformed at = transformed<kCapped, kPrecise>(x, t);
   const float log_p = (at.z - c.lse) - c.lse_tail, p = exponential<kPrecise>(log_p);
   float d = c.a * (is_label ? c.own : -p);
   if constexpr (kByEntropy) d -= p > 0 ? c.b * (p * (log_p + c.entropy)) : 0.0f;
