@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
+from drrlhf.ambiguity import Encoded
 from drrlhf.checks import check_device, check_floating
 from drrlhf.conventions import statistics_dtype
 from drrlhf.functional.row_worst_case import Rows, row_worst_case, solvable
@@ -33,7 +36,35 @@ def worst_view(losses: Tensor, ambiguity: str = "max", mask: Tensor | None = Non
     Raises:
         ValueError: shapes, dtypes, or a set without a closed form for rows.
     """
+    _check(losses, mask)
+    encoded = solvable("ambiguity", ambiguity)
+    if losses.shape[1] and (found := _direct(losses.to(statistics_dtype(losses)), mask, encoded)):
+        return found[0]
     return worst_views(losses, ambiguity, mask).values
+
+
+def _direct(table: Tensor, mask: Tensor | None, encoded: Encoded) -> tuple[Tensor] | None:
+    """The values of sets that PyTorch has one reduction for; None of the others."""
+    t = encoded.parameter
+    if encoded == solvable("ambiguity", "max"):
+        found = _among(table, mask, -math.inf).amax(1)
+    elif encoded.kind == "erm":
+        found = _among(table, mask, 0.0).sum(1) / _count(table, mask)
+    elif encoded.kind == "kl_temperature" and t > 0:
+        sums = torch.logsumexp(_among(table, mask, -math.inf) / t, 1)
+        found = t * (sums - _count(table, mask).log())
+    else:
+        return None
+    return (found if mask is None else torch.where(mask.any(1), found, 0.0),)
+
+
+def _among(table: Tensor, mask: Tensor | None, other: float) -> Tensor:
+    return table if mask is None else table.masked_fill(~mask, other)
+
+
+def _count(table: Tensor, mask: Tensor | None) -> Tensor:
+    """How many views count, () or (n,)."""
+    return table.new_tensor(table.shape[1]) if mask is None else mask.sum(1).to(table.dtype)
 
 
 def worst_views(losses: Tensor, ambiguity: str = "max", mask: Tensor | None = None) -> Rows:

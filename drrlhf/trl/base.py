@@ -68,6 +68,8 @@ class AmbiguityMixin(OneRowMixin, TwoPasses):
     def _warn(self) -> None:
         if self._weighted:
             logger.warning("The column 'weight' is used as the nominal weight of every pair.")
+        if self._doubted:
+            logger.warning("The column 'p_chosen' is used as the probability of every label.")
         parts = self.args.gradient_accumulation_steps, self.args.world_size
         if max(parts) > 1 and self._reweighing and self.robust_scope == "microbatch":
             logger.warning(

@@ -18,9 +18,9 @@ STANDARD = [
     {"prompt": "Name a city.", "chosen": "Lima.", "rejected": "Soup."},
 ]
 EXTRAS = [
-    {"group": "news", "margin": 0.5, "weight": 1},
-    {"group": "chat", "margin": -1, "weight": 0},
-    {"group": "news", "margin": 2.0, "weight": 0.25},
+    {"group": "news", "margin": 0.5, "weight": 1, "p_chosen": 0.75},
+    {"group": "chat", "margin": -1, "weight": 0, "p_chosen": 1},
+    {"group": "news", "margin": 2.0, "weight": 0.25, "p_chosen": 0},
 ]
 
 
@@ -75,6 +75,7 @@ def test_every_format_gives_the_same_rows_and_columns(tmp_path, suffix):
     assert data.dataset["group"][:] == [1, 0, 1]
     assert data.dataset["margin"][:] == [0.5, -1.0, 2.0]
     assert data.dataset["weight"][:] == [1.0, 0.0, 0.25]
+    assert data.dataset["p_chosen"][:] == [0.75, 1.0, 0.0]
     assert data.dataset.features["group"].dtype == "int64"
     assert data.dataset.features["weight"].dtype == "float64"
     for key in ("prompt", "chosen", "rejected"):
@@ -245,6 +246,12 @@ BAD_VALUES = {
     "weight NaN": ("weight", 1, float("nan"), "'weight' must be a finite number >= 0; got nan"),
     "weight inf": ("weight", 1, float("inf"), "got inf"),
     "weight below 0": ("weight", 1, -0.1, "got -0.1"),
+    "no probability": (
+        "p_chosen",
+        1,
+        1.1,
+        r"'p_chosen' must be a probability in \[0, 1\]; got 1.1",
+    ),
     "prompt number": ("prompt", "Say.", 3, "'prompt' is of type int"),
 }
 

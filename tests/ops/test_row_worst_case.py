@@ -107,6 +107,21 @@ def test_the_mean_is_trls_reward_and_uwo_takes_the_spread_off():
 
 @pytest.mark.mathematics
 @pytest.mark.parametrize("text", SETS)
+@pytest.mark.parametrize("ties", [False, True])
+def test_reductions_of_pytorch_are_the_closed_forms(text, ties):
+    """Where one does it, with a mask and without."""
+    losses, mask = (torch.tensor(x) for x in problems(5, ties))
+    mask[3] = False
+    for some in (None, mask):
+        x = losses.clone().requires_grad_()
+        values, expected = dr.worst_view(x, text, some), worst_views(losses, text, some)
+        torch.testing.assert_close(values, expected.values)
+        values.sum().backward()
+        torch.testing.assert_close(x.grad, expected.weights)
+
+
+@pytest.mark.mathematics
+@pytest.mark.parametrize("text", SETS)
 def test_gradients_are_the_weights(text):
     losses, mask = (torch.tensor(x[:20]) for x in problems(3))
     x = losses.clone().requires_grad_()

@@ -313,7 +313,7 @@ def test_answers_in_parquet_count_by_their_length(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("suffix", [".parquet", ".jsonl"])
+@pytest.mark.parametrize("suffix", [pytest.param(".parquet", marks=pytest.mark.thorough), ".jsonl"])
 def test_a_million_pairs_take_seconds_and_a_gibibyte(tmp_path, suffix):
     """Processor time beside what the same process takes to decode a million such lines of JSON,
     about three seconds: 3.9 times that for JSON lines and 2.5 for Parquet were measured."""
