@@ -36,14 +36,12 @@ def worst_view(losses: Tensor, ambiguity: str = "max", mask: Tensor | None = Non
     Raises:
         ValueError: shapes, dtypes, or a set without a closed form for rows.
     """
-    _check(losses, mask)
-    encoded = solvable("ambiguity", ambiguity)
-    if losses.shape[1] and (found := _direct(losses.to(statistics_dtype(losses)), mask, encoded)):
-        return found[0]
-    return worst_views(losses, ambiguity, mask).values
+    table, encoded = _checked(losses, ambiguity, mask)
+    found = _direct(table, mask, encoded) if table.shape[1] else None
+    return _solved(table, mask, encoded).values if found is None else found
 
 
-def _direct(table: Tensor, mask: Tensor | None, encoded: Encoded) -> tuple[Tensor] | None:
+def _direct(table: Tensor, mask: Tensor | None, encoded: Encoded) -> Tensor | None:
     """The values of sets that PyTorch has one reduction for; None of the others."""
     t = encoded.parameter
     if encoded == solvable("ambiguity", "max"):
@@ -55,7 +53,7 @@ def _direct(table: Tensor, mask: Tensor | None, encoded: Encoded) -> tuple[Tenso
         found = t * (sums - _count(table, mask).log())
     else:
         return None
-    return (found if mask is None else torch.where(mask.any(1), found, 0.0),)
+    return found if mask is None else torch.where(mask.any(1), found, 0.0)
 
 
 def _among(table: Tensor, mask: Tensor | None, other: float) -> Tensor:
@@ -69,10 +67,19 @@ def _count(table: Tensor, mask: Tensor | None) -> Tensor:
 
 def worst_views(losses: Tensor, ambiguity: str = "max", mask: Tensor | None = None) -> Rows:
     """As `worst_view`, with the weights (n, K) of the views, detached; they sum to 1 by row."""
-    _check(losses, mask)
-    table = losses.to(statistics_dtype(losses))
+    table, encoded = _checked(losses, ambiguity, mask)
+    return _solved(table, mask, encoded)
+
+
+def _solved(table: Tensor, mask: Tensor | None, encoded: Encoded) -> Rows:
     counted = torch.ones_like(table) if mask is None else mask.to(table.dtype)
-    return row_worst_case(table, counted.detach(), solvable("ambiguity", ambiguity))
+    return row_worst_case(table, counted, encoded)
+
+
+def _checked(losses: Tensor, ambiguity: str, mask: Tensor | None) -> tuple[Tensor, Encoded]:
+    """The losses in the dtype of statistics, and the set."""
+    _check(losses, mask)
+    return losses.to(statistics_dtype(losses)), solvable("ambiguity", ambiguity)
 
 
 def _check(losses: Tensor, mask: Tensor | None) -> None:
