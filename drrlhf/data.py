@@ -5,7 +5,8 @@ The format is TRL's: ``chosen`` and ``rejected``, with an explicit ``prompt`` or
 "content"}`` messages (conversational); a prompt that is a string beside whole conversations is that
 of both. Messages may call tools, and the columns ``tools`` and ``chat_template_kwargs`` go to the
 chat template. Three optional columns are ours: ``group`` (for `dr.Group`), ``margin`` (reward
-models) and ``weight`` (the nominal weight of the pair). Prompts for GRPO need ``prompt`` alone;
+models) and ``weight`` (the nominal weight of the pair), and columns such as ``chosen@NAME`` hold
+other forms of a text. Prompts for GRPO need ``prompt`` alone;
 ``group`` and ``weight`` are the prompt's, and other columns are kept for the reward function.
 """
 
@@ -44,6 +45,8 @@ NUMBERS = {
 KINDS = ("reward", "dpo")
 # Columns for the chat template, in rows that have them.
 TEMPLATE = ("tools", "chat_template_kwargs")
+# Other forms of a text, for `views`.
+FORM = re.compile(r"(chosen|rejected|prompt)@.+", re.DOTALL)
 # What chat templates read of a message beside its role and content.
 MESSAGE_FIELDS = {"tool_calls", "tool_call_id", "name", "reasoning_content", "thinking"}
 # A list of messages that pandas or a spreadsheet turned into its printed form.
@@ -57,11 +60,11 @@ class PreferenceData:
 
     ``dataset`` holds ``chosen`` and ``rejected``, ``prompt`` where the source has one, and as the
     source has them ``group`` (int64 numbers), ``margin``, ``weight`` and ``p_chosen`` (floats),
-    ``tools`` (JSON
-    text, as TRL takes it) and ``chat_template_kwargs``. ``group_names[i]`` is what the source calls
-    group ``i``, and the column is a `datasets.ClassLabel` of these names; None when it has the
-    numbers themselves or no groups. Messages with more than role and content are `datasets.Json`,
-    which adds no keys.
+    ``tools`` (JSON text, as TRL takes it) and ``chat_template_kwargs``, and other forms of texts,
+    ``chosen@NAME`` and the like, None in rows that have none. ``group_names[i]`` is what the
+    source calls group ``i``, and the column is a `datasets.ClassLabel` of these names; None when it
+    has the numbers themselves or no groups. Messages with more than role and content are
+    `datasets.Json`, which adds no keys.
     """
 
     dataset: datasets.Dataset
@@ -249,12 +252,14 @@ class _Columns:
         self.check_columns(number, kept, row)
         self.numbers.append(number)
         self.add_template(number, row)
-        if self.keeps_more:
-            self.add_more({key: row[key] for key in row if key in present - {*known}})
-        else:
-            self.left_out |= present - {*known}
+        more = {key: row[key] for key in row if key in present - {*known}}
         for key in kept:
             self.columns[key].append(self.check_value(number, key, row[key]))
+        if self.required == REQUIRED and not self.keeps_more:
+            self.left_out |= {key for key in more if not FORM.fullmatch(key)}
+            more = {key: more[key] for key in more if FORM.fullmatch(key)}
+            more = {key: self.check_value(number, key, value) for key, value in more.items()}
+        self.add_more(more)
         if "chosen" in kept:
             self.identical += self.columns["chosen"][-1] == self.columns["rejected"][-1]
 
@@ -506,8 +511,8 @@ def _decoded(row: Row) -> Row:
     """The row with messages that `datasets.Json` keeps as text read."""
     found = {
         key: [_json(message) if isinstance(message, str) else message for message in row[key]]
-        for key in (*REQUIRED, "prompt")
-        if isinstance(row.get(key), list)
+        for key in row
+        if (key in (*REQUIRED, "prompt") or FORM.fullmatch(key)) and isinstance(row[key], list)
     }
     return row | found
 

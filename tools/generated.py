@@ -1,4 +1,4 @@
-"""Numbers in README.md and docs/ stand in blocks, made from kept results:
+"""Numbers in README.md and docs/ stand in blocks, made from kept results (and tables of the code):
 ``python -m tools.generated`` says which blocks differ from them, ``--write`` rewrites these.
 
 A block is ``<!-- generated: NAME -->``, its text, ``<!-- end -->``; `blocks` has every NAME. Tables
@@ -20,6 +20,7 @@ from drrlhf.bench.table import readme_tables
 from drrlhf.bench.trainer_step import of_prompts
 from drrlhf.files import json_lines, write_text
 from drrlhf.seeds import mean_and_error
+from drrlhf.transformations import TRANSFORMATIONS
 from evidence.shift import page, summary
 
 ROOT = Path(__file__).parent.parent
@@ -41,6 +42,7 @@ def blocks() -> dict[str, str]:
         "gpu_speed": _gpu_speed(results.read(_kept("gpu", ".json"))),
         "gpu_step": _gpu_step(results.read(_kept("gpu", ".json"))),
         "gpu_head": _gpu_head(list(json_lines(_kept("gpu-ops", ".jsonl")))),
+        "transformations": _transformations(),
         **summary.tables(page.HERE / "results"),
     }
 
@@ -193,6 +195,12 @@ def _gpu_head(lines: Sequence[dict[str, Any]]) -> str:
     device = next(line["name"] for line in lines if line["item"] == "device")
     title = f"frozen head, {one['n']}×{one['d']} by {one['v']}×{one['d']}, bfloat16, {device}"
     return _markdown((title, "scoring", "forward + backward"), rows)
+
+
+def _transformations() -> str:
+    """Rows: a view. Cells: what it does, and when that keeps the meaning."""
+    rows = [(f"`{name}`", one.what, one.keeps) for name, one in TRANSFORMATIONS.items()]
+    return _markdown(("view", "change", "keeps the meaning"), rows)
 
 
 def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -244,6 +244,28 @@ class Settings:
         "chi2:RADIUS, the worst near it.",
         of=_PAIRS,
     )
+    views: str | None = _option(
+        "",
+        "Forms in which a pair must keep its order, as in typos,bullets,sentence, or @NAME for the "
+        "columns chosen@NAME and rejected@NAME: each pair is trained on in its worst one.",
+        of=_PAIRS,
+    )
+    views_per_pair: int | None = _option(
+        3, "How many views of each answer are drawn in every epoch.", of=_PAIRS, min=1
+    )
+    views_scored: float | None = _option(
+        1.0,
+        "The share of pairs whose views are scored; the others are trained on in any of them.",
+        of=_PAIRS,
+        min=0,
+        max=1,
+    )
+    view_ambiguity: str | None = _option(
+        "max",
+        "Which of its views a pair is trained on: max, the worst; mean, any (augmentation); "
+        "kl:temperature=T, cvar:ALPHA or tv:RADIUS.",
+        of=_PAIRS,
+    )
     learning_rate: float = _option(None, "Peak; decays linearly to 0.", show_default=_RATES_TOLD)
     max_length: int | None = _option(1024, "Longest sequence in tokens.", of=_PAIRS, min=2)
     center_rewards_coefficient: float | None = _option(

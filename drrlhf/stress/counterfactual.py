@@ -6,9 +6,10 @@ alone, the prompt stays; a pair that a change leaves as it was does not count fo
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from random import Random
 from typing import Any
 
 import numpy as np
@@ -16,40 +17,31 @@ from numpy.typing import NDArray
 
 from drrlhf.stress.curves import ERRORS, Array, band, error_codes
 from drrlhf.stress.resample import counts
+from drrlhf.transformations import SIDES, TRANSFORMATIONS, transformed
 
 Row = Mapping[str, Any]
-PADDING = " In short, that is my answer, and there is nothing further to add to it here."
-_SENTENCES = re.compile(r"(?<=[.!?])\s+")
-SIDES = ("chosen", "rejected")
 
 
 @dataclass(frozen=True)
 class Change:
-    """``apply`` to the text of the answers named in ``sides``."""
+    """A transformation, by name, of the answers named in ``sides``; ``what`` it is in reports."""
 
     what: str
-    apply: Callable[[str], str]
+    transformation: str
     sides: tuple[str, ...] = SIDES
-
-
-def _reversed_sentences(text: str) -> str:
-    return " ".join(reversed(_SENTENCES.split(text.strip())))
 
 
 CHANGES: Mapping[str, Change] = {
     "padding": Change(
-        "length: the rejected answer gets an empty closing sentence",
-        lambda text: text + PADDING,
-        ("rejected",),
+        "length: the rejected answer gets an empty closing sentence", "sentence", ("rejected",)
     ),
-    "lower_case": Change("case: both answers in lower case", str.lower),
-    "upper_case": Change("case: both answers in capitals", str.upper),
+    "lower_case": Change("case: both answers in lower case", "lower_case"),
+    "upper_case": Change("case: both answers in capitals", "upper_case"),
     "whitespace": Change(
-        "whitespace: doubled spaces and a blank line behind both answers",
-        lambda text: text.replace(" ", "  ") + "\n\n",
+        "whitespace: doubled spaces and a blank line behind both answers", "whitespace"
     ),
     "sentence_order": Change(
-        "order: the sentences of both answers, last to first", _reversed_sentences
+        "order: the sentences of both answers, last to first", "sentence_order"
     ),
 }
 POSITIONS = "positions: the rejected answer is read first, the chosen one second"
@@ -57,19 +49,8 @@ POSITIONS = "positions: the rejected answer is read first, the chosen one second
 
 def changed(row: Row, change: Change) -> Row:
     """The row with its answers changed; messages: the last one of the assistant."""
-    return {**row, **{side: _changed_answer(row[side], change.apply) for side in change.sides}}
-
-
-def _changed_answer(answer: Any, apply: Callable[[str], str]) -> Any:
-    if isinstance(answer, str):
-        lead = answer[: len(answer) - len(answer.lstrip())]  # what joins it to the prompt
-        return lead + apply(answer[len(lead) :])
-    texts = [i for i, one in enumerate(answer) if one["role"] == "assistant" and one["content"]]
-    if not texts:  # it only calls tools
-        return answer
-    last = texts[-1]
-    content = apply(answer[last]["content"])
-    return [*answer[:last], {**answer[last], "content": content}, *answer[last + 1 :]]
+    apply = partial(TRANSFORMATIONS[change.transformation].apply, draw=Random(0))
+    return transformed(row, **dict.fromkeys(change.sides, apply))
 
 
 def counterfactuals(

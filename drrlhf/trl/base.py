@@ -12,15 +12,15 @@ from torch import Tensor
 from drrlhf import robust_risk
 from drrlhf.functional.label_probs import label_radius
 from drrlhf.trl import columns, weighted
-from drrlhf.trl.one_row import OneRowMixin
 from drrlhf.trl.seam import overridden
 from drrlhf.trl.step import Pass, TwoPasses
+from drrlhf.trl.views import ViewsMixin
 from drrlhf.trl.weighted import PAIRS, Weighted
 
 logger = get_logger(__name__)
 
 
-class AmbiguityMixin(OneRowMixin, TwoPasses):
+class AmbiguityMixin(ViewsMixin, TwoPasses):
     """Put before a TRL trainer: reads ``args.ambiguity`` and keeps what the set needs.
 
     Metrics added to TRL's own, for every set but plain ``"erm"`` (there only with weights):
@@ -56,11 +56,14 @@ class AmbiguityMixin(OneRowMixin, TwoPasses):
                 )
         # TRL's DPO trainer would warn that it ignores the flag, and clear it.
         self._read_rows(config)
+        self._views = getattr(config, "views", None) or ()
         hidden = {"padding_free": False} if self._padding_free else {}
         with overridden(config, **hidden):
             super().__init__(*args, **kwargs)
         self._prepare_rows(self.model, getattr(self, "ref_model", None))
-        self.data_collator = columns.PairColumns(self.data_collator, self._numbered)
+        tokens = self.data_collator
+        self.data_collator = columns.PairColumns(tokens, self._numbered)
+        self._collate_views(tokens)
         self._make_states()
         self._check_setup()
         self._warn()

@@ -13,6 +13,7 @@ from drrlhf import parse_ambiguity
 from drrlhf.checks import check_choice
 from drrlhf.functional.label_probs import label_radius
 from drrlhf.groups import from_data, with_count
+from drrlhf.trl import views
 from drrlhf.trl.head import HEADS
 from drrlhf.trl.rewards import MEAN, check_ambiguity
 
@@ -75,9 +76,37 @@ class _Pairs(_Ambiguous):
             "answer is the better one: erm, all of it; or chi2:RADIUS, the worst near it."
         },
     )
+    views: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Forms in which a pair must keep its order, such as typos, bullets or sentence "
+            "(see drrlhf.transformations), or @NAME for the columns chosen@NAME and rejected@NAME: "
+            "each pair is trained on in its worst one."
+        },
+    )
+    views_per_pair: int = field(
+        default=3, metadata={"help": "How many views of each answer are drawn in every epoch."}
+    )
+    views_scored: float = field(
+        default=1.0,
+        metadata={
+            "help": "The share of pairs whose views are scored, drawn anew in every epoch; the "
+            "others are trained on in any one of them."
+        },
+    )
+    view_ambiguity: str = field(
+        default="max",
+        metadata={
+            "help": "Which of its views a pair is trained on: max, the worst; mean, any "
+            "(augmentation); kl:temperature=T, cvar:ALPHA or tv:RADIUS in between."
+        },
+    )
 
     def __post_init__(self) -> None:
         label_radius(self.label_ambiguity)
+        if isinstance(self.views, str):  # as a shell spells a list
+            self.views = [name.strip() for name in self.views.split(",") if name.strip()]
+        views.check_options(self)
         super().__post_init__()
 
 
@@ -93,6 +122,14 @@ class DPOConfig(_Pairs, _TRLDPOConfig):
     one batch; ``"microbatch"``, those of one device's batch. A run resumes with its own set unless
     ``resume_with_changed_ambiguity``. ``label_smoothing`` also applies to ``loss_type="sigmoid"``
     (cDPO): TRL ignores it.
+    ``views`` are forms of a pair that must not change its order, names among
+    `drrlhf.transformations.TRANSFORMATIONS`, or ``"@NAME"`` for the columns ``chosen@NAME`` and
+    ``rejected@NAME`` and ``"prompt@NAME"``; a list, or a string with commas. In every epoch
+    ``views_per_pair`` of them are drawn for each answer, the policy scores all of them as it is
+    evaluated, and the pair is trained on in its worst form, the ambiguity set over pairs on top:
+    ``view_ambiguity="max"``, or a set of `drrlhf.worst_view` by whose weights one is drawn;
+    ``"mean"`` is augmentation, without scores. ``views_scored`` is the share of pairs that are
+    scored, the others are trained on in any of their forms.
     With a column ``p_chosen``, such as the chosen answer's share of votes, losses are over both
     outcomes; ``label_ambiguity="chi2:r"`` takes the worst probability near it (DPO-PRO).
     ``share_prompts`` runs the model on what two answers have in common, their prompt, once: all
@@ -128,8 +165,8 @@ class RewardConfig(_Pairs, _TRLRewardConfig):
     """TRL's ``RewardConfig`` plus the ambiguity set, given and kept as in :class:`DPOConfig`.
 
     ``padding_free`` runs the model on one packed row of all tokens (causal decoders), and
-    ``share_prompts`` on each prompt once, and ``label_ambiguity`` is about the column ``p_chosen``,
-    as in :class:`DPOConfig`.
+    ``share_prompts`` on each prompt once, ``views`` are other forms of a pair, and
+    ``label_ambiguity`` is about the column ``p_chosen``, as in :class:`DPOConfig`.
 
     Raises:
         ValueError: an ambiguity set is unknown or an argument of it is out of range.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from drrlhf.reference.pair_losses import names
 from drrlhf.trl import columns, head
 from drrlhf.trl.base import AmbiguityMixin, logger
 from drrlhf.trl.seam import Recorder, overridden
+from drrlhf.trl.views import forms
 
 # Losses of one pair each: the adversary weighs these. simpo is not a DPO loss of TRL's.
 PAIR_LOSSES = tuple(name for name in EVERY_PAIR_LOSS if name != "simpo")
@@ -58,6 +60,8 @@ class DPOTrainer(AmbiguityMixin, trl.DPOTrainer):
                 f"loss_type: unknown {min(unknown)!r}; expected one of "
                 f"{', '.join((*PAIR_LOSSES, *OUTSIDE_LOSSES))}"
             )
+        if config.views:
+            self._check_views(config)
         if not self._reweighing:
             return
         cause = f"ambiguity={str(self.ambiguity)!r}" if not self._weighted else "a column 'weight'"
@@ -73,6 +77,21 @@ class DPOTrainer(AmbiguityMixin, trl.DPOTrainer):
                 f"loss_type={config.loss_type} has no preference loss for {cause} to act on: add "
                 "one such as 'sigmoid', or take ambiguity='erm' without weights."
             )
+
+    def _check_views(self, config: Any) -> None:
+        """Refuse what views make no sense with."""
+        outside = sorted(set(config.loss_type) & set(OUTSIDE_LOSSES))
+        refused = {
+            f"loss_type={outside}, which is no loss of one pair": bool(outside),
+            "precompute_ref_log_probs=True, which knows no reference of "
+            "changed answers": config.precompute_ref_log_probs,
+            "ld_alpha, which scores an answer by the length of the other": config.ld_alpha
+            is not None,
+            "use_weighting=True, whose weights are of both answers": config.use_weighting,
+        }
+        for option, given in refused.items():
+            if given:
+                raise ValueError(f"views: cannot be combined with {option}; leave one of them out")
 
     def _warn(self) -> None:
         super()._warn()
@@ -159,12 +178,11 @@ class DPOTrainer(AmbiguityMixin, trl.DPOTrainer):
         ref_chosen, ref_rejected = inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]
         completions = mask.sum(1)
         chosen_lengths, rejected_lengths = completions.clamp(min=1).chunk(2)
-        common: dict[str, Any] = {
+        about = {
             "ref_chosen_logps": ref_chosen,
             "ref_rejected_logps": ref_rejected,
             "chosen_lengths": chosen_lengths,
             "rejected_lengths": rejected_lengths,
-            **self._labels(p_chosen),
         }
         if self._adversarial:
             # Two completions that truncation has emptied have equal log-probs whatever the model:
@@ -174,14 +192,30 @@ class DPOTrainer(AmbiguityMixin, trl.DPOTrainer):
 
         dtype = statistics_dtype(chosen)
         both = [unmasked_gradient(logps.to(dtype), nominal) for logps in (chosen, rejected)]
-        losses = torch.zeros_like(both[0])
-        for name, weight in terms:
-            options = common | self._loss_options(name)
-            losses = losses + weight * pair_losses(*both, **options)
+        losses = self._losses(terms, both[0], both[1], about, p_chosen)
         if self.use_weighting:
             losses = losses * self._wpo_weights(recorder, mask)
         won = (chosen - ref_chosen > rejected - ref_rejected).detach()
         return self._reduced(losses, won, nominal, groups)
+
+    def _losses(
+        self,
+        terms: list[tuple[str, float]],
+        chosen: torch.Tensor,
+        rejected: torch.Tensor,
+        about: Mapping[str, torch.Tensor],
+        p_chosen: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """The sum (n,) of the loss types by weight; ``about``: references and lengths, (n,)."""
+        losses = torch.zeros_like(chosen)
+        for name, weight in terms:
+            options: dict[str, Any] = {
+                **about,
+                **self._labels(p_chosen),
+                **self._loss_options(name),
+            }
+            losses = losses + weight * pair_losses(chosen, rejected, **options)
+        return losses
 
     def _loss_options(self, loss_type: str) -> dict[str, Any]:
         smoothing = self.label_smoothing if loss_type in SMOOTHED_LOSSES else 0.0
@@ -217,3 +251,45 @@ class DPOTrainer(AmbiguityMixin, trl.DPOTrainer):
     def _tokens(recorder: Recorder, name: str, mask: torch.Tensor) -> torch.Tensor:
         """An output of each token (2n, L - 1); a prompt-tuning adapter's own tokens are dropped."""
         return recorder.output(name)[:, 1 - mask.size(1) :]
+
+    # -- views ---------------------------------------------------------------------------------
+
+    _views_need_prompt = True
+
+    def _score_sequences(self, model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Tokens of the completion, and log-probs of the policy: (m, 2)."""
+        mask = inputs["completion_mask"]
+        labels = inputs["input_ids"].masked_fill(mask == 0, -100)
+        asked = {name: tensor for name, tensor in inputs.items() if name != "completion_mask"}
+        recorder = Recorder(self._runner(model))
+        with head.using(self._head(), extras=False):
+            recorder(**asked, labels=labels, fused_lm_head=True, use_cache=False)
+        logps = self._tokens(recorder, "log_probs", mask).sum(1)
+        logps = logps.to(statistics_dtype(logps))
+        return torch.stack([mask.sum(1).clamp(min=1).to(logps), logps], 1)
+
+    def _reference_scores(
+        self, every: Mapping[str, torch.Tensor], views: Mapping[str, Any]
+    ) -> torch.Tensor:
+        reference = self.model if self.ref_model is None else self.ref_model
+        everything = torch.ones_like(views["scored"])
+        return self._in_parts(
+            every,
+            forms(views, everything),
+            lambda inputs: torch.cat(self.compute_ref_log_probs(reference, inputs)),
+        )
+
+    def _losses_of_scores(
+        self, chosen: torch.Tensor, rejected: torch.Tensor, columns: Mapping[str, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        about = {
+            **self._known(chosen[:, 2], rejected[:, 2]),
+            "chosen_lengths": chosen[:, 0],
+            "rejected_lengths": rejected[:, 0],
+        }
+        terms = list(zip(self.loss_types, self.loss_weights, strict=True))
+        losses = self._losses(terms, chosen[:, 1], rejected[:, 1], about, columns.get("p_chosen"))
+        return losses, (chosen[:, 1] - chosen[:, 2]) - (rejected[:, 1] - rejected[:, 2])
+
+    def _known(self, chosen: torch.Tensor, rejected: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"ref_chosen_logps": chosen, "ref_rejected_logps": rejected}

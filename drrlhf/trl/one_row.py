@@ -48,17 +48,22 @@ class OneRowMixin:
                 raise ValueError(f"share_prompts: use share_prompts=False {why}")
             self._share = False
             self._notice(f"share_prompts='auto': prompts are not shared {why}")
-        if self._padding_free or self._share:
+        if self._in_rows:
             for model in unwrapped:
                 layouts.prepare(model)
         self._rows_ready = True
+
+    @property
+    def _in_rows(self) -> bool:
+        """Whether batches may lie in one row."""
+        return bool(self._padding_free or self._share)
 
     def _runner(self, model: Any) -> Any:
         """What to call for the outputs of a padded batch."""
         if not self._rows_ready:  # TRL may ask the reference before the trainer is made
             self._prepare_rows(model)
             self._rows_ready = False
-        if not self._padding_free and not self._share:
+        if not self._in_rows:
             return model
         return layouts.OneRow(
             model,

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import trl
+from torch import Tensor
 
 from drrlhf import reward_inputs
 from drrlhf.functional.reward_loss import reward_losses
+from drrlhf.transformations import SIDES
 from drrlhf.trl import columns
 from drrlhf.trl.base import AmbiguityMixin
 from drrlhf.trl.seam import Recorder
+from drrlhf.trl.view_texts import Tokenize
 
 
 class RewardTrainer(AmbiguityMixin, trl.RewardTrainer):
@@ -62,9 +66,58 @@ class RewardTrainer(AmbiguityMixin, trl.RewardTrainer):
         recorder = Recorder(self._runner(model))
         result = super().compute_loss(recorder, inputs, return_outputs, num_items_in_batch)
         chosen, rejected = recorder.output("logits").squeeze(-1).chunk(2)
-        center = self.args.center_rewards_coefficient or 0.0
-        labels = self._labels(p_chosen)
-        losses = reward_losses(chosen, rejected, inputs.get("margin"), center, nominal, labels)
+        losses = self._losses(chosen, rejected, inputs, nominal, p_chosen)
         correct = chosen.detach() > rejected.detach()
         value = self._reduced(losses, correct, nominal, groups)
         return (value, result[1]) if return_outputs else value
+
+    def _losses(
+        self,
+        chosen: Tensor,
+        rejected: Tensor,
+        inputs: Mapping[str, Tensor],
+        nominal: Tensor | None,
+        p_chosen: Tensor | None,
+    ) -> Tensor:
+        """Of rewards (n,) of pairs, of whose batch ``inputs`` may have the margin: (n,)."""
+        center = self.args.center_rewards_coefficient or 0.0
+        labels = self._labels(p_chosen)
+        return reward_losses(chosen, rejected, inputs.get("margin"), center, nominal, labels)
+
+    # -- views ---------------------------------------------------------------------------------
+
+    def _tokenize(self, dataset: Any, tokenizer: Any) -> Tokenize | None:
+        """TRL takes ids as they are; those of changed texts are made as `reward_inputs` does.
+
+        Raises:
+            ValueError: it makes others of the texts than the dataset has.
+        """
+        if "chosen_ids" not in dataset.column_names:
+            return None
+
+        def tokenize(row: Mapping[str, Any]) -> dict[str, list[int]]:
+            template = reward_inputs.template_arguments(row)
+            return {
+                f"{side}_ids": reward_inputs.reward_ids(
+                    tokenizer, row.get("prompt"), row[side], **template
+                )
+                for side in SIDES
+            }
+
+        first = dataset[0]
+        if any(first[name] != ids for name, ids in tokenize(first).items()):
+            raise ValueError(
+                "views: the ids of train_dataset are not what drrlhf.reward_inputs makes of its "
+                "texts, so those of changed texts cannot be made alike; give the texts alone"
+            )
+        return tokenize
+
+    def _score_sequences(self, model: Any, inputs: dict[str, Tensor]) -> Tensor:
+        return self._runner(model)(**inputs, use_cache=False).logits.float()
+
+    def _losses_of_scores(
+        self, chosen: Tensor, rejected: Tensor, columns: Mapping[str, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        rewards = chosen[:, 0], rejected[:, 0]
+        losses = self._losses(*rewards, columns, None, columns.get("p_chosen"))
+        return losses, rewards[0] - rewards[1]

@@ -61,6 +61,28 @@ def select(
     return merged
 
 
+def below(one: Mapping[str, Any], other: Mapping[str, Any], pad_token_id: int) -> dict[str, Tensor]:
+    """The tensors by sequence of two batches, one under the other, equally wide."""
+    width = max(one["input_ids"].shape[1], other["input_ids"].shape[1])
+
+    def wide(tensor: Tensor, filling: int) -> Tensor:
+        return torch.nn.functional.pad(tensor, (0, width - tensor.shape[1]), value=filling)
+
+    return {
+        name: torch.cat(
+            [wide(part[name], pad_token_id if name == "input_ids" else 0) for part in (one, other)]
+        )
+        for name in SEQUENCES
+        if name in one
+    }
+
+
+def taken(sequences: Mapping[str, Tensor], which: Tensor) -> dict[str, Tensor]:
+    """Some sequences (m,) of several, as wide as the longest of them."""
+    width = int(sequences["attention_mask"][which].sum(1).max())
+    return {name: tensor[which, :width] for name, tensor in sequences.items()}
+
+
 def _fitted(sequence: Tensor, length: int, filling: int) -> Tensor:
     if len(sequence) >= length:
         return sequence[:length]

@@ -234,18 +234,28 @@ class SetMixin:
         states = {"group_state": self.group_state, "normaliser_state": self.normaliser_state}
         return {name: module for name, module in states.items() if module is not None}
 
+    def _view_facts(self) -> str:
+        """Which forms of its members the adversary chooses from, in words; "" where there are
+        none."""
+        return ""
+
     def _facts(self) -> dict[str, str]:
         per_rank = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
         numbered = self._numbered
         groups = {} if numbered is None else {GROUPS: numbered.described()}
-        return groups | {
-            "ambiguity": str(self.ambiguity),
-            "robust_scope": self.robust_scope,
-            "processes": str(self.args.world_size),
-            f"{self._members} per step": str(
-                per_rank * self.args.world_size * max(self.args.n_gpu, 1)
-            ),
-        }
+        views = self._view_facts()
+        return (
+            groups
+            | ({"views": views} if views else {})
+            | {
+                "ambiguity": str(self.ambiguity),
+                "robust_scope": self.robust_scope,
+                "processes": str(self.args.world_size),
+                f"{self._members} per step": str(
+                    per_rank * self.args.world_size * max(self.args.n_gpu, 1)
+                ),
+            }
+        )
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)  # type: ignore[misc]
@@ -268,12 +278,14 @@ class SetMixin:
         now = self._facts()
         # TRL's own checkpoints say nothing, and are of its own objective.
         before = state.facts(folder) or {"ambiguity": "erm"}
-        if before["ambiguity"] != now["ambiguity"]:
+        for name in ("ambiguity", "views"):
+            if before.get(name) == now.get(name):
+                continue
             if getattr(self.args, "resume_with_changed_ambiguity", False):
                 return False
             raise ValueError(
-                f"{folder}: saved with ambiguity={before['ambiguity']!r}, resumed with "
-                f"{now['ambiguity']!r}: another objective from here on. Resume with the saved "
+                f"{folder}: saved with {name}={before.get(name)!r}, resumed with "
+                f"{now.get(name)!r}: another objective from here on. Resume with the saved "
                 "one, or say resume_with_changed_ambiguity=True to begin the new set's state anew."
             )
         if before.get(GROUPS, now.get(GROUPS)) != now.get(GROUPS):

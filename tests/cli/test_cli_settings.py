@@ -34,9 +34,12 @@ OF_ALL = {
     "save_steps",
     "logging_steps",
 }
+VIEWS = {"views", "views_per_pair", "views_scored", "view_ambiguity"}
 OF_ONE = {
-    "reward": {"padding_free", "label_ambiguity", "max_length", "center_rewards_coefficient"},
-    "dpo": {
+    "reward": VIEWS
+    | {"padding_free", "label_ambiguity", "max_length", "center_rewards_coefficient"},
+    "dpo": VIEWS
+    | {
         "padding_free",
         "label_ambiguity",
         "max_length",
@@ -143,6 +146,8 @@ def test_every_option_reaches_the_trainer_or_is_worked_out(kind, tmp_path):
     }
     if kind == "grpo":
         given |= {"clip_low": 0.1, "clip_high": 0.3}
+    else:
+        given["views"] = "typos"
     settings = Settings.of(given)
     for name in set().union(*OF_ONE.values()) - OF_ONE[kind]:
         assert getattr(settings, name) is None

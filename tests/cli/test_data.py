@@ -382,3 +382,18 @@ def test_arguments_that_make_no_sense_are_refused(tmp_path):
         load_preference_data(path, kind="ppo")
     with pytest.raises(DataError, match="split='test' was asked for, but a file holds one split"):
         load_preference_data(path, split="test")
+
+
+def test_other_forms_of_a_text_are_kept_and_checked(tmp_path):
+    path = tmp_path / "d.jsonl"
+    rows = [
+        {"chosen": "a", "rejected": "b", "chosen@long": "aa"},
+        {"chosen": "c", "rejected": "d", "rejected@long": "dd", "note": "x"},
+    ]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    found = load_preference_data(path).dataset
+    assert found["chosen@long"][:] == ["aa", None] and found["rejected@long"][:] == [None, "dd"]
+    assert "note" not in found.column_names
+    path.write_text("\n".join(map(json.dumps, [*rows, rows[0] | {"chosen@long": 3}])))
+    with pytest.raises(DataError, match=r"line 3: 'chosen@long'"):
+        load_preference_data(path)

@@ -21,6 +21,7 @@ from drrlhf.stress import Policy, RewardModel, load_judge, score_pairs, stress_t
 from drrlhf.stress import counterfactual as cf
 from drrlhf.stress.resample import blocks_of, resampled
 from drrlhf.stress.run import FEW_PROMPTS
+from drrlhf.transformations.text import SENTENCE
 
 WORDS = sorted(set(TEXT.split()))
 
@@ -225,7 +226,7 @@ def test_changes_of_the_text():
     row = {"prompt": "P: ", "chosen": " One thing. Two? Three!", "rejected": " Just one"}
     new = {name: cf.changed(row, change) for name, change in cf.CHANGES.items()}
     assert new["padding"]["chosen"] == row["chosen"]
-    assert new["padding"]["rejected"] == row["rejected"] + cf.PADDING
+    assert new["padding"]["rejected"] == row["rejected"] + SENTENCE
     assert new["lower_case"]["chosen"] == " one thing. two? three!"
     assert new["upper_case"]["rejected"] == " JUST ONE"
     assert new["whitespace"]["rejected"] == " Just  one\n\n"
@@ -250,7 +251,7 @@ def test_accuracy_lost_by_a_judge_that_counts_characters():
     table = {o["what"]: o for o in cf.losses(margin, after, blocks, resampled(60, 200, 0))}
     padded = table[cf.CHANGES["padding"].what]
     right = (np.sign(margin) + 1) / 2
-    now = (np.sign(margin - len(cf.PADDING)) + 1) / 2
+    now = (np.sign(margin - len(SENTENCE)) + 1) / 2
     assert padded["lost"]["value"] == pytest.approx((right - now).mean())
     assert padded["lost"]["low"] < padded["lost"]["value"] < padded["lost"]["high"]
     assert padded["pairs"] == 60

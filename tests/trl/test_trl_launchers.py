@@ -75,6 +75,7 @@ def pairs(models, place, method, ambiguity, accumulation, packed):
         "per_device_train_batch_size": 4 // accumulation,
         "gradient_accumulation_steps": accumulation,
     }
+    arguments |= VIEWS if packed else {}
     return arguments | cut | {"padding_free": packed}, steps.run(**arguments, **WHOLE)
 
 
@@ -117,6 +118,8 @@ def resumed(models, place):
     return runs, whole, first + again
 
 
+# What is drawn of a pair is the same on whatever rank it lies.
+VIEWS = {"views": ["handle", "repeated", "prompt_preamble"], "views_scored": 0.75}
 PAIRS = [("dpo", "cvar:0.3", 2, False), ("reward", "group:3,step_size=0.5", 2, True)]
 COMPLETIONS = [("cvar:0.5", 1), ("group:2,step_size=0.5", 2)]
 

@@ -1,0 +1,278 @@
+"""The views of a pair: which forms of it a batch gets, as token ids.
+
+A view is the same pair in another form (`drrlhf.transformations`, or a column ``chosen@NAME``).
+What is drawn depends on the seed, the epoch and the row of the pair alone: not on the batch, the
+process or the step, so that a resumed run draws what the saved one would have.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from random import Random
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from trl.data_utils import extract_prompt
+
+from drrlhf.transformations import ANSWER, PROMPT, SIDES, TRANSFORMATIONS, from_column, transformed
+
+VIEWS = "views"  # of a batch: what `ViewCollator` puts there
+ROW = "view_row"  # of an example: its row in the texts
+BY_COLUMN = "@"
+CLEAN = -1  # the family of a sequence that is as the data have it
+# Entries of a batch that are laid out by sequence, and tell two of them apart.
+_TELLING = ("input_ids", "completion_mask")
+
+
+def acts_on(name: str) -> str:
+    """What a view of that name changes: ANSWER or PROMPT.
+
+    Raises:
+        ValueError: there is no such view.
+    """
+    part, at, column = name.partition(BY_COLUMN)
+    if at and column and part in ("", PROMPT):
+        return PROMPT if part else ANSWER
+    if name not in TRANSFORMATIONS:
+        raise ValueError(
+            f"views: expected names among {', '.join(TRANSFORMATIONS)}, '@NAME' for the columns "
+            f"chosen@NAME and rejected@NAME, or 'prompt@NAME', got {name!r}"
+        )
+    return TRANSFORMATIONS[name].on
+
+
+Tokenize = Callable[[Mapping[str, Any]], dict[str, list[int]]]
+
+
+class Preparation:
+    """What TRL's preparation of a dataset does to each row, to be done to other rows.
+
+    It stands in for a streamed dataset of one row: TRL's functions come by in `map` and `filter`.
+    ``tokenize`` goes before them, where the dataset was tokenized before.
+    """
+
+    def __init__(self, row: Mapping[str, Any], tokenize: Tokenize | None = None) -> None:
+        self._row = dict(row)
+        self._steps: list[tuple[bool, Callable[[dict[str, Any]], Any]]] = []
+        if tokenize is not None:
+            self.map(tokenize)
+
+    @property
+    def column_names(self) -> list[str]:
+        return list(self._row)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        yield dict(self._row)
+
+    def map(self, function: Any, fn_kwargs: Mapping[str, Any] | None = None) -> Preparation:
+        self._steps.append((False, partial(function, **fn_kwargs or {})))
+        self._row |= self._steps[-1][1](dict(self._row))
+        return self
+
+    def filter(self, function: Any) -> Preparation:
+        self._steps.append((True, function))
+        return self
+
+    def ids(self, row: Mapping[str, Any]) -> dict[str, list[int]] | None:
+        """The columns of token ids that TRL makes of a row; None where it leaves the row out."""
+        found = dict(row)
+        for filters, step in self._steps:
+            if filters and not step(found):
+                return None
+            if not filters:
+                found |= step(dict(found))
+        return {name: value for name, value in found.items() if name.endswith("_ids")}
+
+
+class Form(NamedTuple):
+    """A changed row, and the names of the views of its two answers, None for one that is as it was;
+    with ``prompt`` the view is of the prompt, and both answers are as they were."""
+
+    row: dict[str, Any]
+    names: tuple[str | None, str | None]
+    prompt: bool = False
+
+
+class Drawn(NamedTuple):
+    """The forms of a pair; whether they are to be scored, else there is at most one, to be taken as
+    it is; and a number in [0, 1)."""
+
+    forms: list[Form]
+    scored: bool
+    number: float
+
+
+@dataclass
+class ViewTexts:
+    """Draws ``count`` forms for rows of ``data``, of the views ``names``.
+
+    ``scored`` is the share of pairs whose forms are to be scored. ``needs_prompt``: the prompt is
+    taken out of the answers, as TRL's DPO does; ``end`` is the text of the end token, which no view
+    changes.
+    """
+
+    data: Any
+    names: Sequence[str]
+    count: int
+    scored: float
+    seed: int
+    needs_prompt: bool
+    end: str | None
+
+    def draw(self, index: int, epoch: int) -> Drawn:
+        """The forms of a row in an epoch, each unlike the row."""
+        draw = Random(f"{self.seed}/{epoch}/{index}")
+        row, scored = self.row(index), draw.random() < self.scored
+        answers = [name for name in self.names if acts_on(name) == ANSWER]
+        prompts = [name for name in self.names if acts_on(name) == PROMPT]
+        # Every family has its turn before one comes again.
+        turns = {side: draw.sample(answers, len(answers)) for side in SIDES}
+        turns[PROMPT] = draw.sample(prompts, len(prompts))
+        forms = []
+        for _ in range(self.count):
+            if draw.random() * len(self.names) < len(prompts):
+                changed, name = self._changed(row, PROMPT, turns[PROMPT], draw)
+                form = Form(changed, (name, name), True)
+            else:
+                first, name = self._changed(row, SIDES[0], turns[SIDES[0]], draw)
+                both, other = self._changed(first, SIDES[1], turns[SIDES[1]], draw)
+                form = Form(both, (name, other))
+            if form.names != (None, None):
+                forms.append(form)
+        if not scored:
+            forms = self._one(row, forms, draw)
+        return Drawn(forms, scored, draw.random())
+
+    def _one(self, row: dict[str, Any], forms: list[Form], draw: Random) -> list[Form]:
+        """Any one combination of the forms of the two answers, each as likely; none if it is the
+        row as it was."""
+        plain = [Form(row, (None, None)), *(form for form in forms if not form.prompt)]
+        pairs: list[tuple[Form, Form]] = [(a, b) for a in plain for b in plain]
+        pairs += [(form, form) for form in forms if form.prompt]
+        chosen, rejected = draw.choice(pairs)
+        if chosen.prompt:
+            return [chosen]
+        parts = {side: form.row[side] for side, form in zip(SIDES, (chosen, rejected), strict=True)}
+        names = chosen.names[0], rejected.names[1]
+        return [] if names == (None, None) else [Form(row | parts, names)]
+
+    def row(self, index: int) -> dict[str, Any]:
+        """A row of the data, ready to be changed."""
+        row = self.data[index]
+        if self.needs_prompt:
+            row = {**row, **extract_prompt(row)}
+        for side in SIDES:
+            if self.end and isinstance(row[side], str):
+                row[side] = row[side].removesuffix(self.end)
+        return row
+
+    def _changed(
+        self, row: dict[str, Any], part: str, turns: list[str], draw: Random
+    ) -> tuple[dict[str, Any], str | None]:
+        """The row with a part changed by the first of the views whose turn it is that changes it,
+        and the name of that; the row and None where none does."""
+        for name in list(turns):
+            turns.append(turns.pop(turns.index(name)))
+            _, at, column = name.partition(BY_COLUMN)
+            if at:
+                found = from_column(row, part, column)
+            else:
+                apply = partial(TRANSFORMATIONS[name].apply, draw=draw)
+                found = transformed(row, **{part: apply})
+            if found != row:
+                return dict(found), name
+        return row, None
+
+
+@dataclass
+class ViewCollator:
+    """A data collator around another: adds the views of the examples that have a `ROW`.
+
+    ``views`` of a batch is a dict: ``inputs``, the sequences (S, L) of views that differ from all
+    others of their pair; ``chosen`` (n, A) and ``rejected`` (n, B), places of the forms of each
+    answer among the 2n sequences of the batch and these S behind them, -1 for none; and of the
+    2n + S sequences ``prompt``, 0 or the number of another prompt, and ``family``, the place of its
+    view among the names or `CLEAN`. ``scored`` (n,): the first form is then the clean one, else the
+    only one is that to be taken; ``number`` (n,) in [0, 1); ``drawn``, of how many views these S
+    are left.
+    """
+
+    collator: Callable[[list[dict[str, Any]]], Any]
+    tokens: Callable[[list[dict[str, Any]]], Any]  # TRL's own, inside
+    texts: ViewTexts
+    prepare: Preparation
+    # Shared with the processes that load data.
+    epoch: Tensor = field(
+        default_factory=lambda: torch.zeros((), dtype=torch.int64).share_memory_()
+    )
+
+    def __call__(self, examples: list[dict[str, Any]]) -> Any:
+        batch = self.collator(examples)
+        if ROW in examples[0]:
+            batch[VIEWS] = self._views(batch, [example[ROW] for example in examples])
+        return batch
+
+    def _views(self, batch: Mapping[str, Any], rows: Sequence[int]) -> dict[str, Any]:
+        drawn = [self.texts.draw(row, int(self.epoch)) for row in rows]
+        made, about = [], []
+        for pair, one in enumerate(drawn):
+            for form in one.forms:
+                ids = self.prepare.ids(form.row)
+                if ids is not None:
+                    made.append(ids)
+                    about.append((pair, form))
+        n, m = len(rows), len(made)
+        laid = self.tokens(made) if made else batch
+        # A form of one answer that is the other answer says nothing of the pair.
+        seen = [{_key(batch, pair), _key(batch, n + pair)} for pair in range(n)]
+        places = [[[pair + side * n] for pair in range(n)] for side in (0, 1)]
+        kept: list[int] = []
+        prompt, family = [0] * (2 * n), [CLEAN] * (2 * n)
+        for number, (pair, form) in enumerate(about):
+            keys = [_key(laid, number + side * m) for side in (0, 1)]
+            new = [
+                name is not None and key not in seen[pair]
+                for name, key in zip(form.names, keys, strict=True)
+            ]
+            if form.prompt:
+                new = [all(new)] * 2
+            for side in (0, 1):
+                if new[side]:
+                    places[side][pair].append(2 * n + len(kept))
+                    kept.append(number + side * m)
+                    prompt.append(number + 1 if form.prompt else 0)
+                    family.append(self.texts.names.index(form.names[side]))
+                    seen[pair].add(keys[side])
+        for pair, one in enumerate(drawn):
+            if not one.scored:
+                for side in (0, 1):
+                    del places[side][pair][:-1]
+        return {
+            "inputs": {name: laid[name][kept] for name in laid if _by_sequence(laid, name)},
+            "chosen": _table(places[0]),
+            "rejected": _table(places[1]),
+            "prompt": torch.tensor(prompt),
+            "family": torch.tensor(family),
+            "scored": torch.tensor([one.scored for one in drawn]),
+            "number": torch.tensor([one.number for one in drawn], dtype=torch.float64),
+            "drawn": torch.tensor(sum(name is not None for _, f in about for name in f.names)),
+        }
+
+
+def _by_sequence(batch: Mapping[str, Any], name: str) -> bool:
+    return isinstance(batch[name], Tensor) and batch[name].shape == batch["input_ids"].shape
+
+
+def _key(batch: Mapping[str, Any], sequence: int) -> tuple[bytes, ...]:
+    counted = batch["attention_mask"][sequence].bool()
+    telling = (batch[name][sequence][counted] for name in _TELLING if name in batch)
+    return tuple(tensor.numpy().tobytes() for tensor in telling)
+
+
+def _table(places: Sequence[Sequence[int]]) -> Tensor:
+    """(n, most), -1 behind the end of a row."""
+    rows = [torch.tensor(row) for row in places]
+    return torch.nn.utils.rnn.pad_sequence(rows, True, -1)

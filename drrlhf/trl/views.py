@@ -1,0 +1,296 @@
+"""The worst view of a pair: what a batch becomes before its step.
+
+Every form of every answer is scored, without gradients. The forms of a pair's two answers combine
+to its views, whose losses need no more than these scores; the worst combination takes the pair's
+place, and the step is that of an ordinary batch of pairs. By Danskin's theorem its gradient is that
+of the worst case over views. Of a set that spreads its weight over several views one is drawn by
+that weight, which is the gradient in expectation.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+
+from drrlhf.functional.row_worst_case import solvable
+from drrlhf.functional.worst_view import worst_views
+from drrlhf.transformations import PROMPT, SIDES
+from drrlhf.trl import rows, view_texts
+from drrlhf.trl.one_row import OneRowMixin
+from drrlhf.trl.view_texts import (
+    BY_COLUMN,
+    ROW,
+    VIEWS,
+    Preparation,
+    Tokenize,
+    ViewCollator,
+    ViewTexts,
+    acts_on,
+)
+
+
+def check_options(config: Any) -> None:
+    """ValueError unless ``views``, ``views_per_pair`` and ``view_ambiguity`` can be meant."""
+    for name in config.views or ():
+        acts_on(name)
+    if not 0 <= config.views_scored <= 1:
+        raise ValueError(f"views_scored: expected a share in [0, 1], got {config.views_scored!r}")
+    if not config.views_per_pair >= 1:
+        raise ValueError(f"views_per_pair: expected >= 1, got {config.views_per_pair!r}")
+    solvable("view_ambiguity", config.view_ambiguity)
+
+
+class ViewsMixin(OneRowMixin):
+    """Reads ``args.views`` and what goes with it, and puts the worst views into batches."""
+
+    model: Any
+    model_wrapped: Any
+    data_collator: Any
+    _views: Sequence[str] = ()
+    accelerator: Any
+    _signature_columns: Any
+    _pad_token_id: int
+    _view_texts: ViewTexts | None = None
+    _view_ids: Preparation
+    _view_collator: ViewCollator | None = None
+    _views_need_prompt = False  # whether TRL takes prompts out of rows that have none
+
+    def _score_sequences(self, model: Any, inputs: dict[str, Tensor]) -> Tensor:
+        """What the losses of pairs need to know of sequences (m, L): (m, C), at least float32."""
+        raise NotImplementedError
+
+    def _losses_of_scores(
+        self, chosen: Tensor, rejected: Tensor, columns: Mapping[str, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Losses (m,) of pairs of scores (m, C), and by how much the chosen one wins (m,);
+        ``columns`` are those of the batch, (m,)."""
+        raise NotImplementedError
+
+    def _reference_scores(
+        self, every: Mapping[str, Tensor], views: Mapping[str, Any]
+    ) -> Tensor | None:
+        """What a reference says (m,) of the sequences; None without one. With one it is the last of
+        the C scores."""
+        return None
+
+    def _known(self, chosen: Tensor, rejected: Tensor) -> dict[str, Tensor]:
+        """Entries of a batch of what the reference says of its pairs (n,)."""
+        raise NotImplementedError
+
+    # -- the data ------------------------------------------------------------------------------
+
+    def _prepare_dataset(
+        self, dataset: Any, processing_class: Any, args: Any, dataset_name: str
+    ) -> Any:
+        """TRL's; the texts of the training data are kept for their views."""
+        prepare = super()._prepare_dataset  # type: ignore[misc]
+        if not self._views or dataset_name != "train":
+            return prepare(dataset, processing_class, args, dataset_name)
+        _check_dataset(dataset, self._views)
+        tokenizer = getattr(processing_class, "tokenizer", processing_class)
+        self._view_texts = ViewTexts(
+            dataset,
+            tuple(self._views),
+            args.views_per_pair,
+            args.views_scored if _asks(args) else 0.0,
+            args.seed,
+            self._views_need_prompt and PROMPT not in dataset.column_names,
+            tokenizer.eos_token,
+        )
+        self._view_ids = Preparation(self._view_texts.row(0), self._tokenize(dataset, tokenizer))
+        prepare(self._view_ids, processing_class, args, dataset_name)
+        numbered = dataset.add_column(ROW, list(range(len(dataset))))
+        return prepare(numbered, processing_class, args, dataset_name)
+
+    def _tokenize(self, dataset: Any, tokenizer: Any) -> Tokenize | None:
+        """What makes ids of a row where TRL leaves those of the dataset as they are."""
+        return None
+
+    def _collate_views(self, tokens: Any) -> None:
+        """Let the collator make views; ``tokens`` is TRL's own inside of it."""
+        if self._view_texts is not None:
+            self._view_collator = ViewCollator(
+                self.data_collator, tokens, self._view_texts, self._view_ids
+            )
+            self.data_collator = self._view_collator
+
+    def _set_signature_columns_if_needed(self) -> None:
+        fresh = self._signature_columns is None
+        super()._set_signature_columns_if_needed()  # type: ignore[misc]
+        if fresh:
+            self._signature_columns += [ROW]
+
+    def _run_epoch(self, model: Any, epoch: int, *args: Any, **kwargs: Any) -> Any:
+        """The loop's; an epoch has views of its own."""
+        if self._view_collator is not None:
+            self._view_collator.epoch.fill_(epoch)
+        return super()._run_epoch(model, epoch, *args, **kwargs)  # type: ignore[misc]
+
+    def _view_facts(self) -> str:
+        named = ("views_per_pair", "views_scored", "view_ambiguity")
+        options = (f"{name}={getattr(self.args, name)}" for name in named)
+        return ", ".join([*self._views, *options]) if self._views else ""
+
+    # -- the step ------------------------------------------------------------------------------
+
+    def _prepare_inputs(self, inputs: Any) -> Any:
+        """The batch on its device; one with views becomes that of the worst ones."""
+        prepared = super()._prepare_inputs(inputs)  # type: ignore[misc]
+        if isinstance(prepared, Mapping) and VIEWS in prepared:
+            return self._of_worst_views(dict(prepared))
+        return prepared
+
+    def _of_worst_views(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """The batch with each pair in its worst form; ``batch`` has views."""
+        views = batch.pop(VIEWS)
+        if not rows.separable(batch):
+            raise ValueError(
+                "views: expected a batch of text padded on the right, as TRL's collators make it, "
+                f"got the entries {', '.join(batch)}; use views=None"
+            )
+        every = rows.below(batch, views["inputs"], self._pad_token_id)
+        # (n, A * B): which form of the chosen answer, which of the rejected one.
+        chosen, rejected = (
+            side.flatten(1)
+            for side in torch.broadcast_tensors(
+                views["chosen"].unsqueeze(2), views["rejected"].unsqueeze(1)
+            )
+        )
+        there = (chosen >= 0) & (rejected >= 0)
+        chosen, rejected = chosen.clamp(min=0), rejected.clamp(min=0)
+        there &= views["prompt"][chosen] == views["prompt"][rejected]
+        weights, sums = there.double(), {}
+        known = self._reference_scores(every, views)
+        if _asks(self.args):
+            scores = self._policy_scores(every, views)
+            if known is not None:
+                scores = torch.cat([scores, known.to(scores).unsqueeze(1)], 1)
+            repeated = {
+                name: batch[name].repeat_interleave(chosen.shape[1])
+                for name in rows.PAIRS
+                if name in batch
+            }
+            losses, won = (
+                one.view(chosen.shape)
+                for one in self._losses_of_scores(
+                    scores[chosen.flatten()], scores[rejected.flatten()], repeated
+                )
+            )
+            scored = views["scored"]
+            worst = worst_views(losses[scored], self.args.view_ambiguity, there[scored])
+            weights[scored] = worst.weights.double()
+            sums = {
+                "views/loss": worst.values.sum(),
+                "views/clean_loss": losses[scored, 0].sum(),
+                "views/pairs_right": ((won > 0) | ~there)[scored].all(1).sum(),
+            }
+        place = _drawn(weights, views["number"]).unsqueeze(1)
+        taken = torch.cat([chosen.gather(1, place), rejected.gather(1, place)]).squeeze(1)
+        self._log_views(views, taken, sums)
+        picked = batch | rows.taken(every, taken)
+        return picked if known is None else picked | self._known(*known[taken].chunk(2))
+
+    def _policy_scores(self, every: Mapping[str, Tensor], views: Mapping[str, Any]) -> Tensor:
+        """What `_score_sequences` says (m, C) of the forms of the pairs to be scored, as the model
+        is evaluated; 0 of the other sequences."""
+        model = self.model_wrapped
+        model.eval()
+        try:
+            with self.compute_loss_context_manager():  # type: ignore[attr-defined]
+                return self._in_parts(
+                    every,
+                    forms(views, views["scored"]),
+                    lambda inputs: self._score_sequences(model, inputs),
+                )
+        finally:
+            model.train()
+
+    def _in_parts(
+        self,
+        every: Mapping[str, Tensor],
+        which: Tensor,
+        score: Callable[[dict[str, Tensor]], Tensor],
+    ) -> Tensor:
+        """The scores (m, ...) of ``which`` (k,) of the sequences (m, L), which stand by pair; 0 of
+        the others. As many calls on every rank: models that are shared meet in each."""
+        lengths = every["attention_mask"].sum(1)
+        # Prompts in common lie in one row; without rows, like lengths need little padding.
+        order = which if self._in_rows else which[lengths[which].argsort()]
+        found: Tensor | None = None
+        # About as long as the batch was.
+        extra = self.args.views_per_pair * self.args.views_scored if _asks(self.args) else 0
+        for part in order.tensor_split(1 + math.ceil(extra)):
+            asked = part if len(part) else part.new_zeros(1)
+            with torch.no_grad():
+                scores = score(rows.taken(every, asked))
+            if found is None:
+                found = scores.new_zeros(len(lengths), *scores.shape[1:])
+            found[part] = scores[: len(part)]
+        assert found is not None
+        return found
+
+    def _log_views(self, views: Mapping[str, Any], taken: Tensor, sums: dict[str, Tensor]) -> None:
+        """Metrics over the pairs of all ranks: means of what is summed over the scored ones, and
+        which views were taken."""
+        family, count = views["family"][taken], len(taken)
+        counts = [
+            *sums.values(),
+            views["scored"].sum(),
+            views["drawn"],
+            family.new_tensor(len(views["family"]) - count),
+            *((family == number).sum() for number in range(view_texts.CLEAN, len(self._views))),
+        ]
+        mine = torch.stack([one.double() for one in counts])
+        totals = self.accelerator.gather(mine.unsqueeze(0)).sum(0).tolist()
+        scored, drawn, distinct, *taken_by = totals[len(sums) :]
+        metrics = {name: total / scored for name, total in zip(sums, totals) if scored}
+        metrics["views/distinct"] = distinct / max(drawn, 1)
+        for name, total in zip(("clean", *self._views), taken_by, strict=True):
+            metrics[f"views/taken/{name}"] = total / sum(taken_by)
+        self._log(metrics, "train")  # type: ignore[attr-defined]
+
+
+def _asks(config: Any) -> bool:
+    """Whether it matters what the model says of views."""
+    return solvable("view_ambiguity", config.view_ambiguity).kind != "erm"
+
+
+def forms(views: Mapping[str, Any], pairs: Tensor) -> Tensor:
+    """Places (k,) of the forms of some pairs (n,), by pair."""
+    places = torch.cat([views["chosen"], views["rejected"]], 1)[pairs]
+    return places[places >= 0]
+
+
+def _drawn(weights: Tensor, numbers: Tensor) -> Tensor:
+    """For each row of weights (n, K) a place (n,), by weight; ``numbers`` (n,) in [0, 1)."""
+    upto = weights.double().cumsum(1)
+    return (upto <= numbers.unsqueeze(1) * upto[:, -1:]).sum(1)
+
+
+def _check_dataset(dataset: Any, views: Sequence[str]) -> None:
+    """ValueError for training data that can have no such views: they are streamed, without texts,
+    or lack a column that a view is made of."""
+    if not isinstance(dataset, Dataset):
+        raise ValueError(
+            f"views: expected a map-style datasets.Dataset as train_dataset, got "
+            f"{type(dataset).__name__}, whose texts cannot be looked up; load it without streaming"
+        )
+    missing = [side for side in SIDES if side not in dataset.column_names]
+    if missing:
+        raise ValueError(
+            f"views: expected texts in the columns 'chosen' and 'rejected' of train_dataset, got "
+            f"{', '.join(dataset.column_names)}; give the data as they were before tokenization"
+        )
+    for name in views:
+        part, at, _ = name.partition(BY_COLUMN)
+        wanted = [name] if part else [f"{side}{name}" for side in SIDES]
+        if at and not set(wanted) & set(dataset.column_names):
+            raise ValueError(
+                f"views: {name!r} needs the column {' or '.join(map(repr, wanted))}, and "
+                f"train_dataset has {', '.join(dataset.column_names)}"
+            )

@@ -1,0 +1,360 @@
+"""``views``: a pair is trained on in the worst of its forms."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import pytest
+
+pytest.importorskip("trl")
+
+import steps
+import torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from trl_fixtures import (
+    quiet,
+    tiny_encoder_dir,
+    tiny_llama_dir,
+    tiny_pairs,
+    tiny_reward_dir,
+    tiny_tokenizer,
+)
+
+from drrlhf.trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer
+
+METHODS = ["dpo", "reward", "encoder"]
+VIEWS = ["repeated", "handle", "@other"]
+BETA = 0.1
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    return {
+        "dpo": str(tiny_llama_dir(tmp_path_factory.mktemp("llama"))),
+        "reward": str(tiny_reward_dir(tmp_path_factory.mktemp("reward"))),
+        "encoder": str(tiny_encoder_dir(tmp_path_factory.mktemp("encoder"))),
+    }
+
+
+@pytest.fixture
+def made(models, tmp_path):
+    def made(method, data, **options):
+        kind = "dpo" if method == "dpo" else "reward"
+        return steps.trainer(kind, models[method], str(tmp_path / "out"), data=data, **options)
+
+    return made
+
+
+def trained(trainer):
+    """The gradient of every step, and what was logged of each."""
+    trainer.train()
+    (gradients,) = (c for c in trainer.callback_handler.callbacks if isinstance(c, steps.Gradients))
+    return gradients.steps, [entry for entry in trainer.state.log_history if "loss" in entry]
+
+
+def assert_same(found, expected):
+    assert len(found) == len(expected)
+    for ours, theirs in zip(found, expected, strict=True):
+        scale = theirs.abs().max()
+        assert scale > 1e-4
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=3e-6 * max(float(scale), 1.0))
+
+
+def pairs(n=6, **columns):
+    """Pairs whose answers also have another form in a column, some of them."""
+    other = tiny_pairs(n, seed=5)
+    forms = {
+        "chosen@other": [text if i % 3 else None for i, text in enumerate(other["chosen"])],
+        "rejected@other": list(other["rejected"]),
+        "prompt@other": list(other["prompt"]),
+    }
+    return tiny_pairs(n, **forms | columns)
+
+
+def scorers(method, models):
+    """The score of (prompt, answer) by transformers alone, one text at a time, unpadded: of DPO
+    the log-ratio of the policy and the reference."""
+    tokenizer = tiny_tokenizer()
+
+    if method != "dpo":
+        place, end = (models["encoder"], "") if method == "unended" else (models[method], "<eos>")
+        model = AutoModelForSequenceClassification.from_pretrained(place).eval()
+        return lambda prompt, answer: model(
+            **tokenizer(prompt + answer + end, return_tensors="pt")
+        ).logits.item()
+    policy = steps.away(models[method]).eval()
+    reference = AutoModelForCausalLM.from_pretrained(models[method]).eval()
+
+    def ratio(prompt, answer):
+        ids = tokenizer(prompt + answer + "<eos>", return_tensors="pt")["input_ids"]
+        start = len(tokenizer(prompt)["input_ids"])
+        found = []
+        for model in (policy, reference):
+            logps = model(ids).logits[0, start - 1 : -1].double().log_softmax(-1)
+            found.append(logps.gather(1, ids[0, start:, None]).sum().item())
+        return found[0] - found[1]
+
+    return ratio
+
+
+def worst(rows, forms, method, models):
+    """Rows in their worst form, found by trying every combination; and the mean of their losses. A
+    label of probability 0 is the other way round, and its pair's worst form too."""
+    score = torch.no_grad()(scorers(method, models))
+    slope = BETA if method == "dpo" else 1.0
+    found, losses = [], []
+    for row, drawn in zip(rows, forms, strict=True):
+        answers = [form for form in drawn if not form.prompt]
+        tried = list(
+            product(
+                [row["prompt"]],
+                {row["chosen"], *(form.row["chosen"] for form in answers)},
+                {row["rejected"], *(form.row["rejected"] for form in answers)},
+            )
+        ) + [tuple(form.row[k] for k in ("prompt", "chosen", "rejected")) for form in drawn]
+        sign = 1 if row.get("p_chosen", 1) else -1
+        needed = row.get("margin", 0)
+        margins = [sign * (score(p, c) - score(p, r) - needed) for p, c, r in tried]
+        best = min(range(len(tried)), key=margins.__getitem__)
+        found.append(tried[best])
+        losses.append(float(-torch.nn.functional.logsigmoid(torch.tensor(slope * margins[best]))))
+    return found, sum(losses) / len(losses)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("names", [VIEWS, [*VIEWS, "prompt@other"]], ids=["answers", "prompts"])
+def test_a_step_is_that_of_the_worst_forms(made, models, method, names):
+    data = pairs()
+    options = {"per_device_train_batch_size": 6, "learning_rate": 0.0}
+    trainer = made(method, data, views=names, views_per_pair=3, **options)
+    forms = [trainer._view_texts.draw(i, 0).forms for i in range(len(data))]
+    expected, loss = worst(list(data), forms, method, models)
+    gradients, logs = trained(trainer)
+    assert float(logs[0]["views/loss"]) == pytest.approx(loss, rel=1e-4)
+    assert float(logs[0]["loss"]) == pytest.approx(loss, rel=1e-4)
+    columns = dict(zip(("prompt", "chosen", "rejected"), zip(*expected, strict=True), strict=True))
+    assert sum(a != b for a, b in zip(columns["chosen"], data["chosen"], strict=True)) >= 2
+    alone, _ = trained(made(method, Dataset.from_dict(columns), **options))
+    assert_same(gradients, alone)
+
+
+def test_margins_and_labels_are_those_of_the_pair(made, models):
+    data = pairs(margin=[0.0, 1.0, -1.0, 0.5, 2.0, 0.0], p_chosen=[1, 0, 1, 0, 0, 1])
+    options = {"per_device_train_batch_size": 6, "learning_rate": 0.0}
+    trainer = made("reward", data, views=VIEWS, **options)
+    forms = [one.forms for one in drawn(trainer, 0)]
+    _, loss = worst(list(data), forms, "reward", models)
+    _, logs = trained(trainer)
+    assert float(logs[0]["views/loss"]) == pytest.approx(loss, rel=1e-4)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("ambiguity", ["erm", "tv:0.3"])
+def test_a_step_is_the_same_however_it_is_cut_and_laid_out(made, method, ambiguity):
+    data = pairs(8, weight=[1.0, 0.5, 2.0, 1.0, 0.0, 1.0, 1.0, 1.0])
+    options = {"ambiguity": ambiguity, "views": [*VIEWS, "prompt_preamble"], "max_steps": 2}
+    whole, _ = trained(made(method, data, per_device_train_batch_size=8, **options))
+    layouts = [{}]
+    if method != "encoder":
+        layouts += [{"padding_free": True}, {"share_prompts": False}, {"share_prompts": True}]
+    for layout in layouts:
+        cut = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4} | layout
+        found, _ = trained(made(method, data, **options, **cut))
+        assert_same(found, whole)
+
+
+# -- what is drawn ---------------------------------------------------------------------------------
+
+
+def drawn(trainer, epoch):
+    return [trainer._view_texts.draw(i, epoch) for i in range(len(trainer._view_texts.data))]
+
+
+def test_views_are_drawn_by_seed_epoch_and_row_alone(made):
+    names = ["typos", "dropped_words", "doubled_words", "prompt_typos"]
+    first = made("reward", tiny_pairs(6), views=names)
+    same = made("reward", tiny_pairs(6), views=names, per_device_train_batch_size=1)
+    other = made("reward", tiny_pairs(6), views=names, seed=1)
+    assert drawn(first, 3) == drawn(same, 3)
+    assert drawn(first, 3) != drawn(first, 4)
+    assert drawn(first, 3) != drawn(other, 3)
+    for one in drawn(first, 0):
+        assert len(one.forms) <= 3 and one.scored and 0 <= one.number < 1
+
+
+@pytest.mark.parametrize("workers", [{}, {"dataloader_num_workers": 1}], ids=["here", "workers"])
+def test_every_epoch_has_its_views_and_a_resumed_run_those_of_the_saved_one(
+    models, tmp_path, made, workers
+):
+    names = ["repeated", "quotes", "handle", "url"]
+    options = {"views": names, "views_per_pair": 1, "view_ambiguity": "mean", "max_steps": 6}
+    options |= {"per_device_train_batch_size": 2, "save_strategy": "steps", "save_steps": 4}
+    trainer = made("reward", tiny_pairs(4), **options, **workers)
+    whole, logs = trained(trainer)
+    told = []
+    for epoch in range(3):  # of two steps, each of four answers
+        both = logs[2 * epoch : 2 * epoch + 2]
+        told.append([sum(4 * float(log[f"views/taken/{name}"]) for log in both) for name in names])
+        taken = [name for one in drawn(trainer, epoch) for f in one.forms for name in f.names]
+        assert told[-1] == [taken.count(name) for name in names]
+    assert told[0] != told[1] or told[1] != told[2]
+    again = made("reward", tiny_pairs(4), **options)
+    again.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-4"))
+    (kept,) = (c for c in again.callback_handler.callbacks if isinstance(c, steps.Gradients))
+    assert_same(kept.steps, whole[4:])
+    other = made("reward", tiny_pairs(4), **options | {"views": names[:3]})
+    with pytest.raises(ValueError, match="saved with views"):
+        other.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-4"))
+
+
+def test_without_scores_every_combination_is_as_likely(made):
+    """Two forms of either answer (one of them clean): four combinations, by draws of 2000 epochs;
+    five standard errors of a share are 5 sqrt(3 / 16 / 2000) = 0.048."""
+    for options in ({"view_ambiguity": "mean"}, {"views_scored": 0.0}):
+        trainer = made("reward", tiny_pairs(1), views=["handle"], views_per_pair=1, **options)
+        found = []
+        for epoch in range(2000):
+            ((forms, scored, _),) = drawn(trainer, epoch)
+            assert not scored
+            found.append(forms[0].names if forms else (None, None))
+        shares = [found.count(names) / 2000 for names in product([None, "handle"], repeat=2)]
+        assert sum(shares) == 1
+        assert shares == pytest.approx([0.25] * 4, abs=0.048)
+
+
+def test_a_set_that_spreads_its_weight_draws_by_it(made):
+    """With a temperature that makes all views alike, all of them are taken in the long run."""
+    options = {"views": ["handle", "repeated"], "views_per_pair": 2, "max_steps": 60}
+    options |= {"learning_rate": 0.0, "per_device_train_batch_size": 8}
+    _, logs = trained(
+        made("reward", tiny_pairs(8), view_ambiguity="kl:temperature=1000", **options)
+    )
+    for name in ("clean", "handle", "repeated"):
+        share = sum(float(log[f"views/taken/{name}"]) for log in logs) / len(logs)
+        assert share == pytest.approx(1 / 3, abs=0.06)  # of 960 answers: 4 standard errors
+    _, logs = trained(made("reward", tiny_pairs(8), view_ambiguity="max", **options))
+    worst = [float(log["views/loss"]) for log in logs]
+    assert all(one > float(log["views/clean_loss"]) for one, log in zip(worst, logs, strict=True))
+
+
+def test_the_share_of_pairs_that_are_scored(made):
+    trainer = made("dpo", tiny_pairs(8), views=["handle"], views_scored=0.25)
+    shares = [one.scored for epoch in range(200) for one in drawn(trainer, epoch)]
+    assert sum(shares) / len(shares) == pytest.approx(0.25, abs=0.05)
+    _, logs = trained(trainer)
+    assert logs
+
+
+def test_what_tokenizes_alike_is_no_view(made):
+    """The tokenizer splits at white space: doubled spaces say nothing new."""
+    _, logs = trained(made("reward", tiny_pairs(8), views=["whitespace", "quotes"]))
+    assert 0 < float(logs[0]["views/distinct"]) < 1
+    assert float(logs[0]["views/taken/whitespace"]) == 0
+
+
+def test_data_that_were_tokenized_before_have_views_of_their_texts(made, models):
+    """As encoders need it whose tokenizers have no end token."""
+    tokenizer = tiny_tokenizer(with_eos=False)
+
+    def tokenize(row, end=""):
+        texts = {f"{side}_ids": row["prompt"] + row[side] + end for side in ("chosen", "rejected")}
+        return {name: tokenizer(text)["input_ids"] for name, text in texts.items()}
+
+    options = {"views": VIEWS, "trainer_processing_class": tokenizer, "learning_rate": 0.0}
+    options |= {"per_device_train_batch_size": 6}
+    data = pairs().map(tokenize)
+    trainer = made("encoder", data, **options)
+    forms = [one.forms for one in drawn(trainer, 0)]
+    _, logs = trained(trainer)
+    assert float(logs[0]["views/distinct"]) > 0.9
+    _, expected = worst(list(data), forms, "unended", models)
+    assert float(logs[0]["views/loss"]) == pytest.approx(expected, rel=1e-4)
+    with pytest.raises(ValueError, match="views: the ids of train_dataset are not what"):
+        made("encoder", pairs().map(tokenize, fn_kwargs={"end": " w1"}), **options)
+
+
+def test_evaluation_is_of_the_pairs_as_they_are(made):
+    data = tiny_pairs(8)
+    options = {"eval_strategy": "steps", "eval_steps": 1, "learning_rate": 0.0}
+    logs = []
+    for views in (None, ["handle", "repeated"]):
+        trainer = made("reward", data, views=views, trainer_eval_dataset=data, **options)
+        trainer.train()
+        logs += [log for log in trainer.state.log_history if "eval_loss" in log]
+    assert float(logs[0]["eval_loss"]) == pytest.approx(float(logs[1]["eval_loss"]), rel=1e-6)
+    assert not any("views" in name for name in logs[1])
+
+
+def test_messages_are_changed_where_they_answer(made):
+    def said(*texts):
+        roles = ("user", "assistant")
+        return [{"role": roles[i % 2], "content": text} for i, text in enumerate(texts)]
+
+    data = Dataset.from_dict(
+        {
+            "chosen": [said("how was it", "great")] * 4,
+            "rejected": [said("how was it", "not good")] * 4,
+        }
+    )
+    for method in ("dpo", "reward"):
+        trainer = made(method, data, views=["handle", "prompt_preamble"], views_per_pair=8)
+        kinds = set()
+        for form in drawn(trainer, 0)[0].forms:
+            question = form.row.get("prompt", form.row["chosen"])[0]["content"]
+            answer = form.row["chosen"][-1]["content"]
+            kinds.add((form.prompt, question == "how was it", answer))
+        assert kinds == {(False, True, "@user great"), (True, False, "great")}
+        trained(trainer)
+
+
+# -- what is refused -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "words"),
+    [
+        ("reward", {"views": ["typo"]}, "views: expected names among typos, .* got 'typo'"),
+        ("reward", {"views": "typos, case"}, "views: expected names among .* got 'case'"),
+        ("reward", {"views": ["@"]}, "got '@'"),
+        ("reward", {"views": ["@none"]}, "'@none' needs the column 'chosen@none' or"),
+        ("reward", {"views": ["prompt@none"]}, "needs the column 'prompt@none', and"),
+        ("reward", {"views_per_pair": 0}, "views_per_pair: expected >= 1, got 0"),
+        ("reward", {"views_scored": 1.5}, r"views_scored: expected a share in \[0, 1\], got 1.5"),
+        ("dpo", {"view_ambiguity": "chi2:1"}, "view_ambiguity: expected 'max', 'mean'"),
+        ("dpo", {"precompute_ref_log_probs": True}, "with precompute_ref_log_probs=True"),
+        ("dpo", {"ld_alpha": 0.0}, "with ld_alpha"),
+        ("dpo", {"use_weighting": True}, "with use_weighting=True"),
+        ("dpo", {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 1.0]}, "'sft'"),
+    ],
+)
+def test_what_is_wrong_is_named(models, tmp_path, method, options, words):
+    kinds = {"dpo": (DPOTrainer, DPOConfig), "reward": (RewardTrainer, RewardConfig)}
+    trainer, config = kinds[method]
+    with pytest.raises(ValueError, match=words):
+        trainer(
+            model=models[method],
+            args=config(str(tmp_path), **quiet(**{"views": ["typos"]} | options)),
+            train_dataset=tiny_pairs(8),
+            processing_class=tiny_tokenizer(),
+        )
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (lambda: tiny_pairs(8).to_iterable_dataset(), "load it without streaming"),
+        (
+            lambda: Dataset.from_dict({"chosen_ids": [[7, 8]] * 4, "rejected_ids": [[9]] * 4}),
+            "as they were before tokenization",
+        ),
+    ],
+)
+def test_data_without_texts_are_refused(models, tmp_path, data, words):
+    with pytest.raises(ValueError, match=words):
+        RewardTrainer(
+            model=models["reward"],
+            args=RewardConfig(str(tmp_path), **quiet(views=["typos"], max_steps=1)),
+            train_dataset=data(),
+            processing_class=tiny_tokenizer(),
+        )
