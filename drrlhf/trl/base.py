@@ -46,6 +46,7 @@ class AmbiguityMixin(ViewsMixin, TwoPasses):
         given = inspect.signature(super().__init__).bind(*args, **kwargs).arguments
         config = given.get("args")
         self._read_set(config, given)
+        self._views = getattr(config, "views", None) or ()  # TRL's own configuration has none
         self._pass: Pass | None = None
         if config is not None:
             self._check_arguments(config)
@@ -56,7 +57,6 @@ class AmbiguityMixin(ViewsMixin, TwoPasses):
                 )
         # TRL's DPO trainer would warn that it ignores the flag, and clear it.
         self._read_rows(config)
-        self._views = getattr(config, "views", None) or ()
         hidden = {"padding_free": False} if self._padding_free else {}
         with overridden(config, **hidden):
             super().__init__(*args, **kwargs)

@@ -60,7 +60,7 @@ class DPOTrainer(AmbiguityMixin, trl.DPOTrainer):
                 f"loss_type: unknown {min(unknown)!r}; expected one of "
                 f"{', '.join((*PAIR_LOSSES, *OUTSIDE_LOSSES))}"
             )
-        if config.views:
+        if self._views:
             self._check_views(config)
         if not self._reweighing:
             return
