@@ -14,35 +14,54 @@ namespace {
 // Queries whose gradients are taken at once: causality leaves out half a square of their keys.
 constexpr std::int64_t kQueries = 128;
 
+struct Piece {
+  std::int64_t start, stop;
+  std::int64_t size() const { return stop - start; }
+};
+
+// Its own tokens, and what they see before these.
 struct Block {
-  std::int64_t start, stop, before, before_stop;
+  Piece own, before, then;
+  std::vector<Piece> seen() const {  // pieces that adjoin are one
+    std::vector<Piece> pieces;
+    for (const Piece& piece : {before, then, own}) {
+      if (piece.size() == 0) continue;
+      if (!pieces.empty() && pieces.back().stop == piece.start)
+        pieces.back().stop = piece.stop;
+      else
+        pieces.push_back(piece);
+    }
+    return pieces;
+  }
 };
 
 struct Group {
   std::vector<Block> blocks;
-  std::int64_t start() const { return blocks.front().start; }
-  std::int64_t stop() const { return blocks.back().stop; }
+  std::int64_t start() const { return blocks.front().own.start; }
+  std::int64_t stop() const { return blocks.back().own.stop; }
 };
 
 std::vector<Group> groups_of(const at::Tensor& blocks, std::int64_t length) {
-  DRRLHF_CHECK_VALUE(blocks.dim() == 2 && blocks.size(1) == 4 && blocks.scalar_type() == at::kLong,
-                     "blocks: expected int64 of shape (B, 4), got ", blocks.sizes());
+  DRRLHF_CHECK_VALUE(blocks.dim() == 2 && blocks.size(1) == 6 && blocks.scalar_type() == at::kLong,
+                     "blocks: expected int64 of shape (B, 6), got ", blocks.sizes());
   const at::Tensor rows = blocks.contiguous();
   const std::int64_t* p = rows.const_data_ptr<std::int64_t>();
   std::vector<Group> groups;
   std::int64_t end = 0;
-  for (std::int64_t i = 0; i < rows.size(0); ++i, p += 4) {
-    const Block block{p[0], p[1], p[2], p[3]};
-    if (block.before == block.before_stop) groups.emplace_back();
-    DRRLHF_CHECK_VALUE(!groups.empty() && block.start == end && block.stop > block.start &&
-                           block.before <= block.before_stop &&
-                           (block.before == block.before_stop ||
-                            (block.before >= groups.back().start() && block.before_stop <= end)),
-                       "blocks: expected tokens in order, and prefixes within a group, got ",
-                       block.start, " to ", block.stop, " behind ", block.before, " to ",
-                       block.before_stop);
+  for (std::int64_t i = 0; i < rows.size(0); ++i, p += 6) {
+    const Block block{{p[0], p[1]}, {p[2], p[3]}, {p[4], p[5]}};
+    if (block.before.size() == 0 && block.then.size() == 0) groups.emplace_back();
+    const auto lies_before = [&](const Piece& piece) {
+      return piece.size() == 0 ||
+             (piece.size() > 0 && piece.start >= groups.back().start() && piece.stop <= end);
+    };
+    DRRLHF_CHECK_VALUE(!groups.empty() && block.own.start == end && block.own.size() > 0 &&
+                           (groups.back().blocks.empty() ||
+                            (lies_before(block.before) && lies_before(block.then))),
+                       "blocks: expected tokens in order, and prefixes within a group, got ", p[0],
+                       " to ", p[1], " behind ", p[2], " to ", p[3], " and ", p[4], " to ", p[5]);
     groups.back().blocks.push_back(block);
-    end = block.stop;
+    end = block.own.stop;
   }
   DRRLHF_CHECK_VALUE(end == length, "blocks: expected them to cover ", length, " tokens, got ",
                      end);
@@ -85,20 +104,22 @@ class Part {
   const at::Tensor& of_value() const { return of_value_; }
 
  private:
-  at::Tensor range(const at::Tensor& x, std::int64_t start, std::int64_t stop) const {
-    return x.narrow(0, start - origin_, stop - start);
+  at::Tensor range(const at::Tensor& x, const Piece& piece) const {
+    return x.narrow(0, piece.start - origin_, piece.size());
   }
 
   at::Tensor seen(const at::Tensor& x, const Block& block) const {
-    if (block.before == block.before_stop) return range(x, block.start, block.stop);
-    if (block.before_stop == block.start) return range(x, block.before, block.stop);
-    return at::cat({range(x, block.before, block.before_stop), range(x, block.start, block.stop)});
+    std::vector<at::Tensor> pieces;
+    for (const Piece& piece : block.seen()) pieces.push_back(range(x, piece));
+    return pieces.size() == 1 ? pieces[0] : at::cat(pieces);
   }
 
   void add_seen(at::Tensor& total, const Block& block, const at::Tensor& found) const {
-    const std::int64_t before = block.before_stop - block.before;
-    range(total, block.before, block.before_stop).add_(found.narrow(0, 0, before));
-    range(total, block.start, block.stop).add_(found.narrow(0, before, found.size(0) - before));
+    std::int64_t done = 0;
+    for (const Piece& piece : block.seen()) {
+      range(total, piece).add_(found.narrow(0, done, piece.size()));
+      done += piece.size();
+    }
   }
 
   // Probabilities (heads Q, keys) of keys that a query does not see become 0.
@@ -146,11 +167,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> row_attention_backward(
       };
       Part part(mine(key), mine(value), group.start(), window, scale);
       for (const Block& whole : group.blocks) {
-        for (std::int64_t first = whole.start; first < whole.stop; first += kQueries) {
+        for (std::int64_t first = whole.own.start; first < whole.own.stop; first += kQueries) {
           Block block = whole;
-          block.stop = std::min(first + kQueries, whole.stop);
+          block.own.stop = std::min(first + kQueries, whole.own.stop);
           const auto asked = [&](const at::Tensor& x) {
-            return x.narrow(0, head * each, each).narrow(1, first, block.stop - first);
+            return x.narrow(0, head * each, each).narrow(1, first, block.own.stop - first);
           };
           asked(of_query).copy_(
               part.add(block, asked(query), asked(by_head), asked(result), asked(norms)));

@@ -119,9 +119,7 @@ class _Attention(torch.autograd.Function):
         saved = ctx.saved_tensors
         query, key, value, out, norms = saved
         blocks, window, scale = ctx.options
-        longest = max(
-            block.before_stop - block.before + block.stop - block.start for block in blocks
-        )
+        longest = max(block.beginning + block.stop - block.start for block in blocks)
         if _compiled(query.dtype) and longest <= MOST_KEYS:
             found = torch.ops.drrlhf_cpp.row_attention_backward(
                 grad, *saved, torch.tensor(blocks), window or longest, scale
@@ -144,11 +142,12 @@ class _Attention(torch.autograd.Function):
                 **part.known(),
             )
             _by_key(of_query, key)[:, :, own] = found[0]
-            before = block.before_stop - block.before
+            pieces = block.seen()
             for total, new in zip((of_key, of_value), found[1:], strict=True):
                 summed = new.sum(1, dtype=torch.float32)  # over the heads that share a key
-                total[:, block.before : block.before_stop] += summed[:, :before]
-                total[:, own] += summed[:, before:]
+                parts = summed.split([stop - start for start, stop in pieces], dim=1)
+                for (start, stop), part_of in zip(pieces, parts, strict=True):
+                    total[:, start:stop] += part_of
         return of_query, of_key.to(key.dtype), of_value.to(value.dtype), None, None, None
 
 

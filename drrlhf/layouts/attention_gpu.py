@@ -88,7 +88,7 @@ class _Known(NamedTuple):
 @lru_cache(maxsize=4)  # every layer of a model asks for the same row, and asks again to go back
 def _known(blocks: tuple[Block, ...], device: torch.device) -> _Known:
     queries = np.array([b.stop - b.start for b in blocks])
-    prefixes = np.array([b.before_stop - b.before for b in blocks])
+    prefixes = np.array([b.beginning for b in blocks])
 
     def bounds(lengths: np.ndarray) -> Tensor:
         return torch.tensor([0, *lengths.cumsum()], dtype=torch.int32, device=device)
@@ -98,8 +98,7 @@ def _known(blocks: tuple[Block, ...], device: torch.device) -> _Known:
     shapes = bounds(queries), bounds(queries + prefixes), *most
     if not prefixes.any():
         return _Known(*shapes, None, None, None)
-    parts = ((b.before, b.before_stop, b.start, b.stop) for b in blocks)
-    seen = np.concatenate([np.r_[a:b, c:d] for a, b, c, d in parts])
+    seen = np.concatenate([np.arange(*piece) for block in blocks for piece in block.seen()])
     order = seen.argsort(kind="stable")
     bags = np.searchsorted(seen[order], np.arange(blocks[-1].stop))
     return _Known(*shapes, *(torch.from_numpy(x).to(device) for x in (seen, order, bags)))

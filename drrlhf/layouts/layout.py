@@ -6,16 +6,15 @@ there once, and behind it the rest of each sequence, blind to the others. A caus
 attention and positions follow the layout computes for every token what it computes for it alone:
 a token sees the tokens before it in its own sequence, at the positions that they have there.
 
-Whose prompts are equal is read off the tokens, so that preference pairs, several pairs of one
-prompt and groups of completions are one case; and where tokens merge at the seam of prompt and
-answer, only what is really equal is shared.
+What sequences have in common is read off the tokens, so that preference pairs, several pairs of
+one prompt, groups of completions and changed forms of an answer are one case; and where tokens
+merge at the seam of prompt and answer, only what is really equal is shared.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -25,13 +24,32 @@ from torch import Tensor
 
 class Block(NamedTuple):
     """Tokens ``start`` to ``stop`` of the row, which belong to the same sequences. They see
-    themselves, causally, and all tokens ``before`` to ``before_stop``: the prefix that is theirs.
+    themselves, causally, and the beginning that their sequences have in common with others, which
+    lies in at most two pieces: all tokens ``before`` to ``before_stop``, and behind these all
+    tokens ``then`` to ``then_stop``.
     """
 
     start: int
     stop: int
-    before: int
-    before_stop: int
+    before: int = 0
+    before_stop: int = 0
+    then: int = 0
+    then_stop: int = 0
+
+    def seen(self) -> list[tuple[int, int]]:
+        """From where to where it sees, in order, itself last; pieces that adjoin are one."""
+        pieces: list[tuple[int, int]] = []
+        for start, stop in (self[2:4], self[4:6], self[:2]):
+            if start < stop and pieces and pieces[-1][1] == start:
+                pieces[-1] = pieces[-1][0], stop
+            elif start < stop:
+                pieces.append((start, stop))
+        return pieces
+
+    @property
+    def beginning(self) -> int:
+        """How many tokens it sees besides itself."""
+        return self.before_stop - self.before + self.then_stop - self.then
 
 
 @dataclass(frozen=True)
@@ -57,12 +75,8 @@ class Layout:
 
 def seen_by(tensor: Tensor, block: Block) -> Tensor:
     """What a block sees of the keys or values of a row (a, b, T, width), in order."""
-    own = tensor[:, :, block.start : block.stop]
-    if block.before == block.before_stop:
-        return own
-    if block.before_stop == block.start:  # right before it
-        return tensor[:, :, block.before : block.stop]
-    return torch.cat([tensor[:, :, block.before : block.before_stop], own], dim=2)
+    pieces = [tensor[:, :, start:stop] for start, stop in block.seen()]
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=2)
 
 
 def causal_mask(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor | None:
@@ -78,90 +92,113 @@ def causal_mask(queries: int, keys: int, window: int | None, device: torch.devic
 
 def packed(input_ids: Tensor, attention_mask: Tensor) -> Layout:
     """One sequence after the other; the ids and the mask are (n, L), padded anywhere."""
-    return _laid_out([[i] for i in range(len(input_ids))], attention_mask, None)
+    row = _Row(attention_mask)
+    for i in range(len(input_ids)):
+        row.add(i, [])
+    return row.layout()
 
 
 def shared(input_ids: Tensor, attention_mask: Tensor) -> Layout:
-    """As `packed`, with common beginnings once, so that the row is as short as it can be where
-    every sequence shares at most one beginning."""
-    sequences = _sequences(input_ids, attention_mask)
-    order = sorted(range(len(sequences)), key=lambda i: _in_order(sequences[i]))
-    common = [_common(sequences[a], sequences[b]) for a, b in pairwise(order)]
-    groups, prefixes = [], []
-    for start, stop in _cuts(common):
-        groups.append(sorted(order[start:stop]))
-        prefixes.append(min(common[start : stop - 1], default=0))
-    by_first = sorted(range(len(groups)), key=lambda g: groups[g][0])
-    return _laid_out([groups[g] for g in by_first], attention_mask, [prefixes[g] for g in by_first])
+    """As `packed`, with common beginnings once: a prompt of several answers, and what answers have
+    in common behind it.
 
-
-def _cuts(common: Sequence[int]) -> list[tuple[int, int]]:
-    """How to cut sequences in lexicographic order into groups [start, stop), each of which has its
-    common beginning once: the cut that saves the most tokens.
-
-    ``common`` are the tokens that neighbours have in common. A group of k saves (k - 1) times what
-    all of them have in common; in lexicographic order no better groups exist than runs.
+    Sequences come in their order, and each takes its beginning from where one before it lies, of
+    those the one that spares it the most tokens.
     """
-    n = len(common) + 1
-    saved, first = [0] * (n + 1), [0] * (n + 1)  # of the first j sequences; where the last begins
-    for stop in range(1, n + 1):
-        saved[stop], first[stop] = saved[stop - 1], stop - 1
-        all_have = common[stop - 2] if stop > 1 else 0
-        for start in range(stop - 2, -1, -1):
-            all_have = min(all_have, common[start])
-            if not all_have:
-                break
-            found = saved[start] + (stop - start - 1) * all_have
-            if found > saved[stop]:
-                saved[stop], first[stop] = found, start
-    cuts = []
-    stop = n
-    while stop:
-        cuts.append((first[stop], stop))
-        stop = first[stop]
-    return cuts[::-1]
+    sequences = _sequences(input_ids, attention_mask)
+    row = _Row(attention_mask)
+    for family, common in _families(sequences):
+        paths: dict[int, list[tuple[int, int]]] = {}  # where sequences of the family lie
+        for i in sorted(family):
+            known: list[tuple[int, int]] = []
+            place, least = family.index(i), _least(len(sequences[i]))
+            for step in (-1, 1):  # what it has in common with others only falls away from it
+                shared_by, other = len(sequences[i]), place
+                while 0 <= other + step < len(family):
+                    shared_by = min(shared_by, common[max(other, other + step)])
+                    if shared_by <= _size(known):
+                        break
+                    other += step
+                    found = _beginning(paths.get(family[other], []), shared_by, least)
+                    known = max(known, found, key=_size)
+            paths[i] = row.add(i, known)
+    return row.layout()
 
 
-def _laid_out(
-    groups: Sequence[Sequence[int]], attention_mask: Tensor, prefixes: Sequence[int] | None
-) -> Layout:
-    mask = attention_mask.cpu().bool().numpy()
-    length = mask.shape[1]
-    places = np.full(mask.shape, -1)
-    tokens: list[np.ndarray] = []
-    positions: list[np.ndarray] = []
-    blocks: list[Block] = []
-    end = 0
+def _families(sequences: Sequence[np.ndarray]) -> Iterator[tuple[list[int], list[int]]]:
+    """Sequences that begin alike, in lexicographic order, where they are neighbours; and how many
+    tokens each has in common with the one before it. Families come as their first sequences do."""
+    order = sorted(range(len(sequences)), key=lambda i: _in_order(sequences[i]))
+    families: list[tuple[list[int], list[int]]] = []
+    for k, i in enumerate(order):
+        common = _common(sequences[order[k - 1]], sequences[i]) if k else 0
+        if common < _least(len(sequences[i])):
+            families.append(([], []))
+        families[-1][0].append(i)
+        families[-1][1].append(common)
+    yield from sorted(families, key=lambda family: min(family[0]))
 
-    def put(where: np.ndarray, position: int, before: int, before_stop: int) -> None:
-        nonlocal end
-        if len(where):
-            tokens.append(where)
-            positions.append(np.arange(position, position + len(where)))
-            blocks.append(Block(end, end + len(where), before, before_stop))
-            end += len(where)
 
-    for group, prefix in zip(groups, prefixes or [0] * len(groups), strict=True):
-        start = end
-        for number, i in enumerate(group):
-            columns = mask[i].nonzero()[0]
-            if not number:
-                put(i * length + columns[:prefix], 0, start, start)
-            places[i, columns[:prefix]] = np.arange(start, start + prefix)
-            places[i, columns[prefix:]] = np.arange(end, end + len(columns) - prefix)
-            put(i * length + columns[prefix:], prefix, start, start + prefix)
+def _size(pieces: Sequence[tuple[int, int]]) -> int:
+    return sum(stop - start for start, stop in pieces)
 
-    def on_device(parts: Sequence[np.ndarray]) -> Tensor:
+
+def _least(length: int) -> int:
+    """How many tokens of a sequence are worth a piece of their own: one call of attention more."""
+    return max(1, length // 16)
+
+
+def _beginning(path: Sequence[tuple[int, int]], common: int, least: int) -> list[tuple[int, int]]:
+    """The first ``common`` tokens of a path, in at most two pieces, none too short."""
+    pieces: list[tuple[int, int]] = []
+    for start, stop in path[:2]:
+        taken = min(stop - start, common)
+        if taken < least:
+            break
+        pieces.append((start, start + taken))
+        common -= taken
+    return pieces
+
+
+class _Row:
+    """A row that grows by sequences of a mask (n, L)."""
+
+    def __init__(self, attention_mask: Tensor) -> None:
+        self._given = attention_mask
+        self._mask = attention_mask.cpu().bool().numpy()
+        self._places = np.full(self._mask.shape, -1)
+        self._tokens: list[np.ndarray] = []
+        self._positions: list[np.ndarray] = []
+        self._blocks: list[Block] = []
+        self._end = 0
+
+    def add(self, i: int, beginning: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+        """Put in sequence i, whose beginning lies in these pieces, and say where it lies now."""
+        columns = self._mask[i].nonzero()[0]
+        known = np.concatenate([np.arange(*piece) for piece in beginning] or [np.arange(0)])
+        self._places[i, columns[: len(known)]] = known
+        own = columns[len(known) :]
+        if not len(own):
+            return list(beginning)
+        start, self._end = self._end, self._end + len(own)
+        self._places[i, own] = np.arange(start, self._end)
+        self._tokens.append(i * self._mask.shape[1] + own)
+        self._positions.append(np.arange(len(known), len(columns)))
+        self._blocks.append(Block(start, self._end, *(x for piece in beginning for x in piece)))
+        return Block.seen(self._blocks[-1])
+
+    def layout(self) -> Layout:
+        return Layout(
+            self._on_device(self._tokens),
+            self._on_device(self._positions),
+            torch.from_numpy(self._places).to(self._given.device),
+            tuple(self._blocks),
+            int(self._mask.sum()),
+        )
+
+    def _on_device(self, parts: Sequence[np.ndarray]) -> Tensor:
         whole = np.concatenate(parts) if parts else np.zeros(0, np.int64)
-        return torch.from_numpy(whole).to(attention_mask.device)
-
-    return Layout(
-        on_device(tokens),
-        on_device(positions),
-        torch.from_numpy(places).to(attention_mask.device),
-        tuple(blocks),
-        int(mask.sum()),
-    )
+        return torch.from_numpy(whole).to(self._given.device)
 
 
 def _sequences(input_ids: Tensor, attention_mask: Tensor) -> list[np.ndarray]:

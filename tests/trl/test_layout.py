@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import random
 
 import pytest
@@ -12,6 +11,7 @@ pytest.importorskip("transformers")
 import torch
 
 from drrlhf.layouts import layout
+from drrlhf.layouts.layout import Block
 from drrlhf.reward_inputs import padded
 
 
@@ -32,7 +32,7 @@ def seen(found):
     """Which tokens of the row each token of it sees, from the blocks: sets, by place."""
     by_place = {}
     for block in found.blocks:
-        before = set(range(block.before, block.before_stop))
+        before = {*range(block.before, block.before_stop), *range(block.then, block.then_stop)}
         for place in range(block.start, block.stop):
             by_place[place] = before | set(range(block.start, place + 1))
     return by_place
@@ -53,27 +53,9 @@ def hold(found, ids, mask):
     assert found.total == int(mask.sum())
 
 
-def fewest(sequences):
-    """Tokens of the shortest row, by trying every way to put the sequences into groups."""
-
-    def common(group):
-        columns = zip(*group, strict=False)
-        return sum(1 for _ in itertools.takewhile(lambda column: len(set(column)) == 1, columns))
-
-    def partitions(items):
-        if not items:
-            yield []
-            return
-        first, *rest = items
-        for some in partitions(rest):
-            yield [[first], *some]
-            for i, group in enumerate(some):
-                yield [*some[:i], [first, *group], *some[i + 1 :]]
-
-    return min(
-        sum(map(len, sequences)) - sum((len(g) - 1) * common(g) for g in way)
-        for way in partitions(sequences)
-    )
+def beginnings(sequences):
+    """How many different beginnings sequences have: the tokens of the shortest row there is."""
+    return len({tuple(one[: i + 1]) for one in sequences for i in range(len(one))})
 
 
 @pytest.mark.parametrize("left", [False, True])
@@ -88,7 +70,11 @@ def test_random_batches(seed, left):
     for kind in (layout.packed, layout.shared):
         hold(kind(ids, mask), ids, mask)
     assert len(layout.packed(ids, mask).tokens) == sum(map(len, sequences))
-    assert len(layout.shared(ids, mask).tokens) == fewest(sequences)
+    found = layout.shared(ids, mask)
+    shortest = beginnings(sequences)
+    if all(block.then == block.then_stop for block in found.blocks):  # two pieces were never full
+        assert len(found.tokens) == shortest
+    assert shortest <= len(found.tokens) <= sum(map(len, sequences))
 
 
 def test_a_pair_and_a_group():
@@ -98,23 +84,44 @@ def test_a_pair_and_a_group():
     found = layout.shared(ids, mask)
     assert ids.flatten()[found.tokens].tolist() == [*prompt, 1, 2, 3, *other, 5, 6, 7]
     assert found.positions.tolist() == [*range(11), 10, 11, *range(6), 4]
-    assert found.blocks == (
-        (0, 10, 0, 0),
-        (10, 11, 0, 10),
-        (11, 13, 0, 10),
-        (13, 17, 13, 13),
-        (17, 19, 13, 17),
-        (19, 20, 13, 17),
-    )
+    blocks = Block(0, 11), Block(11, 13, 0, 10), Block(13, 19), Block(19, 20, 13, 17)
+    assert found.blocks == blocks
     assert found.saved == pytest.approx(14 / 34)
 
 
+def test_forms_of_two_answers_share_what_each_begins_with():
+    """Prompt, chosen and rejected answer, and of each a longer form and one that changes later."""
+    prompt, chosen, rejected = list(range(20)), list(range(30, 40)), list(range(50, 60))
+    sequences = [
+        [*prompt, *answer]
+        for one in (chosen, rejected)
+        for answer in (one, [*one, 1, 2], [*one[:6], 7, *one[7:]])
+    ]
+    ids, mask = batch(sequences)
+    found = layout.shared(ids, mask)
+    hold(found, ids, mask)
+    assert len(found.tokens) == 20 + 2 * (10 + 2 + 4) == beginnings(sequences)
+    assert sum(block.then < block.then_stop for block in found.blocks) == 2  # of the second answer
+
+
+def test_what_is_not_worth_a_piece_is_not_shared():
+    """A piece costs a call of attention: of sequences of 48 tokens it has three at least."""
+    one = list(range(10, 58))
+    two, three = [10, 11, *range(60, 106)], [10, 11, 12, *range(110, 155)]
+    assert len(layout.shared(*batch([one, two])).tokens) == 96
+    assert len(layout.shared(*batch([one, three])).tokens) == 93
+    answers = [one, [*one[:30], *range(200, 218)], [*one[:32], *range(300, 316)]]
+    found = layout.shared(*batch(answers))
+    assert len(found.tokens) == beginnings(answers)  # it lies where the one before lies
+    assert all(len(block.seen()) <= 3 for block in found.blocks)
+
+
 def test_a_beginning_that_all_have_is_not_bought_with_the_prompts():
-    """A system prompt of two tokens before long prompts: each prompt once, not the two tokens."""
+    """A system prompt of two tokens before long prompts: each prompt once."""
     prompts = [[1, 2, *range(10 * k, 10 * k + 9)] for k in (1, 3, 5)]
     sequences = [[*prompt, answer] for prompt in prompts for answer in (7, 8, 9)]
     found = layout.shared(*batch(sequences))
-    assert len(found.tokens) == 3 * (11 + 3)
+    assert len(found.tokens) == 2 + 3 * (9 + 3)
 
 
 def test_equal_sequences_lie_there_once():

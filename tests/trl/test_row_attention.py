@@ -12,12 +12,14 @@ from three_ways import ON_GPU
 from drrlhf.layouts import attention, attention_cpu, attention_gpu
 from drrlhf.layouts.layout import Block
 
-BLOCKS = (Block(0, 7, 0, 0), Block(7, 10, 0, 7), Block(10, 15, 0, 7), Block(15, 18, 15, 15))
+# Prefixes: right before, apart, in two pieces, of which one adjoins; and a block by itself.
+BLOCKS = (Block(0, 7), Block(7, 10, 0, 7), Block(10, 15, 0, 7), Block(15, 19, 0, 7, 10, 13))
+BLOCKS += (Block(19, 22, 0, 5, 10, 19), Block(22, 25))
 # More than 128 queries, a prefix that lies apart, one token alone.
-LONGER = (Block(0, 150, 0, 0), Block(150, 170, 0, 150), Block(170, 470, 0, 150))
-LONGER += (Block(470, 500, 470, 470), Block(500, 501, 470, 500))
-PACKED = (Block(0, 3, 0, 0), Block(3, 12, 3, 3), Block(12, 13, 12, 12))
-SINGLE = (Block(0, 1, 0, 0), Block(1, 2, 1, 1))
+LONGER = (Block(0, 150), Block(150, 170, 0, 150), Block(170, 470, 0, 150))
+LONGER += (Block(470, 640, 0, 150, 170, 370), Block(640, 670), Block(670, 671, 640, 670))
+PACKED = (Block(0, 3), Block(3, 12), Block(12, 13))
+SINGLE = (Block(0, 1), Block(1, 2))
 
 
 def attention_problem(blocks, dtype, window, scale, width=8):
@@ -31,7 +33,7 @@ def attention_problem(blocks, dtype, window, scale, width=8):
     inputs = [x.double().requires_grad_() for x in (q, k, v)]
     seen = torch.zeros(length, length, dtype=torch.bool)
     for block in blocks:
-        before = list(range(block.before, block.before_stop))
+        before = [*range(block.before, block.before_stop), *range(block.then, block.then_stop)]
         for i in range(block.start, block.stop):
             every = [*before, *range(block.start, i + 1)]
             seen[i, every[-(window or length) :]] = True
@@ -201,10 +203,13 @@ def test_attention_under_checkpointing(dtype):
 @pytest.mark.parametrize(
     ("blocks", "message"),
     [
-        ([[0, 3, 0, 0], [4, 5, 4, 4]], "tokens in order"),
-        ([[0, 3, 0, 0], [3, 5, 3, 3], [5, 6, 0, 3]], "prefixes within a group"),
-        ([[0, 3, 0, 0]], "cover 6 tokens, got 3"),
-        ([[0, 3, 0, 2]], "tokens in order"),
+        ([Block(0, 3), Block(4, 5)], "tokens in order"),
+        ([Block(0, 3), Block(3, 5), Block(5, 6, 0, 3)], "prefixes within a group"),
+        ([Block(0, 3), Block(3, 5), Block(5, 6, 3, 4, 1, 3)], "prefixes within a group"),
+        ([Block(0, 3), Block(3, 6, 0, 3, 2, 5)], "prefixes within a group"),
+        ([Block(0, 3), Block(3, 6, 3, 2)], "prefixes within a group"),
+        ([Block(0, 3)], "cover 6 tokens, got 3"),
+        ([Block(0, 3, 0, 2)], "tokens in order"),
     ],
 )
 def test_blocks_that_are_no_row_are_refused(blocks, message):
