@@ -6,8 +6,6 @@ nvcc. Warnings are errors.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 import shutil
 import subprocess
@@ -15,7 +13,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from drrlhf.files import write_text
+from tools import kept
 
 CSRC = Path(__file__).parents[1] / "csrc"
 SOURCES = CSRC / "cuda"
@@ -72,10 +70,12 @@ def records(said: str) -> list[dict[str, object]]:
     return rows
 
 
-def table() -> list[dict[str, object]]:
-    """Every kernel for every architecture, compiled now."""
+def table(architectures: tuple[int, ...] = ARCHITECTURES) -> list[dict[str, object]]:
+    """Every kernel, compiled now."""
     with ThreadPoolExecutor(2) as pool:
-        found = pool.map(compile_source, sorted(SOURCES.glob("*.cu")))
+        found = pool.map(
+            lambda source: compile_source(source, architectures), sorted(SOURCES.glob("*.cu"))
+        )
         return sorted(
             (row for said in found for row in records(said)),
             key=lambda row: (str(row["kernel"]), str(row["arch"])),
@@ -83,24 +83,17 @@ def table() -> list[dict[str, object]]:
 
 
 def made_from() -> dict[str, object]:
-    """What the table follows from: the compiler, the text of the sources, and what is asked."""
+    """What the table follows from."""
     said = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout
     release = re.search(r"release ([\d.]+)", said)
     assert release is not None, said
-    text = hashlib.sha256(" ".join(FLAGS).encode())
-    for path in sorted(p for folder in ("core", "cuda") for p in (CSRC / folder).iterdir()):
-        text.update(f"{path.name}\n".encode() + path.read_bytes())
-    return {"versions": {"nvcc": release[1]}, "sources": text.hexdigest()}
+    sources = [p for folder in ("core", "cuda") for p in (CSRC / folder).iterdir()]
+    return kept.made_from({"nvcc": release[1]}, sources, " ".join(FLAGS))
 
 
 def main(folder: str) -> None:
     """Writes the table of every kernel and architecture."""
-    rows = table()
-    result = {"suite": "ahead of time", **made_from(), "records": rows}
-    path = Path(folder) / FILE
-    write_text(path, json.dumps(result, indent=1) + "\n")
-    for r in rows:
-        print(*(r[key] for key in ("arch", "registers", "spills", "shared", "kernel")))
+    kept.write(Path(folder) / FILE, made_from(), table())
 
 
 if __name__ == "__main__":

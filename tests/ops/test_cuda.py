@@ -9,23 +9,22 @@ import shutil
 import subprocess
 import sys
 import venv
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from drrlhf import backends
+from tools import kept
 
 ROOT = Path(__file__).parents[2]
-CU = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 KEPT = ROOT / "benchmarks" / "results" / "cuda_kernels_ahead_of_time.json"
 needs_nvcc = pytest.mark.skipif(not shutil.which("nvcc"), reason="nvcc is not installed")
 
 
 def test_the_kept_table_is_of_every_architecture_and_of_no_spills():
-    kept = json.loads(KEPT.read_text())["records"]
-    assert {r["arch"] for r in kept} == {"sm_80", "sm_90", "sm_100"} and len(kept) >= 150
-    assert [r for r in kept if r["spills"]] == []
+    rows = json.loads(KEPT.read_text())["records"]
+    assert {r["arch"] for r in rows} == {"sm_80", "sm_90", "sm_100"} and len(rows) >= 150
+    assert [r for r in rows if r["spills"]] == []
 
 
 # One text for all chips, apart from instructions: one of them shows warnings and kernels by name.
@@ -37,17 +36,11 @@ CHIPS = [90, *(pytest.param(arch, marks=pytest.mark.thorough) for arch in (80, 1
 def test_kernels_compile_without_warnings_or_spills_as_the_kept_table_says(arch):
     from tools import cuda_ahead_of_time as ahead
 
-    table = json.loads(KEPT.read_text())
-    kept = [r for r in table["records"] if r["arch"] == f"sm_{arch}"]
-    if ahead.made_from().items() <= table.items() and "DRRLHF_ALL" not in os.environ:
-        found = kept  # the same text, the same compiler: a minute for what is known
-    else:
-        with ThreadPoolExecutor(2) as pool:
-            said = pool.map(lambda source: ahead.compile_source(source, (arch,)), CU)
-            found = [row for text in said for row in ahead.records(text)]
-    wanted = sorted(r["kernel"] for r in kept)
-    assert sorted(r["kernel"] for r in found) == wanted and len(found) >= 50
-    assert {r["arch"] for r in found} == {f"sm_{arch}"}
+    made = ahead.made_from()
+    found = kept.rows(KEPT, made, arch, lambda: ahead.table((arch,)))
+    command = "python -m tools.cuda_ahead_of_time benchmarks/results"
+    assert kept.differences(KEPT, made, arch, found) == [], command
+    assert len(found) >= 50 and {r["arch"] for r in found} == {f"sm_{arch}"}
     assert [r for r in found if r["spills"]] == []
 
 
