@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -29,6 +30,8 @@ FLAGS = [
     "-Werror=all-warnings",
     "-Xcompiler=-Wall,-Wextra,-Werror",
 ]
+PTX = ["-O3", "-std=c++20", "-arch=sm_90", "-ptx"]
+_INSTRUCTIONS = {"load of 16 bytes": "ld.global.v4", "store of 16 bytes": "st.global.v4"}
 _ENTRY = re.compile(
     r"Compiling entry function '(?P<kernel>\w+)' for 'sm_(?P<arch>\d+)'.*?"
     r"(?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads.*?"
@@ -76,10 +79,26 @@ def table(architectures: tuple[int, ...] = ARCHITECTURES) -> list[dict[str, obje
         found = pool.map(
             lambda source: compile_source(source, architectures), sorted(SOURCES.glob("*.cu"))
         )
-        return sorted(
-            (row for said in found for row in records(said)),
-            key=lambda row: (str(row["kernel"]), str(row["arch"])),
-        )
+        rows = [row for said in found for row in records(said)]
+    known = instructions() if 90 in architectures else {}
+    for row in rows:
+        if row["arch"] == "sm_90" and row["kernel"] in known:
+            row["instructions"] = known[str(row["kernel"])]
+    return sorted(rows, key=lambda row: (str(row["kernel"]), str(row["arch"])))
+
+
+def instructions() -> dict[str, list[str]]:
+    """By kernel of rows of logits, how it reads and writes them on sm_90."""
+    with tempfile.NamedTemporaryFile(suffix=".ptx") as file:
+        command = ["nvcc", *PTX, "-o", file.name, str(SOURCES / "token_logprobs.cu")]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"nvcc token_logprobs.cu: {done.stderr[-4000:]}")
+        entries = Path(file.name).read_text().split(".entry ")[1:]
+    return {
+        name_of(name): [what for what, said in _INSTRUCTIONS.items() if said in text]
+        for name, text in (entry.split("(", 1) for entry in entries)
+    }
 
 
 def made_from() -> dict[str, object]:
@@ -88,7 +107,7 @@ def made_from() -> dict[str, object]:
     release = re.search(r"release ([\d.]+)", said)
     assert release is not None, said
     sources = [p for folder in ("core", "cuda") for p in (CSRC / folder).iterdir()]
-    return kept.made_from({"nvcc": release[1]}, sources, " ".join(FLAGS))
+    return kept.made_from({"nvcc": release[1]}, sources, " ".join(FLAGS + PTX))
 
 
 def main(folder: str) -> None:

@@ -117,9 +117,7 @@ def test_a_product_on_the_other_chips(arch, variants):
     names = [f"linear_token_logprobs, {what} (bf16)" for what in ("fold", "gradient of weight")]
     chosen = [v for v in variants if v.name in names]
     assert len(chosen) == len(names)
-    found = kept.rows(
-        KEPT, ahead.made_from(), arch, lambda: [ahead.build(v, arch) for v in chosen]
-    )
+    found = kept.rows(KEPT, ahead.made_from(), arch, lambda: [ahead.build(v, arch) for v in chosen])
     rows = {row["kernel"]: row for row in found}
     assert_products_are_pipelined(arch, chosen, rows)
     assert spilling(rows[name] for name in names) == {}
