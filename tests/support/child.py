@@ -11,10 +11,11 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-# A second and a half of each such process is the import of torch: once for all, then a fork each.
+# What such a process does is mostly the import of torch, and of what it compiles with: once for
+# all, then a fork each.
 FORKS = """
 import json, os, sys
-import torch
+import torch, torch._dynamo
 folder, statuses = sys.argv[1], []
 for number, (code, environment, arguments) in enumerate(json.load(sys.stdin)):
     if not (process := os.fork()):
