@@ -34,25 +34,30 @@ EMULATED := build/emulated/ops_cuda.so
 .DELETE_ON_ERROR:
 
 # torch comes first and alone, so that nothing else decides which build of it is installed.
-$(VENV)/.built: pyproject.toml setup.py $(CXX_FILES)
+# The package without its extension, which what compiles that waits for; pip keeps one core busy.
+$(VENV)/.package: pyproject.toml setup.py
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -c 'import torch' 2> /dev/null || $(BIN)/pip install -q "$(TORCH)"
 	$(BIN)/pip install -q "setuptools>=77" wheel ninja
-	$(BIN)/pip install -q --no-build-isolation -e .
+	DRRLHF_BUILD=none $(BIN)/pip install -q --no-build-isolation -e .
+	touch $@
+
+$(VENV)/.built: $(VENV)/.package $(CXX_FILES)
+	$(BIN)/python setup.py -q build_ext --inplace
 	touch $@
 
 # .venv/.trl, .venv/.test, .venv/.dev: what the extra of that name needs. The package is there by
 # now, so nothing is built again.
-$(VENV)/.%: $(VENV)/.built
+$(VENV)/.%: $(VENV)/.package
 	$(BIN)/pip install -q "drrlhf[$*]"
 	touch $@
 
-demo: $(VENV)/.trl
+demo: $(VENV)/.built $(VENV)/.trl
 	$(BIN)/drrlhf train reward --demo $(if $(QUICK),--quick) --output-dir demo
 
 # The usual run, beside which the CUDA kernels are built for the host; then the modes of the ops,
 # fewer tests each (tests/conftest.py).
-test: $(VENV)/.test
+test: $(VENV)/.built $(VENV)/.test
 	nice $(BIN)/python tests/emulated/build.py $(EMULATED) & built=$$!; \
 	  $(PYTEST) --benchmark-disable tests benchmarks; ended=$$?; wait $$built && exit $$ended
 	DRRLHF_FILL=1 $(PYTEST) -k "cpp or reference" $(TESTS_OF_OPS)
@@ -63,10 +68,10 @@ test: $(VENV)/.test
 test-all: export DRRLHF_ALL = 1
 test-all: test
 
-test-sanitizers: $(VENV)/.test
+test-sanitizers: $(VENV)/.built $(VENV)/.test
 	$(BIN)/python tests/sanitizers/run.py $(TESTS_OF_OPS)
 
-test-kill: $(VENV)/.test
+test-kill: $(VENV)/.built $(VENV)/.test
 	$(BIN)/python tests/support/kill.py --kills 100
 
 test-cuda-build: $(VENV)/.test
@@ -99,10 +104,10 @@ $(VENV)/.peers: $(VENV)/.bench
 	$(BIN)/pip install -q --no-deps $(PEERS)
 	touch $@
 
-bench: $(VENV)/.peers
+bench: $(VENV)/.built $(VENV)/.peers
 	$(BIN)/drrlhf bench --output benchmarks/results --plot $(BENCH)
 
-bench-micro: $(VENV)/.test
+bench-micro: $(VENV)/.built $(VENV)/.test
 	$(BIN)/python -m pytest benchmarks --benchmark-only $(BENCH)
 
 clean:

@@ -18,6 +18,7 @@ import sys
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
 MODE = os.environ.get("DRRLHF_BUILD", "auto")
@@ -143,8 +144,15 @@ class BuildPython(build_py):
         write_record(Path("drrlhf") if self.editable_mode else Path(self.build_lib, "drrlhf"))
 
 
+class BuildNothing(build_ext):
+    """Leaves the record of why there is no extension where one was to be built in place."""
+
+    def run(self) -> None:
+        write_record(Path("drrlhf") if self.inplace else Path(self.build_lib, "drrlhf"))
+
+
 reason = obstacle()
-commands: dict = {"build_py": BuildPython}
+commands: dict = {"build_py": BuildPython, "build_ext": BuildNothing}
 modules = []
 if reason:
     if MODE in ("cpu", "cuda"):

@@ -114,6 +114,8 @@ SHARED = {
     "pair",
     "pair_with_our_head",
     "splits",
+    "peaks",
+    "children",
 }
 
 

@@ -6,7 +6,6 @@ configurations to it.
 
 from __future__ import annotations
 
-import json
 import re
 import subprocess
 import sys
@@ -18,7 +17,7 @@ from typing import Any
 
 import torch
 
-from drrlhf.files import write_text
+from tools import kept
 
 ARCHITECTURES = (80, 90, 100)
 FILE = "kernels_ahead_of_time.json"
@@ -47,28 +46,16 @@ class Variant:
     streams: bool = False
 
 
-@dataclass(frozen=True)
-class Build:
-    """What a variant became."""
-
-    variant: Variant
-    arch: int
-    registers: int
-    spills: int
-    shared: int
-    ptx: str
-
-    def record(self) -> dict[str, Any]:
-        """One row of the table."""
-        return {
-            "kernel": self.variant.name,
-            "arch": f"sm_{self.arch}",
-            "registers": self.registers,
-            "spills": self.spills,
-            "shared": self.shared,
-        }
-
-
+# What a table says of a variant's instructions: the name of each, and its text in PTX.
+_INSTRUCTIONS = {
+    "mma.sync": r"mma\.sync",
+    "wgmma.mma_async": r"wgmma\.mma_async",
+    "tcgen05.mma": r"tcgen05\.mma",
+    "cp.async.cg.shared": r"cp\.async\.cg\.shared",
+    "cp.async.bulk.tensor": r"cp\.async\.bulk\.tensor",
+    "load of 16 bytes": r"ld\.global\S*\.v4\.b32",
+    "store of 16 bytes": r"st\.global\S*\.v4\.b32",
+}
 _SIZES = frozenset(
     (
         "width",
@@ -359,8 +346,8 @@ def variants() -> Iterator[Variant]:
     yield from _policy_loss()
 
 
-def build(variant: Variant, arch: int) -> Build:
-    """Compiles a variant for an NVIDIA architecture; needs no GPU."""
+def build(variant: Variant, arch: int) -> dict[str, Any]:
+    """A row of the table: a variant compiled for an NVIDIA architecture; needs no GPU."""
     import triton
     from drrlhf.kernels import tiles
     from triton.backends.compiler import GPUTarget
@@ -411,7 +398,15 @@ def build(variant: Variant, arch: int) -> Build:
         options["maxnreg"] = variant.most_registers
     found = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     registers, spills = _resources(found.asm["cubin"])
-    return Build(variant, arch, registers, spills, found.metadata.shared, found.asm["ptx"])
+    ptx = found.asm["ptx"]
+    return {
+        "kernel": variant.name,
+        "arch": f"sm_{arch}",
+        "registers": registers,
+        "spills": spills,
+        "shared": found.metadata.shared,
+        "instructions": [name for name, text in _INSTRUCTIONS.items() if re.search(text, ptx)],
+    }
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:
@@ -430,16 +425,25 @@ def _resources(cubin: bytes) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-def main(folder: str) -> None:
-    """Writes the table of every variant and architecture."""
+def made_from() -> dict[str, Any]:
+    """What the table follows from: Triton brings the whole compiler."""
     import triton
 
-    records = [build(v, arch).record() for arch in ARCHITECTURES for v in variants()]
-    result = {"suite": "ahead of time", "versions": {"triton": triton.__version__}}
-    path = Path(folder) / FILE
-    write_text(path, json.dumps(result | {"records": records}, indent=1) + "\n")
-    for r in records:
-        print(*(r[key] for key in ("arch", "registers", "spills", "shared", "kernel")))
+    here = Path(__file__)
+    root = here.parents[1]
+    sources = [*(root / "kernels").glob("*.py"), root / "drrlhf" / "conventions.py", here]
+    return kept.made_from({"triton": triton.__version__}, sources)
+
+
+def records(arch: int) -> list[dict[str, Any]]:
+    """Rows of every variant for one architecture, compiled now."""
+    return [build(v, arch) for v in variants()]
+
+
+def main(folder: str) -> None:
+    """Writes the table of every variant and architecture."""
+    rows = [row for arch in ARCHITECTURES for row in records(arch)]
+    kept.write(Path(folder) / FILE, made_from(), rows)
 
 
 if __name__ == "__main__":

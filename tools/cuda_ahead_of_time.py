@@ -6,16 +6,15 @@ nvcc. Warnings are errors.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from drrlhf.files import write_text
+from tools import kept
 
 CSRC = Path(__file__).parents[1] / "csrc"
 SOURCES = CSRC / "cuda"
@@ -31,6 +30,8 @@ FLAGS = [
     "-Werror=all-warnings",
     "-Xcompiler=-Wall,-Wextra,-Werror",
 ]
+PTX = ["-O3", "-std=c++20", "-arch=sm_90", "-ptx"]
+_INSTRUCTIONS = {"load of 16 bytes": "ld.global.v4", "store of 16 bytes": "st.global.v4"}
 _ENTRY = re.compile(
     r"Compiling entry function '(?P<kernel>\w+)' for 'sm_(?P<arch>\d+)'.*?"
     r"(?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads.*?"
@@ -72,35 +73,46 @@ def records(said: str) -> list[dict[str, object]]:
     return rows
 
 
-def table() -> list[dict[str, object]]:
-    """Every kernel for every architecture, compiled now."""
+def table(architectures: tuple[int, ...] = ARCHITECTURES) -> list[dict[str, object]]:
+    """Every kernel, compiled now."""
     with ThreadPoolExecutor(2) as pool:
-        found = pool.map(compile_source, sorted(SOURCES.glob("*.cu")))
-        return sorted(
-            (row for said in found for row in records(said)),
-            key=lambda row: (str(row["kernel"]), str(row["arch"])),
+        found = pool.map(
+            lambda source: compile_source(source, architectures), sorted(SOURCES.glob("*.cu"))
         )
+        rows = [row for said in found for row in records(said)]
+    known = instructions() if 90 in architectures else {}
+    for row in rows:
+        if row["arch"] == "sm_90" and row["kernel"] in known:
+            row["instructions"] = known[str(row["kernel"])]
+    return sorted(rows, key=lambda row: (str(row["kernel"]), str(row["arch"])))
+
+
+def instructions() -> dict[str, list[str]]:
+    """By kernel of rows of logits, how it reads and writes them on sm_90."""
+    with tempfile.NamedTemporaryFile(suffix=".ptx") as file:
+        command = ["nvcc", *PTX, "-o", file.name, str(SOURCES / "token_logprobs.cu")]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"nvcc token_logprobs.cu: {done.stderr[-4000:]}")
+        entries = Path(file.name).read_text().split(".entry ")[1:]
+    return {
+        name_of(name): [what for what, said in _INSTRUCTIONS.items() if said in text]
+        for name, text in (entry.split("(", 1) for entry in entries)
+    }
 
 
 def made_from() -> dict[str, object]:
-    """What the table follows from: the compiler, the text of the sources, and what is asked."""
+    """What the table follows from."""
     said = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout
     release = re.search(r"release ([\d.]+)", said)
     assert release is not None, said
-    text = hashlib.sha256(" ".join(FLAGS).encode())
-    for path in sorted(p for folder in ("core", "cuda") for p in (CSRC / folder).iterdir()):
-        text.update(f"{path.name}\n".encode() + path.read_bytes())
-    return {"versions": {"nvcc": release[1]}, "sources": text.hexdigest()}
+    sources = [p for folder in ("core", "cuda") for p in (CSRC / folder).iterdir()]
+    return kept.made_from({"nvcc": release[1]}, sources, " ".join(FLAGS + PTX))
 
 
 def main(folder: str) -> None:
     """Writes the table of every kernel and architecture."""
-    rows = table()
-    result = {"suite": "ahead of time", **made_from(), "records": rows}
-    path = Path(folder) / FILE
-    write_text(path, json.dumps(result, indent=1) + "\n")
-    for r in rows:
-        print(*(r[key] for key in ("arch", "registers", "spills", "shared", "kernel")))
+    kept.write(Path(folder) / FILE, made_from(), table())
 
 
 if __name__ == "__main__":

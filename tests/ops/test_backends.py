@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 
+import child
 import pytest
 import torch
 
@@ -50,50 +49,58 @@ def test_explain_names_one_backend_for_each_op_and_a_reason_for_the_others():
             assert all(r.reason for r in here if not r.chosen)
 
 
-def run(code, **environment):
-    import os
-
-    return subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        env={**os.environ, **environment},
-    )
-
-
-def test_environment_variable():
-    code = "import torch, drrlhf as dr; print(dr.robust_risk(torch.ones(2)).value.item())"
-    assert run(code, DRRLHF_BACKEND="reference").stdout.strip() == "1.0"
-    failed = run(code, DRRLHF_BACKEND="triton")
-    assert failed.returncode and "'triton' was asked for by name" in failed.stderr
-    assert "expected one of" in run(code, DRRLHF_BACKEND="nonsense").stderr
-
-
-def test_without_the_extension_everything_works_and_says_why():
-    """As after DRRLHF_BUILD=none: the module is hidden, the reason is logged once."""
-    code = (
+RISK = "import torch, drrlhf as dr; print(dr.robust_risk(torch.ones(2)).value.item())"
+HEAVY = ("trl", "transformers", "datasets", "matplotlib", "scipy")
+CHILDREN = {
+    "reference": (RISK, {"DRRLHF_BACKEND": "reference"}),
+    "triton": (RISK, {"DRRLHF_BACKEND": "triton"}),
+    "nonsense": (RISK, {"DRRLHF_BACKEND": "nonsense"}),
+    "no extension": (
         "import sys; sys.modules['drrlhf._C'] = None\n"
         "import torch, json, drrlhf as dr\n"
         "l = torch.tensor([1.0, 2.0, 4.0])\n"
         "v = [dr.robust_risk(l, 'tv:0.5').value.item() for _ in range(3)]\n"
-        "print(json.dumps([v[0], dr.backends.build_info()]))"
-    )
-    done = run(code)
+        "print(json.dumps([v[0], dr.backends.build_info()]))",
+        {},
+    ),
+    "names": (
+        "import drrlhf; [getattr(drrlhf, n) for n in drrlhf.__all__]; print(len(drrlhf.__all__))",
+        {},
+    ),
+    "modules": (f"import sys, drrlhf; print([m for m in {HEAVY} if m in sys.modules])", {}),
+}
+
+
+@pytest.fixture(scope="module")
+def children():
+    """What processes that import drrlhf for the first time print."""
+    found = child.run_each([(*case, []) for case in CHILDREN.values()])
+    return dict(zip(CHILDREN, found, strict=True))
+
+
+def test_environment_variable(children):
+    assert children["reference"].stdout.strip() == "1.0"
+    failed = children["triton"]
+    assert failed.returncode and "'triton' was asked for by name" in failed.stderr
+    failed = children["nonsense"]
+    assert failed.returncode and "expected one of" in failed.stderr
+
+
+def test_without_the_extension_everything_works_and_says_why(children):
+    """As after DRRLHF_BUILD=none: the module is hidden, the reason is logged once."""
+    done = children["no extension"]
     value, info = json.loads(done.stdout)
     assert value == pytest.approx(0.5 * 4 + 1 / 3 * 4 + 1 / 6 * 2)
     assert info["built"] is False and info["reason"]
     assert done.stderr.count("served by plain PyTorch") == 1
 
 
-def test_every_public_name_is_there():
-    code = "import drrlhf; [getattr(drrlhf, n) for n in drrlhf.__all__]; print(len(drrlhf.__all__))"
-    assert int(run(code).stdout) == len(dr.__all__) == len(set(dr.__all__))
+def test_every_public_name_is_there(children):
+    assert int(children["names"].stdout) == len(dr.__all__) == len(set(dr.__all__))
     assert set(dr.__all__) <= set(dir(dr))
     with pytest.raises(AttributeError, match="no attribute 'robust_rsk'"):
         dr.robust_rsk  # noqa: B018
 
 
-def test_importing_is_light():
-    heavy = ("trl", "transformers", "datasets", "matplotlib", "scipy")
-    code = f"import sys, drrlhf; print([m for m in {heavy} if m in sys.modules])"
-    assert run(code).stdout.strip() == "[]"
+def test_importing_is_light(children):
+    assert children["modules"].stdout.strip() == "[]"

@@ -38,9 +38,9 @@ def write(tmp_path, text):
     return str(file)
 
 
-def start(tmp_path, *arguments):
-    command = [sys.executable, RUNNER, "--device", "cpu", "--cores", "2"]
-    environment = os.environ | {"PYTEST_ADDOPTS": ""}
+def start(tmp_path, *arguments, command=(RUNNER,)):
+    command = [sys.executable, *command, "--device", "cpu", "--cores", "2"]
+    environment = os.environ | {"PYTEST_ADDOPTS": "", "PYTHONPATH": str(RUNNER.parent)}
     return subprocess.Popen(
         [*map(str, command), "--output", str(tmp_path / "out"), *arguments],
         env=environment,
@@ -107,20 +107,27 @@ def test_a_sanitizer_that_breaks_does_not_hide_what_comes_after(tmp_path, monkey
     assert found["racecheck-2"]["status"] == "ok" and "racecheck-3" not in found
 
 
-def test_the_time_limit_ends_a_step_and_keeps_what_there_is(tmp_path, sanitizer):
+def test_the_time_limit_ends_a_step_and_keeps_what_there_is(tmp_path, monkeypatch):
     tests = write(
         tmp_path,
         "import time\ndef test_good():\n    assert 1\ndef test_long():\n    time.sleep(600)\n",
     )
-    began = time.monotonic()
-    run = start(tmp_path, tests, "--seconds", "12")
-    output, _ = run.communicate(timeout=120)
-    assert run.returncode == 1 and time.monotonic() - began < 60
-    assert summary(tmp_path)["cpu"]["status"] == "ended by the time limit", output
-    assert summary(tmp_path)["cpu"]["passed"] == 1
+    monkeypatch.setattr(gpu, "TOOLS", ())
+    monkeypatch.setattr(gpu.signal, "signal", lambda *_: None)
+    out = tmp_path / "out"
+    for seconds in (4, 40):  # the first may be over before pytest has begun
+        began = time.monotonic()
+        arguments = ["--device", "cpu", "--output", str(out), "--cores", "2"]
+        assert gpu.main([*arguments, "--seconds", str(seconds), tests]) == 1
+        assert time.monotonic() - began < seconds + 20
+        found = summary(tmp_path)["cpu"]
+        assert found["status"] == "ended by the time limit"
+        if found.get("passed"):
+            break
+    assert found["passed"] == 1
 
 
-def test_an_interrupt_leaves_no_process_behind(tmp_path, sanitizer):
+def test_an_interrupt_leaves_no_process_behind(tmp_path):
     mark = tmp_path / "mark"
     tests = write(
         tmp_path,
@@ -128,7 +135,9 @@ def test_an_interrupt_leaves_no_process_behind(tmp_path, sanitizer):
         "    child = subprocess.Popen(['sleep', '600'])\n"
         f"    pathlib.Path({str(mark)!r}).write_text(str(child.pid))\n    child.wait()\n",
     )
-    run = start(tmp_path, tests, "--cores", "6")  # two workers, and what they started
+    # Two workers, and what they started; the sanitizers, which import torch, are not needed.
+    code = "import gpu, sys; gpu.TOOLS = (); sys.exit(gpu.main())"
+    run = start(tmp_path, tests, "--cores", "6", command=["-c", code])
     while not (mark.exists() and mark.read_text()):
         assert run.poll() is None, run.stdout.read()
         time.sleep(0.1)
@@ -145,6 +154,7 @@ def test_without_a_gpu_it_says_so(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "ASK", "raise RuntimeError('no device')")
     monkeypatch.setattr(gpu.signal, "signal", lambda *_: None)
     tests = write(tmp_path, "def test_good():\n    assert 1\n")
+    monkeypatch.setattr(gpu, "WRONG", tests)
     out = tmp_path / "out"
     arguments = ["--device", "cuda", "--output", str(out), "--cores", "2", "-k", "nothing", tests]
     assert gpu.main(arguments) == 1

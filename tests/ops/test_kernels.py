@@ -11,6 +11,7 @@ from three_ways import BACKENDS, DEVICE, EMULATED, INTERPRETED, ON_GPU, SLOW
 
 import drrlhf as dr
 from drrlhf import backends
+from tools import kept
 
 triton = pytest.importorskip("triton")
 KEPT = Path(__file__).parents[2] / "benchmarks" / "results" / "kernels_ahead_of_time.json"
@@ -32,84 +33,104 @@ ARCHITECTURES = [
     )
     for arch in (80, 90, 100)
 ]
+WRITE_AGAIN = "python -m tools.ahead_of_time benchmarks/results"
 
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)
 def compiled(request):
-    """Every variant of `tools.ahead_of_time` for one architecture."""
+    """What every variant of `tools.ahead_of_time` became for one architecture: rows of the table,
+    which are of now where the table was made from something else (`tools.kept`)."""
     if SLOW or ON_GPU:
         pytest.skip("of the ordinary process alone")
+    from tools import ahead_of_time as ahead
+
+    arch = request.param
+    rows = kept.rows(KEPT, ahead.made_from(), arch, lambda: ahead.records(arch))
+    return arch, {row["kernel"]: row for row in rows}
+
+
+@pytest.fixture
+def variants():
     from tools import ahead_of_time
 
-    return request.param, [ahead_of_time.build(v, request.param) for v in ahead_of_time.variants()]
+    return list(ahead_of_time.variants())
 
 
-def spilling(spills: dict[str, int]) -> dict[str, int]:
+def spilling(rows):
     """Of bytes of the stack by variant, those that are not known.
 
     Where is_top1 is found a few addresses lie there, read again once a tile, which takes some
     60,000 cycles: none on sm_90 by Triton 3.6, 40 to 128 bytes by 3.9, 160 on sm_100.
     """
     return {
-        name: found
-        for name, found in spills.items()
-        if found > (160 if "fold with all outputs" in name else 0)
+        (row["kernel"], row["arch"]): row["spills"]
+        for row in rows
+        if row["spills"] > (160 if "fold with all outputs" in row["kernel"] else 0)
     }
 
 
+def test_the_kept_table_is_what_kernels_compile_to(compiled):
+    from tools import ahead_of_time as ahead
+
+    arch, rows = compiled
+    assert rows
+    assert kept.differences(KEPT, ahead.made_from(), arch, rows.values()) == [], WRITE_AGAIN
+
+
 def test_no_default_configuration_spills(compiled):
-    _, builds = compiled
-    assert spilling({b.variant.name: b.spills for b in builds}) == {}
+    _, rows = compiled
+    assert spilling(rows.values()) == {}
 
 
 def test_shared_memory_fits_the_chip(compiled):
-    arch, builds = compiled
+    arch, rows = compiled
     room = {80: 163, 90: 227, 100: 227}[arch] * 1024
-    assert {b.variant.name: b.shared for b in builds if b.shared > room} == {}
+    assert {name: row["shared"] for name, row in rows.items() if row["shared"] > room} == {}
 
 
-def assert_products_are_pipelined(arch, products):
+def assert_products_are_pipelined(arch, products, rows):
     wanted = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}[arch]
-    assert [b.variant.name for b in products if wanted not in b.ptx] == []
+    assert [v.name for v in products if wanted not in rows[v.name]["instructions"]] == []
     # And their operands come asynchronously, several steps ahead: by TMA, or in copies of 16 bytes.
     copy = "cp.async.cg.shared" if arch == 80 else "cp.async.bulk.tensor"
-    assert [b.variant.name for b in products if copy not in b.ptx] == []
+    assert [v.name for v in products if copy not in rows[v.name]["instructions"]] == []
     # Beside the step of 64 in bfloat16 that is multiplied, shared memory holds the next.
-    for b in products:
-        columns = 128 if arch == 80 or b.variant.small else 256
-        rows = 64 if arch == 100 and b.variant.small else 128
-        assert b.shared > 64 * 2 * (rows + columns), b.variant.name
+    for v in products:
+        columns = 128 if arch == 80 or v.small else 256
+        height = 64 if arch == 100 and v.small else 128
+        assert rows[v.name]["shared"] > 64 * 2 * (height + columns), v.name
 
 
-def test_products_use_matrix_instructions(compiled):
-    arch, builds = compiled
-    products = [b for b in builds if b.variant.blocks is not None]
+def test_products_use_matrix_instructions(compiled, variants):
+    arch, rows = compiled
+    products = [v for v in variants if v.blocks is not None]
     assert len(products) >= 12
-    assert_products_are_pipelined(arch, products)
+    assert_products_are_pipelined(arch, products, rows)
 
 
 @compiled_only
 @pytest.mark.parametrize("arch", [80, 100])
-def test_a_product_on_the_other_chips(arch):
+def test_a_product_on_the_other_chips(arch, variants):
     """Each has instructions of its own; what else it runs is compiled in the thorough run."""
-    from tools import ahead_of_time
+    from tools import ahead_of_time as ahead
 
     names = [f"linear_token_logprobs, {what} (bf16)" for what in ("fold", "gradient of weight")]
-    chosen = [v for v in ahead_of_time.variants() if v.name in names]
+    chosen = [v for v in variants if v.name in names]
     assert len(chosen) == len(names)
-    builds = [ahead_of_time.build(v, arch) for v in chosen]
-    assert_products_are_pipelined(arch, builds)
-    assert spilling({b.variant.name: b.spills for b in builds}) == {}
+    found = kept.rows(KEPT, ahead.made_from(), arch, lambda: [ahead.build(v, arch) for v in chosen])
+    rows = {row["kernel"]: row for row in found}
+    assert_products_are_pipelined(arch, chosen, rows)
+    assert spilling(rows[name] for name in names) == {}
 
 
-def test_bandwidth_bound_kernels_load_16_bytes(compiled):
-    _, builds = compiled
-    streams = [b for b in builds if b.variant.streams]
+def test_bandwidth_bound_kernels_load_16_bytes(compiled, variants):
+    _, rows = compiled
+    streams = [v.name for v in variants if v.streams]
     assert len(streams) >= 4
-    for b in streams:
-        assert ".v4.b32" in b.ptx, b.variant.name
-        if "backward" in b.variant.name:
-            assert any("st.global" in x and "v4.b32" in x for x in b.ptx.splitlines())
+    for name in streams:
+        assert "load of 16 bytes" in rows[name]["instructions"], name
+        if "backward" in name:
+            assert "store of 16 bytes" in rows[name]["instructions"], name
 
 
 def test_nothing_of_one_vendor_alone():
@@ -120,14 +141,65 @@ def test_nothing_of_one_vendor_alone():
 
 
 @compiled_only
-def test_kept_table_is_current():
-    """What python -m tools.ahead_of_time wrote is about the kernels that there are."""
-    from tools import ahead_of_time
+def test_the_kept_table_is_of_every_variant_and_architecture(variants):
+    """Those of other chips too, which only the thorough run compiles."""
+    found = json.loads(KEPT.read_text())["records"]
+    wanted = {(v.name, f"sm_{arch}") for v in variants for arch in (80, 90, 100)}
+    assert {(r["kernel"], r["arch"]) for r in found} == wanted, WRITE_AGAIN
+    assert spilling(found) == {}
 
-    kept = json.loads(KEPT.read_text())
-    wanted = {(v.name, f"sm_{arch}") for v in ahead_of_time.variants() for arch in (80, 90, 100)}
-    assert {(r["kernel"], r["arch"]) for r in kept["records"]} == wanted
-    assert spilling({f"{r['kernel']}, {r['arch']}": r["spills"] for r in kept["records"]}) == {}
+
+TABLE = {
+    "versions": {"compiler": "1"},
+    "sources": "text",
+    "records": [
+        {"kernel": "a", "arch": "sm_90", "registers": 8},
+        {"kernel": "a", "arch": "sm_80", "registers": 9},
+    ],
+}
+
+
+def test_a_table_of_the_same_sources_is_read_and_of_others_is_not(tmp_path, monkeypatch):
+    monkeypatch.delenv("DRRLHF_ALL", raising=False)
+    path = tmp_path / "table.json"
+    path.write_text(json.dumps(TABLE))
+    now = [{"kernel": "a", "arch": "sm_90", "registers": 7}]
+    made = {name: TABLE[name] for name in ("versions", "sources")}
+    assert kept.rows(path, made, 90, lambda: now) == TABLE["records"][:1]
+    assert kept.rows(path, made | {"sources": "another"}, 90, lambda: now) == now
+    assert kept.rows(path, made | {"versions": {"compiler": "2"}}, 90, lambda: now) == now
+    monkeypatch.setenv("DRRLHF_ALL", "1")
+    assert kept.rows(path, made, 90, lambda: now) == now
+
+
+def test_a_table_is_stale_where_a_row_differs_or_by_another_compiler_a_name(tmp_path):
+    path = tmp_path / "table.json"
+    path.write_text(json.dumps(TABLE))
+    same = TABLE["records"][:1]
+    for versions, rows, wanted in (
+        ("1", same, []),
+        ("1", [same[0] | {"registers": 7}], ["a"]),
+        ("2", [same[0] | {"registers": 7}], []),
+        ("2", [*same, same[0] | {"kernel": "b"}], ["b"]),
+        ("1", [], ["a"]),
+    ):
+        made = {"versions": {"compiler": versions}, "sources": "text"}
+        assert kept.differences(path, made, 90, rows) == wanted
+
+
+def test_what_a_table_is_made_from_is_every_source_and_its_name(tmp_path):
+    files = [tmp_path / name for name in ("a.h", "b.h")]
+    for file in files:
+        file.write_text("text")
+    first = kept.made_from({"compiler": "1"}, files)
+    assert first == kept.made_from({"compiler": "1"}, files[::-1])
+    assert first != kept.made_from({"compiler": "1"}, files, "-O3")
+    assert first != kept.made_from({"compiler": "1"}, files[:1])
+    files[1].write_text("other")
+    assert first != kept.made_from({"compiler": "1"}, files)
+    files[1].write_text("text")
+    files[1] = files[1].rename(tmp_path / "c.h")
+    assert first != kept.made_from({"compiler": "1"}, files)
 
 
 # --------------------------------------------------------------------------- bad input

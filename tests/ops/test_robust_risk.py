@@ -10,7 +10,6 @@ import scipy.sparse as sp
 import torch
 from problems import Problem, random_problem, trimmed
 from scipy.optimize import minimize_scalar
-from scipy.special import logsumexp
 from three_ways import BACKENDS, SLOW, assert_refused
 
 import drrlhf as dr
@@ -107,6 +106,11 @@ def conic_values(family: str, problems: list, sets: list) -> np.ndarray:
     return bottoms + spans * values
 
 
+def log_mean_exp(z, p):
+    """Of z that are at most 0, one of which is: scipy's own takes ten times as long."""
+    return math.log((p * np.exp(z)).sum())
+
+
 def scalar_value(problem: Problem, ambiguity) -> float:
     """The value as the minimum of the convex dual in one variable."""
     p = trimmed(problem.p, problem.losses, ambiguity.trim)
@@ -114,9 +118,9 @@ def scalar_value(problem: Problem, ambiguity) -> float:
     span = np.ptp(l) or np.abs(l).max() or 1.0
     d, t = (l - l.max()) / span, (getattr(ambiguity, "temperature", None) or 0.0) / span
     if isinstance(ambiguity, dr.KL) and t:
-        return l.max() + span * t * logsumexp(d / t, b=p)
+        return l.max() + span * t * log_mean_exp(d / t, p)
     if isinstance(ambiguity, dr.KL):
-        dual = lambda u: math.exp(u) * (ambiguity.radius + logsumexp(d / math.exp(u), b=p))  # noqa: E731
+        dual = lambda u: math.exp(u) * (ambiguity.radius + log_mean_exp(d / math.exp(u), p))  # noqa: E731
         best = minimize_scalar(dual, bounds=(-30, 15), method="bounded", options={"xatol": 1e-10})
         return l.max() + span * min(best.fun, 0.0)
     if isinstance(ambiguity, dr.ChiSquare):

@@ -252,20 +252,28 @@ for what, call in {calls}.items():
 """
 
 
-@functools.cache
-def debugged(backend, *names):
-    """What a child with DRRLHF_DEBUG=1 prints of these calls."""
+def calling(backend, *names):
     calls = {name: WRONG[name] for name in names}
-    code = CALLS.format(device=DEVICE, backend=backend, calls=calls)
-    return child.run(code, DRRLHF_DEBUG="1").stdout.splitlines()
+    return CALLS.format(device=DEVICE, backend=backend, calls=calls)
 
 
+@functools.cache
+def debugged():
+    """By backend, what a child with DRRLHF_DEBUG=1 prints of all calls."""
+    cases = [(calling(backend, *WRONG), {"DRRLHF_DEBUG": "1"}, []) for backend in SILENT]
+    return dict(zip(SILENT, (done.stdout.splitlines() for done in child.run_each(cases))))
+
+
+@pytest.mark.xdist_group("debugged")
 @pytest.mark.parametrize("what", WRONG)
 def test_debug_mode_makes_it_an_error(backend, what):
     """On a device an assert, which ends the context: in a child for each, and otherwise in one."""
     if EMULATED:
         pytest.skip("a child has no emulated kernels")
-    lines = debugged(backend, *([what] if ON_GPU else WRONG))
+    if ON_GPU:
+        lines = child.run(calling(backend, what), DRRLHF_DEBUG="1").stdout.splitlines()
+    else:
+        lines = debugged()[backend]
     (line,) = [line for line in lines if line.startswith(f"{what} ")]
     if ON_GPU:
         assert line.startswith(f"{what} raised") and line.rstrip().endswith("True"), line

@@ -327,29 +327,37 @@ ours = time.process_time() - start
 peak = re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]  # KiB
 line = sys.stdin.read()
 start = time.process_time()
-for _ in range(1_000_000):
+for _ in range(250_000):
     json.loads(line)
-print(ours / (time.process_time() - start), int(peak) / 2**20)
+print(ours / (4 * (time.process_time() - start)), int(peak) / 2**20)
 """
     n, rng = 1_000_000, np.random.default_rng(0)
+
+    def one_of(*texts):
+        return [texts[i] for i in rng.integers(0, len(texts), n).tolist()]
+
     columns = {
-        "chosen_reward": rng.normal(1, 1, n),
-        "rejected_reward": rng.normal(0, 1, n),
-        "prompt_id": rng.integers(0, n // 2, n),
-        "domain": rng.choice(list("abcd"), n),
-        "lang": rng.choice(["en", "de"], n),
-        "age": rng.random(n),
-        "chosen": np.array(["long answer " * 20, "short"])[rng.integers(0, 2, n)],
-        "rejected": np.array(["another answer " * 15, "brief"])[rng.integers(0, 2, n)],
+        "chosen_reward": rng.normal(1, 1, n).tolist(),
+        "rejected_reward": rng.normal(0, 1, n).tolist(),
+        "prompt_id": rng.integers(0, n // 2, n).tolist(),
+        "domain": one_of(*"abcd"),
+        "lang": one_of("en", "de"),
+        "age": rng.random(n).tolist(),
+        "chosen": one_of("long answer " * 20, "short"),
+        "rejected": one_of("another answer " * 15, "brief"),
     }
-    table = pa.table(columns)
+    line = json.dumps({name: column[0] for name, column in columns.items()}) + "\n"
     if suffix == ".parquet":
-        pq.write_table(table, tmp_path / "m.parquet")
-    else:
-        with (tmp_path / "m.jsonl").open("w") as file:
-            for batch in table.to_batches(10_000):
-                file.writelines(json.dumps(row) + "\n" for row in batch.to_pylist())
-    line = json.dumps(table.slice(0, 1).to_pylist()[0])
+        pq.write_table(pa.table(columns), tmp_path / "m.parquet")
+    else:  # what json.dumps writes, in a quarter of its time
+        row = ", ".join(
+            f'"{name}": ' + ('"%s"' if isinstance(column[0], str) else "%r")
+            for name, column in columns.items()
+        )
+        with (tmp_path / "m.jsonl").open("w+") as file:
+            file.writelines(map(f"{{{row}}}\n".__mod__, zip(*columns.values())))
+            file.seek(0)
+            assert file.readline() == line
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, capture_output=True, text=True, check=True, input=line)
     ratio, gibibytes = map(float, done.stdout.split())
