@@ -284,6 +284,21 @@ def _sharing_markdown(result: results.Result) -> str:
     return _markdown(head, rows)
 
 
+def _views_markdown(result: results.Result) -> str:
+    """Rows: lengths of prompts and answers. Cells: time of the step, over that without views."""
+    names = (trainer_step.SHARED, trainer_step.VIEWED, trainer_step.VIEWED_HALF)
+    rows = []
+    for _, prompt, answer in (shape for some in trainer_step.PROMPTS.values() for shape in some):
+        metric = trainer_step.of_prompts(prompt, answer)
+        same = _by_implementation(result, op="trainer_step", metric=metric)
+        if trainer_step.VIEWED in same:
+            plain = same[trainer_step.SHARED]["value"]
+            cells = (f"{same[n]['value'] / plain:.2f}" if n in same else "–" for n in names)
+            rows.append((str(prompt), str(answer), *cells))
+    head = ("prompt", "answers", "no views", "all scored", "`views_scored=0.5`")
+    return _markdown(head, rows)
+
+
 def _our_cell(record: Record) -> str:
     variant = record["contender"].removeprefix(OURS).strip(" ()")
     return f"{record['ratio']:.1f}" + (f" ({variant})" if variant else "")
@@ -316,4 +331,5 @@ _TABLES: tuple[tuple[str, tuple[tuple[str, str], ...], Callable[..., str]], ...]
     ("trainer_step", (("trainer_step", "step in "),), _trainer_step_markdown),
     ("packing", (("trainer_step", "step of mixed"),), _packing_markdown),
     ("sharing", (("trainer_step", "step of prompts"),), _sharing_markdown),
+    ("views", (("trainer_step", "step of prompts"),), _views_markdown),
 )

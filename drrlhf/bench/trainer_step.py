@@ -69,6 +69,14 @@ SHARING: dict[str, dict[str, Any]] = {
     SHARED: {"share_prompts": "auto"},
     SHARED_TV: {"share_prompts": "auto", "ambiguity": "tv:0.1"},
 }
+# Forms of each answer beside the original: in the worst of them a pair is trained on.
+VIEWS = 3
+VIEWED, VIEWED_HALF = variant("shared", "views"), variant("shared", "views of half")
+_VIEWS_OPTIONS = {"share_prompts": "auto", "views": ["typos"], "views_per_pair": VIEWS}
+SHARING |= {
+    VIEWED: _VIEWS_OPTIONS,
+    VIEWED_HALF: {**_VIEWS_OPTIONS, "views_scored": 0.5},
+}
 SHARING_LIGER: dict[str, dict[str, Any]] = {
     variant("shared", "liger"): {"share_prompts": "auto", LIGER_OPTION: True},
 }
@@ -170,9 +178,11 @@ def _contest(
             trainer = _trainer(name, base, options, device, adapters, SPREAD[suite])
             layers = Layers(trainer) if with_liger else contextlib.nullcontext()
 
+            mine = step if not options.get("views") else _with_views(step, trainer.args)
+
             def run() -> None:
                 with layers:
-                    _step(trainer, step)
+                    _step(trainer, mine)
 
             def before() -> None:
                 trainer.model.zero_grad(set_to_none=True)
@@ -300,6 +310,53 @@ def _batches(
         }
         made.append({name: tensor.to(device) for name, tensor in batch.items()})
     return made
+
+
+def _with_views(batches: list[dict[str, Tensor]], config: Any) -> list[dict[str, Any]]:
+    """Batches with forms of every answer, each other than the original from some place on, as
+    `drrlhf.trl.view_texts.ViewCollator` makes them; every second pair has forms to be scored where
+    half of them are."""
+    generator = torch.Generator().manual_seed(2)
+    made = []
+    for batch in batches:
+        n, device = len(batch["input_ids"]) // 2, batch["input_ids"].device
+        scored = torch.arange(n) % 2 < 2 * config.views_scored
+        forms = torch.where(scored, config.views_per_pair, 1)
+        places: list[list[list[int]]] = [[], []]
+        rows: list[int] = []
+        family = [-1] * (2 * n)
+        for i in range(2 * n):
+            mine = [] if not scored[i % n] else [i]
+            for _ in range(int(forms[i % n])):
+                mine.append(2 * n + len(rows))
+                rows.append(i)
+                family.append(0)
+            places[i // n].append(mine)
+        inputs = {name: tensor[rows].clone() for name, tensor in batch.items()}
+        for ids, own in zip(inputs["input_ids"], inputs["completion_mask"].bool(), strict=True):
+            answer = ids[own]
+            change = int(torch.randint(len(answer), (1,), generator=generator))
+            answer[change:] = answer[change:].flip(0)
+            answer[change] = 3 if answer[change] != 3 else 4
+            ids[own] = answer
+        views = {
+            "inputs": inputs,
+            "chosen": _filled(places[0]).to(device),
+            "rejected": _filled(places[1]).to(device),
+            "prompt": torch.zeros(len(family), dtype=torch.int64, device=device),
+            "family": torch.tensor(family, device=device),
+            "scored": scored.to(device),
+            "number": torch.zeros(n, dtype=torch.float64, device=device),
+            "drawn": torch.tensor(len(rows), device=device),
+        }
+        made.append({**batch, "views": views})
+    return made
+
+
+def _filled(places: list[list[int]]) -> Tensor:
+    """(n, most), -1 behind the end of a row."""
+    rows = [torch.tensor(one) for one in places]
+    return torch.nn.utils.rnn.pad_sequence(rows, True, -1)
 
 
 @torch.no_grad()
