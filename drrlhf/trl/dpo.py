@@ -17,7 +17,6 @@ from drrlhf.reference.pair_losses import names
 from drrlhf.trl import columns, head
 from drrlhf.trl.base import AmbiguityMixin, logger
 from drrlhf.trl.seam import Recorder, overridden
-from drrlhf.trl.views import forms
 
 # Losses of one pair each: the adversary weighs these. simpo is not a DPO loss of TRL's.
 PAIR_LOSSES = tuple(name for name in EVERY_PAIR_LOSS if name != "simpo")
@@ -272,10 +271,10 @@ class DPOTrainer(AmbiguityMixin, trl.DPOTrainer):
         self, every: Mapping[str, torch.Tensor], views: Mapping[str, Any]
     ) -> torch.Tensor:
         reference = self.model if self.ref_model is None else self.ref_model
-        everything = torch.ones_like(views["scored"])
         return self._in_parts(
             every,
-            forms(views, everything),
+            views,
+            torch.ones_like(views["scored"]),
             lambda inputs: torch.cat(self.compute_ref_log_probs(reference, inputs)),
         )
 

@@ -82,6 +82,15 @@ class ViewsMixin(OneRowMixin):
         """Entries of a batch of what the reference says of its pairs (n,)."""
         raise NotImplementedError
 
+    def _check_arguments(self, config: Any) -> None:
+        super()._check_arguments(config)  # type: ignore[misc]
+        loader = config.accelerator_config
+        if self._views and (loader.dispatch_batches or loader.split_batches):
+            raise ValueError(
+                "views: cannot be combined with dispatch_batches or split_batches in "
+                "accelerator_config, which cut a batch by its rows; leave them out"
+            )
+
     # -- the data ------------------------------------------------------------------------------
 
     def _prepare_dataset(
@@ -141,9 +150,12 @@ class ViewsMixin(OneRowMixin):
     def _prepare_inputs(self, inputs: Any) -> Any:
         """The batch on its device; one with views becomes that of the worst ones."""
         prepared = super()._prepare_inputs(inputs)  # type: ignore[misc]
-        if isinstance(prepared, Mapping) and VIEWS in prepared:
+        if not isinstance(prepared, Mapping) or VIEWS not in prepared:
+            return prepared
+        if self.model.training:
             return self._of_worst_views(dict(prepared))
-        return prepared
+        # The training data, evaluated.
+        return {name: value for name, value in prepared.items() if name != VIEWS}
 
     def _of_worst_views(self, batch: dict[str, Any]) -> dict[str, Any]:
         """The batch with each pair in its worst form; ``batch`` has views."""
@@ -204,7 +216,8 @@ class ViewsMixin(OneRowMixin):
             with self.compute_loss_context_manager():  # type: ignore[attr-defined]
                 return self._in_parts(
                     every,
-                    forms(views, views["scored"]),
+                    views,
+                    views["scored"],
                     lambda inputs: self._score_sequences(model, inputs),
                 )
         finally:
@@ -213,18 +226,22 @@ class ViewsMixin(OneRowMixin):
     def _in_parts(
         self,
         every: Mapping[str, Tensor],
-        which: Tensor,
+        views: Mapping[str, Any],
+        pairs: Tensor,
         score: Callable[[dict[str, Tensor]], Tensor],
     ) -> Tensor:
-        """The scores (m, ...) of ``which`` (k,) of the sequences (m, L), which stand by pair; 0 of
-        the others. As many calls on every rank: models that are shared meet in each."""
-        lengths = every["attention_mask"].sum(1)
-        # Prompts in common lie in one row; without rows, like lengths need little padding.
-        order = which if self._in_rows else which[lengths[which].argsort()]
-        found: Tensor | None = None
-        # About as long as the batch was.
+        """The scores (m, ...) of the sequences (m, L) that are forms of some pairs (n,) of a batch,
+        0 of the others; as many calls on every rank: models that are shared meet in each."""
         extra = self.args.views_per_pair * self.args.views_scored if _asks(self.args) else 0
-        for part in order.tensor_split(1 + math.ceil(extra)):
+        count = 1 + math.ceil(extra)  # parts about as long as the batch was
+        lengths = every["attention_mask"].sum(1)
+        if self._in_rows:  # forms of a pair lie in one row, for what they have in common
+            parts = [_forms(views, some) for some in pairs.nonzero()[:, 0].tensor_split(count)]
+        else:  # of like lengths, which need little padding
+            which = _forms(views, pairs)
+            parts = list(which[lengths[which].argsort()].tensor_split(count))
+        found: Tensor | None = None
+        for part in parts:
             asked = part if len(part) else part.new_zeros(1)
             with torch.no_grad():
                 scores = score(rows.taken(every, asked))
@@ -260,8 +277,8 @@ def _asks(config: Any) -> bool:
     return solvable("view_ambiguity", config.view_ambiguity).kind != "erm"
 
 
-def forms(views: Mapping[str, Any], pairs: Tensor) -> Tensor:
-    """Places (k,) of the forms of some pairs (n,), by pair."""
+def _forms(views: Mapping[str, Any], pairs: Tensor) -> Tensor:
+    """Places (k,) of the forms of some pairs, given by number or by a mask (n,), pair by pair."""
     places = torch.cat([views["chosen"], views["rejected"]], 1)[pairs]
     return places[places >= 0]
 

@@ -233,6 +233,7 @@ def test_a_set_that_spreads_its_weight_draws_by_it(made):
     for name in ("clean", "handle", "repeated"):
         share = sum(float(log[f"views/taken/{name}"]) for log in logs) / len(logs)
         assert share == pytest.approx(1 / 3, abs=0.06)  # of 960 answers: 4 standard errors
+    options["max_steps"] = 4
     _, logs = trained(made("reward", tiny_pairs(8), view_ambiguity="max", **options))
     worst = [float(log["views/loss"]) for log in logs]
     assert all(one > float(log["views/clean_loss"]) for one, log in zip(worst, logs, strict=True))
@@ -284,6 +285,8 @@ def test_evaluation_is_of_the_pairs_as_they_are(made):
         logs += [log for log in trainer.state.log_history if "eval_loss" in log]
     assert float(logs[0]["eval_loss"]) == pytest.approx(float(logs[1]["eval_loss"]), rel=1e-6)
     assert not any("views" in name for name in logs[1])
+    again = trainer.evaluate(trainer.train_dataset)  # prepared for training
+    assert again["eval_loss"] == pytest.approx(float(logs[0]["eval_loss"]), rel=1e-6)
 
 
 def test_messages_are_changed_where_they_answer(made):
@@ -324,6 +327,7 @@ def test_messages_are_changed_where_they_answer(made):
         ("dpo", {"view_ambiguity": "chi2:1"}, "view_ambiguity: expected 'max', 'mean'"),
         ("dpo", {"precompute_ref_log_probs": True}, "with precompute_ref_log_probs=True"),
         ("dpo", {"ld_alpha": 0.0}, "with ld_alpha"),
+        ("reward", {"accelerator_config": {"split_batches": True}}, "with dispatch_batches or"),
         ("dpo", {"use_weighting": True}, "with use_weighting=True"),
         ("dpo", {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 1.0]}, "'sft'"),
     ],

@@ -1,0 +1,1 @@
+"""What training on the worst view of a pair buys: protocol, runs, findings."""

@@ -1,0 +1,208 @@
+"""Run PROTOCOL.md: ``python -m evidence.views.run --output evidence/views/results/reward.jsonl``.
+
+A line a seed and method; a run that was stopped goes on where it stood.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cache, partial
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import datasets
+import torch
+from torch.nn import functional as F
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, PrinterCallback
+
+from drrlhf import reward_inputs
+from drrlhf.demo import material, sentiment
+from drrlhf.transformations import SIDES, TRANSFORMATIONS
+from drrlhf.trl import RewardConfig, RewardTrainer
+from evidence.shift.methods import calibration_error
+from evidence.shift.tasks import done_already, parser, rounded, run_tasks
+
+SHARES = {"movie": 0.475, "amazon": 0.475, "tweets": 0.05}
+TRAINED = ["typos", "bullets", "sentence", "sentence_order", "bold"]
+HELD_OUT = ["dropped_words", "doubled_words", "punctuation", "quotes", "homoglyphs"]
+HELD_OUT += ["repeated", "handle", "url"]
+CHANGED = (SIDES[:1], SIDES[1:], SIDES)
+BATCH = 24
+SCORED = 128  # texts of one forward pass
+
+
+@dataclass(frozen=True)
+class Method:
+    """What the trainer is told besides, and how many times the steps."""
+
+    options: Mapping[str, Any] = field(default_factory=dict)
+    longer: float = 1.0
+
+
+_WORST = {"views": TRAINED, "views_per_pair": 3, "view_ambiguity": "max"}
+METHODS = {
+    "plain": Method(),
+    "augment": Method(_WORST | {"view_ambiguity": "mean"}),
+    # Three passes a step, and four more for the scores of four forms.
+    "augment-long": Method(_WORST | {"view_ambiguity": "mean"}, longer=7 / 3),
+    "worst": Method(_WORST),
+    "worst-half": Method(_WORST | {"views_scored": 0.5}),
+    "worst-group": Method(_WORST | {"ambiguity": "group"}),
+}
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Steps of training, and pairs to test on in each domain."""
+
+    steps: int = 150
+    test: int = 300
+    learning_rate: float = 5e-5
+
+
+QUICK = Sizes(steps=2, test=6)
+Score = Callable[[Sequence[str]], torch.Tensor]
+
+
+@cache
+def texts() -> list[sentiment.Text]:
+    return sentiment.load_texts(material.fetch("sentiment"))
+
+
+def one(task: tuple[int, str, Sizes]) -> dict[str, Any]:
+    """Train by a method and test what comes out."""
+    seed, method, sizes = task
+    splits = sentiment.split_texts(texts(), seed)
+    model, tokenizer = trained(splits["train"], seed, METHODS[method], sizes)
+    score = partial(scores, model, tokenizer)
+    tests = {
+        domain: marks(sentiment.make_pairs(splits["test"][domain], sizes.test, seed=seed), score)
+        for domain in sentiment.DOMAINS
+    }
+    return {"seed": seed, "method": method, "test": tests}
+
+
+def trained(
+    splits: Mapping[str, Sequence[sentiment.Text]], seed: int, method: Method, sizes: Sizes
+) -> tuple[Any, Any]:
+    """A reward model and its tokenizer."""
+    folder = material.fetch("minilm")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    torch.manual_seed(seed)
+    model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1)
+    pairs = [
+        pair
+        for domain, share in SHARES.items()
+        for pair in sentiment.make_pairs(
+            splits[domain], round(share * sizes.steps * BATCH), seed=seed
+        )
+    ]
+    steps = round(sizes.steps * method.longer)
+    with tempfile.TemporaryDirectory() as out:
+        config = RewardConfig(
+            out,
+            per_device_train_batch_size=BATCH,
+            max_steps=steps,
+            learning_rate=sizes.learning_rate,
+            warmup_steps=max(1, steps // 10),
+            seed=seed,
+            use_cpu=True,
+            bf16=False,
+            gradient_checkpointing=False,
+            report_to="none",
+            save_strategy="no",
+            logging_strategy="no",
+            disable_tqdm=True,
+            **method.options,
+        )
+        trainer = RewardTrainer(
+            model=model, args=config, train_dataset=dataset(pairs, tokenizer),
+            processing_class=tokenizer,
+        )  # fmt: skip
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+    return trainer.model.eval(), tokenizer
+
+
+def dataset(pairs: Sequence[sentiment.Pair], tokenizer: Any) -> datasets.Dataset:
+    """Texts with their domains and ids: the tokenizer has no end token that TRL could append."""
+    datasets.disable_progress_bars()
+
+    def row(pair: sentiment.Pair) -> dict[str, Any]:
+        made: dict[str, Any] = {"group": pair.domain}
+        for side in SIDES:
+            text = getattr(pair, side)
+            made |= {side: text, f"{side}_ids": reward_inputs.reward_ids(tokenizer, None, text)}
+        return made
+
+    return datasets.Dataset.from_list([row(pair) for pair in pairs])
+
+
+@torch.no_grad()
+def scores(model: Any, tokenizer: Any, some: Sequence[str]) -> torch.Tensor:
+    """The rewards (n,) of texts, in float64."""
+    ids = [reward_inputs.reward_ids(tokenizer, None, text) for text in some]
+    order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
+    found = torch.empty(len(ids), dtype=torch.float64)
+    for start in range(0, len(order), SCORED):
+        part = order[start : start + SCORED]
+        found[part] = reward_inputs.scores(model, [ids[i] for i in part], "cpu").double()
+    return found
+
+
+def marks(pairs: Sequence[sentiment.Pair], score: Score) -> dict[str, Any]:
+    """Of pairs as they are, under every held-out change, and under all of them."""
+    as_is = {side: [getattr(pair, side) for pair in pairs] for side in SIDES}
+    reward = {side: score(some) for side, some in as_is.items()}
+    margin = reward["chosen"] - reward["rejected"]
+    right, changes = margin > 0, {}
+    for name in HELD_OUT:
+        new = {side: score([changed(name, text) for text in as_is[side]]) for side in SIDES}
+        for sides in CHANGED:
+            now = {side: (new if side in sides else reward)[side] for side in SIDES}
+            wins = now["chosen"] > now["rejected"]
+            changes[f"{name}/{'+'.join(sides)}"] = wins.double().mean().item()
+            right = right & wins
+    won = (margin > 0).double()
+    return {
+        "clean": won.mean().item(),
+        "right": right.double().mean().item(),
+        "nll": F.softplus(-margin).mean().item(),
+        "ece": calibration_error(torch.sigmoid(margin.abs()), won),
+        "spread": margin.std().item(),
+        "changes": rounded(changes),
+    }
+
+
+def changed(name: str, text: str) -> str:
+    """A text in another form; always the same one."""
+    return TRANSFORMATIONS[name].apply(text, draw=Random(f"{name}/{text}"))
+
+
+def own_facts(sizes: Sizes) -> dict[str, Any]:
+    """What a run may only be continued under."""
+    methods = {name: asdict(method) for name, method in METHODS.items()}
+    return {"sizes": asdict(sizes), "methods": methods, "held_out": HELD_OUT}
+
+
+def tasks(seeds: int, sizes: Sizes, path: Path) -> list[tuple[int, str, Sizes]]:
+    """Those that the file lacks, seed by seed."""
+    done = {(record["seed"], record["method"]) for record in done_already(path, own_facts(sizes))}
+    every = ((seed, method, sizes) for seed in range(seeds) for method in METHODS)
+    return [task for task in every if task[:2] not in done]
+
+
+def main() -> None:
+    options = parser(__doc__).parse_args()
+    sizes = QUICK if options.quick else Sizes()
+    texts()  # fetched once, before there are workers to wait for it
+    material.fetch("minilm")
+    todo = tasks(options.seeds, sizes, options.output)
+    run_tasks(options.output, own_facts(sizes), todo, one, options.workers)
+
+
+if __name__ == "__main__":
+    main()

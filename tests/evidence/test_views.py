@@ -1,0 +1,85 @@
+"""The evidence on views: held-out forms, the marks, and that a run goes on."""
+
+from __future__ import annotations
+
+import json
+import random
+
+import pytest
+import torch
+
+pytest.importorskip("trl")
+
+from transformers import AutoModelForSequenceClassification
+from trl_fixtures import WORDS, tiny_encoder_dir, tiny_tokenizer
+
+from drrlhf.demo.sentiment import DOMAINS, Pair, Text
+from drrlhf.transformations import TRANSFORMATIONS
+from evidence.views import run
+
+
+def made_up(n=120):
+    rng = random.Random(0)
+    texts = []
+    for domain in DOMAINS:
+        for i in range(n):
+            words = " ".join(rng.choice(WORDS) for _ in range(6))
+            text = f"{domain} {i} {words}. {words}."
+            texts.append(Text(domain, f"{domain}-{i}", text, rng.uniform(-4, 4), (0, 1)))
+    return texts
+
+
+def test_what_is_tested_was_not_trained_on():
+    assert not set(run.TRAINED) & set(run.HELD_OUT)
+    for name in (*run.TRAINED, *run.HELD_OUT):
+        text = "The film was great. We loved it, and so did they!"
+        assert name in TRANSFORMATIONS and run.changed(name, text) != text
+        assert run.changed(name, text) == run.changed(name, text)
+    long = run.METHODS["augment-long"].longer
+    assert long == pytest.approx((3 + 1 + run.METHODS["worst"].options["views_per_pair"]) / 3)
+
+
+def test_marks_of_a_judge_that_counts_characters():
+    """It prefers longer texts: what lengthens the rejected one alone turns close pairs round."""
+    pairs = [Pair("p", "a good film, said they" + "x" * i, "a bad film, said we", "movie", 1.0)
+             for i in range(12)]  # fmt: skip
+    found = run.marks(pairs, lambda some: torch.tensor([float(len(text)) for text in some]))
+    lengths = [(len(pair.chosen), len(pair.rejected)) for pair in pairs]
+    assert found["clean"] == sum(a > b for a, b in lengths) / 12 == 1
+    handle = len(run.changed("handle", "")) - 0
+    assert found["changes"]["handle/rejected"] == pytest.approx(
+        sum(a > b + handle for a, b in lengths) / 12, abs=1e-5
+    )
+    assert found["changes"]["handle/chosen+rejected"] == 1
+    assert len(found["changes"]) == 24
+    assert found["right"] <= min(found["changes"].values()) < 1
+
+
+def test_a_run_is_kept_and_goes_on(tmp_path, monkeypatch):
+    folder = tiny_encoder_dir(tmp_path, with_eos=False)
+    monkeypatch.setattr(run, "texts", made_up)
+    monkeypatch.setattr(run.material, "fetch", lambda name: folder)
+    monkeypatch.setattr(run, "BATCH", 4)
+    monkeypatch.setattr(run, "METHODS", {k: run.METHODS[k] for k in ("plain", "worst-group")})
+    path = tmp_path / "found.jsonl"
+    arguments = ["run", "--output", str(path), "--seeds", "1", "--quick"]
+    monkeypatch.setattr("sys.argv", arguments)
+    monkeypatch.setattr(run, "SHARES", {"movie": 0.5, "amazon": 0.25, "tweets": 0.25})
+    run.main()
+    first = path.read_text().splitlines()
+    assert [json.loads(line)["method"] for line in first[1:]] == ["plain", "worst-group"]
+    path.write_text("\n".join(first[:2]) + "\n")
+    run.main()
+    assert [json.loads(line) for line in path.read_text().splitlines()[1:]] == [
+        json.loads(line) for line in first[1:]
+    ]
+
+
+def test_scores_are_those_of_each_text_alone(tmp_path):
+    folder = tiny_encoder_dir(tmp_path, with_eos=False)
+    model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    tokenizer = tiny_tokenizer(with_eos=False)
+    texts = ["how was it", "the film was not very good", "great"]
+    found = run.scores(model, tokenizer, texts)
+    alone = [model(**tokenizer(text, return_tensors="pt")).logits.item() for text in texts]
+    assert found.tolist() == pytest.approx(alone, abs=1e-5)
