@@ -118,10 +118,8 @@ def trained(
             disable_tqdm=True,
             **method.options,
         )
-        trainer = RewardTrainer(
-            model=model, args=config, train_dataset=dataset(pairs, tokenizer),
-            processing_class=tokenizer,
-        )  # fmt: skip
+        data = dataset(pairs, tokenizer)
+        trainer = RewardTrainer(model, config, train_dataset=data, processing_class=tokenizer)
         trainer.remove_callback(PrinterCallback)
         trainer.train()
     return trainer.model.eval(), tokenizer

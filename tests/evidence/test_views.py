@@ -41,8 +41,8 @@ def test_what_is_tested_was_not_trained_on():
 
 def test_marks_of_a_judge_that_counts_characters():
     """It prefers longer texts: what lengthens the rejected one alone turns close pairs round."""
-    pairs = [Pair("p", "a good film, said they" + "x" * i, "a bad film, said we", "movie", 1.0)
-             for i in range(12)]  # fmt: skip
+    good, bad = "a good film, said they", "a bad film, said we"
+    pairs = [Pair("p", good + "x" * i, bad, "movie", 1.0) for i in range(12)]
     found = run.marks(pairs, lambda some: torch.tensor([float(len(text)) for text in some]))
     lengths = [(len(pair.chosen), len(pair.rejected)) for pair in pairs]
     assert found["clean"] == sum(a > b for a, b in lengths) / 12 == 1
