@@ -195,7 +195,9 @@ class ViewsMixin(OneRowMixin):
             )
             scored = views["scored"]
             worst = worst_views(losses[scored], self.args.view_ambiguity, there[scored])
-            weights[scored] = worst.weights.double()
+            broken = ~losses[scored].isfinite() & there[scored]  # is trained on, so that it shows
+            found = torch.where(broken.any(1, keepdim=True), broken, worst.weights)
+            weights[scored] = found.double()
             sums = {
                 "views/loss": worst.values.sum(),
                 "views/clean_loss": losses[scored, 0].sum(),

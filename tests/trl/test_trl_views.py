@@ -247,6 +247,21 @@ def test_the_share_of_pairs_that_are_scored(made):
     assert logs
 
 
+def test_a_form_without_a_number_is_trained_on(made, monkeypatch):
+    """A model that gives NaN for a form must not get away with the others."""
+    trainer = made("reward", tiny_pairs(4), views=["handle"], views_per_pair=1)
+    score, handle = trainer._score_sequences, tiny_tokenizer()("@user")["input_ids"][0]
+
+    def broken(model, inputs):
+        found = score(model, inputs)
+        return torch.where((inputs["input_ids"] == handle).any(1, keepdim=True), torch.nan, found)
+
+    monkeypatch.setattr(trainer, "_score_sequences", broken)
+    _, logs = trained(trainer)
+    assert str(logs[0]["views/loss"]) == "nan"
+    assert float(logs[0]["views/taken/handle"]) >= 0.5
+
+
 def test_what_tokenizes_alike_is_no_view(made):
     """The tokenizer splits at white space: doubled spaces say nothing new."""
     _, logs = trained(made("reward", tiny_pairs(8), views=["whitespace", "quotes"]))
