@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -272,31 +272,31 @@ def _packing_markdown(result: results.Result) -> str:
 def _sharing_markdown(result: results.Result) -> str:
     """Rows: lengths of prompts and answers. Cells: how many times as fast as apart."""
     names = (trainer_step.APART, trainer_step.SHARED, trainer_step.SHARED_TV, heads.TRL)
-    rows = []
-    for _, prompt, answer in (shape for some in trainer_step.PROMPTS.values() for shape in some):
-        metric = trainer_step.of_prompts(prompt, answer)
-        same = _by_implementation(result, op="trainer_step", metric=metric)
-        if trainer_step.APART in same:
-            apart = same[trainer_step.APART]["value"]
-            cells = (f"{apart / same[n]['value']:.2f}" if n in same else "–" for n in names)
-            rows.append((str(prompt), str(answer), *cells))
     head = ("prompt", "answers", "apart", "shared", "shared, `tv:0.1`", _trl(result))
-    return _markdown(head, rows)
+    return _markdown(head, _rows_of_prompts(result, names, faster=True))
 
 
 def _views_markdown(result: results.Result) -> str:
     """Rows: lengths of prompts and answers. Cells: time of the step, over that without views."""
     names = (trainer_step.SHARED, trainer_step.VIEWED, trainer_step.VIEWED_HALF)
-    rows = []
-    for _, prompt, answer in (shape for some in trainer_step.PROMPTS.values() for shape in some):
-        metric = trainer_step.of_prompts(prompt, answer)
-        same = _by_implementation(result, op="trainer_step", metric=metric)
-        if trainer_step.VIEWED in same:
-            plain = same[trainer_step.SHARED]["value"]
-            cells = (f"{same[n]['value'] / plain:.2f}" if n in same else "–" for n in names)
-            rows.append((str(prompt), str(answer), *cells))
     head = ("prompt", "answers", "no views", "all scored", "`views_scored=0.5`")
-    return _markdown(head, rows)
+    return _markdown(head, _rows_of_prompts(result, names, faster=False))
+
+
+def _rows_of_prompts(
+    result: results.Result, names: Sequence[str], faster: bool
+) -> Iterator[Sequence[str]]:
+    """Rows: steps by the lengths of prompts and answers. Cells: time over that of the first of
+    ``names``, or the other way round; a row needs the second of them."""
+    for _, prompt, answer in (shape for some in trainer_step.PROMPTS.values() for shape in some):
+        same = _by_implementation(
+            result, op="trainer_step", metric=trainer_step.of_prompts(prompt, answer)
+        )
+        if not {*names[:2]} <= same.keys():
+            continue
+        times = (same[n]["value"] / same[names[0]]["value"] if n in same else None for n in names)
+        cells = ("–" if t is None else f"{1 / t if faster else t:.2f}" for t in times)
+        yield (str(prompt), str(answer), *cells)
 
 
 def _our_cell(record: Record) -> str:
