@@ -271,6 +271,9 @@ class Settings:
     center_rewards_coefficient: float | None = _option(
         0.0, "Pulls the rewards of a pair towards mean 0.", of=("reward",), min=0
     )
+    batch_sum_coefficient: float | None = _option(
+        0.0, "Pulls the sum of the rewards of a batch towards 0 (BSR).", of=("reward",), min=0
+    )
     seed: int = _option(42, "Decides data order and new weights.", min=0)
     lora: bool = _option(
         None,

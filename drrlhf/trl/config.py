@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -167,6 +168,9 @@ class RewardConfig(_Pairs, _TRLRewardConfig):
     ``padding_free`` runs the model on one packed row of all tokens (causal decoders), and
     ``share_prompts`` on each prompt once, ``views`` are other forms of a pair, and
     ``label_ambiguity`` is about the column ``p_chosen``, as in :class:`DPOConfig`.
+    ``batch_sum_coefficient=c`` adds c (sum of all rewards)² of each device's batch to its loss in
+    training, outside the ambiguity set: batch-wise sum-to-zero regularization (BSR, arXiv
+    2505.07271), beside TRL's ``center_rewards_coefficient``, which is pair by pair.
 
     Raises:
         ValueError: an ambiguity set is unknown or an argument of it is out of range.
@@ -176,6 +180,21 @@ class RewardConfig(_Pairs, _TRLRewardConfig):
         default=False,
         metadata={"help": "Run the model on one packed row of tokens, without padding."},
     )
+    batch_sum_coefficient: float = field(
+        default=0.0,
+        metadata={
+            "help": "Pulls the sum of all rewards of a batch towards 0 (BSR): this times its "
+            "square is added to the loss, outside the ambiguity set."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.batch_sum_coefficient < math.inf:
+            raise ValueError(
+                "batch_sum_coefficient: expected a finite number >= 0, got "
+                f"{self.batch_sum_coefficient!r}"
+            )
+        super().__post_init__()
 
 
 @dataclass

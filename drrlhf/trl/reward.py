@@ -59,6 +59,10 @@ class RewardTrainer(AmbiguityMixin, trl.RewardTrainer):
         # On by default, and Liger 0.8 does not ask whether the model has a language model's head.
         config.liger_kernel_config = given | {"fused_linear_cross_entropy": False}
 
+    @property
+    def _loss_outside_the_set(self) -> bool:
+        return bool(getattr(self.args, "batch_sum_coefficient", 0.0)) and self.model.training
+
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
@@ -69,6 +73,10 @@ class RewardTrainer(AmbiguityMixin, trl.RewardTrainer):
         losses = self._losses(chosen, rejected, inputs, nominal, p_chosen)
         correct = chosen.detach() > rejected.detach()
         value = self._reduced(losses, correct, nominal, groups)
+        if self._loss_outside_the_set:
+            share = 1.0 if self._pass is None else self._pass.outside
+            total = chosen.sum() + rejected.sum()
+            value = value + share * self.args.batch_sum_coefficient * total.square()
         return (value, result[1]) if return_outputs else value
 
     def _losses(

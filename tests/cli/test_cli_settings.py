@@ -37,7 +37,13 @@ OF_ALL = {
 VIEWS = {"views", "views_per_pair", "views_scored", "view_ambiguity"}
 OF_ONE = {
     "reward": VIEWS
-    | {"padding_free", "label_ambiguity", "max_length", "center_rewards_coefficient"},
+    | {
+        "padding_free",
+        "label_ambiguity",
+        "max_length",
+        "center_rewards_coefficient",
+        "batch_sum_coefficient",
+    },
     "dpo": VIEWS
     | {
         "padding_free",

@@ -8,12 +8,13 @@ import pytest
 
 pytest.importorskip("trl")
 
-from trl_fixtures import tiny_llama_dir, tiny_pairs, tiny_reward_dir  # isort: skip
+from trl_fixtures import tiny_llama_dir, tiny_pairs, tiny_reward_dir, tiny_tokenizer  # isort: skip
 
 import steps
 import torch
 from peft import LoraConfig
 from three_ways import in_turn
+from transformers import AutoModelForSequenceClassification
 
 from drrlhf.trl import rows
 
@@ -97,6 +98,34 @@ def test_accumulated_equals_one_big_batch_with(run, options):
         assert torch.nn.functional.cosine_similarity(a, b, dim=0) > 0.999
     else:
         assert_same_step(found, whole)
+
+
+@pytest.mark.parametrize("ambiguity", ["erm", "cvar:0.25"])
+@pytest.mark.parametrize("cut", [WHOLE, PARTS], ids=["whole", "parts"])
+def test_the_sum_of_a_batch_is_pulled_to_zero_outside_the_set(run, models, ambiguity, cut):
+    """c times the square of the sum of a batch's rewards, as plain transformers gives them."""
+    data, place, c = tiny_pairs(8), models["reward"], 0.01
+    options = {"data": data, "ambiguity": ambiguity, **cut}
+    options["train_sampling_strategy"] = "sequential"
+    plain = run("reward", **options)
+    with_sum = run("reward", batch_sum_coefficient=c, **options)
+    model, tokenizer = AutoModelForSequenceClassification.from_pretrained(place), tiny_tokenizer()
+    texts = [row["prompt"] + row[side] for row in data for side in ("chosen", "rejected")]
+    rewards = torch.cat(
+        [model(**tokenizer(f"{text} <eos>", return_tensors="pt")).logits[0] for text in texts]
+    )
+    batches = rewards.view(cut["gradient_accumulation_steps"], -1)
+    penalty = c * batches.sum(1).square().mean()
+    expected = torch.autograd.grad(penalty, [p for p in model.parameters() if p.requires_grad])
+    expected = torch.cat([gradient.flatten() for gradient in expected])
+    found = with_sum["gradients"][0] - plain["gradients"][0]
+    assert expected.abs().max() > 1e-2
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
+    assert with_sum["logs"][0]["loss"] == pytest.approx(
+        plain["logs"][0]["loss"] + penalty.item(), rel=1e-4
+    )
+    with pytest.raises(ValueError, match="batch_sum_coefficient: expected a finite number >= 0"):
+        run("reward", batch_sum_coefficient=-1.0, **options)
 
 
 def test_what_lies_outside_the_set_is_trained_on_every_pair(run):
