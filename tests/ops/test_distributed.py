@@ -304,19 +304,26 @@ def test_a_rank_that_refuses_stops_the_others_with_its_words(two_ranks):
 
 def one_dies(rank, answered):
     group = dist.new_group(timeout=datetime.timedelta(seconds=60))
-    if rank == 1:
-        os._exit(9)
-    return waited(group, answered)
+    if rank == 0:
+        open(f"{answered}.connected", "w").close()
+        return waited(group, answered)
+    there(f"{answered}.connected")  # one that dies while they connect is not what is meant
+    os._exit(9)
 
 
 def one_hangs(rank, answered):
     group = dist.new_group(timeout=datetime.timedelta(seconds=1))
     if rank == 0:
         return waited(group, answered)
-    end = time.monotonic() + 60
-    while not os.path.exists(answered) and time.monotonic() < end:
-        time.sleep(0.05)
+    there(answered)
     return None
+
+
+def there(path):
+    """Wait for a file, a minute at most."""
+    end = time.monotonic() + 60
+    while not os.path.exists(path) and time.monotonic() < end:
+        time.sleep(0.05)
 
 
 def waited(group, answered):
