@@ -15,7 +15,7 @@ from trl_fixtures import WORDS, tiny_encoder_dir, tiny_tokenizer
 
 from drrlhf.demo.sentiment import DOMAINS, Pair, Text
 from drrlhf.transformations import TRANSFORMATIONS
-from evidence.views import run
+from evidence.views import run, summary
 
 
 def made_up(n=120):
@@ -83,3 +83,22 @@ def test_scores_are_those_of_each_text_alone(tmp_path):
     found = run.scores(model, tokenizer, texts)
     alone = [model(**tokenizer(text, return_tensors="pt")).logits.item() for text in texts]
     assert found.tolist() == pytest.approx(alone, abs=1e-5)
+
+
+def test_the_summary_takes_whole_seeds_and_pairs_them():
+    def test(gain):
+        marks = {"clean": 0.8, "right": 0.5 + gain, "nll": 0.5, "ece": 0.1}
+        return {d: marks | {"changes": {"a": 0.7 + gain, "b": 0.9}} for d in DOMAINS}
+
+    gains = {"plain": 0.0, "worst": 0.05}
+    records = [
+        {"seed": seed, "method": method, "test": test(gains.get(method, 0.01) + 0.001 * seed)}
+        for seed in range(3)
+        for method in run.METHODS
+    ]
+    assert len(summary.complete(records)) == 3 and len(summary.complete(records[:-1])) == 2
+    assert summary.DOMAINS == {"seen": ("movie", "amazon"), "rare": ("tweets",), "unseen": ("nyt",)}
+    text = summary.tables(records)
+    assert "| worst over plain | +0.0 [+0.0, +0.0] | **+5.0** [+5.0, +5.0] | **+5.0**" in text
+    assert "| worst over augment-long | +0.0 [+0.0, +0.0] | **+4.0**" in text
+    assert "| plain | 80.0 | 70.1 | 50.1 | 0.500 | 0.100 |" in text
