@@ -133,9 +133,18 @@ class _Attention(torch.autograd.Function):
         known = ctx.known
         keys, values = (_laid(x, known) for x in (key, value))
         of_query, *found = _flash_backward(
-            grad.contiguous(), query, keys, values, out, sums, *known[:4], 0.0, True, *random,
+            grad.contiguous(),
+            query,
+            keys,
+            values,
+            out,
+            sums,
+            *known[:4],
+            0.0,
+            True,
+            *random,
             **_options(ctx.window, ctx.scale),
-        )  # fmt: skip
+        )
         of_key, of_value = (_summed(x, known) for x in found)
         return of_query, of_key, of_value, None, None, None
 

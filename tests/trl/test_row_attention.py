@@ -75,8 +75,23 @@ class Flash:
         return torch.cat(parts)
 
     @classmethod
-    def forward(cls, q, k, v, of_q, of_k, most_q, most_k, dropout, causal, debug, *, scale,
-                window_size_left=None, window_size_right=None):  # fmt: skip
+    def forward(
+        cls,
+        q,
+        k,
+        v,
+        of_q,
+        of_k,
+        most_q,
+        most_k,
+        dropout,
+        causal,
+        debug,
+        *,
+        scale,
+        window_size_left=None,
+        window_size_right=None,
+    ):
         assert of_q.dtype == of_k.dtype == torch.int32 and most_q >= max(2, of_q.diff().max())
         assert most_k >= of_k.diff().max() and of_k[-1] == len(k) == len(v)
         assert (dropout, causal, debug) == (0.0, True, False) and window_size_right in (None, 0)
@@ -85,8 +100,27 @@ class Flash:
         return out, out.new_ones(3), empty + 1, empty + 2, empty
 
     @classmethod
-    def backward(cls, grad, q, k, v, out, sums, of_q, of_k, most_q, most_k, dropout, causal,
-                 random, unused, *, scale, window_size_left=None, **more):  # fmt: skip
+    def backward(
+        cls,
+        grad,
+        q,
+        k,
+        v,
+        out,
+        sums,
+        of_q,
+        of_k,
+        most_q,
+        most_k,
+        dropout,
+        causal,
+        random,
+        unused,
+        *,
+        scale,
+        window_size_left=None,
+        **more,
+    ):
         assert len(sums) == 3 and len(random) == len(unused) == 0 and grad.shape == out.shape
         with torch.enable_grad():
             inputs = [x.detach().requires_grad_() for x in (q, k, v)]
