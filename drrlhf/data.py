@@ -285,6 +285,11 @@ class _Columns:
             "chosen": chosen[shared:],
             "rejected": rejected[shared:],
         }
+        for name, form in row.items():
+            if FORM.fullmatch(name) and not name.startswith("prompt") and form is not None:
+                if not isinstance(form, list) or form[:shared] != chosen[:shared]:
+                    raise self.error(number, f"{name!r} does not begin with the prompt of the row")
+                parts[name] = form[shared:]
         return row | parts
 
     def add_template(self, number: int, row: Row) -> None:
@@ -370,6 +375,8 @@ class _Columns:
         return float(value)
 
     def check_text(self, number: int, key: str, value: str) -> str:
+        if FORM.fullmatch(key) and not value.strip():
+            raise self.error(number, f"{key!r} is empty; leave it out, or null")
         if key in self.required and not value.strip():
             what = "a completion" if key in REQUIRED else "a prompt"
             raise self.error(number, f"{key!r} is empty; {what} needs text: drop the row")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 from itertools import groupby
 from random import Random
 
@@ -148,7 +149,11 @@ def test_of_messages_the_last_one_changes():
     new = transformed(row, prompt=str.lower)  # it lies in both answers
     assert [m["content"] for m in new["chosen"]] == ["A", "b", "c", "d"]
     assert [m["content"] for m in new["rejected"]] == ["a", "b"]
-    called = [{"role": "assistant", "content": None, "tool_calls": []}]
+    long = [{"role": "user", "content": "explain gravity slowly please"}, talk[1]]
+    mistyped = partial(TRANSFORMATIONS["prompt_typos"].apply, draw=Random(0))
+    new = transformed({"chosen": long, "rejected": [*long]}, prompt=mistyped)
+    assert new["chosen"][0] == new["rejected"][0] != long[0]
+    called = [{"role": "assistant", "tool_calls": []}]
     assert transformed({"chosen": called, "rejected": called}, chosen=str.upper)["chosen"] == called
 
 

@@ -345,6 +345,7 @@ def _with_views(batches: list[dict[str, Tensor]], config: Any) -> list[dict[str,
             "rejected": _filled(places[1]).to(device),
             "prompt": torch.zeros(len(family), dtype=torch.int64, device=device),
             "family": torch.tensor(family, device=device),
+            "text": torch.arange(len(family), device=device),  # all differ
             "scored": scored.to(device),
             "number": torch.zeros(n, dtype=torch.float64, device=device),
             "drawn": torch.tensor(len(rows), device=device),

@@ -7,6 +7,7 @@ prompt that lies in the messages of both answers is changed there.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any
 
 Row = Mapping[str, Any]
@@ -23,8 +24,9 @@ def transformed(row: Row, **changes: Change) -> Row:
             found[part] = _changed(found[part], change, "assistant")
         elif "prompt" in row:
             found[part] = _changed(found[part], change, "user")
-        else:  # it lies in both answers
+        else:  # it lies in both answers, and stays the same in both
             assert part == "prompt"
+            change = cache(change)
             for side in SIDES:
                 if not isinstance(found[side], str):
                     found[side] = _changed(found[side], change, "user")
@@ -50,4 +52,5 @@ def _changed(given: Any, change: Change, role: str) -> Any:
 
 
 def _is_text(message: Mapping[str, Any]) -> bool:
-    return isinstance(message["content"], str) and bool(message["content"])
+    content = message.get("content")
+    return isinstance(content, str) and bool(content)

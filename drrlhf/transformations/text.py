@@ -1,7 +1,7 @@
 """Functions of a text, and of a generator that says where they act: ``(text, draw) -> text``.
 
-Every one of them gives the same for the same generator state, and changes what it says and nothing
-else. One that finds nothing to act on gives the text back as it is.
+Every one of them gives the same for the same generator state. One that finds nothing to act on
+gives the text back as it is.
 """
 
 from __future__ import annotations
@@ -130,8 +130,8 @@ def quotes(text: str, draw: Random) -> str:
 
 def bold(text: str, draw: Random) -> str:
     """The first sentence in bold."""
-    first, *rest = sentences(text)
-    return " ".join([f"**{first}**", *rest]) if first else text
+    first = sentences(text)[0]
+    return text.replace(first, f"**{first}**", 1) if first else text
 
 
 def bullets(text: str, draw: Random) -> str:
@@ -141,7 +141,8 @@ def bullets(text: str, draw: Random) -> str:
 
 
 def no_markdown(text: str, draw: Random) -> str:
-    """Without headings, points of lists, and marks for bold, italics and code."""
+    """Without headings, points of lists, and marks for bold and code."""
+    text = re.sub(r"^[ \t]*```.*\n?", "", text, flags=re.M)
     text = re.sub(r"^[ \t]*(?:#{1,6}|[-*+])[ \t]+", "", text, flags=re.M)
     return re.sub(r"(\*\*|__|`)(\S(?:.*?\S)?)\1", r"\2", text)
 
@@ -152,12 +153,14 @@ def sentence(text: str, draw: Random) -> str:
 
 def repeated(text: str, draw: Random) -> str:
     """The last sentence once more."""
-    last = sentences(text)[-1]
+    lines = text.strip().splitlines() or [""]
+    last = sentences(lines[-1])[-1]
     return f"{text} {last}" if last else text
 
 
 def reversed_sentences(text: str, draw: Random) -> str:
-    return " ".join(reversed(sentences(text)))
+    found = sentences(text)
+    return " ".join(reversed(found)) if len(found) > 1 else text
 
 
 def handle(text: str, draw: Random) -> str:

@@ -105,8 +105,10 @@ class _Pairs(_Ambiguous):
 
     def __post_init__(self) -> None:
         label_radius(self.label_ambiguity)
-        if isinstance(self.views, str):  # as a shell spells a list
-            self.views = [name.strip() for name in self.views.split(",") if name.strip()]
+        given = [self.views] if isinstance(self.views, str) else self.views or ()
+        # Commas are how a shell spells a list.
+        names = [name.strip() for one in given for name in one.split(",")]
+        self.views = [name for name in names if name] or None
         views.check_options(self)
         super().__post_init__()
 

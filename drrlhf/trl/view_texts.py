@@ -194,10 +194,10 @@ class ViewCollator:
     ``views`` of a batch is a dict: ``inputs``, the sequences (S, L) of views that differ from all
     others of their pair; ``chosen`` (n, A) and ``rejected`` (n, B), places of the forms of each
     answer among the 2n sequences of the batch and these S behind them, -1 for none; and of the
-    2n + S sequences ``prompt``, 0 or the number of another prompt, and ``family``, the place of its
-    view among the names or `CLEAN`. ``scored`` (n,): the first form is then the clean one, else the
-    only one is that to be taken; ``number`` (n,) in [0, 1); ``drawn``, of how many views these S
-    are left.
+    2n + S sequences ``prompt``, 0 or the number of another prompt, ``family``, the place of its
+    view among the names or `CLEAN`, and ``text``, the same number where the tokens are the same.
+    ``scored`` (n,): the first form is then the clean one, else the only one is that to be taken;
+    ``number`` (n,) in [0, 1); ``drawn``, of how many views these S are left.
     """
 
     collator: Callable[[list[dict[str, Any]]], Any]
@@ -231,8 +231,11 @@ class ViewCollator:
         places = [[[pair + side * n] for pair in range(n)] for side in (0, 1)]
         kept: list[int] = []
         prompt, family = [0] * (2 * n), [CLEAN] * (2 * n)
+        texts = [_key(batch, i) for i in range(2 * n)]
         for number, (pair, form) in enumerate(about):
             keys = [_key(laid, number + side * m) for side in (0, 1)]
+            if keys[0] == keys[1] and (form.prompt or not drawn[pair].scored):
+                continue  # two equal answers: nothing could lower their loss
             new = [
                 name is not None and key not in seen[pair]
                 for name, key in zip(form.names, keys, strict=True)
@@ -246,6 +249,7 @@ class ViewCollator:
                     prompt.append(number + 1 if form.prompt else 0)
                     family.append(self.texts.names.index(form.names[side]))
                     seen[pair].add(keys[side])
+                    texts.append(keys[side])
         for pair, one in enumerate(drawn):
             if not one.scored:
                 for side in (0, 1):
@@ -256,6 +260,7 @@ class ViewCollator:
             "rejected": _table(places[1]),
             "prompt": torch.tensor(prompt),
             "family": torch.tensor(family),
+            "text": _numbered(texts),
             "scored": torch.tensor([one.scored for one in drawn]),
             "number": torch.tensor([one.number for one in drawn], dtype=torch.float64),
             "drawn": torch.tensor(sum(name is not None for _, f in about for name in f.names)),
@@ -270,6 +275,12 @@ def _key(batch: Mapping[str, Any], sequence: int) -> tuple[bytes, ...]:
     counted = batch["attention_mask"][sequence].bool()
     telling = (batch[name][sequence][counted] for name in _TELLING if name in batch)
     return tuple(tensor.numpy().tobytes() for tensor in telling)
+
+
+def _numbered(keys: Sequence[tuple[bytes, ...]]) -> Tensor:
+    """A number for each; equal ones have equal numbers."""
+    numbers = {key: number for number, key in enumerate(dict.fromkeys(keys))}
+    return torch.tensor([numbers[key] for key in keys])
 
 
 def _table(places: Sequence[Sequence[int]]) -> Tensor:

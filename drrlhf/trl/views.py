@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from multiprocessing import get_start_method
 from typing import Any
 
 import torch
@@ -90,6 +91,11 @@ class ViewsMixin(OneRowMixin):
                 "views: cannot be combined with dispatch_batches or split_batches in "
                 "accelerator_config, which cut a batch by its rows; leave them out"
             )
+        if self._views and config.dataloader_num_workers and get_start_method() != "fork":
+            raise ValueError(
+                f"views: expected data loader workers that are forked, got the start method "
+                f"{get_start_method()!r}; use dataloader_num_workers=0"
+            )
 
     # -- the data ------------------------------------------------------------------------------
 
@@ -98,9 +104,10 @@ class ViewsMixin(OneRowMixin):
     ) -> Any:
         """TRL's; the texts of the training data are kept for their views."""
         prepare = super()._prepare_dataset  # type: ignore[misc]
-        if not self._views or dataset_name != "train":
+        # Evaluation data may be called "train" as well, and come later.
+        if not self._views or dataset_name != "train" or self._view_texts is not None:
             return prepare(dataset, processing_class, args, dataset_name)
-        _check_dataset(dataset, self._views)
+        _check_dataset(dataset, self._views, self._views_need_prompt)
         tokenizer = getattr(processing_class, "tokenizer", processing_class)
         self._view_texts = ViewTexts(
             dataset,
@@ -122,6 +129,8 @@ class ViewsMixin(OneRowMixin):
 
     def _collate_views(self, tokens: Any) -> None:
         """Let the collator make views; ``tokens`` is TRL's own inside of it."""
+        if self._views and self._view_texts is None:
+            raise ValueError("views: TRL takes images as they are; use views=None with image data")
         if self._view_texts is not None:
             self._view_collator = ViewCollator(
                 self.data_collator, tokens, self._view_texts, self._view_ids
@@ -176,6 +185,8 @@ class ViewsMixin(OneRowMixin):
         there = (chosen >= 0) & (rejected >= 0)
         chosen, rejected = chosen.clamp(min=0), rejected.clamp(min=0)
         there &= views["prompt"][chosen] == views["prompt"][rejected]
+        # Nothing could lower the loss of two equal answers, which would be the worst of all.
+        there[:, 1:] &= (views["text"][chosen] != views["text"][rejected])[:, 1:]
         weights, sums = there.double(), {}
         known = self._reference_scores(every, views)
         if _asks(self.args):
@@ -236,6 +247,8 @@ class ViewsMixin(OneRowMixin):
         0 of the others; as many calls on every rank: models that are shared meet in each."""
         extra = self.args.views_per_pair * self.args.views_scored if _asks(self.args) else 0
         count = 1 + math.ceil(extra)  # parts about as long as the batch was
+        if self.accelerator.num_processes == 1:
+            count = min(count, len(pairs))
         lengths = every["attention_mask"].sum(1)
         if self._in_rows:  # forms of a pair lie in one row, for what they have in common
             parts = [_forms(views, some) for some in pairs.nonzero()[:, 0].tensor_split(count)]
@@ -288,12 +301,14 @@ def _forms(views: Mapping[str, Any], pairs: Tensor) -> Tensor:
 def _drawn(weights: Tensor, numbers: Tensor) -> Tensor:
     """For each row of weights (n, K) a place (n,), by weight; ``numbers`` (n,) in [0, 1)."""
     upto = weights.double().cumsum(1)
-    return (upto <= numbers.unsqueeze(1) * upto[:, -1:]).sum(1)
+    below = numbers.double().clamp(max=1 - 1e-9)  # DeepSpeed rounds what a batch holds
+    return (upto <= below.unsqueeze(1) * upto[:, -1:]).sum(1)
 
 
-def _check_dataset(dataset: Any, views: Sequence[str]) -> None:
+def _check_dataset(dataset: Any, views: Sequence[str], needs_prompt: bool) -> None:
     """ValueError for training data that can have no such views: they are streamed, without texts,
-    or lack a column that a view is made of."""
+    or lack a column that a view is made of; ``needs_prompt``: a prompt would be taken out of the
+    answers, and not of other forms of them."""
     if not isinstance(dataset, Dataset):
         raise ValueError(
             f"views: expected a map-style datasets.Dataset as train_dataset, got "
@@ -305,8 +320,21 @@ def _check_dataset(dataset: Any, views: Sequence[str]) -> None:
             f"views: expected texts in the columns 'chosen' and 'rejected' of train_dataset, got "
             f"{', '.join(dataset.column_names)}; give the data as they were before tokenization"
         )
+    if "chosen_input_ids" in dataset.column_names:
+        raise ValueError(
+            "views: the column 'chosen_input_ids' of train_dataset has a name that TRL no longer "
+            "uses; remove the columns of ids, or call them chosen_ids and rejected_ids"
+        )
+    without_prompt = PROMPT not in dataset.column_names
+    plain = isinstance(dataset[0][SIDES[0]], str)
     for name in views:
         part, at, _ = name.partition(BY_COLUMN)
+        of_prompt = acts_on(name) == PROMPT and not needs_prompt and (plain or at)
+        if without_prompt and (of_prompt or (at and needs_prompt)):
+            raise ValueError(
+                f"views: {name!r} needs a column 'prompt' in train_dataset, got "
+                f"{', '.join(dataset.column_names)}; give prompt and answers apart"
+            )
         wanted = [name] if part else [f"{side}{name}" for side in SIDES]
         if at and not set(wanted) & set(dataset.column_names):
             raise ValueError(

@@ -397,3 +397,21 @@ def test_other_forms_of_a_text_are_kept_and_checked(tmp_path):
     path.write_text("\n".join(map(json.dumps, [*rows, rows[0] | {"chosen@long": 3}])))
     with pytest.raises(DataError, match=r"line 3: 'chosen@long'"):
         load_preference_data(path)
+    path.write_text("\n".join(map(json.dumps, [rows[0] | {"chosen@long": " "}])))
+    with pytest.raises(DataError, match=r"line 1: 'chosen@long' is empty"):
+        load_preference_data(path)
+
+
+def test_the_prompt_is_taken_out_of_other_forms_too(tmp_path):
+    def said(*texts):
+        roles = ("user", "assistant")
+        return [{"role": roles[i % 2], "content": text} for i, text in enumerate(texts)]
+
+    path = tmp_path / "d.jsonl"
+    row = {"prompt": "q", "chosen": said("q", "a"), "rejected": said("q", "b")}
+    path.write_text(json.dumps(row | {"chosen@long": said("q", "aa")}))
+    found = load_preference_data(path).dataset[0]
+    assert found["chosen"] == said("q", "a")[1:] and found["chosen@long"] == said("q", "aa")[1:]
+    path.write_text(json.dumps(row | {"chosen@long": said("other", "aa")}))
+    with pytest.raises(DataError, match="'chosen@long' does not begin with the prompt"):
+        load_preference_data(path)

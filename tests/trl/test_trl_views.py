@@ -22,6 +22,7 @@ from trl_fixtures import (
 )
 
 from drrlhf.trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer
+from drrlhf.trl.views import _drawn
 
 METHODS = ["dpo", "reward", "encoder"]
 VIEWS = ["repeated", "handle", "@other"]
@@ -115,6 +116,7 @@ def worst(rows, forms, method, models):
         ) + [tuple(form.row[k] for k in ("prompt", "chosen", "rejected")) for form in drawn]
         sign = 1 if row.get("p_chosen", 1) else -1
         needed = row.get("margin", 0)
+        tried = [one for one in tried if one[1] != one[2]]  # equal answers: nothing to train on
         margins = [sign * (score(p, c) - score(p, r) - needed) for p, c, r in tried]
         best = min(range(len(tried)), key=margins.__getitem__)
         found.append(tried[best])
@@ -137,6 +139,31 @@ def test_a_step_is_that_of_the_worst_forms(made, models, method, names):
     assert sum(a != b for a, b in zip(columns["chosen"], data["chosen"], strict=True)) >= 2
     alone, _ = trained(made(method, Dataset.from_dict(columns), **options))
     assert_same(gradients, alone)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_two_answers_that_became_equal_are_no_pair(made, models, method):
+    """Their loss is log 2 whatever the model: it must not be the worst form of a right pair."""
+    score = torch.no_grad()(scorers(method, models))
+    texts = {side: [] for side in ("rejected", "other", "chosen")}
+    for prompt in (prompts := tiny_pairs(6)["prompt"][:]):
+        ranked = sorted(tiny_pairs(7, seed=1)["chosen"], key=lambda text: score(prompt, text))
+        for side, text in zip(texts, (ranked[0], ranked[3], ranked[-1]), strict=True):
+            texts[side].append(text)
+    others = texts.pop("other")
+    forms = {"chosen@other": others, "rejected@other": others}
+    data = Dataset.from_dict({"prompt": prompts, **texts, **forms})
+    options = {"per_device_train_batch_size": 6, "learning_rate": 0.0, "views": ["@other"]}
+    trainer = made(method, data, views_per_pair=1, **options)
+    forms = [one.forms for one in drawn(trainer, 0)]
+    _, loss = worst(list(data), forms, method, models)
+    _, logs = trained(trainer)
+    assert loss < 0.69 and float(logs[0]["views/pairs_right"]) == 1
+    assert float(logs[0]["views/loss"]) == pytest.approx(loss, rel=1e-4)
+    any_form = made(method, data, views_per_pair=1, view_ambiguity="mean", **options)
+    batch = any_form.data_collator([any_form.train_dataset[i] for i in range(6)])["views"]
+    pairs_taken = batch["text"][batch["chosen"][:, 0]], batch["text"][batch["rejected"][:, 0]]
+    assert bool((pairs_taken[0] != pairs_taken[1]).all())
 
 
 def test_margins_and_labels_are_those_of_the_pair(made, models):
@@ -304,6 +331,22 @@ def test_evaluation_is_of_the_pairs_as_they_are(made):
     assert again["eval_loss"] == pytest.approx(float(logs[0]["eval_loss"]), rel=1e-6)
 
 
+def test_evaluation_data_that_are_called_train_are_not_trained_on(made):
+    data, other = tiny_pairs(8), tiny_pairs(12, seed=3)
+    options = {"views": ["handle"], "trainer_eval_dataset": {"train": other}}
+    trainer = made("reward", data, eval_strategy="steps", eval_steps=1, **options)
+    assert trainer._view_texts.data["chosen"][:] == data["chosen"][:]
+    trained(trainer)
+    trainer.evaluate({"train": other})
+    assert trainer._view_texts.data["chosen"][:] == data["chosen"][:]
+
+
+def test_a_number_that_was_rounded_up_draws_the_last_form():
+    weights = torch.tensor([[1.0, 1.0, 0.0], [0.0, 0.0, 2.0]])
+    assert _drawn(weights, torch.ones(2, dtype=torch.bfloat16)).tolist() == [1, 2]
+    assert _drawn(weights, torch.zeros(2)).tolist() == [0, 2]
+
+
 def test_messages_are_changed_where_they_answer(made):
     def said(*texts):
         roles = ("user", "assistant")
@@ -367,13 +410,33 @@ def test_what_is_wrong_is_named(models, tmp_path, method, options, words):
             lambda: Dataset.from_dict({"chosen_ids": [[7, 8]] * 4, "rejected_ids": [[9]] * 4}),
             "as they were before tokenization",
         ),
+        (
+            lambda: tiny_pairs(8, chosen_input_ids=[[7]] * 8, rejected_input_ids=[[8]] * 8),
+            "has a name that TRL no longer uses",
+        ),
+        (
+            lambda: tiny_pairs(8).remove_columns("prompt"),
+            "'prompt_typos' needs a column 'prompt' in train_dataset",
+        ),
     ],
 )
 def test_data_without_texts_are_refused(models, tmp_path, data, words):
     with pytest.raises(ValueError, match=words):
         RewardTrainer(
             model=models["reward"],
-            args=RewardConfig(str(tmp_path), **quiet(views=["typos"], max_steps=1)),
+            args=RewardConfig(str(tmp_path), **quiet(views=["typos", "prompt_typos"], max_steps=1)),
             train_dataset=data(),
+            processing_class=tiny_tokenizer(),
+        )
+
+
+def test_other_forms_of_answers_that_hold_the_prompt_are_refused(models, tmp_path):
+    """DPO takes the prompt out of the answers, and nobody out of their other forms."""
+    data = pairs(8).map(lambda row: {s: row["prompt"] + row[s] for s in ("chosen", "rejected")})
+    with pytest.raises(ValueError, match="'@other' needs a column 'prompt'"):
+        DPOTrainer(
+            model=models["dpo"],
+            args=DPOConfig(str(tmp_path), **quiet(views=["@other"], max_steps=1)),
+            train_dataset=data.remove_columns("prompt"),
             processing_class=tiny_tokenizer(),
         )
