@@ -30,6 +30,7 @@ from drrlhf.files import tables
 from drrlhf.files.tables import DataError, Row, Rows
 from drrlhf.files.tables import short as _short
 from drrlhf.groups import is_group, named, of_values, short
+from drrlhf.transformations import BY_COLUMN, PROMPT, SIDES
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +47,7 @@ KINDS = ("reward", "dpo")
 # Columns for the chat template, in rows that have them.
 TEMPLATE = ("tools", "chat_template_kwargs")
 # Other forms of a text, for `views`.
-FORM = re.compile(r"(chosen|rejected|prompt)@.+", re.DOTALL)
+FORM = re.compile(rf"({'|'.join((*SIDES, PROMPT))}){BY_COLUMN}.+", re.DOTALL)
 # What chat templates read of a message beside its role and content.
 MESSAGE_FIELDS = {"tool_calls", "tool_call_id", "name", "reasoning_content", "thinking"}
 # A list of messages that pandas or a spreadsheet turned into its printed form.

@@ -30,6 +30,15 @@ def reward_ids(tokenizer: Any, prompt: Any, answer: Any, **template: Any) -> lis
     return tokenizer.apply_chat_template(messages, return_dict=True, **template)["input_ids"]
 
 
+def pair_ids(tokenizer: Any, row: Mapping[str, Any]) -> dict[str, list[int]]:
+    """`reward_ids` of both answers of a row, in the columns in which TRL takes them."""
+    template = template_arguments(row)
+    return {
+        f"{side}_ids": reward_ids(tokenizer, row.get("prompt"), row[side], **template)
+        for side in ("chosen", "rejected")
+    }
+
+
 def template_arguments(row: Mapping[str, Any]) -> dict[str, Any]:
     """What the columns ``tools`` (a list, or its JSON) and ``chat_template_kwargs`` of a row say to
     the chat template."""

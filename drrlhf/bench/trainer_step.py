@@ -316,6 +316,8 @@ def _with_views(batches: list[dict[str, Tensor]], config: Any) -> list[dict[str,
     """Batches with forms of every answer, each other than the original from some place on, as
     `drrlhf.trl.view_texts.ViewCollator` makes them; every second pair has forms to be scored where
     half of them are."""
+    from drrlhf.trl.view_texts import CLEAN, place_table
+
     generator = torch.Generator().manual_seed(2)
     made = []
     for batch in batches:
@@ -324,7 +326,7 @@ def _with_views(batches: list[dict[str, Tensor]], config: Any) -> list[dict[str,
         forms = torch.where(scored, config.views_per_pair, 1)
         places: list[list[list[int]]] = [[], []]
         rows: list[int] = []
-        family = [-1] * (2 * n)
+        family = [CLEAN] * (2 * n)
         for i in range(2 * n):
             mine = [] if not scored[i % n] else [i]
             for _ in range(int(forms[i % n])):
@@ -341,8 +343,8 @@ def _with_views(batches: list[dict[str, Tensor]], config: Any) -> list[dict[str,
             ids[own] = answer
         views = {
             "inputs": inputs,
-            "chosen": _filled(places[0]).to(device),
-            "rejected": _filled(places[1]).to(device),
+            "chosen": place_table(places[0]).to(device),
+            "rejected": place_table(places[1]).to(device),
             "prompt": torch.zeros(len(family), dtype=torch.int64, device=device),
             "family": torch.tensor(family, device=device),
             "text": torch.arange(len(family), device=device),  # all differ
@@ -352,12 +354,6 @@ def _with_views(batches: list[dict[str, Tensor]], config: Any) -> list[dict[str,
         }
         made.append({**batch, "views": views})
     return made
-
-
-def _filled(places: list[list[int]]) -> Tensor:
-    """(n, most), -1 behind the end of a row."""
-    rows = [torch.tensor(one) for one in places]
-    return torch.nn.utils.rnn.pad_sequence(rows, True, -1)
 
 
 @torch.no_grad()

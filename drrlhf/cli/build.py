@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,8 @@ def _tokenized(dataset: Any, tokenizer: Any, settings: Settings) -> Any:
 
     TRL appends the end-of-sequence token to every text, and most encoders have none.
     """
+    from drrlhf import reward_inputs
+
     if tokenizer.eos_token is not None:
         return dataset
     if settings.kind == "dpo":
@@ -107,12 +110,7 @@ def _tokenized(dataset: Any, tokenizer: Any, settings: Settings) -> Any:
             "only, and the data is conversational"
         )
 
-    def tokenize(row: dict[str, Any]) -> dict[str, Any]:
-        texts = (row.get("prompt", "") + row[name] for name in ("chosen", "rejected"))
-        chosen, rejected = (tokenizer(text)["input_ids"] for text in texts)
-        return {"chosen_ids": chosen, "rejected_ids": rejected}
-
-    return dataset.map(tokenize, desc="Tokenizing")
+    return dataset.map(partial(reward_inputs.pair_ids, tokenizer), desc="Tokenizing")
 
 
 def _arguments(settings: Settings, evaluate: bool) -> dict[str, Any]:

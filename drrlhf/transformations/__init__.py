@@ -4,11 +4,12 @@ One table for training (``views``) and the stress test: a pair that a model rank
 keeps its order under each of them. What "keeps" says is where that ends.
 """
 
-from drrlhf.transformations.rows import SIDES, from_column, transformed
+from drrlhf.transformations.rows import BY_COLUMN, SIDES, from_column, transformed
 from drrlhf.transformations.table import ANSWER, PROMPT, TRANSFORMATIONS, Transformation
 
 __all__ = [
     "ANSWER",
+    "BY_COLUMN",
     "PROMPT",
     "SIDES",
     "TRANSFORMATIONS",

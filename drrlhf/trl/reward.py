@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import trl
@@ -11,7 +12,6 @@ from torch import Tensor
 
 from drrlhf import reward_inputs
 from drrlhf.functional.reward_loss import reward_losses
-from drrlhf.transformations import SIDES
 from drrlhf.trl import columns
 from drrlhf.trl.base import AmbiguityMixin
 from drrlhf.trl.seam import Recorder
@@ -103,15 +103,7 @@ class RewardTrainer(AmbiguityMixin, trl.RewardTrainer):
         if "chosen_ids" not in dataset.column_names:
             return None
 
-        def tokenize(row: Mapping[str, Any]) -> dict[str, list[int]]:
-            template = reward_inputs.template_arguments(row)
-            return {
-                f"{side}_ids": reward_inputs.reward_ids(
-                    tokenizer, row.get("prompt"), row[side], **template
-                )
-                for side in SIDES
-            }
-
+        tokenize = partial(reward_inputs.pair_ids, tokenizer)
         first = dataset[0]
         if any(first[name] != ids for name, ids in tokenize(first).items()):
             raise ValueError(

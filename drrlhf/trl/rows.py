@@ -51,7 +51,7 @@ def select(
         if name in PAIRS:
             merged[name] = torch.stack([batches[b][name][row] for b, row in pairs])
             continue
-        filling = pad_token_id if name == "input_ids" else 0
+        filling = _filling(name, pad_token_id)
         sides = [
             _fitted(batches[b][name][row + side * count(batches[b])], longest, filling)
             for side in (0, 1)
@@ -64,13 +64,9 @@ def select(
 def below(one: Mapping[str, Any], other: Mapping[str, Any], pad_token_id: int) -> dict[str, Tensor]:
     """The tensors by sequence of two batches, one under the other, equally wide."""
     width = max(one["input_ids"].shape[1], other["input_ids"].shape[1])
-
-    def wide(tensor: Tensor, filling: int) -> Tensor:
-        return torch.nn.functional.pad(tensor, (0, width - tensor.shape[1]), value=filling)
-
     return {
         name: torch.cat(
-            [wide(part[name], pad_token_id if name == "input_ids" else 0) for part in (one, other)]
+            [_fitted(part[name], width, _filling(name, pad_token_id)) for part in (one, other)]
         )
         for name in SEQUENCES
         if name in one
@@ -83,10 +79,17 @@ def taken(sequences: Mapping[str, Tensor], which: Tensor) -> dict[str, Tensor]:
     return {name: tensor[which, :width] for name, tensor in sequences.items()}
 
 
-def _fitted(sequence: Tensor, length: int, filling: int) -> Tensor:
-    if len(sequence) >= length:
-        return sequence[:length]
-    return torch.nn.functional.pad(sequence, (0, length - len(sequence)), value=filling)
+def _filling(name: str, pad_token_id: int) -> int:
+    """What an entry of a batch is filled up with."""
+    return pad_token_id if name == "input_ids" else 0
+
+
+def _fitted(sequences: Tensor, length: int, filling: int) -> Tensor:
+    """One sequence (L,) or several (n, L), cut or filled up to a length."""
+    missing = length - sequences.shape[-1]
+    if missing <= 0:
+        return sequences[..., :length]
+    return torch.nn.functional.pad(sequences, (0, missing), value=filling)
 
 
 def arrange(kept: Sequence[tuple[int, int]], sizes: Sequence[int], most: int) -> list[list[int]]:

@@ -234,28 +234,18 @@ class SetMixin:
         states = {"group_state": self.group_state, "normaliser_state": self.normaliser_state}
         return {name: module for name, module in states.items() if module is not None}
 
-    def _view_facts(self) -> str:
-        """Which forms of its members the adversary chooses from, in words; "" where there are
-        none."""
-        return ""
-
     def _facts(self) -> dict[str, str]:
         per_rank = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
         numbered = self._numbered
         groups = {} if numbered is None else {GROUPS: numbered.described()}
-        views = self._view_facts()
-        return (
-            groups
-            | ({"views": views} if views else {})
-            | {
-                "ambiguity": str(self.ambiguity),
-                "robust_scope": self.robust_scope,
-                "processes": str(self.args.world_size),
-                f"{self._members} per step": str(
-                    per_rank * self.args.world_size * max(self.args.n_gpu, 1)
-                ),
-            }
-        )
+        return groups | {
+            "ambiguity": str(self.ambiguity),
+            "robust_scope": self.robust_scope,
+            "processes": str(self.args.world_size),
+            f"{self._members} per step": str(
+                per_rank * self.args.world_size * max(self.args.n_gpu, 1)
+            ),
+        }
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)  # type: ignore[misc]

@@ -17,11 +17,18 @@ import torch
 from torch import Tensor
 from trl.data_utils import extract_prompt
 
-from drrlhf.transformations import ANSWER, PROMPT, SIDES, TRANSFORMATIONS, from_column, transformed
+from drrlhf.transformations import (
+    ANSWER,
+    BY_COLUMN,
+    PROMPT,
+    SIDES,
+    TRANSFORMATIONS,
+    from_column,
+    transformed,
+)
 
 VIEWS = "views"  # of a batch: what `ViewCollator` puts there
 ROW = "view_row"  # of an example: its row in the texts
-BY_COLUMN = "@"
 CLEAN = -1  # the family of a sequence that is as the data have it
 # Entries of a batch that are laid out by sequence, and tell two of them apart.
 _TELLING = ("input_ids", "completion_mask")
@@ -256,8 +263,8 @@ class ViewCollator:
                     del places[side][pair][:-1]
         return {
             "inputs": {name: laid[name][kept] for name in laid if _by_sequence(laid, name)},
-            "chosen": _table(places[0]),
-            "rejected": _table(places[1]),
+            "chosen": place_table(places[0]),
+            "rejected": place_table(places[1]),
             "prompt": torch.tensor(prompt),
             "family": torch.tensor(family),
             "text": _numbered(texts),
@@ -283,7 +290,7 @@ def _numbered(keys: Sequence[tuple[bytes, ...]]) -> Tensor:
     return torch.tensor([numbers[key] for key in keys])
 
 
-def _table(places: Sequence[Sequence[int]]) -> Tensor:
+def place_table(places: Sequence[Sequence[int]]) -> Tensor:
     """(n, most), -1 behind the end of a row."""
     rows = [torch.tensor(row) for row in places]
     return torch.nn.utils.rnn.pad_sequence(rows, True, -1)

@@ -20,11 +20,10 @@ from torch import Tensor
 
 from drrlhf.functional.row_worst_case import solvable
 from drrlhf.functional.worst_view import worst_views
-from drrlhf.transformations import PROMPT, SIDES
+from drrlhf.transformations import BY_COLUMN, PROMPT, SIDES
 from drrlhf.trl import rows, view_texts
 from drrlhf.trl.one_row import OneRowMixin
 from drrlhf.trl.view_texts import (
-    BY_COLUMN,
     ROW,
     VIEWS,
     Preparation,
@@ -129,13 +128,14 @@ class ViewsMixin(OneRowMixin):
 
     def _collate_views(self, tokens: Any) -> None:
         """Let the collator make views; ``tokens`` is TRL's own inside of it."""
-        if self._views and self._view_texts is None:
+        if not self._views:
+            return
+        if self._view_texts is None:
             raise ValueError("views: TRL takes images as they are; use views=None with image data")
-        if self._view_texts is not None:
-            self._view_collator = ViewCollator(
-                self.data_collator, tokens, self._view_texts, self._view_ids
-            )
-            self.data_collator = self._view_collator
+        self._view_collator = ViewCollator(
+            self.data_collator, tokens, self._view_texts, self._view_ids
+        )
+        self.data_collator = self._view_collator
 
     def _set_signature_columns_if_needed(self) -> None:
         fresh = self._signature_columns is None
@@ -149,10 +149,14 @@ class ViewsMixin(OneRowMixin):
             self._view_collator.epoch.fill_(epoch)
         return super()._run_epoch(model, epoch, *args, **kwargs)  # type: ignore[misc]
 
-    def _view_facts(self) -> str:
+    def _facts(self) -> dict[str, str]:
+        """The set's; and which forms of a pair the adversary chooses from."""
+        facts: dict[str, str] = super()._facts()  # type: ignore[misc]
+        if not self._views:
+            return facts
         named = ("views_per_pair", "views_scored", "view_ambiguity")
         options = (f"{name}={getattr(self.args, name)}" for name in named)
-        return ", ".join([*self._views, *options]) if self._views else ""
+        return facts | {"views": ", ".join([*self._views, *options])}
 
     # -- the step ------------------------------------------------------------------------------
 

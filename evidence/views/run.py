@@ -133,11 +133,8 @@ def dataset(pairs: Sequence[sentiment.Pair], tokenizer: Any) -> datasets.Dataset
     datasets.disable_progress_bars()
 
     def row(pair: sentiment.Pair) -> dict[str, Any]:
-        made: dict[str, Any] = {"group": pair.domain}
-        for side in SIDES:
-            text = getattr(pair, side)
-            made |= {side: text, f"{side}_ids": reward_inputs.reward_ids(tokenizer, None, text)}
-        return made
+        texts = {side: getattr(pair, side) for side in SIDES}
+        return {"group": pair.domain, **texts, **reward_inputs.pair_ids(tokenizer, texts)}
 
     return datasets.Dataset.from_list([row(pair) for pair in pairs])
 
