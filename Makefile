@@ -21,8 +21,8 @@ PEERS ?= liger-kernel==0.8.5 cut-cross-entropy==25.1.1 sqwash==0.1.0 dro==0.4.3
 BIN := $(VENV)/bin
 # Every Triton kernel, interpreted on the CPU, and every CUDA kernel, built for the host: the tests of
 # the ops twice more; and once more where fresh memory is NaN, as it is in those two.
-TESTS_OF_OPS := $(patsubst %,tests/ops/test_%.py,backends_equal_reference robust_risk preference_loss \
-  reward_loss token_logprobs linear_token_logprobs sequence_logprobs linear_preference_loss \
+TESTS_OF_OPS := $(patsubst %,tests/ops/test_%.py,backends_equal_reference robust_risk row_worst_case \
+  preference_loss reward_loss token_logprobs linear_token_logprobs sequence_logprobs linear_preference_loss \
   sequence_preference_loss policy_loss kernels many_pairs zero_sizes transforms wrong_values \
   every_kernel determinism)
 CXX_FILES := $(wildcard csrc/*.cpp csrc/*.h $(addprefix csrc/*/*.,cpp h inc cu) tests/emulated/*.h)

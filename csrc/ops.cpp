@@ -17,6 +17,7 @@
 #include "cpu/policy_loss.h"
 #include "cpu/robust_risk.h"
 #include "cpu/row_attention.h"
+#include "cpu/row_worst_case.h"
 #include "message.h"
 #include "names.h"
 
@@ -99,6 +100,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> robust_risk(
                                      q.mutable_data_ptr<double>());
   const auto dtype = statistics_dtype(losses);
   return {scalar(s.value, dtype), q.to(dtype), scalar(s.dual, dtype), adversary.group_weights};
+}
+
+std::tuple<Tensor, Tensor> row_worst_case(const Tensor& table, const OptionalTensor& mask,
+                                          const OptionalTensor& nominal, std::string_view kind,
+                                          double parameter) {
+  return cpu::row_worst_case(table, mask, nominal, by_name<Kind>("kind", kind, kKinds), parameter);
 }
 
 NineTensors sequence_preference_loss(const Tensor& logps, const Tensor& labels,
@@ -235,6 +242,7 @@ pybind11::dict build_info() {
 
 TORCH_LIBRARY_IMPL(drrlhf_cpp, CPU, m) {
   m.impl("robust_risk", &drrlhf::robust_risk);
+  m.impl("row_worst_case", &drrlhf::row_worst_case);
   m.impl("sequence_preference_loss", &drrlhf::sequence_preference_loss);
   m.impl("sequence_logprobs", &drrlhf::sequence_logprobs);
   m.impl("sequence_logprobs_backward", &drrlhf::spread_to_tokens);

@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 NAMES = ("cuda", "triton", "cpp", "reference")
 OPS = (
     "robust_risk",
+    "row_worst_case",
     "sequence_preference_loss",
     "sequence_logprobs",
     "sequence_logprobs_backward",
@@ -46,7 +47,7 @@ DEVICES = {"cuda": ("cuda",), "triton": ("cuda", "xpu"), "cpp": ("cpu",)}
 SERVED: dict[str, frozenset[str]] = {
     "cpp": frozenset(OPS),
     "triton": frozenset(OPS),
-    "cuda": frozenset(op for op in OPS if not op.startswith("policy_")),
+    "cuda": frozenset(op for op in OPS if not op.startswith(("policy_", "row_"))),
     "reference": frozenset(OPS),
 }
 # What is one product after another Triton does best: there the softmax is part of the product. On

@@ -300,6 +300,20 @@ def _pairs() -> Iterator[Variant]:
                 )
 
 
+def _row_worst_case() -> Iterator[Variant]:
+    from drrlhf.kernels import row_worst_case as op
+
+    kernel = op.row_worst_case_kernel
+    types = _types(kernel, mask_ptr="*i1", nominal_ptr="*fp64", parameters=(("fp32", "fp32"),))
+    for kind in ("erm", "tv", "kl_temperature", "cvar"):
+        for width in (4, 16):
+            constants = {"KIND": kind, "MASKED": True, "NOMINAL": True, "WIDTH": width}
+            rows = {"ROWS": op.ENTRIES // width}
+            yield Variant(
+                f"row_worst_case, {kind}, {width} wide", kernel, types, constants | rows, op.WARPS
+            )
+
+
 def _policy_loss() -> Iterator[Variant]:
     from drrlhf.kernels import policy_loss
     from drrlhf.kernels.sequence_logprobs import TOKENS, WARPS
@@ -343,6 +357,7 @@ def variants() -> Iterator[Variant]:
     yield from _token_logprobs()
     yield from _linear_token_logprobs()
     yield from _pairs()
+    yield from _row_worst_case()
     yield from _policy_loss()
 
 

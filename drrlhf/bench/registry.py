@@ -24,6 +24,7 @@ SUITES = {"cpu": "cpu", "gpu": "cuda", "quick": "cpu"}  # and the device of each
 OPS = (
     "ceilings",
     "robust_risk",
+    "row_worst_case",
     "preference_loss",
     "sequence_preference_loss",
     "token_logprobs",

@@ -32,6 +32,8 @@ SCALING = {"cpu": (64, 256, 1024, 16384, 65536), "gpu": (64, 1024, 65536), "quic
 SCALED_SETS = ("tv:0.1", "kl:0.1", "chi2:0.5", "cvar:0.3")
 BASELINE = "torch.logsumexp"
 
+Reduce = Callable[[Tensor], Tensor]
+
 
 def cases(suite: str) -> Iterator[Case]:
     """Forward and backward of every set at one size, and of a few over the number of pairs."""
@@ -57,12 +59,29 @@ def _case(suite: str, text: str, n: int, axis: str | None) -> Case:
 
 
 def _contest(text: str, n: int, device: str) -> Contest:
-    generator = torch.Generator().manual_seed(0)
-    losses = torch.randn(n, generator=generator).to(device).requires_grad_()
     groups = torch.arange(n, device=device) % 4
     ambiguity = dr.parse_ambiguity(text)
+    return reductions(
+        (n,),
+        device,
+        lambda losses: dr.robust_risk(losses, ambiguity, groups=groups).value,
+        lambda losses: torch.logsumexp(losses, 0),
+        _peers(text),
+    )
 
-    def work(reduce: Callable[[Tensor], Tensor]) -> Work:
+
+def reductions(
+    shape: tuple[int, ...],
+    device: str,
+    ours: Reduce,
+    baseline: Reduce,
+    others: Mapping[str, Callable[[], Reduce]] | None = None,
+) -> Contest:
+    """What reduces losses, forward and backward: ours, `BASELINE`, and others by name."""
+    generator = torch.Generator().manual_seed(0)
+    losses = torch.randn(shape, generator=generator).to(device).requires_grad_()
+
+    def work(reduce: Reduce) -> Work:
         def clear() -> None:
             losses.grad = None
 
@@ -70,15 +89,12 @@ def _contest(text: str, n: int, device: str) -> Contest:
             assert losses.grad is not None
             return {"weights": losses.grad}
 
-        return with_gradients(lambda: reduce(losses), clear, weights, "value")
-
-    def ours(losses: Tensor) -> Tensor:
-        return dr.robust_risk(losses, ambiguity, groups=groups).value
+        return with_gradients(lambda: reduce(losses).sum(), clear, weights, "value")
 
     def by_reference(dtype: torch.dtype) -> Mapping[str, Tensor]:
         leaf = losses.detach().to(dtype).requires_grad_()
         with backends.use("reference"):
-            value = ours(leaf)
+            value = ours(leaf).sum()
             value.backward()
         assert leaf.grad is not None
         return {"value": value.detach(), "weights": leaf.grad}
@@ -86,22 +102,22 @@ def _contest(text: str, n: int, device: str) -> Contest:
     gate = Gate(lambda: by_reference(torch.float64), lambda: by_reference(torch.float32))
     implementations: dict[str, Callable[[], Work]] = {
         OURS: lambda: work(ours),
-        BASELINE: lambda: work(lambda losses: torch.logsumexp(losses, 0)),
+        BASELINE: lambda: work(baseline),
     }
-    for name, make in _peers(text).items():
+    for name, make in (others or {}).items():
         implementations[name] = partial(lambda make: work(make()), make)
     gates = {name: gate for name in implementations if name != BASELINE}
     return Contest(implementations, baseline=(BASELINE,), gates=gates)
 
 
-def _peers(text: str) -> dict[str, Callable[[], Callable[[Tensor], Tensor]]]:
+def _peers(text: str) -> dict[str, Callable[[], Reduce]]:
     """Libraries that compute the value of the same set."""
 
-    def sqwash() -> Callable[[Tensor], Tensor]:
+    def sqwash() -> Reduce:
         reduce = peers.load("sqwash", "sqwash").reduce_superquantile
         return lambda losses: reduce(losses, 0.3)
 
-    def dro(geometry: str, size: float, penalty: float) -> Callable[[Tensor], Tensor]:
+    def dro(geometry: str, size: float, penalty: float) -> Reduce:
         # Its losses take network outputs; what reduces them to the robust value is this method.
         # The package itself imports torchvision, xgboost and more, which this file does not need.
         robust_loss = peers.load_file("dro", "neural_model/fdro_utils.py").RobustLoss

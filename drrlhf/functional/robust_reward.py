@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from drrlhf import ops
 from drrlhf.checks import check_device, check_floating, check_value, check_vector
 from drrlhf.conventions import statistics_dtype
-from drrlhf.functional.row_worst_case import row_worst_case, solvable
+from drrlhf.functional.row_sets import solvable
 
 UWO = "uwo"
 # "min" is the worst of rewards as "max" is of losses.
@@ -48,29 +49,36 @@ def robust_reward(rewards: Tensor, ambiguity: str = WORST, weights: Tensor | Non
             f"{tuple(rewards.shape)}"
         )
     table = rewards.to(statistics_dtype(rewards))
-    w = table.new_ones(table.shape[1]) if weights is None else weights.to(table.dtype)
+    w = table.new_ones(table.shape[1]) if weights is None else _checked(weights, table)
+    scored = ~table.isnan()
+    penalty = uncertainty(ambiguity)
+    # As nansum leaves them out where a function did not score: `mean` is TRL's number.
+    total = scored.to(w.dtype) @ w
+    if penalty is None:
+        text = "max" if ambiguity.strip().lower() == WORST else ambiguity
+        encoded = solvable("ambiguity", text)
+        found = ops.row_worst_case(-table, scored, w, encoded.kind, encoded.parameter)
+        values = -total * found.values
+    else:
+        known = torch.where(scored, table, 0.0)
+        p = torch.where(scored, w, 0.0) / torch.where(total > 0, total, 1.0).unsqueeze(1)
+        mean = (p * known).sum(1, keepdim=True)
+        spread = (p * (known - mean).square()).sum(1)
+        values = total * (mean.squeeze(1) - penalty * spread)
+    return torch.where(total > 0, values, torch.nan)
+
+
+def _checked(weights: Tensor, table: Tensor) -> Tensor:
+    """The weights, in the dtype of the table."""
+    w = weights.to(table.dtype)
     check_vector("weights", w, table.shape[1], "rewards")
-    check_device("weights", weights, "rewards", rewards)
+    check_device("weights", weights, "rewards", table)
     check_value(
         lambda: ((w >= 0) & w.isfinite()).all(),
         lambda: f"weights: expected numbers >= 0, got {w.tolist()}",
         w,
     )
-    scored = ~table.isnan()
-    nominal = torch.where(scored, w, 0.0).detach()
-    penalty = uncertainty(ambiguity)
-    if penalty is None:
-        text = "max" if ambiguity.strip().lower() == WORST else ambiguity
-        values = -row_worst_case(-table, nominal, solvable("ambiguity", text)).values
-    else:
-        p = nominal / nominal.sum(1, keepdim=True)
-        known = torch.where(scored, table, 0.0)
-        mean = (p * known).sum(1, keepdim=True)
-        spread = (p * (known - mean).square()).sum(1)
-        values = mean.squeeze(1) - penalty * spread
-    # As nansum leaves them out where a function did not score: `mean` is TRL's number.
-    values = nominal.sum(1) * values
-    return torch.where((nominal > 0).any(1), values, torch.nan)
+    return w
 
 
 def uncertainty(ambiguity: str) -> float | None:

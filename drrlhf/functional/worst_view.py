@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from drrlhf.ambiguity import Encoded
+from drrlhf import ops
 from drrlhf.checks import check_device, check_floating
-from drrlhf.conventions import statistics_dtype
-from drrlhf.functional.row_worst_case import Rows, row_worst_case, solvable
+from drrlhf.functional.row_sets import solvable
 
 
 def worst_view(losses: Tensor, ambiguity: str = "max", mask: Tensor | None = None) -> Tensor:
@@ -36,50 +35,15 @@ def worst_view(losses: Tensor, ambiguity: str = "max", mask: Tensor | None = Non
     Raises:
         ValueError: shapes, dtypes, or a set without a closed form for rows.
     """
-    table, encoded = _checked(losses, ambiguity, mask)
-    found = _direct(table, mask, encoded) if table.shape[1] else None
-    return _solved(table, mask, encoded).values if found is None else found
+    return worst_views(losses, ambiguity, mask).values
 
 
-def _direct(table: Tensor, mask: Tensor | None, encoded: Encoded) -> Tensor | None:
-    """The values of sets that PyTorch has one reduction for; None of the others."""
-    t = encoded.parameter
-    if encoded == solvable("ambiguity", "max"):
-        found = _among(table, mask, -math.inf).amax(1)
-    elif encoded.kind == "erm":
-        found = _among(table, mask, 0.0).sum(1) / _count(table, mask)
-    elif encoded.kind == "kl_temperature" and t > 0:
-        sums = torch.logsumexp(_among(table, mask, -math.inf) / t, 1)
-        found = t * (sums - _count(table, mask).log())
-    else:
-        return None
-    return found if mask is None else torch.where(mask.any(1), found, 0.0)
-
-
-def _among(table: Tensor, mask: Tensor | None, other: float) -> Tensor:
-    return table if mask is None else table.masked_fill(~mask, other)
-
-
-def _count(table: Tensor, mask: Tensor | None) -> Tensor:
-    """How many views count, () or (n,)."""
-    return table.new_tensor(table.shape[1]) if mask is None else mask.sum(1).to(table.dtype)
-
-
-def worst_views(losses: Tensor, ambiguity: str = "max", mask: Tensor | None = None) -> Rows:
-    """As `worst_view`, with the weights (n, K) of the views, detached; they sum to 1 by row."""
-    table, encoded = _checked(losses, ambiguity, mask)
-    return _solved(table, mask, encoded)
-
-
-def _solved(table: Tensor, mask: Tensor | None, encoded: Encoded) -> Rows:
-    counted = torch.ones_like(table) if mask is None else mask.to(table.dtype)
-    return row_worst_case(table, counted, encoded)
-
-
-def _checked(losses: Tensor, ambiguity: str, mask: Tensor | None) -> tuple[Tensor, Encoded]:
-    """The losses in the dtype of statistics, and the set."""
+def worst_views(losses: Tensor, ambiguity: str = "max", mask: Tensor | None = None) -> Any:
+    """As `worst_view`, named: values (n,), and weights (n, K) of the views, detached, which sum to
+    1 by row."""
     _check(losses, mask)
-    return losses.to(statistics_dtype(losses)), solvable("ambiguity", ambiguity)
+    encoded = solvable("ambiguity", ambiguity)
+    return ops.row_worst_case(losses, mask, None, encoded.kind, encoded.parameter)
 
 
 def _check(losses: Tensor, mask: Tensor | None) -> None:

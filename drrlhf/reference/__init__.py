@@ -6,6 +6,7 @@ from drrlhf.reference.linear_token_logprobs import (
 )
 from drrlhf.reference.policy_loss import policy_loss, policy_loss_backward
 from drrlhf.reference.robust_risk import robust_risk
+from drrlhf.reference.row_worst_case import row_worst_case
 from drrlhf.reference.sequence_logprobs import sequence_logprobs, sequence_logprobs_backward
 from drrlhf.reference.sequence_preference_loss import sequence_preference_loss
 from drrlhf.reference.token_logprobs import (
@@ -20,6 +21,7 @@ __all__ = [
     "policy_loss",
     "policy_loss_backward",
     "robust_risk",
+    "row_worst_case",
     "sequence_logprobs",
     "sequence_logprobs_backward",
     "sequence_preference_loss",

@@ -18,7 +18,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
-from drrlhf.functional.row_worst_case import solvable
+from drrlhf.functional.row_sets import solvable
 from drrlhf.functional.worst_view import worst_views
 from drrlhf.transformations import BY_COLUMN, PROMPT, SIDES
 from drrlhf.trl import rows, view_texts
