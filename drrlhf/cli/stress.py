@@ -62,6 +62,14 @@ class Options:
         "`datasets` name; columns beside chosen, rejected and prompt are attributes.",
     )
     split: str | None = option(None, "Split of --data, a `datasets` name.", show_default="train")
+    changes: str = option(
+        "all",
+        "Changes of the text under which --model scores the pairs again, such as "
+        "typos:0.2,bullets,@NAME; all, or none.",
+    )
+    changed_pairs: int = option(
+        1000, "Pairs on which changes are tried, of prompts drawn by --seed.", min=1
+    )
     max_length: int = option(2048, "Tokens of a text that --model reads at most.", min=2)
     dtype: Dtype = option(
         Dtype.as_saved, "Of --model; bfloat16 is the fast one where hardware has it."
@@ -71,8 +79,11 @@ class Options:
     )
     require: list[str] | None = option(
         None,
-        'A floor such as "tv:0.1 accuracy>=0.75" or "kl:0.1 loss<=0.6"; again for more. '
-        "Exit status 1 when one is missed.",
+        'A gate such as "tv:0.1 accuracy>=0.75", "worst-change accuracy>=0.6" or '
+        '"subset=code accuracy>=0.7"; again for more. Exit status 1 when one is missed.',
+    )
+    junit: Path | None = option(
+        None, "A JUnit XML file of the gates, as CI services read them.", dir_okay=False
     )
     floor: float = option(0.5, "Accuracy that the robustness radius is asked for.")
     ambiguity: str = option("cvar:0.2", "The set whose reweighting is described in words.")
@@ -111,9 +122,11 @@ def stress(options: Options) -> None:
                 min_support=options.min_support,
                 seed=options.seed,
             )
-            from drrlhf.stress import write_report
+            from drrlhf.stress import write_junit, write_report
 
             page = write_report(result, options.output_dir)
+            if options.junit is not None:
+                write_junit(result, options.junit)
     except KeyboardInterrupt:
         console.print("Interrupted; no report was written.")
         raise typer.Exit(INTERRUPTED) from None
@@ -190,7 +203,15 @@ def _scored(options: Options, console: Console) -> dict[str, Scores]:
             def show(what: str, done: int, total: int, bars: Any = bars, task: Any = task) -> None:
                 bars.update(task, description=what, completed=done, total=total)
 
-            table = score_table(judge, data, split=options.split or "train", on_progress=show)
+            table = score_table(
+                judge,
+                data,
+                split=options.split or "train",
+                changes=options.changes,
+                changed_pairs=options.changed_pairs,
+                seed=options.seed,
+                on_progress=show,
+            )
         if getattr(judge, "began_with_adapters", False):
             console.print(
                 f"{name}: the reference is what its training began with, in {directory}/ref.",
@@ -254,13 +275,8 @@ def _print(result: dict[str, Any], console: Console) -> None:
                 highlight=False,
                 markup=False,
             )
-        for one in model["counterfactuals"]:
-            console.print(
-                f"  {one['what']}: {100 * one['lost']['value']:+.1f} points of accuracy lost, "
-                f"{one['flipped']:.1%} of {one['pairs']} decisions flip.",
-                highlight=False,
-                markup=False,
-            )
+        for one in model["findings"]:
+            console.print(f"  {one['text']}", highlight=False, markup=False)
         for one in model["requirements"]:
             console.print(
                 f"{name}: {one['requirement']}: {'met' if one['met'] else 'MISSED'}, "

@@ -1,5 +1,6 @@
 """Stress before deployment: worst cases of a reward model or policy from its scored pairs."""
 
+from drrlhf.stress.junit import write_junit
 from drrlhf.stress.models import Policy, RewardModel, load_judge
 from drrlhf.stress.radius import suggest_radius
 from drrlhf.stress.report import write_report
@@ -22,5 +23,6 @@ __all__ = [
     "score_table",
     "stress_test",
     "suggest_radius",
+    "write_junit",
     "write_report",
 ]

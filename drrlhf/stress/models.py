@@ -21,15 +21,16 @@ import drrlhf as dr
 from drrlhf import models, reward_inputs
 from drrlhf.batching import by_beginning, by_length
 from drrlhf.layouts.model import OneRow, in_rows
-from drrlhf.stress.counterfactual import Row
+from drrlhf.stress.changes import Row
 from drrlhf.stress.curves import Array
 
 
 class Text(NamedTuple):
-    """Tokens of a prompt with its answer, which begins at ``start``."""
+    """Tokens of a prompt with its answer, which begins at ``start``; whether some were ``cut``."""
 
     ids: tuple[int, ...]
     start: int
+    cut: bool = False
 
 
 class Scorer:
@@ -48,11 +49,13 @@ class Scorer:
         self.max_length, self.cut = max_length, 0
         self.rows = in_rows(self.model, max_length)
 
-    def margins(self, rows: Sequence[Row], on_progress: Callable[[int], None]) -> Array:
-        """chosen minus rejected reward (n,), float64."""
+    def rewards(self, rows: Sequence[Row], on_progress: Callable[[int], None]) -> Array:
+        """Of the chosen and the rejected answer (n, 2), float64; every different text is read
+        once."""
         texts = [text for row in rows for text in self._texts(row)]
         index = {text: number for number, text in enumerate(dict.fromkeys(texts))}
         different, rewards = list(index), np.empty(len(index))
+        self.cut += sum(text.cut for text in different)
         times = np.bincount([index[text] for text in texts])
         ids = [text.ids for text in different]
         batches = (
@@ -63,8 +66,7 @@ class Scorer:
         for batch in batches:
             rewards[batch] = self._score([different[i] for i in batch])
             on_progress(int(times[batch].sum()))
-        of_text = rewards[[index[text] for text in texts]]
-        return of_text[0::2] - of_text[1::2]
+        return rewards[[index[text] for text in texts]].reshape(-1, 2)
 
     def _texts(self, row: Row) -> tuple[Text, Text]:
         """The chosen and the rejected answer, each behind the prompt."""
@@ -119,8 +121,7 @@ class RewardModel(Scorer):
 
     def _text(self, row: Row, side: str) -> Text:
         ids = self._ids(row, side)
-        self.cut += len(ids) > self.max_length
-        return Text(tuple(ids[-self.max_length :]), 0)
+        return Text(tuple(ids[-self.max_length :]), 0, len(ids) > self.max_length)
 
     def _score(self, batch: Sequence[Text]) -> Array:
         ids = [text.ids for text in batch]
@@ -190,8 +191,8 @@ class Policy(Scorer):
         both = [self._ids(row, side) for side in ("chosen", "rejected")]
         # Tokens may merge where prompt and answer meet: the answer begins where they part.
         start = max(1, min(_common(before, ids) for ids in both))
-        self.cut += sum(len(ids) > self.max_length for ids in both)
-        chosen, rejected = (Text(tuple(ids[: self.max_length]), start) for ids in both)
+        most = self.max_length
+        chosen, rejected = (Text(tuple(ids[:most]), start, len(ids) > most) for ids in both)
         return chosen, rejected
 
     @torch.inference_mode()

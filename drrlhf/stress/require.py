@@ -1,61 +1,126 @@
-"""Floors in words: ``"tv:0.1 accuracy>=0.75"``."""
+"""Gates in words: ``"tv:0.1 accuracy>=0.75"``, ``"typos accuracy>=0.8"``,
+``"best-of-64 gold>=best-of-1"``."""
 
 from __future__ import annotations
 
+import difflib
 import math
 import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from drrlhf.ambiguity import AmbiguitySet, Group, parse_ambiguity
 from drrlhf.stress.curves import Sample
+from drrlhf.transformations import BIAS, TRANSFORMATIONS
 
-_FORM = re.compile(r"\s*(\S+)\s+(accuracy|loss)\s*(>=|<=)\s*(\S+)\s*")
-_SENSE = {"accuracy": ">=", "loss": "<="}
+# What is judged, and which side of the bound is good.
+SENSES = {
+    "accuracy": ">=",
+    "loss": "<=",
+    "lost": "<=",
+    "success": "<=",
+    "preferred": "<=",
+    "gold": ">=",
+    "tau": ">=",
+}
+SHARES = ("accuracy", "success", "preferred")  # lie in [0, 1]
+_FORM = re.compile(rf"\s*(\S.*?)\s+({'|'.join(SENSES)})\s*(>=|<=)\s*(\S.*?)\s*")
+_SETS = ("erm", "tv", "kl", "chi2", "cvar", "group")
+EXAMPLE = (
+    'expected for example "tv:0.1 accuracy>=0.75", "kl:0.1 loss<=0.6", "typos accuracy>=0.8", '
+    '"worst-change accuracy>=0.6" or "subset=code accuracy>=0.7"'
+)
+Facts = Mapping[str, Mapping[str, Mapping[str, float]]]
 
 
 @dataclass(frozen=True)
 class Requirement:
-    """Worst-case accuracy must be at least ``bound``, worst-case loss at most."""
+    """A number of the report and its bound, which is a number, or the same of another subject.
 
-    ambiguity: AmbiguitySet
+    subject: an `AmbiguitySet`, whose worst case over examples is meant, or the name of what has
+    the number in the report: see `facts`.
+    """
+
+    subject: AmbiguitySet | str
     metric: str
-    bound: float
+    bound: float | str
 
     def __str__(self) -> str:
-        return f"{self.ambiguity} {self.metric}{_SENSE[self.metric]}{self.bound:g}"
+        bound = self.bound if isinstance(self.bound, str) else f"{self.bound:g}"
+        return f"{self.subject} {self.metric}{SENSES[self.metric]}{bound}"
 
-    def judge(self, sample: Sample) -> dict[str, Any]:
-        """The number with its band, and whether it is good enough."""
-        found = getattr(sample, self.metric)(self.ambiguity)
-        distance = found["value"] - self.bound
-        met = distance >= -1e-12 if self.metric == "accuracy" else distance <= 1e-12
-        return {"requirement": str(self), "found": found, "met": met}
+    def judge(self, sample: Sample, known: Facts) -> dict[str, Any]:
+        """The number with its band, and whether it is good enough.
+
+        Raises:
+            ValueError: there is no such number in the report.
+        """
+        if isinstance(self.subject, AmbiguitySet):
+            found = getattr(sample, self.metric)(self.subject)
+        else:
+            found = self._look_up(self.subject, known)
+        bound = self.bound
+        if isinstance(bound, str):
+            bound = self._look_up(bound, known)["value"]
+        distance = found["value"] - bound
+        met = distance >= -1e-12 if SENSES[self.metric] == ">=" else distance <= 1e-12
+        return {"requirement": str(self), "found": dict(found), "met": bool(met)}
+
+    def _look_up(self, subject: str, known: Facts) -> Mapping[str, float]:
+        if self.metric in known.get(subject, {}):
+            return known[subject][self.metric]
+        with_metric = [name for name, found in known.items() if self.metric in found]
+        near = difflib.get_close_matches(subject, with_metric, 3, 0.5) or with_metric[:8]
+        raise ValueError(
+            f"requirement {str(self)!r}: the report has no {self.metric} of {subject!r}; "
+            + (f"it has that of {', '.join(near)}" if near else "it has that of nothing")
+        )
 
 
 def parse_requirement(text: str) -> Requirement:
-    """Read ``"<ambiguity set> accuracy>=<number>"`` or ``"<ambiguity set> loss<=<number>"``.
+    """Read ``"<subject> <metric>>=<bound>"``, or ``<=`` for what should be small.
 
     Raises:
         ValueError: another form, a set that cannot be parsed or has groups, a bound that cannot be.
     """
-    form = 'expected for example "tv:0.1 accuracy>=0.75" or "kl:0.1 loss<=0.6"'
     match = _FORM.fullmatch(text)
     if match is None:
-        raise ValueError(f"requirement {text!r} cannot be parsed: {form}")
-    name, metric, sense, number = match.groups()
-    if sense != _SENSE[metric]:
-        raise ValueError(f"requirement {text!r}: {metric} takes {_SENSE[metric]}; {form}")
+        raise ValueError(f"requirement {text!r} cannot be parsed: {EXAMPLE}")
+    name, metric, sense, given = match.groups()
+    if sense != SENSES[metric]:
+        raise ValueError(f"requirement {text!r}: {metric} takes {SENSES[metric]}; {EXAMPLE}")
     try:
-        bound = float(number)
+        bound: float | str = float(given)
     except ValueError:
-        raise ValueError(f"requirement {text!r}: {number!r} is not a number; {form}") from None
-    if not math.isfinite(bound) or (metric == "accuracy" and not 0 <= bound <= 1) or bound < 0:
-        raise ValueError(
-            f"requirement {text!r}: the bound of {metric} must lie in "
-            f"{'[0, 1]' if metric == 'accuracy' else '[0, inf)'}, got {number}"
-        )
-    return Requirement(example_set(name, f"requirement {text!r}"), metric, bound)
+        if metric not in ("gold", "accuracy", "tau") or given[0] in "+-.0123456789":
+            raise ValueError(
+                f"requirement {text!r}: {given!r} is not a number; {EXAMPLE}"
+            ) from None
+        bound = given
+    if isinstance(bound, float):
+        low = 0.0 if metric not in ("gold", "tau", "lost") else -math.inf
+        high = 1.0 if metric in SHARES else math.inf
+        if not math.isfinite(bound) or not low <= bound <= high:
+            inside = "[0, 1]" if metric in SHARES else "[0, inf)" if low == 0 else "(-inf, inf)"
+            raise ValueError(
+                f"requirement {text!r}: the bound of {metric} must lie in {inside}, got {given}"
+            )
+    if _is_set(name):
+        if metric not in ("accuracy", "loss"):
+            raise ValueError(f"requirement {text!r}: a set has accuracy and loss; {EXAMPLE}")
+        return Requirement(example_set(name, f"requirement {text!r}"), metric, bound)
+    return Requirement(name, metric, bound)
+
+
+def _is_set(name: str) -> bool:
+    """Whether a set is meant: by its name, or by a number behind a colon that no change has."""
+    beginning = name.partition(":")[0]
+    return beginning in _SETS or (":" in name and "=" not in name and not _is_change(beginning))
+
+
+def _is_change(name: str) -> bool:
+    return name.partition("/")[0] in TRANSFORMATIONS
 
 
 def example_set(text: str | AmbiguitySet, owner: str) -> AmbiguitySet:
@@ -67,3 +132,35 @@ def example_set(text: str | AmbiguitySet, owner: str) -> AmbiguitySet:
             "over examples (tv, kl, chi2, cvar, erm), groups are ranked in any case"
         )
     return ambiguity
+
+
+def facts(model: Mapping[str, Any]) -> dict[str, dict[str, Mapping[str, float]]]:
+    """Every number of a model's report that can be required, by subject and metric.
+
+    A change is "NAME/SIDES", and NAME alone is its gravest common use: both answers, or the one
+    part that it acts on. A group is "COLUMN=VALUE".
+    """
+    found: dict[str, dict[str, Mapping[str, float]]] = {}
+    for subject, metric, number in _numbers(model):
+        found.setdefault(subject, {})[metric] = number
+    return found
+
+
+def _numbers(model: Mapping[str, Any]) -> Iterator[tuple[str, str, Mapping[str, float]]]:
+    # The last of what has one subject stays: both answers come before one alone.
+    for change in sorted(model["changes"], key=lambda one: (one["sides"] == "both", one["sides"])):
+        for metric in ("accuracy", "lost", "success"):
+            yield f"{change['change']}/{change['sides']}", metric, change[metric]
+            if change["kind"] != BIAS or change["sides"] == "rejected":
+                yield change["change"], metric, change[metric]
+    for subject, key in (("worst-change", "worst_change"), ("attacks", "attacks")):
+        for metric in ("accuracy", "lost", "success") if model[key] else ():
+            yield subject, metric, model[key][metric]
+    for bias in model["biases"]:
+        yield bias["change"], "preferred", bias["preferred"]
+    for name in ("easy", "normal", "hard"):
+        if model["styles"] and name in model["styles"]:
+            yield name, "accuracy", model["styles"][name]
+    for group in (*model["groups"]["single"], *model["groups"]["paired"]):
+        name = ", ".join(f"{key}={value}" for key, value in group["group"].items())
+        yield name, "accuracy", group["accuracy"]

@@ -9,9 +9,12 @@ from typing import Any
 import numpy as np
 
 from drrlhf.ambiguity import AmbiguitySet
-from drrlhf.stress import adversary, counterfactual, curves, groups, resample
-from drrlhf.stress.require import Requirement, example_set, parse_requirement
+from drrlhf.stress import adversary, curves, groups, resample
+from drrlhf.stress.effects import Bootstrap, effects
+from drrlhf.stress.findings import findings, verdict
+from drrlhf.stress.require import Requirement, example_set, facts, parse_requirement
 from drrlhf.stress.scores import Scores, load_scores
+from drrlhf.stress.styles import styles_of
 from drrlhf.version import __version__
 
 FEW_PROMPTS = 30
@@ -113,32 +116,45 @@ def _model(
     sample = curves.Sample(
         scores.margin, lambda codes, size: resample.counts(blocks, codes, size), draws
     )
+    bootstrap = Bootstrap(blocks, draws)
     prompts, alone = len(np.unique(scores.prompts)), scores.without_prompt
-    return {
+    found: dict[str, Any] = {
         "source": scores.source,
         "pairs": len(scores),
         "prompts": prompts,
         "pairs_without_prompt": alone,
-        "notes": [
-            f"{alone:,} of {len(scores):,} pairs have no prompt id: each is a prompt of its own."
-        ]
-        * (alone > 0)
-        + [
-            f"Only {prompts} different prompts: bands and intervals rest on these, and are rough; "
-            'if pairs stand for themselves, say so with prompt column "none".'
-        ]
-        * (prompts < FEW_PROMPTS),
+        "notes": _notes(len(scores), prompts, alone),
         "dropped": scores.dropped,
         "ties": int((scores.margin == 0).sum()),
+        "accuracy": 1 - float(curves.ERRORS[curves.error_codes(scores.margin)].mean()),
         "ignored_columns": dict(scores.ignored),
         "curves": curves.curves(sample),
         "robustness_radius": {
             family: curves.robustness_radius(sample, family, floor) for family in curves.RADII
         },
-        "requirements": [one.judge(sample) for one in required],
         "groups": groups.groups_of(scores, blocks, min_support),
-        "counterfactuals": counterfactual.losses(
-            scores.margin, scores.counterfactuals, blocks, draws
-        ),
+        **effects(scores, bootstrap),
+        "styles": styles_of(scores, bootstrap),
         "adversary": adversary.adversary_of(scores, described, min_support),
+        "examples": dict(scores.examples),
     }
+    known = facts(found)
+    found["requirements"] = [one.judge(sample, known) for one in required]
+    found["verdict"] = verdict(found)
+    found["findings"] = findings(found, scores.examples)
+    return found
+
+
+def _notes(pairs: int, prompts: int, alone: int) -> list[str]:
+    """What a reader must know of the sample before the numbers."""
+    notes = []
+    if alone:
+        notes.append(
+            f"{alone:,} of {pairs:,} pairs have no prompt id: each is a prompt of its own."
+        )
+    if prompts < FEW_PROMPTS:
+        notes.append(
+            f"Only {prompts} different prompts: bands and intervals rest on these, and are rough; "
+            'if pairs stand for themselves, say so with prompt column "none".'
+        )
+    return notes

@@ -4,9 +4,10 @@ A file is JSONL, JSON, CSV or Parquet with a row a pair: ``chosen_reward`` and `
 or ``margin``, their difference. What RewardBench writes is known too: ``scores_chosen`` and
 ``scores_rejected``; ``chosen`` and ``rejected``, where these are numbers; and RewardBench 2's
 ``scores``, a list for each prompt of which the first ``num_correct`` (1 without that column) belong
-to right answers: each of them with each of the wrong ones is a pair. ``margin@NAME`` is the margin
-after a change NAME of the text. Every other column is an attribute if its values can be: a name, a
-number, true or false.
+to right answers: each of them with each of the wrong ones is a pair. ``chosen_reward@NAME`` and
+``rejected_reward@NAME`` are rewards of a changed form of an answer, or of an answer to a changed
+prompt, and ``margin@NAME`` is the margin after a change NAME of the text. Every other column is an
+attribute if its values can be: a name, a number, true or false.
 """
 
 from __future__ import annotations
@@ -37,6 +38,8 @@ RESULTS = ("results", "correct", "is_correct", CORRECT)
 TEXTS = ("prompt", "chosen", "rejected")
 POSITION = "chosen_position"
 CHANGED = "margin@"
+FORMS = ("chosen_reward", "rejected_reward")  # and behind an @ the change
+EXAMPLES = b"drrlhf.examples"  # in the metadata of a table
 LENGTHS = ("chosen_length", "rejected_length")
 NO_PROMPTS = "none"
 MAX_NAMES = 100
@@ -61,8 +64,10 @@ class Scores:
     whose prompt is missing or empty, each of which is a prompt of its own. ``longer`` (n,) float64
     is the length of the chosen answer minus that of the rejected one, in characters, where lengths
     are known; ``position`` (n,) is 0 where the chosen answer stood first and 1 where it stood
-    second. ``counterfactuals`` are the margins (n,) of the same pairs after a change, NaN where it
-    changed nothing.
+    second. ``rewards`` (n, 2) are those of the chosen and the rejected answer, where they are
+    known apart, and ``forms`` those of their changed forms by the name of the change, NaN where it
+    changed nothing; ``counterfactuals`` are margins (n,) after a change of which no more is known.
+    ``examples`` are texts of telling pairs, see `drrlhf.stress.examples`.
     ``ignored`` says of each unused column why; ``rows`` is the number of pairs that were read and
     ``dropped`` counts, of these, the ones whose score was missing, NaN or infinite.
     """
@@ -73,6 +78,9 @@ class Scores:
     longer: NDArray[np.float64] | None = None
     position: NDArray[np.float64] | None = None
     counterfactuals: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
+    rewards: NDArray[np.float64] | None = None
+    forms: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
+    examples: Mapping[str, Any] = field(default_factory=dict)
     ignored: Mapping[str, str] = field(default_factory=dict)
     source: str = "scores"
     rows: int = 0
@@ -146,8 +154,10 @@ def from_table(
     counterfactuals = {
         name.removeprefix(CHANGED): _numbers(table[name], name, source) for name in after
     }
+    rewards, forms = _forms(table, source)
+    after += [name for name in table.column_names if name.startswith(_FORM_BEGINNINGS)]
     attributes, ignored = _attributes(
-        table, {*used, *RESULTS, *TEXTS, *LENGTHS, *after, POSITION, prompt}
+        table, {*used, *RESULTS, *TEXTS, *LENGTHS, *FORMS, *after, POSITION, prompt}
     )
     if longer is not None:
         attributes["answer lengths"] = Attribute(
@@ -161,12 +171,49 @@ def from_table(
         longer,
         _position(table),
         counterfactuals,
+        rewards,
+        forms,
+        json.loads((table.schema.metadata or {}).get(EXAMPLES, "{}")),
         ignored,
         source,
         read,
         dropped,
         int(missing[rows].sum()),
     )
+
+
+_FORM_BEGINNINGS = tuple(f"{name}@" for name in FORMS)
+
+
+def _forms(
+    table: pa.Table, source: str
+) -> tuple[NDArray[np.float64] | None, dict[str, NDArray[np.float64]]]:
+    """The rewards (n, 2) of the two answers, and of their forms by the name of the change."""
+    if not {*FORMS} <= {*table.column_names}:
+        apart = [name for name in table.column_names if name.startswith(_FORM_BEGINNINGS)]
+        if apart:
+            raise DataError(
+                f"{source}: column {apart[0]!r} is the reward of a changed form, and of the "
+                f"answers themselves there are none; expected columns {' and '.join(FORMS)} too"
+            )
+        return None, {}
+    rewards = np.column_stack([_numbers(table[name], name, source) for name in FORMS])
+    names = [
+        name.removeprefix(beginning)
+        for name in table.column_names
+        for beginning in _FORM_BEGINNINGS
+        if name.startswith(beginning)
+    ]
+    forms = {}
+    for change in dict.fromkeys(names):
+        columns = [
+            _numbers(table[name], name, source)
+            if (name := f"{side}@{change}") in table.column_names
+            else np.full(len(rewards), np.nan)
+            for side in FORMS
+        ]
+        forms[change] = np.column_stack(columns)
+    return rewards, forms
 
 
 # ---- scores --------------------------------------------------------------------------------------

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from drrlhf.data import TEMPLATE, load_preference_data
 from drrlhf.files import tables
-from drrlhf.stress.counterfactual import Row, counterfactuals
+from drrlhf.stress import examples
+from drrlhf.stress.changes import ALL, CHANGED_PAIRS, Row, chosen_changes, drawn_pairs, scored
 from drrlhf.stress.curves import Array
 from drrlhf.stress.models import Scorer
-from drrlhf.stress.scores import Scores, from_table
+from drrlhf.stress.scores import EXAMPLES, FORMS, Scores, from_table
+from drrlhf.transformations import BY_COLUMN, SIDES
 
-DROPPED = ("margin", "chosen", "rejected", *TEMPLATE)
+DROPPED = ("margin", *SIDES, *TEMPLATE)
 # Told (what is scored, answers done, answers in all).
 Progress = Callable[[str, int, int], None]
 
@@ -26,17 +29,33 @@ def score_pairs(
     source: str | Path,
     *,
     split: str = "train",
+    changes: str | Sequence[str] = ALL,
+    changed_pairs: int = CHANGED_PAIRS,
+    seed: int = 0,
     prompt_column: str | None = None,
     max_nan: float = 0.01,
     on_progress: Progress = lambda *_: None,
 ) -> Scores:
-    """The pairs of a preference data set scored by ``model``, and again under every change of
-    `counterfactual.CHANGES`. Columns beside those of the preference format become attributes.
+    """The pairs of a preference data set scored by ``model``, and again under ``changes`` of the
+    text, names of `drrlhf.transformations` or "all" or "none". Columns beside those of the
+    preference format become attributes.
+
+    ``changed_pairs``: of a larger set the changes are tried on the pairs of prompts drawn by
+    ``seed``, about so many; all pairs are scored as they are.
 
     Raises:
         DataError: see `drrlhf.data.load_preference_data` and `drrlhf.stress.load_scores`.
+        ValueError: a change that there is not.
     """
-    table = score_table(model, source, split=split, on_progress=on_progress)
+    table = score_table(
+        model,
+        source,
+        split=split,
+        changes=changes,
+        changed_pairs=changed_pairs,
+        seed=seed,
+        on_progress=on_progress,
+    )
     return from_table(table, str(source), prompt_column=prompt_column, max_nan=max_nan)
 
 
@@ -45,43 +64,64 @@ def score_table(
     source: str | Path,
     *,
     split: str = "train",
+    changes: str | Sequence[str] = ALL,
+    changed_pairs: int = CHANGED_PAIRS,
+    seed: int = 0,
     on_progress: Progress = lambda *_: None,
 ) -> pa.Table:
     """`score_pairs` as a table that can be kept: all columns but the answers, of which it has the
-    lengths, ``margin``, and ``margin@CHANGE`` after each change.
+    lengths, ``chosen_reward`` and ``rejected_reward``, and the same ``@CHANGE`` after each change,
+    null where it changes nothing. The texts of a few telling pairs are kept with it.
 
     Raises:
         DataError: see `drrlhf.data.load_preference_data`.
+        ValueError: a change that there is not.
     """
     loaded = load_preference_data(source, split=split, keep_columns=True)
     rows = loaded.dataset.to_list()
+    names = chosen_changes(changes, loaded.dataset.column_names)
+    prompts = [row.get("prompt", i) for i, row in enumerate(rows)]
+    pairs = drawn_pairs(prompts, changed_pairs, seed)
 
-    def score(what: str, some: Sequence[Row]) -> Array:
+    def score(some: Sequence[Row]) -> Array:
         done = 0
 
         def advance(answers: int) -> None:
             nonlocal done
             done += answers
-            on_progress(what, done, 2 * len(some))
+            on_progress("Scoring", done, 2 * len(some))
 
-        return model.margins(some, advance)
+        return model.rewards(some, advance)
 
-    margin = score("as they are", rows)
-    after = counterfactuals(rows, margin, score)
-    kept = [name for name in loaded.dataset.column_names if name not in DROPPED]
+    rewards, forms = scored(rows, names, pairs, score)
+    kept = [
+        name
+        for name in loaded.dataset.column_names
+        if name not in DROPPED and BY_COLUMN not in name
+    ]
     columns = {name: loaded.dataset[name][:] for name in kept}
     if loaded.group_names is not None:
         columns["group"] = [loaded.group_names[group] for group in columns["group"]]
     if any(isinstance(prompt, list) for prompt in columns.get("prompt", ())):
         # Text: messages that call tools have no common fields.
         columns["prompt"] = [json.dumps(prompt, ensure_ascii=False) for prompt in columns["prompt"]]
-    for side in ("chosen", "rejected"):
+    for side in SIDES:
         columns[f"{side}_length"] = [_length(row[side]) for row in rows]
     arrays = {name: tables.array(values) for name, values in columns.items()}
-    table = pa.table(arrays | {"margin": margin})
-    for what, new in after.items():
-        table = table.append_column(f"margin@{what}", pa.array(new))
-    return table
+    arrays |= _of_sides({"": rewards} | {BY_COLUMN + name: form for name, form in forms.items()})
+    told = examples.chosen(rows, rewards, forms)
+    return pa.table(arrays).replace_schema_metadata({EXAMPLES: json.dumps(told)})
+
+
+def _of_sides(rewards: Mapping[str, Array]) -> dict[str, pa.Array]:
+    """Columns of rewards (n, 2) by what follows the names of their sides; those without a number
+    are left out."""
+    return {
+        f"{name}{behind}": pa.array(table[:, side], mask=np.isnan(table[:, side]))
+        for behind, table in rewards.items()
+        for side, name in enumerate(FORMS)
+        if not behind or np.isfinite(table[:, side]).any()
+    }
 
 
 def _length(answer: Any) -> int:

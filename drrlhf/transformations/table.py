@@ -92,3 +92,11 @@ def _names() -> Mapping[str, Transformation]:
 
 
 TRANSFORMATIONS: Mapping[str, Transformation] = _names()
+FORM, BIAS, ATTACK = "form", "bias", "attack"
+Transformation.kind = FORM
+
+
+def lookup(name):
+    if name not in TRANSFORMATIONS:
+        raise ValueError(f"no {name}")
+    return TRANSFORMATIONS[name]

@@ -1,0 +1,129 @@
+"""The gravest findings of a stress test, in words that need no table, each with an example."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from drrlhf.transformations import ATTACK
+
+MOST = 3
+LEAST = 0.005  # of accuracy, or beyond one half: less is nothing to tell
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What was found, how much it costs (a share of pairs), of which subject it speaks (one finding
+    each is told), and the key of its examples."""
+
+    text: str
+    costs: float
+    subject: str
+    example: str = ""
+
+
+def findings(
+    model: Mapping[str, Any], examples: Mapping[str, list[dict[str, Any]]], most: int = MOST
+) -> list[dict[str, Any]]:
+    """At most ``most`` findings of different subjects, the gravest first: "text", "costs", and
+    "examples", which are none where no texts are at hand."""
+    told: dict[str, Finding] = {}
+    for one in sorted(_all(model), key=lambda one: -one.costs):
+        if one.costs >= LEAST:
+            told.setdefault(one.subject, one)
+    return [
+        {
+            "text": one.text,
+            "costs": one.costs,
+            "subject": one.subject,
+            "examples": list(examples.get(one.example, ())),
+        }
+        for one in list(told.values())[:most]
+    ]
+
+
+def _all(model: Mapping[str, Any]) -> Iterator[Finding]:
+    yield from _of_changes(model)
+    for bias in model["biases"]:
+        share = bias["preferred"]["value"]
+        yield Finding(
+            f"It prefers an answer to the same answer without the addition in {share:.1%} of "
+            f"{bias['answers']:,} cases ({bias['what']}).",
+            share - 0.5,
+            "biases",
+            f"{bias['change']}/preferred",
+        )
+    for group in model["groups"]["single"]:
+        if group["below"]:
+            name = ", ".join(f"{key} = {value}" for key, value in group["group"].items())
+            accuracy = group["accuracy"]["value"]
+            yield Finding(
+                f"Where {name}, it ranks {accuracy:.1%} of {group['pairs']:,} pairs right; of all "
+                f"pairs {model['accuracy']:.1%}.",
+                model["accuracy"] - accuracy,
+                "groups",
+            )
+    length = model["adversary"]["length"]
+    if length is not None:
+        longer, shorter = length["accuracy_chosen_longer"], length["accuracy_chosen_shorter"]
+        yield Finding(
+            f"Length misleads it: {longer:.1%} of the pairs are ranked right where the chosen "
+            f"answer is longer, and {shorter:.1%} where it is shorter.",
+            longer - shorter if longer == longer and shorter == shorter else 0.0,
+            "length",
+        )
+    styles = model["styles"]
+    if styles is not None and "hard" in styles:
+        easy, hard = styles["easy"]["value"], styles["hard"]["value"]
+        yield Finding(
+            f"Style misleads it: {hard:.1%} of the pairs are ranked right where the chosen answer "
+            f"is the plainer one, and {easy:.1%} where it is the more adorned one.",
+            easy - hard if easy == easy and hard == hard else 0.0,
+            "styles",
+        )
+
+
+def _of_changes(model: Mapping[str, Any]) -> Iterator[Finding]:
+    """Of attacks those that succeed most, of other changes those that cost most accuracy; what
+    costs it over all changes together is a number beside them."""
+    where = {
+        "chosen": "the chosen answer is changed",
+        "rejected": "the rejected answer is changed",
+        "both": "both answers are changed",
+        "prompt": "the prompt is changed",
+    }
+    for change in model["changes"]:
+        lost, success = change["lost"]["value"], change["success"]["value"]
+        key = f"{change['change']}/{change['sides']}"
+        if change["kind"] == ATTACK:
+            text = (
+                f"The rejected answer overtakes in {success:.1%} of the pairs that were ranked "
+                f"right ({change['what']})."
+            )
+            yield Finding(text, success if success == success else 0.0, "attacks", key)
+        else:
+            text = (
+                f"Accuracy falls from {change['accuracy_before']:.1%} to "
+                f"{change['accuracy']['value']:.1%} when {where[change['sides']]} "
+                f"({change['what']})."
+            )
+            yield Finding(text, lost, "changes", key)
+
+
+def verdict(model: Mapping[str, Any]) -> str:
+    """One sentence: whether the gates are met, and where there are none, what the worst change
+    leaves of accuracy."""
+    required = model["requirements"]
+    if required:
+        missed = sum(not one["met"] for one in required)
+        met = f"{len(required) - missed} of {len(required)} gates are met"
+        return f"{met}." if not missed else f"{met}; {missed} missed."
+    plain = f"It ranks {model['accuracy']:.1%} of {model['pairs']:,} pairs right"
+    worst = model["worst_change"]
+    if worst is None:
+        return f"{plain}. No gate was set."
+    return (
+        f"{plain}, and {worst['accuracy']['value']:.1%} whatever change of form is chosen for each "
+        f"of {worst['pairs']:,} pairs. No gate was set."
+    )

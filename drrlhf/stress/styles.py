@@ -1,0 +1,52 @@
+"""Accuracy by the styles of the two answers: does the model see the better one under worse looks?
+
+RM-Bench (arXiv 2410.16184) gives every answer in three styles, from plain to adorned. Its hard pairs
+have the chosen answer in a plainer style than the rejected one, its easy pairs the other way round.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from drrlhf.stress.curves import ERRORS, error_codes
+from drrlhf.stress.effects import Bootstrap
+from drrlhf.stress.scores import Scores
+
+COLUMNS = ("chosen_style", "rejected_style")
+PLAIN_FIRST = ("concise", "detailed", "markdown")
+
+
+def styles_of(scores: Scores, bootstrap: Bootstrap) -> dict[str, Any] | None:
+    """ "matrix": accuracy by the style of the chosen answer (rows) and of the rejected one, NaN where
+    there is no pair; "easy", "normal" and "hard" where the order of all styles is known."""
+    if not all(name in scores.attributes for name in COLUMNS):
+        return None
+    found = [scores.attributes[name] for name in COLUMNS]
+    names = {name for attribute in found for name in attribute.names}
+    known = names <= {*PLAIN_FIRST}
+    order = [name for name in PLAIN_FIRST if name in names] if known else sorted(names)
+    of_answer = []
+    for attribute in found:
+        place = np.array([*(order.index(name) for name in attribute.names), -1])
+        of_answer.append(place[attribute.codes])
+    chosen, rejected = of_answer
+    right = 1 - ERRORS[error_codes(scores.margin)]
+    there = (chosen >= 0) & (rejected >= 0)
+    matrix = [
+        [
+            bootstrap.mean(np.where(there & (chosen == i) & (rejected == j), right, np.nan))
+            for j in range(len(order))
+        ]
+        for i in range(len(order))
+    ]
+    result: dict[str, Any] = {"styles": order, "matrix": matrix}
+    if known:
+        for name, mask in (
+            ("easy", chosen > rejected),
+            ("normal", chosen == rejected),
+            ("hard", chosen < rejected),
+        ):
+            result[name] = bootstrap.mean(np.where(there & mask, right, np.nan))
+    return result
