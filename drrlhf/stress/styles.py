@@ -1,4 +1,4 @@
-"""Accuracy by the styles of the two answers: does the model see the better one under worse looks?
+"""Accuracy by the styles of the two answers: does a model see the better one under worse looks?
 
 RM-Bench (arXiv 2410.16184) gives every answer in three styles, from plain to adorned. Its hard pairs
 have the chosen answer in a plainer style than the rejected one, its easy pairs the other way round.
@@ -19,8 +19,8 @@ PLAIN_FIRST = ("concise", "detailed", "markdown")
 
 
 def styles_of(scores: Scores, bootstrap: Bootstrap) -> dict[str, Any] | None:
-    """ "matrix": accuracy by the style of the chosen answer (rows) and of the rejected one, NaN where
-    there is no pair; "easy", "normal" and "hard" where the order of all styles is known."""
+    """Accuracy by the style of the chosen answer (rows) and of the rejected one ("matrix"), NaN
+    where there is no pair; "easy", "normal" and "hard" where the order of all styles is known."""
     if not all(name in scores.attributes for name in COLUMNS):
         return None
     found = [scores.attributes[name] for name in COLUMNS]
