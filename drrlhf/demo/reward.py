@@ -246,9 +246,7 @@ def train_head(
     ``groups`` (n,) is used by `dr.Group` alone; ``nominal`` (n,) weighs pairs. Equal seeds start
     from equal weights and see equal batches, whatever the configuration.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        head = nn.Sequential(nn.Linear(vectors.shape[1], HIDDEN), nn.GELU(), nn.Linear(HIDDEN, 1))
+    head = new_head(vectors.shape[1], seed)
     ambiguity = dr.parse_ambiguity(config.ambiguity)
     state = dr.GroupState(ambiguity.num_groups) if isinstance(ambiguity, dr.Group) else None
     optimizer = torch.optim.AdamW(head.parameters(), config.lr, weight_decay=config.weight_decay)
@@ -270,6 +268,13 @@ def train_head(
             loss.backward()
             optimizer.step()
     return head
+
+
+def new_head(width: int, seed: int) -> nn.Module:
+    """A reward head (d -> hidden -> 1), the same for equal seeds."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return nn.Sequential(nn.Linear(width, HIDDEN), nn.GELU(), nn.Linear(HIDDEN, 1))
 
 
 @torch.no_grad()

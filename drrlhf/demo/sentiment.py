@@ -148,14 +148,14 @@ def make_pairs(
 
 
 def _pair(high: Text, low: Text, rng: random.Random | None) -> Pair:
-    better, worse = _vote_chances(high, low)
+    better, worse = vote_chances(high, low)
     human = better + (1 - better - worse) / 2
     if rng is not None and rng.random() * (better + worse) >= better:
         high, low, human = low, high, 1 - human
     return Pair(PROMPTS[high.domain], high.text, low.text, high.domain, human)
 
 
-def _vote_chances(a: Text, b: Text) -> tuple[float, float]:
+def vote_chances(a: Text, b: Text) -> tuple[float, float]:
     """The chances that a random vote for ``a`` is above, and below, a random vote for ``b``."""
     votes, n = sorted(b.votes), len(a.votes) * len(b.votes)
     above = sum(bisect_left(votes, vote) for vote in a.votes)

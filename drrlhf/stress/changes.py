@@ -6,6 +6,7 @@ An attack makes an answer worse, so that it is tried on the rejected one alone.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from drrlhf.files.tables import DataError
 from drrlhf.stress.curves import Array
 from drrlhf.transformations import (
     ATTACK,
@@ -33,6 +35,7 @@ Row = Mapping[str, Any]
 Score = Callable[[Sequence[Row]], Array]
 ALL, NONE = "all", "none"
 CHANGED_PAIRS = 1000
+MOST_LOST = 0.01  # of the scores of a change, which may be NaN
 
 
 @dataclass(frozen=True)
@@ -110,7 +113,11 @@ def scored(
 ) -> tuple[Array, dict[str, Array]]:
     """Rewards (n, 2) of rows as they are, and under every change that changes any, NaN where it
     changes nothing; changes are tried on ``pairs`` alone. All texts go through ``score`` at once,
-    so that it can put those of like length together."""
+    so that it can put those of like length together.
+
+    Raises:
+        DataError: changed texts without a finite score.
+    """
     jobs: list[Row] = list(rows)
     found: dict[str, Array] = {}
     places: list[tuple[str, int, int]] = []  # change, pair, side
@@ -123,11 +130,22 @@ def scored(
                 jobs.append(new)
     rewards = score(jobs)
     number, before = len(rows) - 1, ("", -1)
+    lost, asked = Counter[str](), Counter[str]()
     for name, pair, side in places:
         number += (name, pair) != before
         before = (name, pair)
         new_form = found.setdefault(name, np.full((len(rows), 2), np.nan))
         new_form[pair, side] = rewards[number, side]
+        if np.isfinite(rewards[pair]).all():
+            asked[name] += 1
+            lost[name] += not np.isfinite(rewards[number, side])
+    for name in asked:
+        if lost[name] > MOST_LOST * asked[name]:
+            raise DataError(
+                f"change {name!r}: {lost[name]} of {asked[name]} scores are NaN or infinite, and "
+                "those of the texts as they are were not; score in float32, raise --max-length, or "
+                "leave it out of --changes"
+            )
     return rewards[: len(rows)], found
 
 

@@ -93,7 +93,7 @@ def parse_requirement(text: str) -> Requirement:
     try:
         bound: float | str = float(given)
     except ValueError:
-        if metric not in ("gold", "accuracy", "tau") or given[0] in "+-.0123456789":
+        if not _is_subject(given):
             raise ValueError(
                 f"requirement {text!r}: {given!r} is not a number; {EXAMPLE}"
             ) from None
@@ -117,6 +117,11 @@ def _is_set(name: str) -> bool:
     """Whether a set is meant: by its name, or by a number behind a colon that no change has."""
     beginning = name.partition(":")[0]
     return beginning in _SETS or (":" in name and "=" not in name and not _is_change(beginning))
+
+
+def _is_subject(name: str) -> bool:
+    """Whether a bound is the number of something else, as in "best-of-64 gold>=best-of-1"."""
+    return _is_change(name) or any(mark in name.lstrip("-") for mark in "-=/@")
 
 
 def _is_change(name: str) -> bool:

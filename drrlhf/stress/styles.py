@@ -1,7 +1,8 @@
-"""Accuracy by the styles of the two answers: does a model see the better one under worse looks?
+"""Accuracy by the styles of the answers: does a model see the better one under worse looks?
 
-RM-Bench (arXiv 2410.16184) gives every answer in three styles, from plain to adorned. Its hard pairs
-have the chosen answer in a plainer style than the rejected one, its easy pairs the other way round.
+RM-Bench (arXiv 2410.16184) gives every answer in three styles, from plain to adorned. In its hard
+pairs the chosen answer has a plainer style than the rejected one, in its easy pairs it is the other
+way round.
 """
 
 from __future__ import annotations

@@ -143,17 +143,13 @@ def one(scenario: Scenario, seed: int, method: str, settings: Settings) -> dict[
     """Train a method in one scenario and seed, and give its marks on every test."""
     texts, model_dir = load()
     rows = {text.text: row for row, text in enumerate(texts)}
-    splits = _fewer(sentiment.split_texts(texts, seed), settings.test_texts)
+    splits = fewer(sentiment.split_texts(texts, seed), settings.test_texts)
     drawing = draw(scenario, splits, rows, seed, settings.sizes)
     policy = Policy(model_dir, settings, seed)
-    tested = _rows_of(*drawing.test.values())
-    needed = _rows_of(drawing.train, *drawing.test.values())
+    tested = rows_of(*drawing.test.values())
+    needed = rows_of(drawing.train, *drawing.test.values())
     answers = {row: policy.answer(texts[row]) for row in needed}
-    reference = _reference()
-    unknown = [row for row in needed if reference[row].isnan()]
-    if unknown:  # fresh adapters add nothing, so this policy is still the start model
-        policy.model.eval()
-        reference[unknown] = policy.logps([answers[row] for row in unknown]).float()
+    reference = reference_logps(policy, answers, needed)
     _train(policy, answers, reference, drawing, DPO_METHODS[method], settings, seed)
     policy.model.eval()
     rewards = torch.full((len(texts),), torch.nan)
@@ -163,7 +159,18 @@ def one(scenario: Scenario, seed: int, method: str, settings: Settings) -> dict[
     return {"scenario": scenario.name, "seed": seed, "method": method, "test": test}
 
 
-def _rows_of(*drawn: Drawn) -> list[int]:
+def reference_logps(policy: Policy, answers: Mapping[int, Answer], needed: list[int]) -> Tensor:
+    """log p(text | prompt) by the start model (texts,), of the rows ``needed`` at least; ``policy``
+    has fresh adapters, which add nothing, so that it still is that model."""
+    reference = _reference()
+    unknown = [row for row in needed if reference[row].isnan()]
+    if unknown:
+        policy.model.eval()
+        reference[unknown] = policy.logps([answers[row] for row in unknown]).float()
+    return reference
+
+
+def rows_of(*drawn: Drawn) -> list[int]:
     """The different texts of some pairs."""
     return sorted({row for one in drawn for row in one.rows.flatten().tolist()})
 
@@ -207,7 +214,7 @@ def _train(
             optimizer.step()
 
 
-def _fewer(splits: Splits, n: int) -> Splits:
+def fewer(splits: Splits, n: int) -> Splits:
     """The first ``n`` test texts of each domain, in the split's random order of documents."""
     test = {domain: texts[:n] for domain, texts in splits["test"].items()}
     return {**splits, "test": test}

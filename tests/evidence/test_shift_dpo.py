@@ -81,7 +81,7 @@ def test_test_texts_are_few_and_never_trained_on(material):
     texts, _ = material
     rows = {text.text: row for row, text in enumerate(texts)}
     for scenario in shifts.DPO_SCENARIOS:
-        splits = dpo._fewer(split_texts(texts, 0), 10)
+        splits = dpo.fewer(split_texts(texts, 0), 10)
         drawing = shifts.draw(scenario, splits, rows, 0, replace(SETTINGS, test_pairs=5).sizes)
         train = set(drawing.train.rows.flatten().tolist())
         tested = [set(one.rows.flatten().tolist()) for one in drawing.test.values()]

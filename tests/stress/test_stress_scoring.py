@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 
 import numpy as np
 import pytest
@@ -18,10 +19,9 @@ from typer.testing import CliRunner
 from drrlhf.cli import app
 from drrlhf.data import DataError
 from drrlhf.stress import Policy, RewardModel, load_judge, score_pairs, stress_test
-from drrlhf.stress import counterfactual as cf
-from drrlhf.stress.resample import blocks_of, resampled
 from drrlhf.stress.run import FEW_PROMPTS
-from drrlhf.transformations.text import SENTENCE
+from drrlhf.transformations import SIDES
+from drrlhf.transformations.text import PREAMBLE, SENTENCE
 
 WORDS = sorted(set(TEXT.split()))
 
@@ -108,7 +108,9 @@ def test_long_texts_keep_their_end_and_are_counted(tmp_path):
     row = {"prompt": "how was the film ", "chosen": " it was very very good"}
     ids = model._text(row, "chosen").ids
     whole = model.tokenizer("how was the film  it was very very good<eos>")["input_ids"]
-    assert list(ids) == whole[-6:] and model.cut == 1
+    assert list(ids) == whole[-6:]
+    model.rewards([row | {"rejected": " it was very very bad"}] * 3, lambda answers: None)
+    assert model.cut == 2  # different texts
 
 
 def test_a_policy_is_no_reward_model_and_the_other_way_round(tmp_path):
@@ -179,7 +181,7 @@ def test_policy_margins_are_log_ratios_to_the_reference(tmp_path, adapters):
         for row in some
     ]
     np.testing.assert_allclose(found.margin, wanted, atol=1e-4)
-    assert found.counterfactuals
+    assert found.forms
 
 
 def test_policy_reads_messages_and_cuts_the_end(tmp_path):
@@ -193,7 +195,7 @@ def test_policy_reads_messages_and_cuts_the_end(tmp_path):
     chosen, rejected = judge._texts(row)
     words = judge.tokenizer.convert_ids_to_tokens(chosen.ids)
     assert words == ["<|user|>", "how", "was", "it", "<eos>", "<|assistant|>", "very"]
-    assert chosen.start == rejected.start == 6 and judge.cut == 2
+    assert chosen.start == rejected.start == 6 and chosen.cut and rejected.cut
     judge.max_length = 6  # nothing is left of the answers
     assert np.isnan(judge._score(judge._texts(row))).all()
     same = Policy(directory, reference=directory)
@@ -206,7 +208,7 @@ def test_adapters_of_a_reward_model(tmp_path):
     base.config.pad_token_id = 0
     model = with_adapters(tmp_path / "trained", base, "SEQ_CLS", modules_to_save=["score"])
     judge = load_judge(tmp_path / "trained")
-    found = judge.margins(some, lambda _: None)
+    found = judge.rewards(some, lambda _: None) @ [1, -1]
     tokenizer = AutoTokenizer.from_pretrained(start)
 
     def reward(row, side):
@@ -219,68 +221,103 @@ def test_adapters_of_a_reward_model(tmp_path):
     assert np.ptp(wanted) > 0.01
 
 
-# ---- counterfactuals -----------------------------------------------------------------------------
+# ---- changes -------------------------------------------------------------------------------------
 
 
-def test_changes_of_the_text():
-    row = {"prompt": "P: ", "chosen": " One thing. Two? Three!", "rejected": " Just one"}
-    new = {name: cf.changed(row, change) for name, change in cf.CHANGES.items()}
-    assert new["padding"]["chosen"] == row["chosen"]
-    assert new["padding"]["rejected"] == row["rejected"] + SENTENCE
-    assert new["lower_case"]["chosen"] == " one thing. two? three!"
-    assert new["upper_case"]["rejected"] == " JUST ONE"
-    assert new["whitespace"]["rejected"] == " Just  one\n\n"
-    assert new["sentence_order"]["chosen"] == " Three! Two? One thing."
-    assert new["sentence_order"]["rejected"] == row["rejected"]
-    assert all(one["prompt"] == "P: " for one in new.values())
-    talk = [{"role": "assistant", "content": "A. B."}, {"role": "user", "content": "C. D."}]
-    turned = cf.changed({"chosen": talk, "rejected": talk}, cf.CHANGES["sentence_order"])
-    assert turned["chosen"] == [{"role": "assistant", "content": "B. A."}, talk[1]]
+def test_every_form_of_a_text_is_scored_as_the_text_itself(tmp_path):
+    directory, some = tiny_reward_dir(tmp_path), rows(12)
+    data = written(tmp_path / "d.jsonl", some)
+    names = ["sentence", "empty", "prompt_preamble", "lower_case"]
+    found = score_pairs(RewardModel(directory), data, changes=names)
+    # The words are lower case already: nothing to measure.
+    assert list(found.forms) == names[:3]
 
+    def rewards(of):
+        return np.column_stack([one_by_one(directory, [of(r)[i] for r in some]) for i in (0, 1)])
 
-def test_accuracy_lost_by_a_judge_that_counts_characters():
-    """It prefers the longer answer: padding the rejected one costs exactly what it turns round."""
-    some = rows(60)
-    margin = np.array([len(r["chosen"]) - len(r["rejected"]) for r in some], dtype=float)
-
-    def judge(_, changed):
-        return np.array([len(r["chosen"]) - len(r["rejected"]) for r in changed], dtype=float)
-
-    after = cf.counterfactuals(some, margin, judge)
-    blocks = blocks_of(np.arange(60), 0)
-    table = {o["what"]: o for o in cf.losses(margin, after, blocks, resampled(60, 200, 0))}
-    padded = table[cf.CHANGES["padding"].what]
-    right = (np.sign(margin) + 1) / 2
-    now = (np.sign(margin - len(SENTENCE)) + 1) / 2
-    assert padded["lost"]["value"] == pytest.approx((right - now).mean())
-    assert padded["lost"]["low"] < padded["lost"]["value"] < padded["lost"]["high"]
-    assert padded["pairs"] == 60
-    assert table[cf.POSITIONS]["lost"]["value"] == 0 and table[cf.POSITIONS]["flipped"] == 0
-    # The words are lower case already and no answer has two sentences: nothing to measure.
-    assert cf.CHANGES["lower_case"].what not in table
-    assert cf.CHANGES["sentence_order"].what not in table
-    assert next(iter(table)) == padded["what"]
-
-
-def test_changes_that_touch_nothing_are_not_scored(tmp_path):
-    found = score_pairs(
-        RewardModel(tiny_reward_dir(tmp_path)), written(tmp_path / "d.jsonl", rows(12))
+    close = partial(np.testing.assert_allclose, atol=1e-5)
+    whole = rewards(lambda r: [r["prompt"] + r[side] for side in SIDES])
+    close(found.rewards, whole)
+    close(found.margin, whole[:, 0] - whole[:, 1])
+    close(
+        found.forms["sentence"],
+        rewards(lambda r: [r["prompt"] + r[side] + SENTENCE for side in SIDES]),
     )
-    assert cf.CHANGES["lower_case"].what not in found.counterfactuals
-    assert set(found.counterfactuals) == {
-        cf.CHANGES[name].what for name in ("padding", "upper_case", "whitespace")
-    } | {cf.POSITIONS}
-    np.testing.assert_allclose(found.counterfactuals[cf.POSITIONS], found.margin, atol=1e-5)
+    close(
+        found.forms["prompt_preamble"],
+        rewards(lambda r: [PREAMBLE + r["prompt"] + r[side] for side in SIDES]),
+    )
+    assert np.isnan(found.forms["empty"][:, 0]).all()
+    # What joins an answer to its prompt stays.
+    close(found.forms["empty"][:, 1], one_by_one(directory, [r["prompt"] + " " for r in some]))
     result = stress_test(found, resamples=20)["models"]["model"]
-    assert len(result["counterfactuals"]) == 4
+    assert {(one["change"], one["sides"]) for one in result["changes"]} == {
+        *(("sentence", side) for side in ("chosen", "rejected", "both")),
+        ("empty", "rejected"),
+        ("prompt_preamble", "prompt"),
+    }
     assert result["prompts"] == 12 < FEW_PROMPTS and "Only 12" in result["notes"][0]
+    example = found.examples["sentence/preferred"][0]
+    assert example["changed"] == example["answer"] + SENTENCE
+
+
+def test_other_forms_come_from_columns(tmp_path):
+    directory, some = tiny_reward_dir(tmp_path), rows(6)
+    for r in some[:4]:
+        r["chosen@short"] = " very good"
+        r["prompt@polite"] = "please, " + r["prompt"]
+    data = written(tmp_path / "d.jsonl", some)
+    found = score_pairs(RewardModel(directory), data, changes="@short,prompt@polite")
+    assert list(found.forms) == ["@short", "prompt@polite"]
+    short, polite = found.forms.values()
+    expected = one_by_one(directory, [r["prompt"] + " very good" for r in some[:4]])
+    np.testing.assert_allclose(short[:4, 0], expected, atol=1e-5)
+    assert np.isnan(short[4:]).all() and np.isnan(short[:, 1]).all()
+    expected = one_by_one(directory, [r["prompt@polite"] + r["rejected"] for r in some[:4]])
+    np.testing.assert_allclose(polite[:4, 1], expected, atol=1e-5)
+    assert not [name for name in found.attributes if "@" in name]
+    everything = score_pairs(RewardModel(directory), data)
+    assert set(everything.forms) > {"@short", "prompt@polite", "typos", "empty"}
+    for wrong, said in (("@long", "chosen@long"), ("tpyos", "tpyos")):
+        with pytest.raises(ValueError, match=said):
+            score_pairs(RewardModel(directory), data, changes=wrong)
+    assert not score_pairs(RewardModel(directory), data, changes="none").forms
+
+
+def test_changes_are_tried_on_some_prompts_of_a_large_set(tmp_path):
+    some = [r | {"prompt": f"how w{i // 2}"} for i, r in enumerate(rows(40))]
+    data = written(tmp_path / "d.jsonl", some)
+    model = RewardModel(tiny_reward_dir(tmp_path))
+    found = score_pairs(model, data, changes="sentence", changed_pairs=10, seed=3)
+    tried = np.isfinite(found.forms["sentence"]).all(1)
+    assert tried.sum() == 10 and (tried[0::2] == tried[1::2]).all() and len(found) == 40
+    again = score_pairs(model, data, changes="sentence", changed_pairs=10, seed=3)
+    other = score_pairs(model, data, changes="sentence", changed_pairs=10, seed=4)
+    assert (np.isfinite(again.forms["sentence"]).all(1) == tried).all()
+    assert (np.isfinite(other.forms["sentence"]).all(1) != tried).any()
+
+
+def test_every_different_text_is_read_once(tmp_path):
+    model, seen = RewardModel(tiny_reward_dir(tmp_path)), []
+    score = model._score
+    model._score = lambda batch: seen.extend(batch) or score(batch)
+    score_pairs(model, written(tmp_path / "d.jsonl", rows(10)), changes="typos,empty,sentence")
+    assert len(seen) == len(set(seen)) > 40
+
+
+def test_a_model_that_gives_nan_for_a_form_is_told(tmp_path):
+    model = RewardModel(tiny_reward_dir(tmp_path))
+    score = model._score
+    model._score = lambda batch: np.where([len(t.ids) > 25 for t in batch], np.nan, score(batch))
+    with pytest.raises(DataError, match="sentence.*NaN or infinite"):
+        score_pairs(model, written(tmp_path / "d.jsonl", rows(20)), changes="sentence")
 
 
 def test_margins_after_a_change_come_from_files_too(tmp_path):
     some = [{"margin": 1.0 - i % 3, "margin@swapped": i % 3 - 1.0} for i in range(30)]
     result = stress_test(written(tmp_path / "s.jsonl", some), resamples=20)["models"]["model"]
-    (one,) = result["counterfactuals"]
-    assert one["what"] == "swapped" and one["flipped"] == pytest.approx(2 / 3)
+    (one,) = result["changes"]
+    assert one["change"] == "swapped" and one["flipped"] == pytest.approx(2 / 3)
 
 
 # ---- the command ---------------------------------------------------------------------------------
@@ -303,9 +340,7 @@ def test_model_and_data(tmp_path):
         ],
     )
     assert done.exit_code == 0, done.output
-    assert "points of accuracy lost" in done.output and "longer than --max-length 8" in done.output
-    page = (tmp_path / "out" / "report.html").read_text()
-    assert "When the text changes and its meaning does not" in page
+    assert "longer than --max-length 8" in done.output
     # The scores are kept, and say the same when they are read again.
     (kept,) = (tmp_path / "out").glob("*.scores.parquet")
     again = CliRunner().invoke(

@@ -1,0 +1,270 @@
+"""Changes of the text: accuracy lost, attacks, the worst change, biases, styles, words, gates.
+
+Expected numbers come from loops over pairs, of a judge whose rewards are known.
+"""
+
+from __future__ import annotations
+
+import itertools
+import xml.etree.ElementTree as ElementTree
+
+import numpy as np
+import pytest
+
+from drrlhf.stress import Attribute, Scores, parse_requirement, stress_test, write_junit
+from drrlhf.stress.changes import changed, chosen_changes, drawn_pairs, scored
+from drrlhf.stress.effects import worst_margin
+from drrlhf.transformations import TRANSFORMATIONS, lookup
+
+N = 60
+RNG = np.random.default_rng(0)
+NAMES = ("typos", "sentence", "bullets", "self_praise", "empty", "prompt_typos")
+
+
+def made(n=N, missing=0.2, **more):
+    """Scores with rewards of random forms, some of which there are not."""
+    rng = np.random.default_rng(1)
+    rewards = rng.normal(size=(n, 2)) + [0.8, 0.0]
+    forms = {}
+    for name in NAMES:
+        form = rewards + rng.normal(scale=0.8, size=(n, 2))
+        form[rng.random((n, 2)) < missing] = np.nan
+        if name == "empty":
+            form[:, 0] = np.nan
+        if name == "prompt_typos":
+            form[np.isnan(form).any(1)] = np.nan
+        forms[name] = form
+    margin = rewards[:, 0] - rewards[:, 1]
+    given = {"margin": margin, "prompts": np.arange(n), "rows": n, "rewards": rewards}
+    return Scores(**given | {"forms": forms} | more)
+
+
+def report(scores, **options):
+    return stress_test(scores, **{"resamples": 20, "min_support": 5} | options)["models"]["model"]
+
+
+def find(model, change, sides):
+    return next(one for one in model["changes"] if (one["change"], one["sides"]) == (change, sides))
+
+
+def test_each_change_on_each_side_by_a_loop():
+    scores = made()
+    model = report(scores)
+    for name, form in scores.forms.items():
+        sides = {"prompt_typos": ["prompt"], "empty": ["rejected"]}.get(
+            name, ["chosen", "rejected", "both"]
+        )
+        assert {one["sides"] for one in model["changes"] if one["change"] == name} == {*sides}
+        for side in sides:
+            lost, right, turned, pairs = 0.0, 0, 0, 0
+            for (c, r), (new_c, new_r) in zip(scores.rewards, form, strict=True):
+                c2 = c if side == "rejected" else new_c
+                r2 = r if side == "chosen" else new_r
+                if np.isnan(c2) or np.isnan(r2):
+                    continue
+                pairs += 1
+                lost += float(c > r) - float(c2 > r2)
+                right += c > r
+                turned += c > r and c2 <= r2
+            one = find(model, name, side)
+            assert one["pairs"] == pairs
+            assert one["lost"]["value"] == pytest.approx(lost / pairs)
+            assert one["success"]["value"] == pytest.approx(turned / right)
+            assert one["success"]["low"] <= one["success"]["value"] <= one["success"]["high"]
+
+
+def test_the_worst_change_tries_every_combination():
+    scores = made()
+    worst, tried, names = worst_margin(scores)
+    answers = ["typos", "sentence", "bullets"]  # no bias, no attack
+    assert names == [*answers, "prompt_typos"]
+    for i in range(N):
+        own = scores.rewards[i]
+        sides = [[own[side], *(scores.forms[name][i, side] for name in answers)] for side in (0, 1)]
+        margins = [c - r for c, r in itertools.product(*sides)]
+        margins.append(scores.forms["prompt_typos"][i] @ [1, -1])
+        assert worst[i] == pytest.approx(np.nanmin(margins))
+    assert tried.all()
+    model = report(scores)
+    found = model["worst_change"]
+    assert found["accuracy"]["value"] == pytest.approx((worst > 0).mean())
+    right = scores.margin > 0
+    assert found["success"]["value"] == pytest.approx((worst[right] <= 0).mean())
+    table = np.column_stack([scores.rewards[:, 0], *(scores.forms[n][:, 0] for n in answers)])
+    least = np.bincount(np.nanargmin(table, 1), minlength=4) / N
+    assert found["by"]["chosen"] == pytest.approx(dict(zip(["as it is", *answers], least)))
+
+
+def test_a_pair_that_no_change_touches_is_not_counted():
+    scores = made(missing=0.0)
+    forms = {name: form.copy() for name, form in scores.forms.items()}
+    for form in forms.values():
+        form[10:] = np.nan
+    model = report(made(forms=forms))
+    assert model["worst_change"]["pairs"] == 10 and find(model, "typos", "both")["pairs"] == 10
+    assert model["pairs"] == N
+
+
+def test_attacks_take_the_best_of_biases_and_attacks_on_the_rejected_answer():
+    scores = made()
+    table = np.column_stack([scores.forms[name][:, 1] for name in ("self_praise", "empty")])
+    known = ~np.isnan(table).all(1)
+    right = (scores.margin > 0) & known
+    turned = right & (np.nanmax(np.nan_to_num(table, nan=-9), 1) >= scores.rewards[:, 0])
+    found = report(scores)["attacks"]
+    assert found["changes"] == ["self_praise", "empty"] and found["pairs"] == known.sum()
+    assert found["success"]["value"] == pytest.approx(turned.sum() / right.sum())
+
+
+def test_biases_are_shares_of_answers_that_gain():
+    scores = made(missing=0.0)
+    found = {one["change"]: one for one in report(scores)["biases"]}
+    assert found.keys() == {"self_praise", "bullets"}
+    gains = scores.forms["self_praise"] > scores.rewards
+    assert found["self_praise"]["preferred"]["value"] == pytest.approx(gains.mean())
+    assert found["self_praise"]["answers"] == 2 * N
+
+
+def test_a_judge_by_length_is_found_out():
+    """Every right pair has the longer answer; a judge of lengths ranks them all right, and loses
+    to whatever is longer."""
+    rows = [
+        {"prompt": f"p{i}", "chosen": f"It is good. {'very ' * (i % 5)}", "rejected": f"Bad {i}."}
+        for i in range(40)
+    ]
+
+    def judge(some):
+        return np.array([[len(r["chosen"]), len(r["rejected"])] for r in some], dtype=float)
+
+    names = ["sentence", "empty", "upper_case"]
+    rewards, forms = scored(rows, names, np.arange(40), judge)
+    rewards[0] = rewards[0][::-1]  # one wrong pair, without which there is nothing to rank
+    margin = rewards[:, 0] - rewards[:, 1]
+    model = report(Scores(margin, np.arange(40), rewards=rewards, forms=forms, rows=40))
+    assert find(model, "sentence", "rejected")["success"]["value"] == 1
+    assert find(model, "empty", "rejected")["success"]["value"] == 0
+    assert find(model, "upper_case", "both")["lost"]["value"] == 0
+    assert "sentence" in model["findings"][0]["text"]
+    assert model["findings"][0]["costs"] == pytest.approx(39 / 40)
+
+
+def test_all_changes_are_those_of_the_table_and_of_columns():
+    columns = ["prompt", "chosen", "chosen@a", "rejected@a", "prompt@b", "margin@c", "x@y"]
+    assert chosen_changes("all", columns) == [*TRANSFORMATIONS, "@a", "prompt@b"]
+    assert chosen_changes("typos:0.3,@a", columns) == ["typos:0.3", "@a"]
+    row = {"prompt": "what is it", "chosen": "a thing indeed", "rejected": "something else"}
+    assert changed(row, "typos:0.9", 4) == changed(row, "typos:0.9", 4)
+    assert changed(row, "typos:0.9", 4) != changed(row, "typos:0.9", 5)
+
+
+@pytest.mark.parametrize(
+    "kind, parts", [("attack", {"rejected"}), ("bias", {"chosen", "rejected"})]
+)
+def test_an_attack_is_tried_on_the_rejected_answer_alone(kind, parts):
+    row = {"prompt": "What is it? Say.", "chosen": "A thing.", "rejected": "It is some. Really."}
+    names = [name for name in TRANSFORMATIONS if lookup(name).kind == kind]
+    assert len(names) >= 5
+    for name in names:
+        new = changed(row, name, 0)
+        assert {part for part in row if new[part] != row[part]} <= parts
+
+
+def test_pairs_of_a_prompt_are_drawn_together():
+    prompts = [i // 3 for i in range(300)]
+    pairs = drawn_pairs(prompts, 100, 0)
+    assert len(pairs) == 99 and all(
+        len({*pairs} & {i, i + 1, i + 2}) in (0, 3) for i in range(0, 300, 3)
+    )
+    assert drawn_pairs(prompts, 300, 0).tolist() == [*range(300)]
+    assert len(drawn_pairs(["one"] * 50, 10, 0)) == 50
+
+
+# ---- styles --------------------------------------------------------------------------------------
+
+
+def test_styles_are_a_matrix_with_an_order():
+    order, n = ("concise", "detailed", "markdown"), 90
+    chosen, rejected = np.arange(n) % 3, np.arange(n) // 3 % 3
+    margin = np.where(RNG.random(n) < 0.7, 1.0, -1.0)
+    names = ("markdown", "concise", "detailed")  # as a file has them
+    codes = {style: names.index(style) for style in order}
+    attributes = {
+        name: Attribute(np.array([codes[order[i]] for i in which]), names)
+        for name, which in (("chosen_style", chosen), ("rejected_style", rejected))
+    }
+    scores = Scores(margin, np.arange(n), attributes, rows=n)
+    found = report(scores)["styles"]
+    assert found["styles"] == [*order]
+    right = margin > 0
+    for i, j in itertools.product(range(3), repeat=2):
+        expected = right[(chosen == i) & (rejected == j)].mean()
+        assert found["matrix"][i][j]["value"] == pytest.approx(expected)
+    assert found["hard"]["value"] == pytest.approx(right[chosen < rejected].mean())
+    assert found["easy"]["value"] == pytest.approx(right[chosen > rejected].mean())
+    assert found["normal"]["value"] == pytest.approx(right[chosen == rejected].mean())
+    gate = report(scores, require=["hard accuracy>=0.99"])["requirements"][0]
+    assert not gate["met"] and gate["found"]["value"] == found["hard"]["value"]
+
+
+# ---- gates ---------------------------------------------------------------------------------------
+
+
+def test_gates_judge_the_numbers_of_the_report():
+    groups = {"topic": Attribute(np.arange(N) % 2, ("a b", "c"))}
+    scores = made(attributes=groups)
+    plain = report(scores)
+    group = next(g for g in plain["groups"]["single"] if g["group"] == {"topic": "a b"})
+    expected = {
+        "typos accuracy>=0.9": find(plain, "typos", "both")["accuracy"],
+        "typos/chosen lost<=0.9": find(plain, "typos", "chosen")["lost"],
+        "empty success<=1": find(plain, "empty", "rejected")["success"],
+        "self_praise preferred<=0.2": next(
+            b for b in plain["biases"] if b["change"] == "self_praise"
+        )["preferred"],
+        "worst-change accuracy>=0.99": plain["worst_change"]["accuracy"],
+        "attacks success<=0.01": plain["attacks"]["success"],
+        "topic=a b accuracy>=0.5": group["accuracy"],
+        "prompt_typos accuracy>=typos": find(plain, "prompt_typos", "prompt")["accuracy"],
+    }
+    judged = report(scores, require=list(expected))["requirements"]
+    for one, (text, number) in zip(judged, expected.items(), strict=True):
+        assert one["requirement"] == text and one["found"] == pytest.approx(number)
+        bound = text.split("=")[-1]
+        if bound != "typos":
+            high = ">=" in text
+            assert one["met"] == (
+                number["value"] >= float(bound) if high else number["value"] <= float(bound)
+            )
+    typos = find(plain, "typos", "both")["accuracy"]["value"]
+    assert judged[-1]["met"] == (judged[-1]["found"]["value"] >= typos)
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        ("typoss accuracy>=0.5", "no accuracy of 'typoss'; it has that of typos"),
+        ("subset=maths accuracy>=0.5", "no accuracy of 'subset=maths'"),
+        ("typos preferred<=0.5", "no preferred of 'typos'"),
+        ("tv:0.1 gold>=0.5", "a set has accuracy and loss"),
+        ("typos accuracy<=0.5", "accuracy takes >="),
+        ("typos success<=1.5", r"must lie in \[0, 1\]"),
+        ("worst-change loss<=-1", r"must lie in \[0, inf\)"),
+        ("worst-change success<=little", "'little' is not a number"),
+    ],
+)
+def test_gates_that_cannot_be_judged(text, said):
+    with pytest.raises(ValueError, match=said):
+        report(made(), require=[text])
+
+
+def test_junit_says_what_missed(tmp_path):
+    result = stress_test(
+        made(), require=["typos accuracy>=0.01", "worst-change accuracy>=0.99"], resamples=20
+    )
+    root = ElementTree.parse(write_junit(result, tmp_path / "ci" / "gates.xml")).getroot()
+    (suite,) = root
+    assert (suite.get("tests"), suite.get("failures")) == ("2", "1")
+    fine, missed = suite
+    assert fine.get("name") == str(parse_requirement("typos accuracy>=0.01"))
+    assert fine.find("failure") is None and missed.find("failure") is not None
+    assert missed.get("name") == "worst-change accuracy>=0.99"
