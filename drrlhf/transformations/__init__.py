@@ -5,16 +5,7 @@ keeps its order under each of them. What "keeps" says is where that ends.
 """
 
 from drrlhf.transformations.rows import BY_COLUMN, SIDES, from_column, transformed
-from drrlhf.transformations.table import (
-    ANSWER,
-    PROMPT,
-    TRANSFORMATIONS,
-    Transformation,
-    FORM,
-    BIAS,
-    ATTACK,
-    lookup,
-)
+from drrlhf.transformations.table import ANSWER, PROMPT, TRANSFORMATIONS, Transformation
 
 __all__ = [
     "ANSWER",

@@ -92,11 +92,3 @@ def _names() -> Mapping[str, Transformation]:
 
 
 TRANSFORMATIONS: Mapping[str, Transformation] = _names()
-FORM, BIAS, ATTACK = "form", "bias", "attack"
-Transformation.kind = FORM
-
-
-def lookup(name):
-    if name not in TRANSFORMATIONS:
-        raise ValueError(f"no {name}")
-    return TRANSFORMATIONS[name]
