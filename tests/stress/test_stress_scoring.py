@@ -21,7 +21,7 @@ from drrlhf.stress import Policy, RewardModel, load_judge, score_pairs, stress_t
 from drrlhf.stress import counterfactual as cf
 from drrlhf.stress.resample import blocks_of, resampled
 from drrlhf.stress.run import FEW_PROMPTS
-from drrlhf.transformations.text import SENTENCE
+from drrlhf.transformations.sayings import SENTENCE
 
 WORDS = sorted(set(TEXT.split()))
 
