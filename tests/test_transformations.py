@@ -9,15 +9,42 @@ from random import Random
 
 import pytest
 
-from drrlhf.transformations import PROMPT, TRANSFORMATIONS, from_column, transformed
-from drrlhf.transformations.text import HANDLE, NEIGHBOURS, PREAMBLE, SENTENCE, URL
+from drrlhf.transformations import (
+    ATTACK,
+    BIAS,
+    FORM,
+    KINDS,
+    PROMPT,
+    TRANSFORMATIONS,
+    from_column,
+    lookup,
+    sayings,
+    transformed,
+)
+from drrlhf.transformations.layout import HEADING, KEY_POINTS
+from drrlhf.transformations.words import NEIGHBOURS
 
+CODE = """\
+Here is "the" function, and how it's called.
+
+```python
+def mean(values):
+    amount = 0
+    for one in values:
+        amount += one
+    return amount / len(values)
+```
+
+It goes over all of them just once."""
+MATHS = "Three boxes of twelve eggs each hold $3 \\cdot 12$ eggs:\n\n#### 36"
 TEXTS = [
     "The film was great. We loved it, and so did they! Would we go again? Yes, of course: surely.",
     "# Title\n\n- first **point** of all\n- second `point`, really\n\nThat is everything there is.",
     "one two",
     "Ein Übermaß von Straßenlärm stört. Деревья растут медленно.",
     "x = f(a, b)  # 12 34",
+    CODE,
+    MATHS,
     "",
     "   ",
 ]
@@ -59,6 +86,79 @@ def edits(a, b):
     return len(changed) <= 2 and len(now) <= 2
 
 
+def one_error(of):
+    """Every word that changed did so by one typing error as ``of(old, new, at)`` says, at a place
+    behind its first letter."""
+
+    def found(old, new):
+        split = re.compile(r"[^\W\d_]+").findall
+        pairs = [(a, b) for a, b in zip(split(old), split(new), strict=True) if a != b]
+        return bool(pairs) and all(
+            any(a[:at] == b[:at] and of(a, b, at) for at in range(1, len(a))) for a, b in pairs
+        )
+
+    return found
+
+
+def swapped(old, new, at):
+    return old[at : at + 2] == new[at : at + 2][::-1] and old[at + 2 :] == new[at + 2 :]
+
+
+def near(old, new, at):
+    return new[at].lower() in NEIGHBOURS.get(old[at].lower(), old[at])
+
+
+def wrong(old, new, at):
+    return len(old) == len(new) and near(old, new, at) and old[at + 1 :] == new[at + 1 :]
+
+
+def extra(old, new, at):
+    return len(old) < len(new) and near(old, new, at) and old[at:] == new[at + 1 :]
+
+
+def missing(old, new, at):
+    return old[at + 1 :] == new[at:]
+
+
+def straight(text):
+    return text.translate(str.maketrans("“”‘’", "\"\"''"))
+
+
+def numbers_in_front(old, new):
+    found = [re.match(r"(\d+)\. (.*)", line, re.S) for line in re.split(r"\n(?=\d+\. )", new)]
+    return (
+        [int(one[1]) for one in found] == list(range(1, len(found) + 1))
+        and sorted(one[2] for one in found) == sentences(old)
+        and len(found) > 1
+    )
+
+
+def final_answer(text):
+    """Of `MATHS` and what becomes of it: the value, how it is told, and what goes before."""
+    for how in (r"\n#### (\d+)", r"\nThe answer is (\d+)\.", r"\n\$\\boxed\{(\d+)\}\$"):
+        found = re.search(how + r"\Z", text)
+        if found:
+            return found[1], how, text[: found.start()].strip()
+    raise AssertionError(text)
+
+
+def another_format(old, new):
+    (value, how, before), (same_value, other, same_before) = final_answer(old), final_answer(new)
+    return value == same_value == "36" and how != other and before == same_before
+
+
+def put_before(words):
+    return lambda old, new: new == words + old
+
+
+def put_behind(words):
+    return lambda old, new: new == old + words
+
+
+def becomes(words):
+    return lambda old, new: new == words
+
+
 def undone(letters):
     return letters.translate(str.maketrans("асеорхуАСЕОРХ", "aceopxyACEOPX"))
 
@@ -69,34 +169,80 @@ def sentences(text):
 
 KEEPS = {
     "typos": one_key_apart,
+    "swapped_letters": one_error(swapped),
+    "wrong_letters": one_error(wrong),
+    "extra_letters": one_error(extra),
+    "missing_letters": one_error(missing),
     "dropped_words": is_subsequence,
     "doubled_words": lambda old, new: [w for w, _ in groupby(words(new))] == words(old),
     "lower_case": same(str.casefold),
     "upper_case": same(str.casefold),
     "whitespace": same(str.split),
+    "paragraphs": same(str.split),
     "punctuation": same(without(" ")),
+    "curly_quotes": lambda old, new: straight(new) == old,
     "quotes": lambda old, new: new == f'"{old}"',
     "bold": same(lambda text: words(text)),
+    "heading": put_before(HEADING),
     "bullets": same(lambda text: words(text)),
-    "no_markdown": same(lambda text: words(text)),
+    "numbered": numbers_in_front,
+    "code_fence": lambda old, new: re.fullmatch("(`{3,})\n(.*)\n\\1", new, re.S)[2] == old,
+    "no_markdown": same(lambda text: words(text.replace("```python", ""))),
     "homoglyphs": lambda old, new: undone(new) == undone(old),
     "zero_width": lambda old, new: new.replace("\u200b", "") == old,
-    "sentence": lambda old, new: new == old + SENTENCE,
+    "sentence": put_behind(sayings.SENTENCE),
     "repeated": lambda old, new: new.startswith(old) and set(words(new)) == set(words(old)),
     "sentence_order": same(sentences),
-    "handle": lambda old, new: new == HANDLE + old,
-    "url": lambda old, new: new == old + URL,
+    "handle": put_before(sayings.HANDLE),
+    "url": put_behind(sayings.URL),
+    "true_is_true": put_behind(" and true is true" * 5),
+    "math_format": another_format,
+    "code_comments": lambda old, new: (
+        new == old.replace("```python\n", "```python\n# This is the code.\n")
+    ),
+    "code_renamed": lambda old, new: new.replace("my_", "") == old and new.count("my_amount") == 3,
+    "opener_flattery": put_before(sayings.FLATTERY),
+    "opener_hedging": put_before(sayings.HEDGING),
+    "opener_jargon": put_before(sayings.JARGON),
+    "authority": put_before(sayings.AUTHORITY),
+    "vague": put_behind(sayings.VAGUE),
+    "self_praise": put_behind(sayings.SELF_PRAISE),
+    "longer": put_behind(sayings.LONGER),
+    "listed": lambda old, new: (
+        new.startswith(KEY_POINTS) and words(new.removeprefix(KEY_POINTS)) == words(old)
+    ),
     "prompt_typos": one_key_apart,
     "prompt_lower_case": same(str.casefold),
+    "prompt_upper_case": same(str.casefold),
     "prompt_whitespace": same(str.split),
-    "prompt_preamble": lambda old, new: new == PREAMBLE + old,
+    "prompt_punctuation": same(without(" ")),
+    "prompt_preamble": put_before(sayings.PREAMBLE),
+    "prompt_system": put_before(sayings.SYSTEM),
+    "prompt_jailbreak": put_before(sayings.JAILBREAK),
+    "empty": becomes(""),
+    "truncated": lambda old, new: (
+        old.startswith(new) and len(new.split()) == max(1, len(old.split()) // 2)
+    ),
+    "shuffled_words": same(lambda text: sorted(text.split())),
+    "master_colon": becomes(":"),
+    "master_thought": becomes("Thought process:"),
+    "master_solution": becomes("Let's solve this problem step by step."),
+    "judge_instruction": put_behind(sayings.TO_THE_JUDGE),
 }
-# What these find nothing to act on in: by the place of the text.
-NOTHING = {"typos": {2, 4}, "dropped_words": {2, 4}}
+RATED = {"typos", "prompt_typos", "dropped_words", "doubled_words", "homoglyphs", "zero_width"}
+RATED |= {"swapped_letters", "wrong_letters", "extra_letters", "missing_letters"}
+BIASES = {"opener_flattery", "opener_hedging", "opener_jargon", "authority", "vague", "self_praise"}
+BIASES |= {"longer", "listed"}
+ATTACKS = {"empty", "truncated", "shuffled_words", "judge_instruction"}
+ATTACKS |= {"master_colon", "master_thought", "master_solution"}
 
 
 def test_every_transformation_has_a_property():
     assert set(KEEPS) == set(TRANSFORMATIONS)
+    assert {name: one.kind for name, one in TRANSFORMATIONS.items()} == {
+        name: ATTACK if name in ATTACKS else BIAS if name in BIASES else FORM for name in KEEPS
+    }
+    assert len({one.what for one in TRANSFORMATIONS.values()}) == len(KEEPS)  # names in reports
     assert {name for name, one in TRANSFORMATIONS.items() if one.on == PROMPT} == {
         name for name in KEEPS if name.startswith("prompt_")
     }
@@ -114,8 +260,7 @@ def test_what_it_keeps_and_that_it_changes_something(name):
                 assert KEEPS[name](text, new), (text, new)
     assert changed >= 20
     draws = {apply(TEXTS[0], draw=Random(seed)) for seed in range(20)}
-    drawn = {"typos", "prompt_typos", "dropped_words", "doubled_words", "homoglyphs", "zero_width"}
-    assert (len(draws) > 5) == (name in drawn)
+    assert (len(draws) > 5) == (name in RATED | {"shuffled_words"})
 
 
 def test_neighbouring_keys_are_mutual():
@@ -126,6 +271,87 @@ def test_neighbouring_keys_are_mutual():
         for other in others
         if other.isalpha()
     )
+
+
+GIVEN = {
+    "typos": "We loved it, and so did they! Suerly, of course.",
+    "dropped_words": "We loved it, and so did they!, of course.",
+    "doubled_words": "We loved it, and so did they! Surely Surely, of course.",
+    "homoglyphs": "We loved it, and so did they! Sur\u0435l\u0443, of course.",
+    "zero_width": "We loved it, and so did they! Sur\u200bely, of course.",
+}
+
+
+def test_what_a_draw_gives_has_not_changed():
+    """Experiments that are kept were made with these."""
+    text = "We loved it, and so did they! Surely, of course."
+    assert {name: TRANSFORMATIONS[name].apply(text, draw=Random(7)) for name in GIVEN} == GIVEN
+
+
+# Twenty words of four letters and more, none with the same letter twice in a row, and ten shorter.
+LONG = (
+    "maps show roads that lead from towns over high hard desert where winds blow sand around "
+    "ancient stones beside rivers"
+)
+SHORT = "a is of to in it by on at we"
+
+
+@pytest.mark.parametrize(("rate", "count", "kept"), [(0.04, 1, 1), (0.25, 5, 7), (1, 20, 30)])
+def test_a_rate_is_the_share_of_words(rate, count, kept):
+    text = f"{LONG} {SHORT}"
+
+    def made(name):
+        return lookup(f"{name}:{rate}").apply(text, draw=Random(1))
+
+    assert len(made("dropped_words").split()) == 30 - count
+    assert len(made("doubled_words").split()) == 30 + count
+    assert made("zero_width").count("\u200b") == count
+    assert len(made("extra_letters")) == len(text) + count
+    assert len(made("missing_letters")) == len(text) - count
+    for name in ("typos", "prompt_typos", "swapped_letters", "wrong_letters"):
+        pairs = zip(made(name).split(), text.split(), strict=True)
+        assert sum(a != b for a, b in pairs) == count, name
+    assert len(undone(made("homoglyphs"))) == len(text) and undone(made("homoglyphs")) == text
+    assert made("truncated") == " ".join(text.split()[:kept])
+
+
+def test_what_a_name_means():
+    for name, one in TRANSFORMATIONS.items():
+        assert lookup(name) is one
+        assert (one.rate is not None) == (name in RATED | {"truncated"})
+    rated, plain = lookup("typos:0.20"), lookup("typos")
+    assert (rated.rate, rated.kind, rated.keeps) == (0.2, FORM, plain.keeps)
+    assert rated.what == f"{plain.what} (0.2)"
+    default = lookup("typos:0.08").apply(LONG, draw=Random(3))
+    assert default == plain.apply(LONG, draw=Random(3)) != LONG
+
+
+@pytest.mark.parametrize(
+    ("name", "kinds", "words"),
+    [
+        ("typo", KINDS, r"name: expected names among typos, .*got 'typo'; did you mean 'typos'"),
+        ("typo:0.2", KINDS, r"got 'typo:0.2'; did you mean 'typos'"),
+        ("zzzzzzzz", KINDS, r"master_colon.*, got 'zzzzzzzz'$"),
+        ("empti", [FORM], r"^((?!empty).)*got 'empti'$"),
+        ("", KINDS, r"expected names among .*got ''"),
+        ("bullets:0.2", KINDS, r"name: bullets takes no rate, got .*; leave it out, .*typos"),
+        ("typos:", KINDS, r"name: expected typos:RATE with a rate in \(0, 1\], .*got 'typos:'"),
+        ("typos:0", KINDS, r"as in typos:0.08, got 'typos:0'"),
+        ("typos:1.01", KINDS, r"got 'typos:1.01'"),
+        ("typos:-0.1", KINDS, r"got 'typos:-0.1'"),
+        ("typos:nan", KINDS, r"got 'typos:nan'"),
+        ("typos:much", KINDS, r"got 'typos:much'"),
+        ("typos:0.1:0.2", KINDS, r"got 'typos:0.1:0.2'"),
+        (
+            "truncated:0.2",
+            [FORM, BIAS],
+            r"expected a form or bias, got 'truncated:0.2', .* kind attack; use one of typos, .*",
+        ),
+    ],
+)
+def test_names_that_mean_nothing_are_refused(name, kinds, words):
+    with pytest.raises(ValueError, match=words):
+        lookup(name, kinds=kinds)
 
 
 def test_what_joins_an_answer_to_its_prompt_stays():

@@ -20,7 +20,7 @@ from drrlhf.bench.table import readme_tables
 from drrlhf.bench.trainer_step import of_prompts
 from drrlhf.files import json_lines, write_text
 from drrlhf.seeds import mean_and_error
-from drrlhf.transformations import TRANSFORMATIONS
+from drrlhf.transformations import ATTACK, TRANSFORMATIONS
 from evidence.shift import page, summary
 
 ROOT = Path(__file__).parent.parent
@@ -198,9 +198,13 @@ def _gpu_head(lines: Sequence[dict[str, Any]]) -> str:
 
 
 def _transformations() -> str:
-    """Rows: a view. Cells: what it does, and when that keeps the meaning."""
-    rows = [(f"`{name}`", one.what, one.keeps) for name, one in TRANSFORMATIONS.items()]
-    return _markdown(("view", "change", "keeps the meaning"), rows)
+    """Rows: a view. Cells: its kind, what it does, at what rate, and when it keeps the meaning."""
+    rows = [
+        (f"`{name}`", one.kind, one.what, "–" if one.rate is None else f"{one.rate:g}", one.keeps)
+        for name, one in TRANSFORMATIONS.items()
+        if one.kind != ATTACK
+    ]
+    return _markdown(("view", "kind", "change", "rate", "keeps the meaning"), rows)
 
 
 def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

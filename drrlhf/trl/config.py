@@ -126,7 +126,8 @@ class DPOConfig(_Pairs, _TRLDPOConfig):
     ``resume_with_changed_ambiguity``. ``label_smoothing`` also applies to ``loss_type="sigmoid"``
     (cDPO): TRL ignores it.
     ``views`` are forms of a pair that must not change its order, names among
-    `drrlhf.transformations.TRANSFORMATIONS`, or ``"@NAME"`` for the columns ``chosen@NAME`` and
+    `drrlhf.transformations.TRANSFORMATIONS` without its attacks, some with a rate as in
+    ``"typos:0.2"``, or ``"@NAME"`` for the columns ``chosen@NAME`` and
     ``rejected@NAME`` and ``"prompt@NAME"``; a list, or a string with commas. In every epoch
     ``views_per_pair`` of them are drawn for each answer, the policy scores all of them as it is
     evaluated, and the pair is trained on in its worst form, the ambiguity set over pairs on top:

@@ -19,11 +19,13 @@ from trl.data_utils import extract_prompt
 
 from drrlhf.transformations import (
     ANSWER,
+    BIAS,
     BY_COLUMN,
+    FORM,
     PROMPT,
     SIDES,
-    TRANSFORMATIONS,
     from_column,
+    lookup,
     transformed,
 )
 
@@ -38,17 +40,14 @@ def acts_on(name: str) -> str:
     """What a view of that name changes: ANSWER or PROMPT.
 
     Raises:
-        ValueError: there is no such view.
+        ValueError: there is no such view; an attack is none, for it need not keep the order of
+            a pair whose answers are both changed.
     """
     part, at, column = name.partition(BY_COLUMN)
     if at and column and part in ("", PROMPT):
         return PROMPT if part else ANSWER
-    if name not in TRANSFORMATIONS:
-        raise ValueError(
-            f"views: expected names among {', '.join(TRANSFORMATIONS)}, '@NAME' for the columns "
-            f"chosen@NAME and rejected@NAME, or 'prompt@NAME', got {name!r}"
-        )
-    return TRANSFORMATIONS[name].on
+    columns = "'@NAME' for the columns chosen@NAME and rejected@NAME, or 'prompt@NAME'"
+    return lookup(name, "views", (FORM, BIAS), also=columns).on
 
 
 Tokenize = Callable[[Mapping[str, Any]], dict[str, list[int]]]
@@ -187,7 +186,7 @@ class ViewTexts:
             if at:
                 found = from_column(row, part, column)
             else:
-                apply = partial(TRANSFORMATIONS[name].apply, draw=draw)
+                apply = partial(lookup(name).apply, draw=draw)
                 found = transformed(row, **{part: apply})
             if found != row:
                 return dict(found), name

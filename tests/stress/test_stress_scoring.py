@@ -21,7 +21,7 @@ from drrlhf.data import DataError
 from drrlhf.stress import Policy, RewardModel, load_judge, score_pairs, stress_test
 from drrlhf.stress.run import FEW_PROMPTS
 from drrlhf.transformations import SIDES
-from drrlhf.transformations.text import PREAMBLE, SENTENCE
+from drrlhf.transformations.sayings import PREAMBLE, SENTENCE
 
 WORDS = sorted(set(TEXT.split()))
 

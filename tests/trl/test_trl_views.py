@@ -378,6 +378,12 @@ def test_messages_are_changed_where_they_answer(made):
         ("reward", {"views": ["typo"]}, "views: expected names among typos, .* got 'typo'"),
         ("reward", {"views": "typos, case"}, "views: expected names among .* got 'case'"),
         ("reward", {"views": ["@"]}, "got '@'"),
+        ("reward", {"views": ["typos:2"]}, r"views: expected typos:RATE .* got 'typos:2'"),
+        (
+            "reward",
+            {"views": "typos, empty"},
+            "views: expected a form or bias, got 'empty', which is of the kind attack; use one of",
+        ),
         ("reward", {"views": ["@none"]}, "'@none' needs the column 'chosen@none' or"),
         ("reward", {"views": ["prompt@none"]}, "needs the column 'prompt@none', and"),
         ("reward", {"views_per_pair": 0}, "views_per_pair: expected >= 1, got 0"),

@@ -1,0 +1,114 @@
+"""How a text is laid out: case, spaces, marks, lists, the order of its sentences.
+
+None of these draws anything; the argument is there because every transformation has it.
+"""
+
+from __future__ import annotations
+
+import re
+from random import Random
+
+HEADING = "## Answer\n\n"
+KEY_POINTS = "**Key points**\n\n"
+_SENTENCES = re.compile(r"(?<=[.!?])\s+")
+# A quotation mark opens at the beginning, behind a space and behind an opening mark.
+_OPENING = re.compile(r"""(?<![^\s(\[{])(["'])(?=["']?\w)""")
+
+
+def sentences(text: str) -> list[str]:
+    """At least one, which may be empty."""
+    return _SENTENCES.split(text.strip())
+
+
+def lower_case(text: str, draw: Random) -> str:
+    """In small letters."""
+    return text.lower()
+
+
+def upper_case(text: str, draw: Random) -> str:
+    """In capitals."""
+    return text.upper()
+
+
+def whitespace(text: str, draw: Random) -> str:
+    """Doubled spaces, and a blank line behind."""
+    return text.replace(" ", "  ") + "\n\n"
+
+
+def punctuation(text: str, draw: Random) -> str:
+    """A space before the punctuation at the end of words."""
+    return re.sub(r"(?<=\w)([.,;:!?])(?=\s|$)", r" \1", text)
+
+
+def quotes(text: str, draw: Random) -> str:
+    """The text in quotation marks."""
+    return f'"{text}"' if text.strip() else text
+
+
+def curly_quotes(text: str, draw: Random) -> str:
+    """Typographic quotation marks and apostrophes in place of straight ones."""
+    text = _OPENING.sub(lambda found: "“" if found[1] == '"' else "‘", text)
+    return text.replace('"', "”").replace("'", "’")
+
+
+def bold(text: str, draw: Random) -> str:
+    """The first sentence in bold."""
+    first = sentences(text)[0]
+    return text.replace(first, f"**{first}**", 1) if first else text
+
+
+def bullets(text: str, draw: Random) -> str:
+    """Every sentence a point of a list."""
+    found = sentences(text)
+    return "\n".join(f"- {one}" for one in found) if len(found) > 1 else text
+
+
+def listed(text: str, draw: Random) -> str:
+    """Every sentence a point of a list that is announced."""
+    points = bullets(text, draw)
+    return text if points == text else KEY_POINTS + points
+
+
+def numbered(text: str, draw: Random) -> str:
+    """Every sentence a point of a numbered list."""
+    found = sentences(text)
+    points = (f"{number}. {one}" for number, one in enumerate(found, 1))
+    return "\n".join(points) if len(found) > 1 else text
+
+
+def paragraphs(text: str, draw: Random) -> str:
+    """Every sentence a paragraph."""
+    found = sentences(text)
+    return "\n\n".join(found) if len(found) > 1 else text
+
+
+def heading(text: str, draw: Random) -> str:
+    """A heading over the text."""
+    return HEADING + text if text.strip() else text
+
+
+def code_fence(text: str, draw: Random) -> str:
+    """The text as a block of code; its fence is longer than those inside."""
+    longest = max((len(found) for found in re.findall("`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}\n{text}\n{fence}" if text.strip() else text
+
+
+def no_markdown(text: str, draw: Random) -> str:
+    """Without headings, points of lists, and marks for bold and code."""
+    text = re.sub(r"^[ \t]*```.*\n?", "", text, flags=re.M)
+    text = re.sub(r"^[ \t]*(?:#{1,6}|[-*+])[ \t]+", "", text, flags=re.M)
+    return re.sub(r"(\*\*|__|`)(\S(?:.*?\S)?)\1", r"\2", text)
+
+
+def repeated(text: str, draw: Random) -> str:
+    """The last sentence once more."""
+    lines = text.strip().splitlines() or [""]
+    last = sentences(lines[-1])[-1]
+    return f"{text} {last}" if last else text
+
+
+def reversed_sentences(text: str, draw: Random) -> str:
+    """The sentences last to first."""
+    found = sentences(text)
+    return " ".join(reversed(found)) if len(found) > 1 else text

@@ -1,0 +1,153 @@
+"""Changes of some letters and words; what a generator draws says which: ``(text, draw) -> text``.
+
+``rate`` is the share of the words that change. Every function gives the same for the same generator
+state, and the text as it is where it finds nothing to act on. Typing errors, homoglyphs and lost
+words are changes of reWordBench's kind (arXiv 2503.11751).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from functools import partial
+from random import Random
+
+# Of the words that are long enough, how many a typing error falls into.
+TYPOS = 0.08
+# Of the words that are long enough, how many are left out or written twice.
+WORDS = 0.05
+# Of all words, how many a truncated text keeps.
+KEPT = 0.5
+_WORD = re.compile(r"[^\W\d_]{4,}")
+_SPACE_AND_WORD = re.compile(r" ?[^\W\d_]{4,}")
+_KEYS = ("qwertyuiop", "asdfghjkl", "zxcvbnm")
+# Letters of the Cyrillic alphabet that look like Latin ones.
+HOMOGLYPHS = str.maketrans("aceopxyACEOPX", "асеорхуАСЕОРХ")
+
+
+def _neighbours() -> dict[str, str]:
+    """The letters around each on a keyboard, whose rows are shifted by half a key."""
+    place = {
+        key: (row, 2 * i + row) for row, keys in enumerate(_KEYS) for i, key in enumerate(keys)
+    }
+
+    def near(a: str, b: str) -> bool:
+        rows, halves = (abs(x - y) for x, y in zip(place[a], place[b], strict=True))
+        return (rows, halves) in ((0, 2), (1, 1))
+
+    return {a: "".join(b for b in place if near(a, b)) for a in place}
+
+
+NEIGHBOURS = _neighbours()
+
+
+def _in_some_words(
+    text: str,
+    draw: Random,
+    rate: float,
+    change: Callable[[str], str],
+    pattern: re.Pattern[str] = _WORD,
+) -> str:
+    """``change`` applied to a share of the words of four letters and more, at least to one."""
+    words = list(pattern.finditer(text))
+    if not words:
+        return text
+    chosen = sorted(draw.sample(range(len(words)), max(1, round(rate * len(words)))))
+    parts, end = [], 0
+    for index in chosen:
+        word = words[index]
+        parts += [text[end : word.start()], change(word.group())]
+        end = word.end()
+    return "".join([*parts, text[end:]])
+
+
+# A typing error in a word: at a place behind its first letter, ``near`` a key beside that letter's.
+_Error = Callable[[str, int, str], str]
+
+
+def _swapped(word: str, at: int, near: str) -> str:
+    return word[:at] + word[at + 1] + word[at] + word[at + 2 :]
+
+
+def _wrong(word: str, at: int, near: str) -> str:
+    return word[:at] + near + word[at + 1 :]
+
+
+def _extra(word: str, at: int, near: str) -> str:
+    return word[:at] + near + word[at:]
+
+
+def _missing(word: str, at: int, near: str) -> str:
+    return word[:at] + word[at + 1 :]
+
+
+def _mistyped(word: str, draw: Random, errors: Sequence[_Error]) -> str:
+    """A word with one of these typing errors behind its first letter."""
+    at = draw.randrange(1, len(word) - 1)
+    letter = word[at]
+    near = draw.choice(NEIGHBOURS.get(letter.lower(), letter))
+    near = near.upper() if letter.isupper() else near
+    return draw.choice(errors)(word, at, near)
+
+
+def _misspelt(text: str, draw: Random, rate: float, *errors: _Error) -> str:
+    return _in_some_words(text, draw, rate, partial(_mistyped, draw=draw, errors=errors))
+
+
+def typos(text: str, draw: Random, rate: float = TYPOS) -> str:
+    """Letters swapped, mistaken for their neighbour, doubled or left out."""
+    return _misspelt(text, draw, rate, _swapped, _wrong, _extra, _missing)
+
+
+def swapped_letters(text: str, draw: Random, rate: float = TYPOS) -> str:
+    """Two letters of a word in the other order."""
+    return _misspelt(text, draw, rate, _swapped)
+
+
+def wrong_letters(text: str, draw: Random, rate: float = TYPOS) -> str:
+    """A letter of a word mistaken for its neighbour on the keyboard."""
+    return _misspelt(text, draw, rate, _wrong)
+
+
+def extra_letters(text: str, draw: Random, rate: float = TYPOS) -> str:
+    """A letter more in a word, from the key beside."""
+    return _misspelt(text, draw, rate, _extra)
+
+
+def missing_letters(text: str, draw: Random, rate: float = TYPOS) -> str:
+    """A letter of a word left out."""
+    return _misspelt(text, draw, rate, _missing)
+
+
+def dropped_words(text: str, draw: Random, rate: float = WORDS) -> str:
+    """Words left out."""
+    return _in_some_words(text, draw, rate, lambda word: "", _SPACE_AND_WORD)
+
+
+def doubled_words(text: str, draw: Random, rate: float = WORDS) -> str:
+    """Words written twice."""
+    return _in_some_words(text, draw, rate, lambda word: f"{word} {word}")
+
+
+def homoglyphs(text: str, draw: Random, rate: float = TYPOS) -> str:
+    """Words in letters that only look the same."""
+    return _in_some_words(text, draw, rate, lambda word: word.translate(HOMOGLYPHS))
+
+
+def zero_width(text: str, draw: Random, rate: float = TYPOS) -> str:
+    """Characters that show nothing, in the middle of words."""
+    return _in_some_words(
+        text, draw, rate, lambda word: f"{word[: len(word) // 2]}\u200b{word[len(word) // 2 :]}"
+    )
+
+
+def shuffled_words(text: str, draw: Random) -> str:
+    """All words in an order that is drawn."""
+    found = text.split()
+    return " ".join(draw.sample(found, len(found))) if len(found) > 1 else text
+
+
+def truncated(text: str, draw: Random, rate: float = KEPT) -> str:
+    """The first words, a share ``rate`` of all, at least one."""
+    words = list(re.finditer(r"\S+", text))
+    return text[: words[max(1, int(rate * len(words))) - 1].end()] if words else text

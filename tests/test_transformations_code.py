@@ -1,0 +1,243 @@
+"""Transformations of quotes, final answers and code: what texts become, written by hand; and that
+code with other names does the same when it is run."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import io
+from random import Random
+
+import pytest
+
+from drrlhf.transformations import TRANSFORMATIONS
+
+
+def changed(name, text, seed=0):
+    return TRANSFORMATIONS[name].apply(text, draw=Random(seed))
+
+
+def test_quotes_open_and_close():
+    text = '"It\'s," he said, "the \'best\' ("really") of \'em".'
+    assert changed("curly_quotes", text) == "“It’s,” he said, “the ‘best’ (“really”) of ‘em”."
+    assert changed("curly_quotes", "\"'Yes'\".") == "“’Yes’”."
+
+
+def test_a_fence_is_longer_than_those_inside():
+    assert changed("code_fence", "a\n````\nb\n````") == "`````\na\n````\nb\n````\n`````"
+    assert changed("code_fence", "a `b`") == "```\na `b`\n```"
+
+
+@pytest.mark.parametrize(
+    ("text", "forms"),
+    [
+        (
+            "It is 5.\n#### 1,205",
+            {"It is 5.\nThe answer is 1,205.", "It is 5.\n$\\boxed{1,205}$"},
+        ),
+        ("So, the final answer is: $x^2$.", {"#### $x^2$", r"$\boxed{x^2}$"}),
+        ("We pay. The answer is $5.", {"We pay.\n#### $5", "We pay.\n$\\boxed{\\$5}$"}),
+        (
+            r"Hence $x = \boxed{\frac{1}{2}}$ holds.",
+            {
+                "Hence $x = \\frac{1}{2}$ holds.\n#### $\\frac{1}{2}$",
+                "Hence $x = \\frac{1}{2}$ holds.\nThe answer is $\\frac{1}{2}$.",
+            },
+        ),
+        # Two conventions at once: the third is left.
+        (r"Thus. The answer is $\boxed{7\%}$.", {"Thus.\n#### 7%"}),
+        ("The answer is 3.\n\n#### 3", {r"$\boxed{3}$"}),
+        # Of several boxes the last one counts.
+        (
+            r"$\boxed{1}$, then $\boxed{2}$.",
+            {"$1$, then $2$.\n#### 2", "$1$, then $2$.\nThe answer is 2."},
+        ),
+        # No final answers.
+        ("#### Summary", {"#### Summary"}),
+        ("#### 12\nThat was a heading.", {"#### 12\nThat was a heading."}),
+        ("I think the answer is 12.", {"I think the answer is 12."}),
+        ("The answer is that nobody knows.", {"The answer is that nobody knows."}),
+        (r"An open $\boxed{12", {r"An open $\boxed{12"}),
+    ],
+)
+def test_formats_of_a_final_answer(text, forms):
+    assert {changed("math_format", text, seed) for seed in range(20)} == forms
+
+
+@pytest.mark.parametrize(
+    ("language", "code", "new"),
+    [
+        ("python", "x = 1\n", "# This is the code.\nx = 1\n"),
+        ("C++", "int x;\n", "// This is the code.\nint x;\n"),
+        ("bash", "#!/bin/sh\nls\n", "#!/bin/sh\n# This is the code.\nls\n"),
+        ("json", "{}\n", "{}\n"),
+        ("", "x = 1\n", "x = 1\n"),
+    ],
+)
+def test_comments_are_those_of_the_language(language, code, new):
+    block = f"See:\n\n```{language}\n%s```\n\n# no code"
+    assert changed("code_comments", block % code) == block % new
+
+
+# Programs that print something, and the variables in them that may get another name.
+PROGRAMS = {
+    "a function": (
+        """
+def f(values):
+    total, n = 0, 0
+    for v in values:
+        total += v; n += 1
+    return total / n
+result = f([1, 2, 6])
+print(result)
+""",
+        {"total", "n", "v", "result"},
+    ),
+    "arguments, attributes and imports": (
+        """
+import math as m
+class A:
+    size = 3
+    def grow(self, by):
+        old = self.size
+        self.size = old + by
+        return self.size
+a = A()
+by = 2
+print(a.grow(by=by), m.floor(2.5))
+""",
+        {"old", "a"},
+    ),
+    "attributes that only a class knows of": (
+        """
+class A:
+    size: int = 3
+    if size > 2:
+        large = True
+print(sorted(vars_ for vars_ in A.__dict__ if vars_[0] != chr(95)))
+""",
+        {"vars_"},
+    ),
+    "words in strings and comments": (
+        """
+x = 1  # the x
+y = 2
+z = 3
+u = f'{z} {y!r}'
+w = dict(k='u')
+print(u, w, x)
+""",
+        {"w"},
+    ),
+    "closures and comprehensions": (
+        """
+def outer():
+    count = 0
+    def inner():
+        nonlocal count
+        count += 1
+        return [i * factor for i in range(count)]
+    factor = 10
+    inner()
+    return inner()
+print(outer())
+""",
+        {"i", "factor"},
+    ),
+    "errors, globals, walrus and matches": (
+        """
+n = 0
+def f():
+    global n
+    n += 1
+    try:
+        1 / 0
+    except ZeroDivisionError as e:
+        r = e.args
+    if (k := len(r)) > 0:
+        match = k
+        match match:
+            case 1:
+                return r
+out = f()
+print(out, n)
+""",
+        {"r", "k", "out"},
+    ),
+    "a local that elsewhere is a name from outside": (
+        """
+def f():
+    data = 1
+    return data
+def g():
+    return data
+print(f())
+""",
+        set(),
+    ),
+    "a local that a block before left in the module": (
+        """
+print([data for data in (1, 2)])
+try:
+    print(data)
+except NameError as error:
+    print(error)
+""",
+        set(),
+    ),
+    "a built-in name": ("sum = 3\nprint(sum)\n", set()),
+    "a name that is taken": ("x = 1\nmy_x = 2\nprint(x, my_x)\n", {"my_x"}),
+    "names that the program sees": ("x = 1\nprint(sorted(locals())[-1])\n", set()),
+    "tabs, strings of several lines and letters of two bytes": (
+        'if True:\n\tü = """a\n b"""; größe = len(ü); print(größe, ü)\n',
+        {"ü", "größe"},
+    ),
+}
+
+
+def ran(code):
+    """What a program prints."""
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        exec(compile(code, "code", "exec"), {"__name__": "code"})
+    return printed.getvalue()
+
+
+def names(code):
+    return {node.id for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Name)}
+
+
+@pytest.mark.parametrize("what", PROGRAMS)
+def test_renamed_code_does_the_same(what):
+    code, expected = PROGRAMS[what]
+    new = changed("code_renamed", f"Here:\n\n```python\n{code}```\n\nDone.")
+    before, now, behind = new.split("```")
+    assert (before, behind) == ("Here:\n\n", "\n\nDone.")
+    now = now.removeprefix("python\n")
+    assert ran(now) == ran(code) != ""
+    assert names(code) - names(now) == expected
+    assert names(now) - names(code) == {f"my_{name}" for name in expected}
+
+
+def test_names_that_the_answer_speaks_of_stay():
+    code = "```python\nfirst = 1\nsecond = first + 1\n```\n"
+    assert changed("code_renamed", code) == (
+        "```python\nmy_first = 1\nmy_second = my_first + 1\n```\n"
+    )
+    spoken = code + "Here `second` is 2.\n```py\nprint(first)\n```\n"
+    assert changed("code_renamed", spoken) == spoken
+
+
+@pytest.mark.parametrize(
+    "block",
+    [
+        "```python\nx = = 1\n```",
+        "```python\n>>> x = 1\n```",
+        "```python\nx = '\n```",
+        "```python\nx = 1\n\0\n```",
+        "```python\nfrom m import *\nx = 1\n```",
+        "```js\nx = 1\n```",
+        "```\nx = 1\n```",
+    ],
+)
+def test_what_is_no_python_or_may_hold_any_name_stays(block):
+    assert changed("code_renamed", f"{block}\n") == f"{block}\n"
