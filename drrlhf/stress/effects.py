@@ -15,8 +15,6 @@ from drrlhf.stress.resample import counts
 from drrlhf.stress.scores import Scores
 from drrlhf.transformations import ATTACK, BIAS, FORM, PROMPT
 
-# Forms that are also known as biases of reward models: they add nothing, and look like more.
-LIKED = ("bullets", "bold")
 NAMED = 5
 
 
@@ -156,7 +154,7 @@ def _biases(scores: Scores, bootstrap: Bootstrap) -> list[dict[str, Any]]:
     found = []
     for name, form in scores.forms.items():
         change = named(name)
-        if change.kind != BIAS and name not in LIKED:
+        if change.kind != BIAS:
             continue
         likes = (1 + np.sign(form - scores.rewards)) / 2  # NaN where there is no such form
         known = np.isfinite(likes)

@@ -33,7 +33,7 @@ def chosen(
             for i in _largest(turned, OF_EACH)
         ]
     for name, form in forms.items():
-        if named(name).kind == BIAS or named(name).on != PROMPT:
+        if named(name).kind == BIAS:
             gain = form - rewards
             found[f"{name}/preferred"] = [
                 {

@@ -257,8 +257,9 @@ def test_every_form_of_a_text_is_scored_as_the_text_itself(tmp_path):
         ("prompt_preamble", "prompt"),
     }
     assert result["prompts"] == 12 < FEW_PROMPTS and "Only 12" in result["notes"][0]
-    example = found.examples["sentence/preferred"][0]
-    assert example["changed"] == example["answer"] + SENTENCE
+    turned = found.examples.get("sentence/rejected", [])
+    assert all(one["after"] == {"rejected": one["rejected"] + SENTENCE} for one in turned)
+    assert all(one["margin"] > 0 > one["margin_after"] for one in turned)
 
 
 def test_other_forms_come_from_columns(tmp_path):
