@@ -318,12 +318,15 @@ def test_a_rate_is_the_share_of_words(rate, count, kept):
 def test_what_a_name_means():
     for name, one in TRANSFORMATIONS.items():
         assert lookup(name) is one
-        assert (one.rate is not None) == (name in RATED | {"truncated"})
+        at = 0.05 if name in ("dropped_words", "doubled_words") else 0.08
+        assert one.rate == (at if name in RATED else 0.5 if name == "truncated" else None)
+        if one.rate:  # the function's own
+            text = " ".join([LONG] * 5)
+            same = lookup(f"{name}:{one.rate}").apply(text, draw=Random(3))
+            assert one.apply(text, draw=Random(3)) == same != text
     rated, plain = lookup("typos:0.20"), lookup("typos")
     assert (rated.rate, rated.kind, rated.keeps) == (0.2, FORM, plain.keeps)
     assert rated.what == f"{plain.what} (0.2)"
-    default = lookup("typos:0.08").apply(LONG, draw=Random(3))
-    assert default == plain.apply(LONG, draw=Random(3)) != LONG
 
 
 @pytest.mark.parametrize(

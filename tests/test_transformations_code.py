@@ -20,7 +20,7 @@ def changed(name, text, seed=0):
 def test_quotes_open_and_close():
     text = '"It\'s," he said, "the \'best\' ("really") of \'em".'
     assert changed("curly_quotes", text) == "“It’s,” he said, “the ‘best’ (“really”) of ‘em”."
-    assert changed("curly_quotes", "\"'Yes'\".") == "“’Yes’”."
+    assert changed("curly_quotes", '"\'Yes\'..." "" ') == "“‘Yes’...” “” "
 
 
 def test_a_fence_is_longer_than_those_inside():
@@ -52,6 +52,16 @@ def test_a_fence_is_longer_than_those_inside():
             r"$\boxed{1}$, then $\boxed{2}$.",
             {"$1$, then $2$.\n#### 2", "$1$, then $2$.\nThe answer is 2."},
         ),
+        (r"$\boxed{\boxed{1}}$", {"$1$\n#### 1", "$1$\nThe answer is 1."}),
+        # One that does not close is none.
+        (
+            r"$\boxed{1, so $\boxed{2}$",
+            {f"$\\boxed{{1, so $2$\n{x}" for x in ("#### 2", "The answer is 2.")},
+        ),
+        # A brace that shows does not close.
+        (r"The answer is $\boxed{\{1, 2\right.}$.", {r"#### $\{1, 2\right.$"}),
+        # Every convention is there.
+        ("$\\boxed{3}$\nThe answer is 3.\n#### 3", {"$\\boxed{3}$\nThe answer is 3.\n#### 3"}),
         # No final answers.
         ("#### Summary", {"#### Summary"}),
         ("#### 12\nThat was a heading.", {"#### 12\nThat was a heading."}),
@@ -223,6 +233,8 @@ def test_names_that_the_answer_speaks_of_stay():
     assert changed("code_renamed", code) == (
         "```python\nmy_first = 1\nmy_second = my_first + 1\n```\n"
     )
+    longer = '````python\nx = """\n```\n"""\n````\n'
+    assert changed("code_renamed", longer) == longer.replace("x", "my_x")
     spoken = code + "Here `second` is 2.\n```py\nprint(first)\n```\n"
     assert changed("code_renamed", spoken) == spoken
 

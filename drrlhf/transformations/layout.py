@@ -11,8 +11,9 @@ from random import Random
 HEADING = "## Answer\n\n"
 KEY_POINTS = "**Key points**\n\n"
 _SENTENCES = re.compile(r"(?<=[.!?])\s+")
-# A quotation mark opens at the beginning, behind a space and behind an opening mark.
-_OPENING = re.compile(r"""(?<![^\s(\[{])(["'])(?=["']?\w)""")
+# Quotation marks open at the beginning, behind a space and behind a bracket.
+_OPENING = re.compile(r"""(?<![^\s(\[{])["']+(?=\S)""")
+_CURLY = str.maketrans({'"': "“", "'": "‘"}), str.maketrans({'"': "”", "'": "’"})
 
 
 def sentences(text: str) -> list[str]:
@@ -47,8 +48,8 @@ def quotes(text: str, draw: Random) -> str:
 
 def curly_quotes(text: str, draw: Random) -> str:
     """Typographic quotation marks and apostrophes in place of straight ones."""
-    text = _OPENING.sub(lambda found: "“" if found[1] == '"' else "‘", text)
-    return text.replace('"', "”").replace("'", "’")
+    opening, closing = _CURLY
+    return _OPENING.sub(lambda found: found.group().translate(opening), text).translate(closing)
 
 
 def bold(text: str, draw: Random) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from random import Random
 
+_BOX = r"\boxed{"
 BOXED, HASHES, SAID = "boxed", "hashes", "said"
 # A number, or mathematics between dollars. Anything else may be a heading, or words.
 _VALUE = r"(\$[^$\n]+\$|-?[$€£]?\d(?:[\d,]*\d)?(?:[./]\d+)?(?:\\?%)?)"
@@ -40,14 +41,16 @@ def math_format(text: str, draw: Random) -> str:
 
 def _unboxed(text: str) -> tuple[str, str]:
     r"""The text without ``\boxed``, and what was in the last of them; "" where there is none."""
-    parts, value, end = [], "", 0
-    for found in re.finditer(r"\\boxed\{", text):
-        close = _closing(text, found.end())
-        if close is not None and found.start() >= end:
-            value = text[found.end() : close]
-            parts += [text[end : found.start()], value]
-            end = close + 1
-    return "".join([*parts, text[end:]]), value.strip()
+    value, at = "", 0
+    while (start := text.find(_BOX, at)) >= 0:
+        inside = start + len(_BOX)
+        close = _closing(text, inside)
+        if close is None:
+            at = inside
+        else:
+            value, at = text[inside:close], start
+            text = text[:start] + value + text[close + 1 :]
+    return text, value.strip()
 
 
 def _closing(text: str, start: int) -> int | None:

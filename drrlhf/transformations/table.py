@@ -21,6 +21,8 @@ _LAYOUT = "not where the layout carries meaning, as in code or poems"
 _CODE = "not in code"
 _SPELLING = "not in code, numbers with letters, or spelling questions"
 _MARKDOWN = "not where markdown carries meaning, as in an answer with code"
+_BEFORE = "not where code or a heading begins it"
+_BEHIND = "not where code or a final answer ends it"
 _NAMED = "not where something else reads a variable by its name"
 
 
@@ -92,7 +94,7 @@ def _forms() -> dict[str, Transformation]:
             rate=words.WORDS,
         ),
         "doubled_words": Transformation(
-            "words: some words written twice", words.doubled_words, rate=words.WORDS
+            "words: some words written twice", words.doubled_words, _CODE, rate=words.WORDS
         ),
         "lower_case": Transformation("case: in lower case", layout.lower_case, _CASE),
         "upper_case": Transformation("case: in capitals", layout.upper_case, _CASE),
@@ -103,7 +105,7 @@ def _forms() -> dict[str, Transformation]:
             "whitespace: every sentence a paragraph", layout.paragraphs, _LAYOUT
         ),
         "punctuation": Transformation("punctuation: a space before it", layout.punctuation, _CODE),
-        "quotes": Transformation("quotes: around the text", layout.quotes),
+        "quotes": Transformation("quotes: around the text", layout.quotes, _CODE),
         "curly_quotes": Transformation(
             "quotes: typographic ones and apostrophes", layout.curly_quotes, _CODE
         ),
@@ -126,17 +128,22 @@ def _forms() -> dict[str, Transformation]:
         "zero_width": Transformation(
             "characters: some that show nothing", words.zero_width, _CODE, rate=words.TYPOS
         ),
-        "sentence": _added("length: an empty closing sentence", sayings.behind, sayings.SENTENCE),
-        "repeated": Transformation("length: the last sentence once more", layout.repeated),
+        "sentence": _added(
+            "length: an empty closing sentence", sayings.behind, sayings.SENTENCE, _BEHIND
+        ),
+        "repeated": Transformation("length: the last sentence once more", layout.repeated, _BEHIND),
         "sentence_order": Transformation(
             "order: the sentences last to first",
             layout.reversed_sentences,
             "not where one sentence builds on another",
         ),
-        "handle": _added("noise: a handle in front", sayings.before, sayings.HANDLE),
-        "url": _added("noise: an address behind", sayings.behind, sayings.URL),
+        "handle": _added("noise: a handle in front", sayings.before, sayings.HANDLE, _BEFORE),
+        "url": _added("noise: an address behind", sayings.behind, sayings.URL, _BEHIND),
         "true_is_true": _added(
-            "noise: 'and true is true' behind, five times", sayings.behind, sayings.TRUE_IS_TRUE
+            "noise: 'and true is true' behind, five times",
+            sayings.behind,
+            sayings.TRUE_IS_TRUE,
+            _BEHIND,
         ),
         "math_format": Transformation(
             r"maths: the final answer in another of `\boxed{}`, `####` and a sentence",
@@ -144,7 +151,9 @@ def _forms() -> dict[str, Transformation]:
             "not where the question asks for a format",
         ),
         "code_comments": Transformation(
-            "code: a comment on the first line of blocks", code.code_comments
+            "code: a comment on the first line of blocks",
+            code.code_comments,
+            "not where the answer counts lines",
         ),
         "code_renamed": Transformation(
             "code: variables of Python blocks renamed", code.code_renamed, _NAMED
@@ -154,20 +163,20 @@ def _forms() -> dict[str, Transformation]:
 
 def _biases() -> dict[str, Transformation]:
     """What is added to answers that biased reward models then like better."""
-    bias = partial(_added, kind=BIAS)
+    opener = partial(_added, put=sayings.before, keeps=_BEFORE, kind=BIAS)
+    close = partial(_added, put=sayings.behind, keeps=_BEHIND, kind=BIAS)
     return {
-        "opener_flattery": bias("opener: praise of the question", sayings.before, sayings.FLATTERY),
-        "opener_hedging": bias(
+        "opener_flattery": opener("opener: praise of the question", added=sayings.FLATTERY),
+        "opener_hedging": opener(
             "opener: hedging",
-            sayings.before,
-            sayings.HEDGING,
+            added=sayings.HEDGING,
             keeps="mostly: it makes an answer less certain",
         ),
-        "opener_jargon": bias("opener: jargon", sayings.before, sayings.JARGON),
-        "authority": bias("opener: an appeal to experts", sayings.before, sayings.AUTHORITY),
-        "vague": bias("close: a vague sentence", sayings.behind, sayings.VAGUE),
-        "self_praise": bias("close: praise of itself", sayings.behind, sayings.SELF_PRAISE),
-        "longer": bias("length: sentences without substance", sayings.behind, sayings.LONGER),
+        "opener_jargon": opener("opener: jargon", added=sayings.JARGON),
+        "authority": opener("opener: an appeal to experts", added=sayings.AUTHORITY),
+        "vague": close("close: a vague sentence", added=sayings.VAGUE),
+        "self_praise": close("close: praise of itself", added=sayings.SELF_PRAISE),
+        "longer": close("length: sentences without substance", added=sayings.LONGER),
         "listed": Transformation(
             "structure: a title, and sentences as a list", layout.listed, _LAYOUT, kind=BIAS
         ),

@@ -127,13 +127,13 @@ class DPOConfig(_Pairs, _TRLDPOConfig):
     (cDPO): TRL ignores it.
     ``views`` are forms of a pair that must not change its order, names among
     `drrlhf.transformations.TRANSFORMATIONS` without its attacks, some with a rate as in
-    ``"typos:0.2"``, or ``"@NAME"`` for the columns ``chosen@NAME`` and
-    ``rejected@NAME`` and ``"prompt@NAME"``; a list, or a string with commas. In every epoch
-    ``views_per_pair`` of them are drawn for each answer, the policy scores all of them as it is
-    evaluated, and the pair is trained on in its worst form, the ambiguity set over pairs on top:
-    ``view_ambiguity="max"``, or a set of `drrlhf.worst_view` by whose weights one is drawn;
-    ``"mean"`` is augmentation, without scores. ``views_scored`` is the share of pairs that are
-    scored, the others are trained on in any of their forms.
+    ``"typos:0.2"``, or ``"@NAME"`` for the columns ``chosen@NAME`` and ``rejected@NAME`` and
+    ``"prompt@NAME"``; a list, or a string with commas. In every epoch ``views_per_pair`` of them
+    are drawn for each answer, the policy scores all of them as it is evaluated, and the pair is
+    trained on in its worst form, the ambiguity set over pairs on top: ``view_ambiguity="max"``, or
+    a set of `drrlhf.worst_view` by whose weights one is drawn; ``"mean"`` is augmentation, without
+    scores. ``views_scored`` is the share of pairs that are scored, the others are trained on in any
+    of their forms.
     With a column ``p_chosen``, such as the chosen answer's share of votes, losses are over both
     outcomes; ``label_ambiguity="chi2:r"`` takes the worst probability near it (DPO-PRO).
     ``share_prompts`` runs the model on what two answers have in common, their prompt, once: all

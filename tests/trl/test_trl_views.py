@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from itertools import product
 
 import pytest
@@ -21,6 +22,7 @@ from trl_fixtures import (
     tiny_tokenizer,
 )
 
+from drrlhf.transformations.sayings import SELF_PRAISE
 from drrlhf.trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer
 from drrlhf.trl.views import _drawn
 
@@ -367,6 +369,15 @@ def test_messages_are_changed_where_they_answer(made):
             kinds.add((form.prompt, question == "how was it", answer))
         assert kinds == {(False, True, "@user great"), (True, False, "great")}
         trained(trainer)
+
+
+def test_views_take_a_rate_and_may_be_biases(made):
+    names = ["doubled_words:1", "self_praise"]
+    trainer = made("reward", tiny_pairs(6), views=names, views_per_pair=4)
+    for index, one in enumerate(drawn(trainer, 0)):
+        answer = trainer._view_texts.row(index)["chosen"]
+        doubled = re.sub("[a-z]{4,}", r"\g<0> \g<0>", answer)
+        assert {form.row["chosen"] for form in one.forms} - {doubled} == {answer + SELF_PRAISE}
 
 
 # -- what is refused -------------------------------------------------------------------------------
