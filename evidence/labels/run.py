@@ -55,12 +55,12 @@ METHODS = {
 class Scale:
     """How much of everything: pairs and tests of the reward model, and the policy's settings."""
 
-    reward: Sizes = Sizes(val=0)
+    reward: Sizes = field(default_factory=lambda: Sizes(val=0))
     epochs: int = 12
     batch: int = 256
     lr: float = 1e-3
     weight_decay: float = 0.01
-    dpo: Settings = Settings()
+    dpo: Settings = field(default_factory=Settings)
 
 
 QUICK = Scale(

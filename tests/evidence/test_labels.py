@@ -6,10 +6,10 @@ import math
 
 import pytest
 import torch
-from evidence.labels import run
-from evidence.shift.shifts import Drawing, Drawn
 
 from drrlhf.demo.sentiment import Text
+from evidence.labels import run
+from evidence.shift.shifts import Drawing, Drawn
 
 
 def texts():

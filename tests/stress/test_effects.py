@@ -24,7 +24,7 @@ NAMES = ("typos", "sentence", "bullets", "self_praise", "empty", "prompt_typos")
 def made(n=N, missing=0.2, **more):
     """Scores with rewards of random forms, some of which there are not."""
     rng = np.random.default_rng(1)
-    rewards = rng.normal(size=(n, 2)) + [0.8, 0.0]
+    rewards = rng.normal([0.8, 0.0], size=(n, 2))
     forms = {}
     for name in NAMES:
         form = rewards + rng.normal(scale=0.8, size=(n, 2))

@@ -310,7 +310,7 @@ def test_a_model_that_gives_nan_for_a_form_is_told(tmp_path):
     model = RewardModel(tiny_reward_dir(tmp_path))
     score = model._score
     model._score = lambda batch: np.where([len(t.ids) > 25 for t in batch], np.nan, score(batch))
-    with pytest.raises(DataError, match="sentence.*NaN or infinite"):
+    with pytest.raises(DataError, match=r"sentence.*NaN or infinite"):
         score_pairs(model, written(tmp_path / "d.jsonl", rows(20)), changes="sentence")
 
 
