@@ -11,10 +11,10 @@ import numpy as np
 from drrlhf.ambiguity import AmbiguitySet
 from drrlhf.stress import adversary, counterfactual, curves, groups, resample
 from drrlhf.stress.require import Requirement, example_set, parse_requirement
+from drrlhf.stress.resample import FEW_PROMPTS
 from drrlhf.stress.scores import Scores, load_scores
 from drrlhf.version import __version__
 
-FEW_PROMPTS = 30
 Source = Scores | str | os.PathLike[str]
 
 

@@ -9,8 +9,9 @@ from typing import Any
 
 import pyarrow as pa
 
-from drrlhf.data import TEMPLATE, load_preference_data
+from drrlhf.data import TEMPLATE
 from drrlhf.files import tables
+from drrlhf.stress.benchmarks import read_pairs
 from drrlhf.stress.counterfactual import Row, counterfactuals
 from drrlhf.stress.curves import Array
 from drrlhf.stress.models import Scorer
@@ -30,11 +31,12 @@ def score_pairs(
     max_nan: float = 0.01,
     on_progress: Progress = lambda *_: None,
 ) -> Scores:
-    """The pairs of a preference data set scored by ``model``, and again under every change of
-    `counterfactual.CHANGES`. Columns beside those of the preference format become attributes.
+    """The pairs of a preference data set or benchmark (see `read_pairs`) scored by ``model``, and
+    again under every change of `counterfactual.CHANGES`. Columns beside those of the preference
+    format become attributes.
 
     Raises:
-        DataError: see `drrlhf.data.load_preference_data` and `drrlhf.stress.load_scores`.
+        DataError: see `read_pairs` and `load_scores`.
     """
     table = score_table(model, source, split=split, on_progress=on_progress)
     return from_table(table, str(source), prompt_column=prompt_column, max_nan=max_nan)
@@ -51,9 +53,9 @@ def score_table(
     lengths, ``margin``, and ``margin@CHANGE`` after each change.
 
     Raises:
-        DataError: see `drrlhf.data.load_preference_data`.
+        DataError: see `read_pairs`.
     """
-    loaded = load_preference_data(source, split=split, keep_columns=True)
+    loaded = read_pairs(source, split)
     rows = loaded.dataset.to_list()
 
     def score(what: str, some: Sequence[Row]) -> Array:
