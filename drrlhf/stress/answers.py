@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -16,6 +18,16 @@ STYLED = ("chosen_style", "rejected_style")
 CANDIDATES = ("candidates", "responses", "completions", "answers")
 
 Both = tuple[NDArray[np.int64], NDArray[np.int64]]
+
+
+def prompt_id(value: Any, row: str, taken: set[str]) -> str:
+    """The id of a prompt as text, or ``row`` ("row 7") where there is none; with the row behind it
+    where it is ``taken`` by an earlier prompt, whose answers would else count as its own."""
+    text = row if value is None else str(value)
+    while text in taken:
+        text = f"{text} ({row})"
+    taken.add(text)
+    return text
 
 
 def every_pair(right: int, wrong: int) -> Both:

@@ -25,7 +25,7 @@ from typing import Any
 
 from drrlhf.data import PreferenceData, open_rows, preference_data_of
 from drrlhf.files.tables import DataError, Row, Rows, short
-from drrlhf.stress.answers import ANSWERS, CANDIDATES, STYLED, STYLES
+from drrlhf.stress.answers import ANSWERS, CANDIDATES, STYLED, STYLES, prompt_id
 
 logger = logging.getLogger(__name__)
 
@@ -125,7 +125,8 @@ class _Expanded:
     def attributes(self, number: int, row: Row) -> Row:
         """What all pairs of a row have."""
         key = next((name for name in IDS if row.get(name) is not None), None)
-        more = {"prompt": row[self.form.prompt], "prompt_id": self.id(number, row.get(key or ""))}
+        name = prompt_id(row.get(key or ""), f"{self.unit} {number}", self.ids)
+        more = {"prompt": row[self.form.prompt], "prompt_id": name}
         for name, value in row.items():
             if name in more or name == key or name in self.form.used:
                 continue
@@ -134,13 +135,6 @@ class _Expanded:
             else:
                 self.left_out.add(name)
         return more
-
-    def id(self, number: int, value: Any) -> str:
-        """The id as text, and never that of another row: pairs of one id share their answers."""
-        text = f"{self.unit} {number}" if value is None else str(value)
-        text = f"{text} ({self.unit} {number})" if text in self.ids else text
-        self.ids.add(text)
-        return text
 
 
 # ---- which format it is --------------------------------------------------------------------------
