@@ -170,11 +170,8 @@ def combined(scores_by_model: Mapping[str, Ragged], how: str = "min") -> list[Ar
     given = _check_shapes(scores_by_model)
     table = np.stack([_standardised(name, np.concatenate(one)) for name, one in given.items()], 1)
     values, known = np.full(len(table), np.nan), np.isfinite(table).all(1)
-    # Equal rows once: in a batch their results may differ in the last bit, which would part ties.
-    rows, inverse = np.unique(table[known], axis=0, return_inverse=True)
     weights = torch.full((len(given),), 1 / len(given), dtype=torch.float64)
-    rewards = dr.robust_reward(torch.from_numpy(rows), how, weights)
-    values[known] = rewards.numpy()[inverse.reshape(-1)]
+    values[known] = dr.robust_reward(torch.from_numpy(table[known]), how, weights).numpy()
     sizes = [len(one) for one in next(iter(given.values()))]
     return np.split(values, np.cumsum(sizes)[:-1])
 
