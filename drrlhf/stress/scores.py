@@ -285,12 +285,16 @@ def _each_style(
         numbers.append(_numbers(flat, name, source, np.arange(len(of_row)).repeat(of_row)))
     absent = (sizes[0] == 0) & (sizes[1] == 0)
     there = (sizes[0] == len(STYLES)) & (sizes[1] == len(STYLES))
-    if not (absent | there).all():
-        row = int((absent | there).argmin())
+    odd = ~(absent | there)
+    if odd.any():
+        several = odd & ((sizes[0] > 1) | (sizes[1] > 1))  # rather named than a single score
+        row = int((several if several.any() else odd).argmax())
+        more, other = int(sizes[1][row] > sizes[0][row]), int(sizes[1][row] <= sizes[0][row])
         raise DataError(
-            f"{source}: row {row + 1}: columns {chosen!r} and {rejected!r} hold lists of several "
-            f"scores, {sizes[0][row]} and {sizes[1][row]}; expected {len(STYLES)} and "
-            f"{len(STYLES)}, as RM-Bench has them; else give a row for each pair of answers, and a "
+            f"{source}: row {row + 1}: column {(chosen, rejected)[more]!r} holds lists of several "
+            f"scores, here {sizes[more][row]} beside {sizes[other][row]} in "
+            f"{(chosen, rejected)[other]!r}; expected {len(STYLES)} and {len(STYLES)}, as RM-Bench "
+            f"has them; else give a row for each pair of answers, and a "
             f"prompt_id that they share, or a column {SCORES!r}, right answers first"
         )
     six = np.hstack([one.reshape(-1, len(STYLES)) for one in numbers])

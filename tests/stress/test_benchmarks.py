@@ -344,8 +344,15 @@ def test_score_files_of_rm_bench(tmp_path, chosen, rejected):
 @pytest.mark.parametrize(
     ("scores", "message"),
     [
-        (([1.0, 2.0, 3.0], [1.0, 2.0]), "row 2: .* several scores, 3 and 2; expected 3 and 3"),
-        (([1.0, 2.0, 3.0], None), "row 2: .* several scores, 3 and 0; expected 3 and 3"),
+        (
+            ([1.0, 2.0, 3.0], [1.0, 2.0]),
+            "row 2: .* several scores, here 3 beside 2 in 'score_rejec",
+        ),
+        (([1.0], [0.0]), "row 2: .* several scores, here 1 beside 1 in .*expected 3 and 3"),
+        (
+            ([1.0, 2.0, 3.0], None),
+            "row 2: .* several scores, here 3 beside 0 in .*expected 3 and 3",
+        ),
         (([1.0, 2.0, 3.0], ["a", "b", "c"]), "row 2: .*must hold a list of 3 numbers"),
         (([1.0, 2.0, 3.0], 2.0), "row 2: .*must hold a list of 3 numbers, .*holds '2'"),
     ],
