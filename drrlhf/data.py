@@ -97,7 +97,27 @@ def load_preference_data(
     """
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {', '.join(KINDS)}; got {kind!r}")
-    name, unit, rows = _open(str(source), split)
+    return preference_data_of(
+        *open_rows(str(source), split),
+        kind=kind,
+        group_names=group_names,
+        new_groups=new_groups,
+        keep_columns=keep_columns,
+    )
+
+
+def preference_data_of(
+    name: str,
+    unit: str,
+    rows: Rows,
+    *,
+    kind: str = "reward",
+    group_names: Sequence[str] | None = None,
+    new_groups: bool = False,
+    keep_columns: bool = False,
+) -> PreferenceData:
+    """`load_preference_data` for rows that come with their numbers: errors name ``name`` and, as
+    "``unit`` number", the row."""
     columns = _Columns(
         name, unit, skip={"margin"} if kind == "dpo" else set(), keeps_more=keep_columns
     )
@@ -115,7 +135,7 @@ def load_prompt_data(
 ) -> PreferenceData:
     """Read and check prompts for GRPO: as `load_preference_data`, with ``prompt`` (a string, or
     messages) in place of a pair, and with every other column kept as it is."""
-    name, unit, rows = _open(str(source), split)
+    name, unit, rows = open_rows(str(source), split)
     columns = _Columns(
         name, unit, set(), required=PROMPT_REQUIRED, optional=PROMPT_OPTIONAL, keeps_more=True
     )
@@ -132,8 +152,12 @@ def load_prompt_data(
 # ---- where rows come from ------------------------------------------------------------------------
 
 
-def _open(source: str, split: str) -> tuple[str, str, Rows]:
-    """The name to print, what the rows' numbers count, and the rows with their numbers."""
+def open_rows(source: str, split: str) -> tuple[str, str, Rows]:
+    """The name to print, what the rows' numbers count, and the rows with their numbers.
+
+    Raises:
+        DataError: neither a file nor a data set that could be loaded, or a split of a file.
+    """
     path = Path(source).expanduser()
     is_file = path.is_file() or path.suffix.lower() in tables.SUFFIXES
     if path.is_dir() or (not is_file and _HUB_NAME.fullmatch(source)):

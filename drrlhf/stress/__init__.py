@@ -1,5 +1,15 @@
 """Stress before deployment: worst cases of a reward model or policy from its scored pairs."""
 
+from drrlhf.stress.benchmarks import read_pairs
+from drrlhf.stress.best_of import (
+    best_of_curve,
+    best_of_curves,
+    best_of_right,
+    best_of_right_of_pairs,
+    combined,
+    kendall_tau,
+)
+from drrlhf.stress.candidates import Candidates, load_candidates
 from drrlhf.stress.junit import write_junit
 from drrlhf.stress.models import Policy, RewardModel, load_judge
 from drrlhf.stress.radius import suggest_radius
@@ -11,14 +21,23 @@ from drrlhf.stress.scoring import score_pairs, score_table
 
 __all__ = [
     "Attribute",
+    "Candidates",
     "Policy",
     "Requirement",
     "RewardModel",
     "Scores",
+    "best_of_curve",
+    "best_of_curves",
+    "best_of_right",
+    "best_of_right_of_pairs",
+    "combined",
     "from_table",
+    "kendall_tau",
+    "load_candidates",
     "load_judge",
     "load_scores",
     "parse_requirement",
+    "read_pairs",
     "score_pairs",
     "score_table",
     "stress_test",

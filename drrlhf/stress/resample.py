@@ -11,6 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 BLOCKS = 1024
+# With fewer different prompts than these a band is rough, and reports say so.
+FEW_PROMPTS = 30
 
 
 def blocks_of(prompts: NDArray[np.int64], seed: int) -> NDArray[np.int64]:

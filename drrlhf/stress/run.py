@@ -13,11 +13,11 @@ from drrlhf.stress import adversary, curves, groups, resample
 from drrlhf.stress.effects import Bootstrap, effects
 from drrlhf.stress.findings import findings, verdict
 from drrlhf.stress.require import Requirement, example_set, facts, parse_requirement
+from drrlhf.stress.resample import FEW_PROMPTS
 from drrlhf.stress.scores import Scores, load_scores
 from drrlhf.stress.styles import styles_of
 from drrlhf.version import __version__
 
-FEW_PROMPTS = 30
 Source = Scores | str | os.PathLike[str]
 
 

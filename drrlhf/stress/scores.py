@@ -4,7 +4,9 @@ A file is JSONL, JSON, CSV or Parquet with a row a pair: ``chosen_reward`` and `
 or ``margin``, their difference. What RewardBench writes is known too: ``scores_chosen`` and
 ``scores_rejected``; ``chosen`` and ``rejected``, where these are numbers; and RewardBench 2's
 ``scores``, a list for each prompt of which the first ``num_correct`` (1 without that column) belong
-to right answers: each of them with each of the wrong ones is a pair. ``chosen_reward@NAME`` and
+to right answers: each of them with each of the wrong ones is a pair. So is each of the three of
+RM-Bench's ``score_chosen`` with each of its three ``score_rejected``. ``chosen_answer`` and
+``rejected_answer`` say which answers of the prompt a pair is made of. ``chosen_reward@NAME`` and
 ``rejected_reward@NAME`` are rewards of a changed form of an answer, or of an answer to a changed
 prompt, and ``margin@NAME`` is the margin after a change NAME of the text. Every other column is an
 attribute if its values can be: a name, a number, true or false.
@@ -15,7 +17,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,8 +29,12 @@ from numpy.typing import NDArray
 
 from drrlhf.files import tables
 from drrlhf.files.tables import DataError, is_text, short
+from drrlhf.stress.answers import ANSWERS, STYLED, STYLES, Both, answers_in, every_pair
 
-CHOSEN = ("chosen_reward", "scores_chosen", "chosen_score", "score_chosen", "chosen_rewards")
+CHOSEN = (
+    *("chosen_reward", "scores_chosen", "chosen_score"),
+    *("score_chosen", "chosen_rewards", "chosen_scores"),
+)
 REJECTED = tuple(name.replace("chosen", "rejected") for name in CHOSEN)
 MARGIN = ("margin", "score_margin", "reward_margin")
 SCORES, CORRECT = "scores", "num_correct"
@@ -64,7 +70,9 @@ class Scores:
     whose prompt is missing or empty, each of which is a prompt of its own. ``longer`` (n,) float64
     is the length of the chosen answer minus that of the rejected one, in characters, where lengths
     are known; ``position`` (n,) is 0 where the chosen answer stood first and 1 where it stood
-    second. ``rewards`` (n, 2) are those of the chosen and the rejected answer, where they are
+    second. ``answers`` are which of the prompt's answers (n,) the chosen and the rejected one are,
+    where the file says so; -1 where it does not, and in all pairs of a prompt of which one was left
+    out. ``rewards`` (n, 2) are those of the chosen and the rejected answer, where they are
     known apart, and ``forms`` those of their changed forms by the name of the change, NaN where it
     changed nothing; ``counterfactuals`` are margins (n,) after a change of which no more is known.
     ``examples`` are texts of telling pairs, see `drrlhf.stress.examples`.
@@ -86,6 +94,7 @@ class Scores:
     rows: int = 0
     dropped: int = 0
     without_prompt: int = 0
+    answers: Both | None = None
 
     def __len__(self) -> int:
         return len(self.margin)
@@ -134,7 +143,7 @@ def from_table(
         raise ValueError(f"max_nan must lie in [0, 1), got {max_nan!r}")
     if not table.num_rows:
         raise DataError(f"{source}: empty; expected a row for each scored pair")
-    margin, rows, used = _margins(table, source)
+    margin, rows, used, answers = _margins(table, source)
     finite = np.isfinite(margin)
     dropped = int(len(margin) - finite.sum())
     if dropped > max_nan * len(margin):
@@ -143,12 +152,13 @@ def from_table(
             f"({_some(rows[~finite])}); at most a share of {max_nan:g} may be: score those pairs "
             "again, drop them, or raise --max-nan"
         )
-    read, margin, rows = len(margin), margin[finite], rows[finite]
+    lost, read, margin, rows = rows[~finite], len(margin), margin[finite], rows[finite]
     _check_margins(margin, source, all_right)
     prompt = _prompt_column(table, source, prompt_column)
     prompts, missing = _prompts(table, prompt)
     if dropped or read != table.num_rows:
         table = table.take(pa.array(rows))
+    named = answers_in(table)
     longer = _longer(table, source)
     after = [name for name in table.column_names if name.startswith(CHANGED)]
     counterfactuals = {
@@ -157,8 +167,23 @@ def from_table(
     rewards, forms = _forms(table, source)
     after += [name for name in table.column_names if name.startswith(_FORM_BEGINNINGS)]
     attributes, ignored = _attributes(
-        table, {*used, *RESULTS, *TEXTS, *LENGTHS, *FORMS, *after, POSITION, prompt}
+        table,
+        {
+            *(*used, *RESULTS, *TEXTS, *LENGTHS, *FORMS, *ANSWERS, *after),
+            *("prompt_id", POSITION, prompt),
+        },
     )
+    whole = ~np.isin(prompts[rows], prompts[lost])
+    if answers is not None:
+        answers = (answers[0][finite], answers[1][finite])
+        if SCORES not in used:  # three scores and three
+            attributes = _styles(answers) | attributes
+    elif isinstance(named, dict):
+        ignored |= named
+    else:
+        answers = named
+    if answers is not None:
+        answers = (np.where(whole, answers[0], -1), np.where(whole, answers[1], -1))
     if longer is not None:
         attributes["answer lengths"] = Attribute(
             np.where(np.isnan(longer), -1, np.sign(np.nan_to_num(longer)) + 1).astype(np.int64),
@@ -173,12 +198,13 @@ def from_table(
         counterfactuals,
         rewards,
         forms,
-        json.loads((table.schema.metadata or {}).get(EXAMPLES, "{}")),
-        ignored,
-        source,
-        read,
-        dropped,
-        int(missing[rows].sum()),
+        answers=answers,
+        examples=json.loads((table.schema.metadata or {}).get(EXAMPLES, "{}")),
+        ignored=ignored,
+        source=source,
+        rows=read,
+        dropped=dropped,
+        without_prompt=int(missing[rows].sum()),
     )
 
 
@@ -189,7 +215,8 @@ def _forms(
     table: pa.Table, source: str
 ) -> tuple[NDArray[np.float64] | None, dict[str, NDArray[np.float64]]]:
     """The rewards (n, 2) of the two answers, and of their forms by the name of the change."""
-    if not {*FORMS} <= {*table.column_names}:
+    both = {*FORMS} <= {*table.column_names}
+    if not both or _are_styles(*(table[name] for name in FORMS)):
         apart = [name for name in table.column_names if name.startswith(_FORM_BEGINNINGS)]
         if apart:
             raise DataError(
@@ -221,21 +248,28 @@ def _forms(
 
 def _margins(
     table: pa.Table, source: str
-) -> tuple[NDArray[np.float64], NDArray[np.int64], set[str]]:
-    """chosen minus rejected (n,), the row of the table (n,) that each pair is of, and the columns
-    that they came from."""
+) -> tuple[NDArray[np.float64], NDArray[np.int64], set[str], Both | None]:
+    """chosen minus rejected (n,), the row of the table (n,) that each pair is of, the columns that
+    they came from, and the answers (n,) that a row of several pairs has them of."""
     names, rows = set(table.column_names), np.arange(table.num_rows)
     for chosen, rejected in zip(CHOSEN, REJECTED, strict=True):
         if {chosen, rejected} <= names:
             used = {chosen, rejected, *(names & {*MARGIN})}
-            return _difference(table, chosen, rejected, source), rows, used
+            if _are_styles(table[chosen], table[rejected]):
+                margin, rows, answers = _each_style(table, chosen, rejected, source)
+                return margin, rows, used, answers
+            return _difference(table, chosen, rejected, source), rows, used, None
     for name in MARGIN:
         if name in names:
-            return _numbers(table[name], name, source), rows, {name}
+            return _numbers(table[name], name, source), rows, {name}, None
     if {"chosen", "rejected"} <= names and _are_scores(table["chosen"].type):
-        return _difference(table, "chosen", "rejected", source), rows, set()
+        if _are_styles(table["chosen"], table["rejected"]):
+            margin, rows, answers = _each_style(table, "chosen", "rejected", source)
+            return margin, rows, {"chosen"}, answers
+        return _difference(table, "chosen", "rejected", source), rows, set(), None
     if SCORES in names:
-        return *_each_with_each(table, source), {SCORES}
+        margin, rows, answers = _each_with_each(table, source)
+        return margin, rows, {SCORES}, answers
     raise DataError(
         f"{source}: no scores; found columns: {', '.join(sorted(names))}; needed: chosen_reward "
         f"and rejected_reward (or {CHOSEN[1]} and {REJECTED[1]}), or margin, their difference, or "
@@ -247,9 +281,11 @@ def _difference(table: pa.Table, first: str, second: str, source: str) -> NDArra
     return _numbers(table[first], first, source) - _numbers(table[second], second, source)
 
 
-def _each_with_each(table: pa.Table, source: str) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    """Of every row each right answer with each wrong one: margins (n,) and rows (n,). A row without
-    scores is one pair whose margin is not known."""
+def _each_with_each(
+    table: pa.Table, source: str
+) -> tuple[NDArray[np.float64], NDArray[np.int64], Both]:
+    """Of every row each right answer with each wrong one: margins (n,), rows (n,) and answers. A
+    row without scores is one pair whose margin is not known."""
     if not _is_list(table[SCORES].type):
         row = _first(table[SCORES], lambda value: not _reads_as_numbers(value))
         raise DataError(
@@ -270,15 +306,75 @@ def _each_with_each(table: pa.Table, source: str) -> tuple[NDArray[np.float64], 
             f"{source}: row {row + 1}: {sizes[row]} scores, of which {right[row]:g} are of right "
             f"answers ({CORRECT}); expected at least one right and one wrong answer: drop the row"
         )
-    absent = np.flatnonzero(sizes == 0)
-    margins, rows = [np.full(len(absent), np.nan)], [absent]
+    alike = []
     for size, first in {*zip(sizes[sizes > 0].tolist(), right[sizes > 0].astype(int).tolist())}:
-        alike = np.flatnonzero((sizes == size) & (right == first))
-        these = scores[starts[alike, None] + np.arange(size)]
-        margins.append((these[:, :first, None] - these[:, None, first:]).ravel())
-        rows.append(alike.repeat(first * (size - first)))
+        of_size = np.flatnonzero((sizes == size) & (right == first))
+        alike.append((of_size, scores[starts[of_size, None] + np.arange(size)], first))
+    return _pairs(alike, np.flatnonzero(sizes == 0))
+
+
+def _are_styles(chosen: pa.ChunkedArray, rejected: pa.ChunkedArray) -> bool:
+    """Whether scores come in lists of several."""
+    lists = (one for one in (chosen, rejected) if _is_list(one.type))
+    return any(_lists(one)[0].max() > 1 for one in lists)
+
+
+def _each_style(
+    table: pa.Table, chosen: str, rejected: str, source: str
+) -> tuple[NDArray[np.float64], NDArray[np.int64], Both]:
+    """As `_each_with_each`, for three scores of right answers beside three of wrong ones."""
+    sizes, numbers = [], []
+    for name in (chosen, rejected):
+        if not _is_list(table[name].type):
+            row = _first(table[name], lambda value: not _reads_as_numbers(value))
+            raise DataError(
+                f"{source}: row {row + 1}: column {name!r} must hold a list of {len(STYLES)} "
+                f"numbers, as its other side does, but holds {short(table[name][row].as_py())}; "
+                "score that row again, or drop it"
+            )
+        of_row, flat = _lists(table[name])
+        sizes.append(of_row)
+        numbers.append(_numbers(flat, name, source, np.arange(len(of_row)).repeat(of_row)))
+    absent = (sizes[0] == 0) & (sizes[1] == 0)
+    there = (sizes[0] == len(STYLES)) & (sizes[1] == len(STYLES))
+    odd = ~(absent | there)
+    if odd.any():
+        several = odd & ((sizes[0] > 1) | (sizes[1] > 1))  # rather named than a single score
+        row = int((several if several.any() else odd).argmax())
+        more, other = int(sizes[1][row] > sizes[0][row]), int(sizes[1][row] <= sizes[0][row])
+        raise DataError(
+            f"{source}: row {row + 1}: column {(chosen, rejected)[more]!r} holds lists of several "
+            f"scores, here {sizes[more][row]} beside {sizes[other][row]} in "
+            f"{(chosen, rejected)[other]!r}; expected {len(STYLES)} and {len(STYLES)}, as RM-Bench "
+            f"has them; else give a row for each pair of answers, and a "
+            f"prompt_id that they share, or a column {SCORES!r}, right answers first"
+        )
+    six = np.hstack([one.reshape(-1, len(STYLES)) for one in numbers])
+    return _pairs([(np.flatnonzero(there), six, len(STYLES))], np.flatnonzero(absent))
+
+
+def _styles(answers: Both) -> dict[str, Attribute]:
+    codes = (answers[0], answers[1] - len(STYLES))
+    return {name: Attribute(one, STYLES) for name, one in zip(STYLED, codes, strict=True)}
+
+
+def _pairs(
+    alike: Sequence[tuple[NDArray[np.int64], NDArray[np.float64], int]], absent: NDArray[np.int64]
+) -> tuple[NDArray[np.float64], NDArray[np.int64], Both]:
+    """Margins (n,), rows (n,) and answers of pairs, by row. ``alike`` holds rows (m,), their scores
+    (m, size), and how many of them, the first ones, are of right answers; each of the rows that are
+    ``absent`` is one pair whose margin is not known."""
+    margins, rows = [np.full(len(absent), np.nan)], [absent]
+    chosen, rejected = [np.full(len(absent), -1)], [np.full(len(absent), -1)]
+    for of_size, scores, first in alike:
+        size = scores.shape[1]
+        margins.append((scores[:, :first, None] - scores[:, None, first:]).ravel())
+        rows.append(of_size.repeat(first * (size - first)))
+        for found, one in zip((chosen, rejected), every_pair(first, size - first), strict=True):
+            found.append(np.tile(one, len(of_size)))
     order = np.argsort(np.concatenate(rows), kind="stable")
-    return np.concatenate(margins)[order], np.concatenate(rows)[order]
+    joined = [np.concatenate(one)[order] for one in (margins, rows, chosen, rejected)]
+    return joined[0], joined[1], (joined[2], joined[3])
 
 
 def _numbers(

@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from drrlhf.data import TEMPLATE, load_preference_data
+from drrlhf.data import TEMPLATE
 from drrlhf.files import tables
 from drrlhf.stress import examples
+from drrlhf.stress.benchmarks import read_pairs
 from drrlhf.stress.changes import ALL, CHANGED_PAIRS, Row, chosen_changes, drawn_pairs, scored
 from drrlhf.stress.curves import Array
 from drrlhf.stress.models import Scorer
@@ -36,15 +37,15 @@ def score_pairs(
     max_nan: float = 0.01,
     on_progress: Progress = lambda *_: None,
 ) -> Scores:
-    """The pairs of a preference data set scored by ``model``, and again under ``changes`` of the
-    text, names of `drrlhf.transformations` or "all" or "none". Columns beside those of the
-    preference format become attributes.
+    """The pairs of a preference data set or benchmark (see `read_pairs`) scored by ``model``, and
+    again under ``changes`` of the text, names of `drrlhf.transformations` or "all" or "none".
+    Columns beside those of the preference format become attributes.
 
     ``changed_pairs``: of a larger set the changes are tried on the pairs of prompts drawn by
     ``seed``, about so many; all pairs are scored as they are.
 
     Raises:
-        DataError: see `drrlhf.data.load_preference_data` and `drrlhf.stress.load_scores`.
+        DataError: see `read_pairs` and `load_scores`.
         ValueError: a change that there is not.
     """
     table = score_table(
@@ -74,10 +75,10 @@ def score_table(
     null where it changes nothing. The texts of a few telling pairs are kept with it.
 
     Raises:
-        DataError: see `drrlhf.data.load_preference_data`.
+        DataError: see `read_pairs`.
         ValueError: a change that there is not.
     """
-    loaded = load_preference_data(source, split=split, keep_columns=True)
+    loaded = read_pairs(source, split)
     rows = loaded.dataset.to_list()
     names = chosen_changes(changes, loaded.dataset.column_names)
     prompts = [row.get("prompt", i) for i, row in enumerate(rows)]

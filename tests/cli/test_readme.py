@@ -80,6 +80,9 @@ def folder(tmp_path_factory):
     (path / "my_prompts.jsonl").write_text("".join(json.dumps(r) + "\n" for r in prompts))
     scores = ({"margin": 3.0 - i, "domain": "ab"[i % 2]} for i in range(4) for _ in range(16))
     (path / "my_scores.jsonl").write_text("".join(json.dumps(r) + "\n" for r in scores))
+    candidates = {"candidates": ["a", "b", "c"], "gold": [0.1, 0.9, 0.4], "scores": [1, 2, 3]}
+    lines = (json.dumps({"prompt": f"p{i}"} | candidates) + "\n" for i in range(4))
+    (path / "my_candidates.jsonl").write_text("".join(lines))
     score = "def score(completions, **_):\n    return [len(set(c.split())) for c in completions]\n"
     (path / "my_module.py").write_text(score)
     return path
