@@ -24,12 +24,16 @@ class Finding:
 
 
 def findings(
-    model: Mapping[str, Any], examples: Mapping[str, list[dict[str, Any]]], most: int = MOST
+    model: Mapping[str, Any],
+    examples: Mapping[str, list[dict[str, Any]]],
+    curve: Mapping[str, Any] | None = None,
+    most: int = MOST,
 ) -> list[dict[str, Any]]:
     """At most ``most`` findings of different subjects, the gravest first: "text", "costs", and
     "examples", which are none where no texts are at hand."""
     told: dict[str, Finding] = {}
-    for one in sorted(_all(model), key=lambda one: -one.costs):
+    every = [*_all(model), *(() if curve is None else _of_pressure(curve))]
+    for one in sorted(every, key=lambda one: -one.costs):
         if one.costs >= LEAST:
             told.setdefault(one.subject, one)
     return [
@@ -81,6 +85,20 @@ def _all(model: Mapping[str, Any]) -> Iterator[Finding]:
             f"is the plainer one, and {easy:.1%} where it is the more adorned one.",
             easy - hard if easy == easy and hard == hard else 0.0,
             "styles",
+        )
+
+
+def _of_pressure(curve: Mapping[str, Any]) -> Iterator[Finding]:
+    """Where more candidates make the answer that the model picks worse, for sure."""
+    points = {point["n"]: point["gold"]["value"] for point in curve["points"]}
+    best, last = curve["turns_over"]["n"], max(points)
+    if curve["turns_over"]["beyond_band"]:
+        gained, kept = points[best] - points[1], points[last] - points[1]
+        yield Finding(
+            f"It turns over under pressure: the answer that it picks from {best} has a gold score "
+            f"of {points[best]:.3g}, and from {last} one of {points[last]:.3g}.",
+            1 - kept / gained if gained > 0 else 1.0,
+            "best of n",
         )
 
 

@@ -139,13 +139,24 @@ def example_set(text: str | AmbiguitySet, owner: str) -> AmbiguitySet:
     return ambiguity
 
 
-def facts(model: Mapping[str, Any]) -> dict[str, dict[str, Mapping[str, float]]]:
+def facts(
+    model: Mapping[str, Any],
+    curve: Mapping[str, Any] | None = None,
+    kendall: Mapping[str, Any] | None = None,
+) -> dict[str, dict[str, Mapping[str, float]]]:
     """Every number of a model's report that can be required, by subject and metric.
 
     A change is "NAME/SIDES", and NAME alone is its gravest common use: both answers, or the one
-    part that it acts on. A group is "COLUMN=VALUE".
+    part that it acts on. A group is "COLUMN=VALUE". "best-of-N" has a gold score where there is a
+    ``curve``, "kendall" a tau, and "best-answer" the accuracy of the first of all answers.
     """
     found: dict[str, dict[str, Mapping[str, float]]] = {}
+    for point in () if curve is None else curve["points"]:
+        found[f"best-of-{point['n']}"] = {"gold": point["gold"]}
+    if kendall is not None:
+        found["kendall"] = {"tau": kendall["tau"]}
+    if model["best_answer"] is not None:
+        found["best-answer"] = {"accuracy": model["best_answer"]["share"]}
     for subject, metric, number in _numbers(model):
         found.setdefault(subject, {})[metric] = number
     return found

@@ -10,6 +10,8 @@ import numpy as np
 
 from drrlhf.ambiguity import AmbiguitySet
 from drrlhf.stress import adversary, curves, groups, resample
+from drrlhf.stress.best_of import best_of_curves, best_of_right_of_pairs, kendall_tau
+from drrlhf.stress.candidates import Candidates
 from drrlhf.stress.effects import Bootstrap, effects
 from drrlhf.stress.findings import findings, verdict
 from drrlhf.stress.require import Requirement, example_set, facts, parse_requirement
@@ -30,6 +32,7 @@ def stress_test(
     resamples: int = 200,
     min_support: int = 30,
     seed: int = 0,
+    best_of: Mapping[str, Candidates] | None = None,
     on_progress: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
     """How ranking accuracy and loss hold when the prompts are not those that were scored.
@@ -41,16 +44,19 @@ def stress_test(
 
     Args:
         scores: `Scores`, or a file for `load_scores`; several models as {name: one of these}.
-        require: floors such as ``"tv:0.1 accuracy>=0.75"``, judged by the number itself.
+        require: gates such as ``"tv:0.1 accuracy>=0.75"`` or ``"typos accuracy>=0.8"``, judged by
+            the number itself; see `drrlhf.stress.require`.
         floor: the accuracy that the robustness radius is asked for, in [0, 1].
         ambiguity: the set whose reweighting is described in words.
         resamples: bootstrap samples, at least 20.
         min_support: prompts that a group must have to be ranked, at least 2.
         seed: of the resampling.
+        best_of: candidates with gold scores, scored by each of the models, by name.
         on_progress: is told what begins.
 
     Returns:
-        What ``report.json`` holds: "settings", "models" and "passed" (all floors of all models).
+        What ``report.json`` holds: "settings", "models", "best_of" (None without candidates) and
+        "passed" (all gates of all models).
 
     Raises:
         ValueError: an argument out of range, a requirement that cannot be parsed.
@@ -59,12 +65,15 @@ def stress_test(
     required, described = check_options(require, floor, ambiguity, resamples, min_support, seed)
     sources = scores if isinstance(scores, Mapping) else {"model": scores}
     _check("scores", dict(sources), bool(sources), "hold at least one model")
+    pressure = None if best_of is None else _best_of(best_of, list(sources), resamples, seed)
     models = {}
     for name, source in sources.items():
         on_progress(f"{name}: reading")
         loaded = source if isinstance(source, Scores) else load_scores(source)
         on_progress(f"{name}: stressing {len(loaded)} pairs")
-        models[name] = _model(loaded, required, floor, described, resamples, min_support, seed)
+        found = _model(loaded, floor, described, resamples, min_support, seed)
+        _judge(found, required, *_under_pressure(pressure, name))
+        models[name] = found
     return {
         "drrlhf": __version__,
         "settings": {
@@ -76,6 +85,7 @@ def stress_test(
             "seed": seed,
         },
         "models": models,
+        "best_of": pressure,
         "passed": all(one["met"] for model in models.values() for one in model["requirements"]),
     }
 
@@ -102,9 +112,59 @@ def _check(name: str, value: Any, fine: bool, wanted: str) -> None:
         raise ValueError(f"{name} must {wanted}; got {value!r}")
 
 
+def _best_of(
+    candidates: Mapping[str, Candidates], names: Sequence[str], resamples: int, seed: int
+) -> dict[str, Any]:
+    """Best of n by every model and by their worst case, and how their order agrees with gold's."""
+    if [*candidates] != [*names]:
+        raise ValueError(
+            f"best_of: expected the candidates scored by {', '.join(names)}, got those of "
+            f"{', '.join(candidates)}"
+        )
+    first = next(iter(candidates.values()))
+    if any(one.ids != first.ids for one in candidates.values()):
+        raise ValueError("best_of: expected the same candidates for every model, got others")
+    by_model = {}
+    for name, one in candidates.items():
+        if one.scores is None:
+            raise ValueError(
+                f"best_of: {one.source} has no scores of {name!r}; give a column 'scores' beside "
+                "'gold', or a model to score the candidates"
+            )
+        by_model[name] = one.scores
+    curves_of = best_of_curves(by_model, first.gold, resamples=resamples, seed=seed)
+    taus = {
+        name: kendall_tau(scores, first.gold, resamples=resamples, seed=seed)
+        for name, scores in by_model.items()
+    }
+    return {"source": first.source, "curves": curves_of, "kendall": taus}
+
+
+def _under_pressure(
+    pressure: Mapping[str, Any] | None, name: str
+) -> tuple[Mapping[str, Any] | None, Mapping[str, Any] | None]:
+    """The curve of a model, and how its order agrees with gold's."""
+    if pressure is None:
+        return None, None
+    return pressure["curves"][name], pressure["kendall"][name]
+
+
+def _judge(
+    model: dict[str, Any],
+    required: Sequence[Requirement],
+    curve: Mapping[str, Any] | None,
+    kendall: Mapping[str, Any] | None,
+) -> None:
+    """Add what is said of all numbers of a model: gates, the verdict, and findings."""
+    sample = model.pop("sample")
+    known = facts(model, curve, kendall)
+    model["requirements"] = [one.judge(sample, known) for one in required]
+    model["verdict"] = verdict(model)
+    model["findings"] = findings(model, model["examples"], curve)
+
+
 def _model(
     scores: Scores,
-    required: Sequence[Requirement],
     floor: float,
     described: AmbiguitySet,
     resamples: int,
@@ -118,7 +178,8 @@ def _model(
     )
     bootstrap = Bootstrap(blocks, draws)
     prompts, alone = len(np.unique(scores.prompts)), scores.without_prompt
-    found: dict[str, Any] = {
+    return {
+        "sample": sample,
         "source": scores.source,
         "pairs": len(scores),
         "prompts": prompts,
@@ -136,13 +197,11 @@ def _model(
         **effects(scores, bootstrap),
         "styles": styles_of(scores, bootstrap),
         "adversary": adversary.adversary_of(scores, described, min_support),
+        "best_answer": None
+        if scores.answers is None
+        else best_of_right_of_pairs(scores, resamples=resamples, seed=seed),
         "examples": dict(scores.examples),
     }
-    known = facts(found)
-    found["requirements"] = [one.judge(sample, known) for one in required]
-    found["verdict"] = verdict(found)
-    found["findings"] = findings(found, scores.examples)
-    return found
 
 
 def _notes(pairs: int, prompts: int, alone: int) -> list[str]:

@@ -289,9 +289,11 @@ class Judge:
     def __init__(self, reward):
         self.reward = reward
 
-    def margins(self, rows, on_progress):
+    def rewards(self, rows, on_progress):
         on_progress(2 * len(rows))
-        return np.array([self.reward(row["chosen"]) - self.reward(row["rejected"]) for row in rows])
+        return np.array(
+            [[self.reward(row[side]) for side in ("chosen", "rejected")] for row in rows]
+        )
 
 
 def test_scores_of_a_benchmark_keep_answers_and_styles(tmp_path):
