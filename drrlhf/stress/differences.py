@@ -1,4 +1,4 @@
-"""What differs between a text and its changed form, word by word, as HTML in which all is escaped."""
+"""What differs between a text and its changed form, by words, as HTML in which all is escaped."""
 
 from __future__ import annotations
 
@@ -18,24 +18,28 @@ _CUT = "…"
 
 def marked(old: str, new: str) -> tuple[Markup, Markup]:
     """Both texts, with <mark> around what the other one does not have."""
+    (old, old_end), (new, new_end) = _without_cut(old), _without_cut(new)
     before, after = _WORDS.findall(old), _WORDS.findall(new)
     steps = difflib.SequenceMatcher(None, before, after, autojunk=False).get_opcodes()
-    # The end of a text that was cut is not there to compare.
-    end = steps[-1] if len(steps) > 1 else None
+    # Where a text was cut, the end of the other one may well have gone on alike.
+    last = steps[-1] if len(steps) > 1 else None
     shown: tuple[list[Markup], list[Markup]] = ([], [])
     for step in steps:
         kind, i, j, k, m = step
-        for into, words, other, name in (
-            (shown[0], before[i:j], new, "gone"),
-            (shown[1], after[k:m], old, "new"),
+        for into, words, other_end, name in (
+            (shown[0], before[i:j], new_end, "gone"),
+            (shown[1], after[k:m], old_end, "new"),
         ):
-            same = kind == "equal" or (step is end and _is_cut(other))
-            into.append(escape("".join(words)) if same else _mark(words, name))
-    return Markup().join(shown[0]), Markup().join(shown[1])
+            alike = kind == "equal" or (step is last and other_end)
+            into.append(escape("".join(words)) if alike else _mark(words, name))
+    return Markup().join([*shown[0], old_end]), Markup().join([*shown[1], new_end])
 
 
-def _is_cut(text: str) -> bool:
-    return len(text) >= LONGEST and text.endswith(_CUT)
+def _without_cut(text: str) -> tuple[str, str]:
+    """A text and the sign that it was cut, which is empty where it was not."""
+    if len(text) >= LONGEST and text.endswith(_CUT):
+        return text[: -len(_CUT)], _CUT
+    return text, ""
 
 
 def _mark(words: Sequence[str], name: str) -> Markup:

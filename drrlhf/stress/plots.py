@@ -72,7 +72,9 @@ def best_of_plot(section: Mapping[str, Any]) -> str:
         axis = figure.subplots()
         for number, curve in enumerate(section["curves"].values()):
             _line(axis, curve["n"], curve["gold"], number)
-            axis.plot(curve["n"], curve["oracle"], color=PALETTE[number % len(PALETTE)], lw=1, ls=":")
+            axis.plot(
+                curve["n"], curve["oracle"], color=PALETTE[number % len(PALETTE)], lw=1, ls=":"
+            )
         axis.set_xscale("log", base=2)
         ticks = sorted({n for curve in section["curves"].values() for n in curve["n"]})
         axis.xaxis.set_major_locator(FixedLocator(ticks))
@@ -87,15 +89,14 @@ def _style() -> Any:
     import matplotlib
 
     inked = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
-    return matplotlib.rc_context(
-        {
-            **dict.fromkeys((*inked, "grid.color"), _INK),
-            "figure.facecolor": "none",
-            "axes.facecolor": "none",
-            "svg.hashsalt": "drrlhf",
-            "svg.fonttype": "none",
-        }
-    )
+    settings: dict[Any, Any] = {
+        **dict.fromkeys((*inked, "grid.color"), _INK),
+        "figure.facecolor": "none",
+        "axes.facecolor": "none",
+        "svg.hashsalt": "drrlhf",
+        "svg.fonttype": "none",
+    }
+    return matplotlib.rc_context(settings)
 
 
 def _figure(width: float, height: float) -> Any:

@@ -97,7 +97,7 @@ def _radii(model: Mapping[str, Any]) -> list[str]:
     """The robustness radii, a line each; one line where they all say that there is none."""
     radii = model["robustness_radius"]
     if all(radius["radius"] is None for radius in radii.values()):
-        return ["below without any adversary"]
+        return ["already below"]
     return [format_radius(family, radius) for family, radius in radii.items()]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from markupsafe import Markup
@@ -114,11 +114,15 @@ class Budget:
     def __init__(self, most: float) -> None:
         self.left = most
 
-    def affords(self, shown: Mapping[str, Any]) -> bool:
-        """Whether this example can still be shown, which spends what it takes."""
-        cost = sum(len(f"{label}{text}".encode()) + 100 for label, text in shown["texts"])
-        self.left -= cost
-        return self.left >= 0
+    def afforded(self, found: Iterable[tuple[Mapping[str, Any], str]]) -> Iterator[dict[str, Any]]:
+        """Of examples and their titles those that can still be shown, which spends their bytes."""
+        for one, title in found:
+            if self.left > 0:
+                shown = example(one, title)
+                self.left -= sum(
+                    len(f"{label}{text}".encode()) + 100 for label, text in shown["texts"]
+                )
+                yield shown
 
 
 def change_rows(model: Mapping[str, Any], models: int = 1) -> list[dict[str, Any]]:
@@ -138,11 +142,11 @@ def change_rows(model: Mapping[str, Any], models: int = 1) -> list[dict[str, Any
         attacked = next(side for side in _ATTACKED if side in row["uses"])
         row["success"] = row["uses"][attacked]["success"]
         found = [
-            example(one, _CHANGED[side])
+            (one, _CHANGED[side])
             for side in (*row["uses"], "preferred")
             for one in model["examples"].get(f"{row['change']}/{side}", ())
         ]
-        row["examples"] = [one for one in found if budget.affords(one)]
+        row["examples"] = list(budget.afforded(found))
         row["left_out"] = len(found) - len(row["examples"])
     return list(rows.values())
 

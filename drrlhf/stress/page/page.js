@@ -13,6 +13,11 @@ for (const table of document.querySelectorAll("table.sortable")) {
   });
 }
 
+// On paper the worst findings have their examples; those of every change would fill a book.
+addEventListener("beforeprint", () => {
+  for (const one of document.querySelectorAll(".findings details")) one.open = true;
+});
+
 function sort(table, headers, column) {
   const numbers = headers[column].classList.contains("n");
   const before = headers[column].getAttribute("aria-sort");
