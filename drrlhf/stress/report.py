@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import io
+import base64
+import hashlib
 import json
 import math
 import os
@@ -11,16 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from drrlhf.files import write_together, writes_text
-from drrlhf.report import PALETTE
+from drrlhf.stress.plots import best_of_plot, curves_plot, legend
 
 HTML_FILE, JSON_FILE = "report.html", "report.json"
 COMPARED = ("tv:0.1", "kl:0.1", "chi2:0.1", "cvar:0.3")
-_TITLES = {
-    "tv": "total variation: share of weight moved",
-    "kl": "KL divergence",
-    "chi2": "chi-square divergence",
-    "cvar": "CVaR: 1 - alpha, the share set aside",
-}
+PAGE = Path(__file__).with_name("page")
 
 
 def write_report(result: Mapping[str, Any], output_dir: str | os.PathLike[str]) -> Path:
@@ -45,26 +41,49 @@ def _finite(value: Any) -> Any:
 
 
 def render(result: Mapping[str, Any]) -> str:
-    """The page as text."""
-    from jinja2 import Environment
+    """The page as text: nothing in it is fetched, and no text of a pair or a name is markup."""
+    from jinja2 import Environment, FileSystemLoader
+    from markupsafe import Markup
 
-    template = Path(__file__).with_name("report.html").read_text(encoding="utf-8")
-    models = result["models"]
-    page = Environment(autoescape=True, trim_blocks=True).from_string(template)
-    return page.render(
+    from drrlhf.stress import view
+
+    pages = Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, loader=FileSystemLoader(PAGE)
+    )
+    pages.filters |= {
+        "percent": view.percent,
+        "band": view.band,
+        "number_band": view.number_band,
+        "sort_key": view.sort_key,
+        "heat": view.heat,
+    }
+    style, script = ((PAGE / f"page.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
+    models, best_of = result["models"], result.get("best_of")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return pages.get_template("page.html").render(
         result=result,
         settings=result["settings"],
         models=models,
         names=list(models),
-        any_required=any(model["requirements"] for model in models.values()),
+        gates=view.gates(models),
         compared=COMPARED,
         plain={name: point(model, "tv:0")["accuracy"] for name, model in models.items()},
         worst={
             name: {label: point(model, label)["accuracy"] for label in COMPARED}
             for name, model in models.items()
         },
-        format_radius=format_radius,
-        plot=_plot(result),
+        rows={name: view.change_rows(model, len(models)) for name, model in models.items()},
+        sides=view.SIDES,
+        most_lost=view.most_lost,
+        worst_by=view.worst_by,
+        example=view.example,
+        radii=_radii,
+        legend=legend,
+        plot=Markup(curves_plot(result)),
+        best_of_plot=Markup(best_of_plot(best_of)) if best_of is not None else "",
+        style=Markup(style),
+        script=Markup(script),
+        digest=digest,
     )
 
 
@@ -72,6 +91,14 @@ def point(model: Mapping[str, Any], ambiguity: str) -> dict[str, Any]:
     """The point of a model's curves at one set."""
     family = ambiguity.partition(":")[0]
     return next(one for one in model["curves"][family] if one["set"] == ambiguity)
+
+
+def _radii(model: Mapping[str, Any]) -> list[str]:
+    """The robustness radii, a line each; one line where they all say that there is none."""
+    radii = model["robustness_radius"]
+    if all(radius["radius"] is None for radius in radii.values()):
+        return ["already below"]
+    return [format_radius(family, radius) for family, radius in radii.items()]
 
 
 def format_radius(family: str, radius: Mapping[str, Any]) -> str:
@@ -82,49 +109,3 @@ def format_radius(family: str, radius: Mapping[str, Any]) -> str:
         return f"{family}: never"
     low = "none" if radius["low"] is None else f"{radius['low']:.3g}"
     return f"{family}:{radius['radius']:.3g} [{low}]"
-
-
-def _plot(result: Mapping[str, Any]) -> str:
-    """A column a family; accuracy above, loss below; as SVG."""
-    import matplotlib
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11.5, 5.6), layout="constrained")
-    FigureCanvasSVG(figure)
-    axes = figure.subplots(2, len(_TITLES), sharex="col", sharey="row")
-    for column, (family, title) in enumerate(_TITLES.items()):
-        for row, metric in enumerate(("accuracy", "loss")):
-            _panel(axes[row][column], result, family, metric)
-        axes[1][column].set_xlabel(title, fontsize="small")
-    axes[0][0].set_ylabel("worst-case accuracy")
-    axes[1][0].set_ylabel("worst-case loss")
-    if len(result["models"]) > 1:
-        handles, labels = axes[0][0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside upper left", ncols=4, frameon=False)
-    written = io.StringIO()
-    with matplotlib.rc_context({"svg.hashsalt": "drrlhf", "svg.fonttype": "none"}):
-        figure.savefig(written, format="svg", metadata={"Date": None, "Creator": None})
-    text = written.getvalue()
-    return text[text.index("<svg") :]
-
-
-def _panel(axis: Any, result: Mapping[str, Any], family: str, metric: str) -> None:
-    for number, (name, model) in enumerate(result["models"].items()):
-        points = model["curves"][family]
-        x = [1 - one["radius"] if family == "cvar" else one["radius"] for one in points]
-        color = PALETTE[number % len(PALETTE)]
-        found = [one[metric] for one in points]
-        axis.fill_between(
-            x,
-            [one["low"] for one in found],
-            [one["high"] for one in found],
-            color=color,
-            alpha=0.2,
-            linewidth=0,
-        )
-        axis.plot(x, [one["value"] for one in found], color=color, label=name, marker=".")
-    if metric == "accuracy":
-        axis.axhline(result["settings"]["floor"], color="black", linewidth=1, linestyle="--")
-    axis.grid(alpha=0.25)
-    axis.spines[["top", "right"]].set_visible(False)

@@ -43,7 +43,7 @@ def test_models_side_by_side(tmp_path):
     done = stress("--scores", files[0], "--scores", files[1], "--output-dir", tmp_path / "out")
     assert done.exit_code == 0, done.output
     html = (tmp_path / "out" / "report.html").read_text()
-    assert html.index("<td>a</td>") < html.index("<td>b</td>")
+    assert 0 < html.index("<h3>a</h3>") < html.index("<h3>b</h3>")
 
 
 @pytest.mark.parametrize(
