@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shlex
 import signal
+import sys
 from collections import Counter
 from collections.abc import Callable
 from enum import Enum
@@ -16,11 +18,15 @@ import typer
 
 from drrlhf.cli import _console
 from drrlhf.cli._options import MAX_NAN, PROMPT_COLUMN, RESAMPLES, option, taken_from
+from drrlhf.transformations import BY_COLUMN
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from drrlhf.stress import Scores
+    from drrlhf.stress import Candidates, Scores
+
+    # Of every model, by name; candidates of none or of each.
+    Loaded = tuple[dict[str, Scores], dict[str, Candidates]]
 
 FLOOR_MISSED = 1
 INTERRUPTED = 128 + signal.SIGINT
@@ -67,6 +73,11 @@ class Options:
         "Changes of the text under which --model scores the pairs again, such as "
         "typos:0.2,bullets,@NAME; all, or none.",
     )
+    best_of: list[Path] | None = option(
+        None,
+        "Candidate answers of prompts, with gold scores, among which --model picks: prompt, "
+        "candidates, gold. With --scores a file for each of these, with scores in it.",
+    )
     changed_pairs: int = option(
         1000, "Pairs on which changes are tried, of prompts drawn by --seed.", min=1
     )
@@ -98,7 +109,7 @@ class Options:
 def stress(options: Options) -> None:
     """Stress a reward model or policy before it ships: worst cases near the data, worst groups.
 
-    Exit status 1 when a floor given with --require is missed, so it serves as a gate in CI.
+    Exit status 1 when a gate given with --require is missed, so it serves in CI.
 
     Example:
 
@@ -107,6 +118,9 @@ def stress(options: Options) -> None:
         drrlhf stress --scores old.parquet --scores new.parquet --output-dir stress
 
         drrlhf stress --model my-reward-model --data held_out.jsonl
+
+        drrlhf stress --model my-reward-model --data held_out.jsonl --changes typos,empty \\
+            --best-of candidates.jsonl --require "best-of-64 gold>=best-of-1"
     """
     console = _console.console()
     try:
@@ -114,7 +128,7 @@ def stress(options: Options) -> None:
             _check_sources(options)
             load = _scored if options.model else _read
             result = _stressed(
-                lambda: load(options, console),
+                partial(load, options, console),
                 require=options.require or [],
                 floor=options.floor,
                 ambiguity=options.ambiguity,
@@ -122,6 +136,7 @@ def stress(options: Options) -> None:
                 min_support=options.min_support,
                 seed=options.seed,
             )
+            result |= _made_by()
             from drrlhf.stress import write_junit, write_report
 
             page = write_report(result, options.output_dir)
@@ -148,9 +163,28 @@ def _check_sources(options: Options) -> None:
         raise ValueError("--reference belongs to --model, a policy; scores in a file need none")
     if options.split is not None and data is None:
         raise ValueError("--split belongs to --data, pairs for a --model")
+    files, wanted = len(options.best_of or []), 1 if models else len(options.scores or [])
+    if files not in (0, wanted):
+        raise ValueError(
+            f"--best-of: expected {wanted} file{'s' * (wanted > 1)}, "
+            + ("which every --model scores" if models else "one for each of --scores")
+            + f", got {files}"
+        )
 
 
-def _stressed(load: Callable[[], dict[str, Scores]], **options: Any) -> dict[str, Any]:
+def _made_by() -> dict[str, Any]:
+    """What the page says of how it was made."""
+    from datetime import date
+    from importlib.metadata import version
+
+    return {
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "versions": {name: version(name) for name in ("torch", "transformers")},
+        "date": date.today().isoformat(),
+    }
+
+
+def _stressed(load: Callable[[], Loaded], **options: Any) -> dict[str, Any]:
     from drrlhf.cli.run import require
 
     require()
@@ -158,11 +192,12 @@ def _stressed(load: Callable[[], dict[str, Scores]], **options: Any) -> dict[str
     from drrlhf.stress.run import check_options
 
     check_options(**options)  # before a large file is read
-    return stress_test(load(), **options)
+    scores, candidates = load()
+    return stress_test(scores, best_of=candidates or None, **options)
 
 
-def _read(options: Options, console: Console) -> dict[str, Scores]:
-    from drrlhf.stress import load_scores
+def _read(options: Options, console: Console) -> Loaded:
+    from drrlhf.stress import load_candidates, load_scores
 
     paths = options.scores or []
     loaded = {}
@@ -171,10 +206,11 @@ def _read(options: Options, console: Console) -> dict[str, Scores]:
             loaded[name] = load_scores(
                 path, prompt_column=options.prompt_column, max_nan=options.max_nan
             )
-    return loaded
+    files = zip(loaded, options.best_of or [])
+    return loaded, {name: load_candidates(path) for name, path in files}
 
 
-def _scored(options: Options, console: Console) -> dict[str, Scores]:
+def _scored(options: Options, console: Console) -> Loaded:
     import pyarrow.parquet as pq
     import torch
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
@@ -182,13 +218,18 @@ def _scored(options: Options, console: Console) -> dict[str, Scores]:
     from transformers.utils import logging
 
     from drrlhf.files import write_whole
-    from drrlhf.stress import from_table, load_judge, score_table
+    from drrlhf.stress import from_table, load_candidates, load_judge, score_table
+    from drrlhf.stress.changes import chosen_changes
+    from drrlhf.stress.scoring import score_candidates
 
     logging.disable_progress_bar()
     _console.ignore_upstream_deprecations()
     columns = (TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn())
     models, data, dtype = options.model or [], str(options.data), options.dtype
-    scored = {}
+    scored, picked = {}, {}
+    if BY_COLUMN not in options.changes:
+        chosen_changes(options.changes, ())  # before a model is loaded
+    asked = [load_candidates(path) for path in options.best_of or []]
     for name, directory in zip(_names([Path(model) for model in models]), models, strict=True):
         judge = load_judge(
             directory,
@@ -212,6 +253,8 @@ def _scored(options: Options, console: Console) -> dict[str, Scores]:
                 seed=options.seed,
                 on_progress=show,
             )
+            for one in asked:
+                picked[name] = score_candidates(judge, one, on_progress=show)
         if getattr(judge, "began_with_adapters", False):
             console.print(
                 f"{name}: the reference is what its training began with, in {directory}/ref.",
@@ -220,10 +263,17 @@ def _scored(options: Options, console: Console) -> dict[str, Scores]:
                 markup=False,
             )
         # What took minutes is kept, whatever may be wrong with it: --scores reads it again.
-        path = options.output_dir / f"{name.strip(os.sep).replace(os.sep, '_')}.scores.parquet"
         options.output_dir.mkdir(parents=True, exist_ok=True)
-        write_whole(path, partial(pq.write_table, table))
-        console.print(f"Scores: {path}", soft_wrap=True, highlight=False, markup=False)
+        kept = {"scores": table}
+        if name in picked:
+            kept["candidates"] = picked[name].table()
+        for what, one in kept.items():
+            file = f"{name.strip(os.sep).replace(os.sep, '_')}.{what}.parquet"
+            write_whole(options.output_dir / file, partial(pq.write_table, one))
+            path = options.output_dir / file
+            console.print(
+                f"{what.capitalize()}: {path}", soft_wrap=True, highlight=False, markup=False
+            )
         scored[name] = from_table(
             table, data, prompt_column=options.prompt_column, max_nan=options.max_nan
         )
@@ -233,7 +283,7 @@ def _scored(options: Options, console: Console) -> dict[str, Scores]:
                 "tokens and were cut.",
                 highlight=False,
             )
-    return scored
+    return scored, picked
 
 
 def _names(paths: list[Path]) -> list[str]:

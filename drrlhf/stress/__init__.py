@@ -17,7 +17,7 @@ from drrlhf.stress.report import write_report
 from drrlhf.stress.require import Requirement, parse_requirement
 from drrlhf.stress.run import stress_test
 from drrlhf.stress.scores import Attribute, Scores, from_table, load_scores
-from drrlhf.stress.scoring import score_pairs, score_table
+from drrlhf.stress.scoring import score_candidates, score_pairs, score_table
 
 __all__ = [
     "Attribute",
@@ -38,6 +38,7 @@ __all__ = [
     "load_scores",
     "parse_requirement",
     "read_pairs",
+    "score_candidates",
     "score_pairs",
     "score_table",
     "stress_test",

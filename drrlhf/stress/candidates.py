@@ -1,10 +1,11 @@
 """Candidate answers of prompts with their gold scores, for best of n.
 
-A file has a row for each prompt: ``prompt``, its answers (``candidates``, ``responses``,
-``completions`` or ``answers``, a list of strings) and the gold score of each of them (``gold``,
-``gold_scores``, ``gold_rewards`` or ``ratings``, a list of numbers). A model's scores of them may
-be there already (``scores``, ``model_scores`` or ``rewards``), and then the answers need not be.
-Beside answers, ``scores`` without gold scores in another column is the gold score.
+A file has a row for each prompt: ``prompt``, if it is not in the answers; the answers
+(``candidates``, ``responses``, ``completions`` or ``answers``, a list of strings); and the gold
+score of each of them (``gold``, ``gold_scores``, ``gold_rewards`` or ``ratings``, a list of
+numbers). A model's scores of them may be there already (``scores``, ``model_scores`` or
+``rewards``), and then the answers need not be. Beside answers, ``scores`` without gold scores in
+another column is the gold score.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import ArrayLike
 
 from drrlhf.data import open_rows
@@ -68,6 +70,13 @@ class Candidates:
             for prompt, texts in zip(self.prompts, self.texts, strict=True)
             for text in texts
         ]
+
+    def table(self) -> pa.Table:
+        """Ids, gold and scores, which `load_candidates` reads again."""
+        columns: dict[str, Any] = {"prompt_id": list(self.ids), "gold": [*map(list, self.gold)]}
+        if self.scores is not None:
+            columns["scores"] = [*map(list, self.scores)]
+        return pa.table(columns | {name: list(one) for name, one in self.attributes.items()})
 
     def scored(self, rewards: ArrayLike) -> Candidates:
         """The same candidates with a model's scores, (sum of N_i,) in the order of `rows`.
@@ -227,6 +236,8 @@ def _texts(row: Row, name: str, complain: Complain) -> tuple[str, ...]:
 
 def _prompt(row: Row, complain: Complain) -> Any:
     prompt = row.get("prompt")
+    if "prompt" not in row:  # as in pairs without one: the answers hold all there is
+        return ""
     if isinstance(prompt, str) and prompt.strip():
         return prompt
     fields = ("role", "content")

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from drrlhf.transformations import ATTACK
+from drrlhf.transformations import ATTACK, FORM
 
 MOST = 3
 LEAST = 0.005  # of accuracy, or beyond one half: less is nothing to tell
@@ -103,8 +103,7 @@ def _of_pressure(curve: Mapping[str, Any]) -> Iterator[Finding]:
 
 
 def _of_changes(model: Mapping[str, Any]) -> Iterator[Finding]:
-    """Of attacks those that succeed most, of other changes those that cost most accuracy; what
-    costs it over all changes together is a number beside them."""
+    """Of attacks those that succeed most, of other forms those that cost most accuracy."""
     where = {
         "chosen": "the chosen answer is changed",
         "rejected": "the rejected answer is changed",
@@ -120,7 +119,7 @@ def _of_changes(model: Mapping[str, Any]) -> Iterator[Finding]:
                 f"right ({change['what']})."
             )
             yield Finding(text, success if success == success else 0.0, "attacks", key)
-        else:
+        elif change["kind"] == FORM:  # of biases is told how often they are preferred
             text = (
                 f"Accuracy falls from {change['accuracy_before']:.1%} to "
                 f"{change['accuracy']['value']:.1%} when {where[change['sides']]} "

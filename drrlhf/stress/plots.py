@@ -71,13 +71,14 @@ def best_of_plot(section: Mapping[str, Any]) -> str:
         figure = _figure(8.0, 4.2)
         axis = figure.subplots()
         for number, curve in enumerate(section["curves"].values()):
-            _line(axis, curve["n"], curve["gold"], number)
-            axis.plot(
-                curve["n"], curve["oracle"], color=PALETTE[number % len(PALETTE)], lw=1, ls=":"
-            )
+            points = curve["points"]
+            counts = [point["n"] for point in points]
+            _line(axis, counts, [point["gold"] for point in points], number)
+        # The best possible is that of the prompts, whatever model picks.
+        best = [point["best_possible"] for point in points]
+        axis.plot(counts, best, color=_INK, lw=1, ls=":")
         axis.set_xscale("log", base=2)
-        ticks = sorted({n for curve in section["curves"].values() for n in curve["n"]})
-        axis.xaxis.set_major_locator(FixedLocator(ticks))
+        axis.xaxis.set_major_locator(FixedLocator(counts))
         axis.xaxis.set_minor_locator(NullLocator())
         axis.xaxis.set_major_formatter(ScalarFormatter())
         axis.set_xlabel("n, the answers that the model picks one of")

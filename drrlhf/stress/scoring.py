@@ -14,6 +14,7 @@ from drrlhf.data import TEMPLATE
 from drrlhf.files import tables
 from drrlhf.stress import examples
 from drrlhf.stress.benchmarks import read_pairs
+from drrlhf.stress.candidates import Candidates
 from drrlhf.stress.changes import ALL, CHANGED_PAIRS, Row, chosen_changes, drawn_pairs, scored
 from drrlhf.stress.curves import Array
 from drrlhf.stress.models import Scorer
@@ -112,6 +113,28 @@ def score_table(
     arrays |= _of_sides({"": rewards} | {BY_COLUMN + name: form for name, form in forms.items()})
     told = examples.chosen(rows, rewards, forms)
     return pa.table(arrays).replace_schema_metadata({EXAMPLES: json.dumps(told)})
+
+
+def score_candidates(
+    model: Scorer, candidates: Candidates, *, on_progress: Progress = lambda *_: None
+) -> Candidates:
+    """The candidates with the rewards that ``model`` gives them.
+
+    Raises:
+        ValueError: the file has no answers.
+    """
+    rows = [
+        {"prompt": prompt, "chosen": answer, "rejected": answer}
+        for prompt, answer in candidates.rows()
+    ]
+    done = 0
+
+    def advance(answers: int) -> None:
+        nonlocal done
+        done += answers
+        on_progress("Scoring candidates", done // 2, len(rows))
+
+    return candidates.scored(model.rewards(rows, advance)[:, 0])
 
 
 def _of_sides(rewards: Mapping[str, Array]) -> dict[str, pa.Array]:

@@ -532,14 +532,14 @@ def test_attributes_of_models_own_pairs_may_be_null_and_unsigned(tmp_path):
     pq.write_table(pa.Table.from_pylist(rows, schema=schema), tmp_path / "p.parquet")
 
     class Lengths:
-        def margins(self, some, advance):
+        def rewards(self, some, advance):
             advance(2 * len(some))
-            return np.array([float(len(row["chosen"]) - len(row["rejected"])) for row in some])
+            return np.array([[len(row["chosen"]), len(row["rejected"])] for row in some], float)
 
-    found = score_table(Lengths(), tmp_path / "p.parquet").to_pydict()
+    found = score_table(Lengths(), tmp_path / "p.parquet", changes="none").to_pydict()
     for key in ("hash", "when", "lang"):
         assert found[key] == [row[key] for row in rows]
-    assert found["margin"] == [1.0, 1.0, 1.0]
+    assert np.subtract(found["chosen_reward"], found["rejected_reward"]).tolist() == [1, 1, 1]
 
 
 def test_grpo_hands_none_to_the_reward_function(tmp_path, monkeypatch):

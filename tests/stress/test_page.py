@@ -122,16 +122,20 @@ def full(name: str = "model", text: str = "good film", **more) -> dict:
     result["best_of"] = {
         "curves": {
             name: {
-                "n": [1, 2, 4],
-                "gold": [number(0.1), number(0.625), number(0.2)],
-                "kl": [0.0, 0.19, 0.64],
-                "turns_over": True,
-                "best_n": 2,
-                "oracle": [0.1, 0.7, 0.9],
+                "points": [
+                    {"n": n, "kl": kl, "gold": number(gold), "best_possible": best}
+                    for n, kl, gold, best in (
+                        (1, 0.0, 0.1, 0.1),
+                        (2, 0.19, 0.625, 0.7),
+                        (4, 0.64, 0.2, 0.9),
+                    )
+                ],
+                "turns_over": {"n": 2, "difference": number(-0.4), "beyond_band": True},
+                "prompts": 200,
+                "candidates": {"smallest": 4, "largest": 4},
             }
         },
-        "prompts": 200,
-        "candidates": 4,
+        "kendall": {name: {"tau": number(0.31)}},
     }
     result["command"] = f'drrlhf stress --require "tv:0.1 accuracy>=0.6" {text}'
     result["versions"] = {"torch": "9.9.9"}
@@ -232,7 +236,7 @@ def test_what_is_not_known_is_a_dash(missing):
         change |= {"lost": unknown, "success": unknown}
     model["worst_change"] |= {"accuracy": unknown}
     model["styles"] |= {"hard": unknown, "matrix": [[unknown] * 3] * 3}
-    result["best_of"]["curves"]["model"]["gold"][2] = unknown
+    result["best_of"]["curves"]["model"]["points"][2]["gold"] = unknown
     body = render(result).partition("<body>")[2].rpartition("<script>")[0]
     shown = re.sub(r"<[^>]*>", " ", body)
     assert not re.search(r"\b(nan|NaN|None)\b", shown)
