@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -54,15 +54,17 @@ def values(seeds: Sequence[Mapping[str, Any]], group: str, measure: str) -> Valu
     }
 
 
-def rows(found: Values, base: str) -> Iterator[tuple[str, str]]:
-    """(method, its difference to the base with a 95 % interval), bold where it is sure."""
-    tests = {name: paired(found[name] - found[base]) for name in AGAINST[base]}
+def difference(found: Values, base: str, methods: Sequence[str]) -> dict[str, str]:
+    """The difference of each method to the base with a 95 % interval, bold where it is sure."""
+    tests = {name: paired(found[name] - found[base]) for name in methods}
     corrected = holm([p for p, _ in tests.values()])
     digits = 1 if abs(found[base]).mean() > 2 else 3
+    cells = {}
     for (name, (_, (low, high))), p in zip(tests.items(), corrected, strict=True):
         mean = f"{(found[name] - found[base]).mean():+.{digits}f}"
         cell = f"**{mean}**" if p < SURE else mean
-        yield name, f"{cell} [{low:+.{digits}f}, {high:+.{digits}f}]"
+        cells[name] = f"{cell} [{low:+.{digits}f}, {high:+.{digits}f}]"
+    return cells
 
 
 def tables(records: Sequence[Mapping[str, Any]]) -> str:
@@ -74,7 +76,7 @@ def tables(records: Sequence[Mapping[str, Any]]) -> str:
         plain = [f"{found[m]['plain'].mean():.{1 if m in POINTS else 3}f}" for m in MEASURES]
         lines = [["plain", *plain]]
         for base, methods in AGAINST.items():
-            cells = {m: dict(rows(found[m], base)) for m in MEASURES}
+            cells = {m: difference(found[m], base, methods) for m in MEASURES}
             lines += [
                 [f"{name} over {base}", *(cells[m][name] for m in MEASURES)] for name in methods
             ]

@@ -1,0 +1,76 @@
+"""What a run of PROTOCOL.md found, as tables: ``python -m evidence.best_of.summary FILE``."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from drrlhf.demo.sentiment import DOMAINS
+from drrlhf.files import json_lines
+from drrlhf.stress.best_of import COMBINED
+from evidence.best_of.run import POOLS
+from evidence.views.summary import difference
+
+SINGLE, POSSIBLE = "single", "best possible"
+MEASURES = ("gold at the largest n", "fall")
+Curves = Mapping[str, np.ndarray]  # by pick, (seeds, n)
+
+
+def curves(records: Sequence[Mapping[str, Any]], pool: str) -> tuple[list[int], Curves]:
+    """The n, and mean gold scores over domains (and over models, of single ones), of the seeds of
+    which all domains are there."""
+    by_seed: dict[int, list[Mapping[str, Any]]] = {}
+    for record in records:
+        by_seed.setdefault(record["seed"], []).append(record["gold"][pool])
+    whole = [by_seed[seed] for seed in sorted(by_seed) if len(by_seed[seed]) == len(DOMAINS)]
+    counts = [int(n) for n in whole[0][0][POSSIBLE]]
+
+    def curve(found: Mapping[str, Any], pick: str) -> np.ndarray:
+        names = [name for name in found if name.startswith("model ")] if pick == SINGLE else [pick]
+        return np.mean([[found[name][str(n)] for n in counts] for name in names], axis=0)
+
+    return counts, {
+        pick: np.array([np.mean([curve(one, pick) for one in domains], 0) for domains in whole])
+        for pick in (SINGLE, *COMBINED, POSSIBLE)
+    }
+
+
+def measured(of: Curves, measure: str) -> dict[str, np.ndarray]:
+    """By pick, (seeds,)."""
+    last = {pick: curve[:, -1] for pick, curve in of.items()}
+    if measure == MEASURES[0]:
+        return last
+    return {pick: curve.max(1) - last[pick] for pick, curve in of.items()}
+
+
+def tables(records: Sequence[Mapping[str, Any]]) -> str:
+    """Markdown: a table of numbers and one of curves for each pool."""
+    parts = []
+    for pool in POOLS:
+        counts, of = curves(records, pool)
+        found = {measure: measured(of, measure) for measure in MEASURES}
+        plain = [f"{found[m][SINGLE].mean():.3f}" for m in MEASURES]
+        cells = {m: difference(found[m], SINGLE, COMBINED) for m in MEASURES}
+        lines = [["single models", *plain]]
+        lines += [[f"`{name}` over them", *(cells[m][name] for m in MEASURES)] for name in COMBINED]
+        head = [f"{pool}, {len(of[SINGLE])} seeds", *MEASURES]
+        over_n = [[pick, *(f"{x:.2f}" for x in curve.mean(0))] for pick, curve in of.items()]
+        for title, body in ((head, lines), ([f"{pool}: gold at n", *map(str, counts)], over_n)):
+            table = [title, ["---"] * len(title), *body]
+            parts.append("\n".join(f"| {' | '.join(line)} |" for line in table))
+    return "\n\n".join(parts)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("file", type=Path)
+    _, *records = json_lines(parser.parse_args().file)
+    print(tables(records))
+
+
+if __name__ == "__main__":
+    main()
