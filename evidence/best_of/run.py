@@ -1,4 +1,4 @@
-"""Run PROTOCOL.md: ``python -m evidence.best_of.run --output evidence/best_of/results/best_of.jsonl``.
+"""Run PROTOCOL.md: ``python -m evidence.best_of.run --output FILE``.
 
 A line a seed and domain; a run that was stopped goes on where it stood.
 """
