@@ -288,8 +288,9 @@ def _scored(options: Options, console: Console) -> Loaded:
 
 def _names(paths: list[Path]) -> list[str]:
     """Files' names without suffix; whole paths where two would be called the same."""
-    stems = Counter(path.stem for path in paths)
-    names = [path.stem if stems[path.stem] == 1 else str(path) for path in paths]
+    short = [path.stem.removesuffix(".scores") for path in paths]
+    times = Counter(short)
+    names = [name if times[name] == 1 else str(path) for name, path in zip(short, paths)]
     if len(set(names)) < len(names):
         raise ValueError(f"{max(names, key=names.count)} is given twice")
     return names

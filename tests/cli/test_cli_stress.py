@@ -46,10 +46,56 @@ def test_models_side_by_side(tmp_path):
     assert 0 < html.index("<h3>a</h3>") < html.index("<h3>b</h3>")
 
 
+def changed(path, n=80):
+    """Scores with forms, and of candidates."""
+    rng = np.random.default_rng(2)
+    columns = {"chosen_reward": rng.normal(1, 1, n), "rejected_reward": rng.normal(0, 1, n)}
+    columns["chosen_reward@typos"] = columns["chosen_reward"] - 1
+    columns["rejected_reward@typos"] = columns["rejected_reward"]
+    pq.write_table(pa.table(columns), path)
+    return path
+
+
+def candidates(path):
+    rows = [
+        {"scores": [1.0, 2.0, 3.0, 4.0], "gold": [1.0, 2.0, 3.0, -9.0 + i % 2]} for i in range(30)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_gates_on_changes_and_on_best_of_n(tmp_path):
+    given = ["--scores", changed(tmp_path / "rm.parquet"), "--output-dir", tmp_path / "out"]
+    given += ["--best-of", candidates(tmp_path / "c.jsonl"), "--junit", tmp_path / "gates.xml"]
+    met = stress(*given, "--require", "best-of-2 gold>=best-of-4", "--require", "typos success<=1")
+    assert met.exit_code == 0, met.output
+    assert "It turns over under pressure" in " ".join(met.output.split())
+    missed = stress(*given, "--require", "best-of-4 gold>=best-of-1")
+    assert missed.exit_code == 1
+    assert (tmp_path / "gates.xml").read_text().count("<failure") == 1
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    points = report["best_of"]["curves"]["rm"]["points"]
+    means = [sum(g) / 30 for g in zip(*([1, 2, 3, -9 + i % 2] for i in range(30)))]
+    # All four, and the last of four; of two the pick is the better of each pair.
+    assert points[0]["gold"]["value"] == pytest.approx(sum(means) / 4)
+    assert points[2]["gold"]["value"] == pytest.approx(means[3])
+    pairs = [means[max(i, j)] for i in range(4) for j in range(i)]
+    assert points[1]["gold"]["value"] == pytest.approx(sum(pairs) / 6)
+    assert "stress" in report["command"] and report["versions"]["torch"]
+
+
+def test_what_a_gate_names_and_the_report_lacks_leaves_no_report(tmp_path):
+    file, out = changed(tmp_path / "rm.parquet"), tmp_path / "out"
+    for text in ("typoss accuracy>=0.1", "subset=maths accuracy>=0.1", "best-of-2 gold>=0"):
+        done = stress("--scores", file, "--output-dir", out, "--require", text)
+        assert done.exit_code == 2 and text.split()[0] in done.output and not out.exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ([], "give --scores FILE"),
+        (["--best-of", "a", "--best-of", "b"], "--best-of: expected 1 file"),
         (["--model", "rm"], "give --scores FILE"),
         (["--data", "pairs.jsonl"], "--model and --data belong together"),
         (["--require", "tv:0.1 accurate"], "requirement 'tv:0.1 accurate' cannot be parsed"),
