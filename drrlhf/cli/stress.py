@@ -9,6 +9,7 @@ import signal
 import sys
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from enum import Enum
 from functools import partial
 from pathlib import Path
@@ -88,6 +89,11 @@ class Options:
     output_dir: Path = option(
         Path("stress"), "Folder for report.html and report.json.", file_okay=False
     )
+    texts: bool = option(
+        True,
+        "Whether the report and the kept scores show examples; --no-texts where data must not "
+        "leave.",
+    )
     require: list[str] | None = option(
         None,
         'A gate such as "tv:0.1 accuracy>=0.75", "worst-change accuracy>=0.6" or '
@@ -129,6 +135,7 @@ def stress(options: Options) -> None:
             load = _scored if options.model else _read
             result = _stressed(
                 partial(load, options, console),
+                options.texts,
                 require=options.require or [],
                 floor=options.floor,
                 ambiguity=options.ambiguity,
@@ -184,7 +191,7 @@ def _made_by() -> dict[str, Any]:
     }
 
 
-def _stressed(load: Callable[[], Loaded], **options: Any) -> dict[str, Any]:
+def _stressed(load: Callable[[], Loaded], texts: bool, **options: Any) -> dict[str, Any]:
     from drrlhf.cli.run import require
 
     require()
@@ -193,6 +200,8 @@ def _stressed(load: Callable[[], Loaded], **options: Any) -> dict[str, Any]:
 
     check_options(**options)  # before a large file is read
     scores, candidates = load()
+    if not texts:
+        scores = {name: replace(one, examples={}) for name, one in scores.items()}
     return stress_test(scores, best_of=candidates or None, **options)
 
 
@@ -264,7 +273,7 @@ def _scored(options: Options, console: Console) -> Loaded:
             )
         # What took minutes is kept, whatever may be wrong with it: --scores reads it again.
         options.output_dir.mkdir(parents=True, exist_ok=True)
-        kept = {"scores": table}
+        kept = {"scores": table if options.texts else table.replace_schema_metadata(None)}
         if name in picked:
             kept["candidates"] = picked[name].table()
         for what, one in kept.items():
