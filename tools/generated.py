@@ -21,6 +21,7 @@ from drrlhf.bench.trainer_step import of_prompts
 from drrlhf.files import json_lines, write_text
 from drrlhf.seeds import mean_and_error
 from drrlhf.transformations import ATTACK, TRANSFORMATIONS
+from evidence.best_of import summary as best_of
 from evidence.shift import page, summary
 
 ROOT = Path(__file__).parent.parent
@@ -29,8 +30,13 @@ BLOCK = re.compile(r"(<!-- generated: (\S+) -->\n)(.*?)(\n<!-- end -->)", re.DOT
 
 
 def pages() -> list[Path]:
-    """Where generated blocks may stand."""
+    """README.md and docs/, whose commands are tests, too."""
     return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def evidence_pages() -> list[Path]:
+    """What was found, beside its protocol."""
+    return sorted((ROOT / "evidence").glob("*/README.md"))
 
 
 def blocks() -> dict[str, str]:
@@ -43,6 +49,8 @@ def blocks() -> dict[str, str]:
         "gpu_step": _gpu_step(results.read(_kept("gpu", ".json"))),
         "gpu_head": _gpu_head(list(json_lines(_kept("gpu-ops", ".jsonl")))),
         "transformations": _transformations(),
+        "attacks": _attacks(),
+        "best_of": best_of.tables(_records("best_of/results/best_of.jsonl")),
         **summary.tables(page.HERE / "results"),
     }
 
@@ -207,6 +215,25 @@ def _transformations() -> str:
     return _markdown(("view", "kind", "change", "rate", "keeps the meaning"), rows)
 
 
+def _attacks() -> str:
+    """Rows: an attack. Cells: what it does, and at what rate."""
+    rows = [
+        (
+            f"`{name}`",
+            one.what.removeprefix("attack: "),
+            "–" if one.rate is None else f"{one.rate:g}",
+        )
+        for name, one in TRANSFORMATIONS.items()
+        if one.kind == ATTACK
+    ]
+    return _markdown(("attack", "on the rejected answer", "rate"), rows)
+
+
+def _records(path: str) -> list[dict[str, Any]]:
+    """Of a file of evidence, without its first line."""
+    return list(json_lines(ROOT / "evidence" / path))[1:]
+
+
 def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
@@ -217,7 +244,7 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="rewrite the blocks that differ")
     options = parser.parse_args()
     known, stale = blocks(), []
-    for path in pages():
+    for path in [*pages(), *evidence_pages()]:
         text = path.read_text(encoding="utf-8")
         new = rewritten(text, known)
         if new != text:

@@ -27,6 +27,7 @@ from tools import generated
 ROOT = Path(__file__).parents[2]
 PAGES = {path.relative_to(ROOT).as_posix(): path.read_text() for path in generated.pages()}
 README = PAGES["README.md"]
+EVIDENCE = [path.relative_to(ROOT).as_posix() for path in generated.evidence_pages()]
 
 
 def blocks(language: str, text: str = README) -> list[str]:
@@ -52,10 +53,10 @@ def test_every_command_is_of_a_kind_that_is_tested():
     assert len(blocks("python")) == 1 and len(blocks("diff")) == 1 and MAKE and INSTALL
     assert PROCESS in SHELL and len(SHELL) > 5 and len(PYTHON) > 4
     languages = {one for text in PAGES.values() for one in re.findall(r"^```(\w+)$", text, re.M)}
-    assert languages == {"sh", "python", "diff"}
+    assert languages == {"sh", "python", "diff", "yaml"}
 
 
-@pytest.mark.parametrize("name", [*PAGES, "CONTRIBUTING.md", "evidence/shift/README.md"])
+@pytest.mark.parametrize("name", [*PAGES, "CONTRIBUTING.md", *EVIDENCE])
 def test_what_links_and_paths_name_is_there(name):
     text, folder = (ROOT / name).read_text(), (ROOT / name).parent
     links = {link for link in re.findall(r"\]\(([^)#]+)[^)]*\)", text) if "://" not in link}
@@ -109,6 +110,17 @@ def test_shell_commands(command, folder, monkeypatch):
         out = folder / words[words.index("--output-dir") + 1]
         made = ("report.html", "report.json") if "stress" in words[:2] else MADE_BY_TRAINING
         assert all((out / name).stat().st_size for name in made)
+
+
+def test_the_gate_of_a_workflow(folder, monkeypatch):
+    """It runs as it stands, and leaves what the next step reads, whether gates are met or not."""
+    (block,) = re.findall(r"^```yaml\n(.*?)^```$", PAGES["docs/stress.md"], re.M | re.S)
+    command = block[block.index("drrlhf") : block.index("- uses")].replace("\\\n", " ")
+    monkeypatch.chdir(folder)
+    done = CliRunner().invoke(app, shlex.split(command)[1:], prog_name="drrlhf")
+    assert done.exit_code in (0, 1), done.output
+    assert "<testcase" in (folder / "gates.xml").read_text()
+    assert (folder / "stress" / "report.html").stat().st_size
 
 
 @pytest.mark.parametrize("name, code", PYTHON, ids=[f"{n}-{i}" for i, (n, _) in enumerate(PYTHON)])
@@ -192,7 +204,8 @@ def test_changelog_names_the_version():
 
 def test_every_block_is_what_the_kept_results_generate():
     known, used = generated.blocks(), set()
-    for name, text in PAGES.items():
+    evidence = {name: (ROOT / name).read_text() for name in EVIDENCE}
+    for name, text in (PAGES | evidence).items():
         used |= {*generated.names(text)}
         assert text.count("<!-- generated: ") == text.count("<!-- end -->")
         assert len(generated.names(text)) == text.count("<!-- generated: ")
