@@ -55,7 +55,8 @@ def test_models_of_other_domains_pick_what_people_like(monkeypatch):
     own = {text.text for text in some if text.domain == "movie"}
     ratings = {one.split()[-1] for one in own}
     assert len(asked) == 30 and all(any(one in changed for one in ratings) for changed in asked)
-    assert all(changed not in own for changed in asked)
+    # A list needs two sentences: one addition in eight leaves these texts as they are.
+    assert 0 < sum(changed in own for changed in asked) < 10
     real, gamed = found["gold"]["real"], found["gold"]["gamed"]
     for pick in ("model 0", "min", "mean"):
         assert real[pick] == pytest.approx(real["best possible"], abs=0.02)
