@@ -21,7 +21,9 @@ from drrlhf.bench.trainer_step import of_prompts
 from drrlhf.files import json_lines, write_text
 from drrlhf.seeds import mean_and_error
 from drrlhf.transformations import ATTACK, TRANSFORMATIONS
+from evidence import pays
 from evidence.best_of import summary as best_of
+from evidence.labels import summary as labels
 from evidence.shift import page, summary
 
 ROOT = Path(__file__).parent.parent
@@ -51,6 +53,8 @@ def blocks() -> dict[str, str]:
         "transformations": _transformations(),
         "attacks": _attacks(),
         "best_of": best_of.tables(_records("best_of/results/best_of.jsonl")),
+        "labels": labels.tables(_records("labels/results/labels.jsonl")),
+        "pays": pays.table(),
         **summary.tables(page.HERE / "results"),
     }
 

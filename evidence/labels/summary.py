@@ -21,6 +21,7 @@ AGAINST = {
     "plain": tuple(name for name in METHODS if name != "plain"),
     "majority": ("soft", "pro", "everyone"),
 }
+SEEDS = 10  # before which nothing is told
 Values = Mapping[str, np.ndarray]  # by method, (seeds,)
 
 
@@ -36,13 +37,14 @@ def values(records: Sequence[Mapping[str, Any]], model: str, measure: str) -> Va
     return {method: np.array([one[method] for one in whole]) for method in METHODS}
 
 
-def tables(records: Sequence[Mapping[str, Any]]) -> str:
-    """Markdown: a table for each model, a row for each method and base."""
+def tables(records: Sequence[Mapping[str, Any]], least: int = SEEDS) -> str:
+    """Markdown: a table for each model of which there are ``least`` seeds, a row for each method
+    and base."""
     parts = []
     for model in (REWARD, DPO):
         found = {measure: values(records, model, measure) for measure in MEASURES}
         seeds = len(found["accuracy"]["plain"])
-        if seeds < 2:
+        if seeds < least:
             continue
         plain = [f"{found[m]['plain'].mean():.{1 if m == 'accuracy' else 3}f}" for m in MEASURES]
         lines = [["plain", *plain]]

@@ -10,10 +10,10 @@ from statistics import fmean
 import numpy as np
 import pytest
 import torch
-from evidence.best_of import run, summary
 
 from drrlhf.demo import sentiment
 from drrlhf.files import json_lines
+from evidence.best_of import run, summary
 
 KEPT = Path(run.__file__).parent / "results" / "best_of.jsonl"
 

@@ -1,0 +1,119 @@
+"""What pays: one row for each thing that an adversary may choose, from the kept results.
+
+``python -m tools.generated --write`` puts the table into README.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from drrlhf.files import json_lines
+from evidence.best_of import summary as best_of
+from evidence.labels import summary as labels
+from evidence.labels.run import REWARD
+from evidence.shift import findings, page
+from evidence.shift.findings import DPO_FAMILIES, FAMILIES, SURE
+
+HERE = Path(__file__).parent
+KNOWN_GROUPS = ("balanced", "group")
+
+
+def table() -> str:
+    """Markdown. Rows: what is chosen, or known. Cells: what it bought, and where that is told."""
+    _, records, dpo, _ = page.load(page.HERE / "results")
+    rows = [
+        (
+            "the examples (`tv`, `kl`, `chi2`, `cvar`), in reward models",
+            _over_shifts(records, FAMILIES, groups=False),
+            "[shifts](docs/sets.md)",
+        ),
+        (
+            "groups that are known (`group`, or equal weights)",
+            _over_shifts(records, FAMILIES, groups=True),
+            "[shifts](docs/sets.md)",
+        ),
+        (
+            "the examples, in DPO",
+            _over_shifts(dpo, DPO_FAMILIES, groups=False),
+            "[shifts](docs/sets.md)",
+        ),
+        (
+            "how sure a label is (`label_probs`), where labels are single votes",
+            _of_labels(_records("labels/results/labels.jsonl")),
+            "[labels](evidence/labels/README.md)",
+        ),
+        (
+            "several reward models in place of one, in best of 256",
+            _of_models(_records("best_of/results/best_of.jsonl")),
+            "[best of n](evidence/best_of/README.md)",
+        ),
+        (
+            "the form of a pair (`views`)",
+            "being measured",
+            "[views](docs/views.md)",
+        ),
+    ]
+    lines = [("an adversary over", "bought, ten paired seeds", "more"), ("---",) * 3, *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _over_shifts(
+    records: Sequence[Mapping[str, Any]], families: Sequence[str], groups: bool
+) -> str:
+    """The sure gains of accuracy by shift, in points, and how many losses there are."""
+    gains, losses = [], []
+    for family in families:
+        found = findings.findings(findings.table(records, family, "out"))
+        for name, one in found.items():
+            if (name in KNOWN_GROUPS) != groups or one.p >= SURE:
+                continue
+            into = gains if one.difference > 0 else losses
+            into.append(
+                (100 * one.difference, f"`{name}` {100 * one.difference:+.1f} on `{family}`")
+            )
+    gained = ", ".join(text for _, text in sorted(gains, reverse=True)) or "no accuracy"
+    if not losses:
+        return gained
+    return f"{gained}; {len(losses)} sure losses, of up to {-min(losses)[0]:.1f} points"
+
+
+def _of_labels(records: Sequence[Mapping[str, Any]]) -> str:
+    """Of a reward model: soft labels over plain ones, and over the majority of as many votes; only
+    what is sure."""
+    parts = []
+    for base, what in (("plain", "one vote"), ("majority", "the majority of as many votes")):
+        cells = {}
+        for measure in ("accuracy", "brier"):
+            found = labels.values(records, REWARD, measure)
+            cells[measure] = labels.difference(found, base, labels.AGAINST[base])["soft"]
+        sure = {
+            measure: cell.split("**")[1] for measure, cell in cells.items() if cell.startswith("**")
+        }
+        named = [
+            text.format(sure[measure])
+            for measure, text in (("accuracy", "{} points"), ("brier", "Brier {}"))
+            if measure in sure
+        ]
+        parts.append(f"{', '.join(named) or 'nothing'} over {what}")
+    return "; ".join(parts)
+
+
+def _of_models(records: Sequence[Mapping[str, Any]]) -> str:
+    """The mean of all and their worst case over single models, in gold scores."""
+    parts = []
+    for pool in ("real", "gamed"):
+        last = best_of.measured(best_of.curves(records, pool)[1], best_of.MEASURES[0])
+        by = {how: np.mean(last[how] - last[best_of.SINGLE]) for how in ("mean", "min")}
+        base = last[best_of.SINGLE].mean()
+        parts.append(
+            f"{pool} texts: mean {by['mean']:+.2f}, worst case {by['min']:+.2f} over {base:.2f}"
+        )
+    return "gold score of " + "; ".join(parts)
+
+
+def _records(path: str) -> list[dict[str, Any]]:
+    return list(json_lines(HERE / path))[1:]
