@@ -64,7 +64,8 @@ def candidates(path):
     return path
 
 
-def test_gates_on_changes_and_on_best_of_n(tmp_path):
+def test_gates_on_changes_and_on_best_of_n(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["/somewhere/drrlhf", "stress", "--scores", "my file"])
     given = ["--scores", changed(tmp_path / "rm.parquet"), "--output-dir", tmp_path / "out"]
     given += ["--best-of", candidates(tmp_path / "c.jsonl"), "--junit", tmp_path / "gates.xml"]
     met = stress(*given, "--require", "best-of-2 gold>=best-of-4", "--require", "typos success<=1")
@@ -81,7 +82,8 @@ def test_gates_on_changes_and_on_best_of_n(tmp_path):
     assert points[2]["gold"]["value"] == pytest.approx(means[3])
     pairs = [means[max(i, j)] for i in range(4) for j in range(i)]
     assert points[1]["gold"]["value"] == pytest.approx(sum(pairs) / 6)
-    assert "stress" in report["command"] and report["versions"]["torch"]
+    assert report["command"] == "drrlhf stress --scores 'my file'"
+    assert report["versions"]["torch"] and report["date"]
 
 
 def test_what_a_gate_names_and_the_report_lacks_leaves_no_report(tmp_path):
