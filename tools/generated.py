@@ -55,6 +55,8 @@ def blocks() -> dict[str, str]:
         "best_of": best_of.tables(_records("best_of/results/best_of.jsonl")),
         "labels": labels.tables(_records("labels/results/labels.jsonl")),
         "pays": pays.table(),
+        "stress": _stress(_stressed()),
+        "stress_findings": _stress_findings(_stressed()),
         **summary.tables(page.HERE / "results"),
     }
 
@@ -219,6 +221,11 @@ def _transformations() -> str:
     return _markdown(("view", "kind", "change", "rate", "keeps the meaning"), rows)
 
 
+def _stressed() -> dict[str, Any]:
+    """What is kept of the reports behind docs/stress/*.html."""
+    return json.loads((ROOT / "docs" / "stress" / "kept.json").read_text(encoding="utf-8"))
+
+
 def _attacks() -> str:
     """Rows: an attack. Cells: what it does, and at what rate."""
     rows = [
@@ -231,6 +238,31 @@ def _attacks() -> str:
         if one.kind == ATTACK
     ]
     return _markdown(("attack", "on the rejected answer", "rate"), rows)
+
+
+def _stress(models: Mapping[str, Any]) -> str:
+    """Rows: a model whose page is kept. Cells: accuracy, under the worst change, and attacks."""
+
+    def share(found: Mapping[str, float]) -> str:
+        low, high = (f"{100 * found[end]:.1f}" for end in ("low", "high"))
+        return f"{100 * found['value']:.1f} [{low}, {high}]"
+
+    rows = [
+        (
+            f"`{name}`",
+            f"{100 * model['accuracy']:.1f}",
+            share(model["worst_change"]["accuracy"]),
+            share(model["attacks"]["success"]),
+        )
+        for name, model in models.items()
+    ]
+    return _markdown(("model", "accuracy, %", "under the worst change", "best attack"), rows)
+
+
+def _stress_findings(models: Mapping[str, Any]) -> str:
+    """What the first of the pages begins with, in its words."""
+    told = (f"*{finding['text']}*" for finding in next(iter(models.values()))["findings"])
+    return " ".join(told)
 
 
 def _records(path: str) -> list[dict[str, Any]]:

@@ -52,8 +52,8 @@ def _all(model: Mapping[str, Any]) -> Iterator[Finding]:
     for bias in model["biases"]:
         share = bias["preferred"]["value"]
         yield Finding(
-            f"It prefers an answer to the same answer without the addition in {share:.1%} of "
-            f"{bias['answers']:,} cases ({bias['what']}).",
+            f"In {share:.1%} of {bias['answers']:,} cases it prefers an answer with a mere addition "
+            f"to the answer itself ({bias['what']}).",
             share - 0.5,
             "biases",
             f"{bias['change']}/preferred",
