@@ -77,7 +77,7 @@ def chosen_changes(names: str | Sequence[str], columns: Sequence[str]) -> list[s
         return []
     for name in given:
         if BY_COLUMN not in name:
-            lookup(name)
+            lookup(name, "changes", also="all, none, '@NAME', 'prompt@NAME'")
         elif name not in by_column:
             known = ", ".join(by_column) or "none"
             raise ValueError(
