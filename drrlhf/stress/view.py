@@ -98,6 +98,26 @@ def example(one: Mapping[str, Any], title: str = "") -> dict[str, Any]:
     return {"title": title, "texts": [one for one in texts if one[1]], "numbers": numbers}
 
 
+def answer_example(one: Mapping[str, Any], title: str = "") -> dict[str, Any]:
+    """As `example`, of an answer of a policy's own, and of that to the changed prompt."""
+    numbers = f"Reward {one['reward']:+.3g}; mean of the prompt's answers {one['mean']:+.3g}."
+    if "prompt_after" not in one:
+        texts = [("Prompt", one["prompt"]), ("Answer", one["answer"])]
+    else:
+        old, new = marked(one["prompt"], one["prompt_after"])
+        texts = [
+            ("Prompt", old),
+            ("Prompt, changed", new),
+            ("Answer", one["answer"]),
+            ("Answer to the changed prompt", one["answer_after"]),
+        ]
+        numbers = (
+            f"Reward {one['reward']:+.3g} before, {one['reward_after']:+.3g} after; mean of the "
+            f"prompt's answers {one['mean']:+.3g} before, {one['mean_after']:+.3g} after."
+        )
+    return {"title": title, "texts": texts, "numbers": numbers}
+
+
 def _margins(one: Mapping[str, Any]) -> str:
     plain = f"Margin (reward of chosen minus rejected) {one['margin']:+.2f}"
     if "margin_after" not in one:

@@ -1,0 +1,692 @@
+"""Answers of a policy and their rewards: what is drawn and kept, and every number by loops."""
+
+from __future__ import annotations
+
+import json
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl_fixtures import tiny_llama_dir, tiny_pairs, tiny_reward_dir
+
+from drrlhf import models, reward_inputs
+from drrlhf.files import json_lines
+from drrlhf.files.tables import DataError
+from drrlhf.stress import (
+    Attribute,
+    Generated,
+    RewardModel,
+    generate_scores,
+    stress_generated,
+    write_junit,
+)
+from drrlhf.stress.generate import chosen_prompt_changes
+from drrlhf.stress.generated import students_t
+from drrlhf.stress.report import render
+
+TYPOS, MINE = "prompt_typos", "prompt@mine"
+EVIL = "<script>alert('evil')</script>"
+NAN = float("nan")
+
+
+def letters(completions, **_):
+    return [answer.count("e") / 10 for answer in completions]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    path = tmp_path_factory.mktemp("generated")
+    tiny_llama_dir(path)
+    tiny_reward_dir(path)
+    rows = [
+        {"prompt": row["prompt"], "topic": "ab"[i % 2], "bonus": i, MINE: f"so {row['prompt']}"}
+        for i, row in enumerate(tiny_pairs(7))
+    ]
+    rows[2][MINE] = None
+    (path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def answered(place, reward=letters, **options):
+    usual = {"completions": 3, "max_new_tokens": 5, "changes": MINE, "batch_size": 6}
+    return generate_scores(place / "tiny-llama", reward, place / "prompts.jsonl", **usual | options)
+
+
+def rows_of(place):
+    return json_lines(place / "prompts.jsonl")
+
+
+# ---- answers and rewards -------------------------------------------------------------------------
+
+
+def test_every_answer_has_its_reward(place):
+    asked = []
+
+    def reward(prompts, completions, completion_ids, bonus, topic, **_):
+        asked.extend(prompts)
+        assert len(prompts) == len(completions) == len(completion_ids) == len(topic)
+        assert all(len(ids) <= 5 for ids in completion_ids)
+        return [answer.count("w") + one for answer, one in zip(completions, bonus, strict=True)]
+
+    found = answered(place, reward)
+    rows = rows_of(place)
+    assert found.prompts == [row["prompt"] for row in rows]
+    assert list(found.rewards) == ["", MINE]
+    assert found.forms[MINE] == [row[MINE] for row in rows]
+    for change in found.rewards:
+        for i, row in enumerate(rows):
+            if change and row[MINE] is None:
+                assert np.isnan(found.rewards[change][i]).all() and not found.completions[change][i]
+                continue
+            assert len(found.completions[change][i]) == 3
+            expected = [answer.count("w") + row["bonus"] for answer in found.completions[change][i]]
+            assert found.rewards[change][i].tolist() == expected
+    # The reward is asked about the prompt as it was, whatever the policy was asked.
+    assert set(asked) == set(found.prompts) and len(asked) == 3 * (7 + 6)
+    assert found.attributes["topic"].names == ("a", "b") and MINE not in found.attributes
+    assert found.asked("").all() and found.asked(MINE).sum() == 6
+
+
+@pytest.mark.parametrize("change", ["", MINE])
+def test_the_likeliest_tokens_are_those_of_the_model_alone(place, change):
+    """At temperature 0: prompts of unequal length in one batch, beside each prompt by itself."""
+    found = answered(place, temperature=0, completions=1, batch_size=100)
+    tokenizer = AutoTokenizer.from_pretrained(place / "tiny-llama")
+    model = AutoModelForCausalLM.from_pretrained(place / "tiny-llama").eval()
+    prompts = found.prompts if not change else found.forms[change]
+    assert len({len(str(prompt).split()) for prompt in prompts}) > 2
+    for i, prompt in enumerate(prompts):
+        if prompt is None:
+            continue
+        ids = tokenizer(prompt)["input_ids"]
+        new: list[int] = []
+        while len(new) < 5 and tokenizer.eos_token_id not in new:
+            with torch.no_grad():
+                logits = model(torch.tensor([ids + new])).logits[0, -1]
+            new.append(int(logits.argmax()))
+        assert found.completions[change][i] == [tokenizer.decode(new, skip_special_tokens=True)]
+        assert found.cut[change][i].tolist() == [tokenizer.eos_token_id not in new]
+
+
+def test_answers_are_drawn_from_the_model(place):
+    """Of many answers of one token, as many of each as its probability says."""
+    (place / "one.jsonl").write_text(json.dumps({"prompt": "how was the film"}) + "\n")
+    found = generate_scores(
+        place / "tiny-llama",
+        letters,
+        place / "one.jsonl",
+        completions=4000,
+        max_new_tokens=1,
+        temperature=0.5,
+        changes="none",
+    )
+    tokenizer = AutoTokenizer.from_pretrained(place / "tiny-llama")
+    model = AutoModelForCausalLM.from_pretrained(place / "tiny-llama").eval()
+    with torch.no_grad():
+        logits = model(torch.tensor([tokenizer("how was the film")["input_ids"]])).logits[0, -1]
+    chances = torch.softmax(logits / 0.5, 0)
+    for token in chances.topk(5).indices.tolist():
+        text = tokenizer.decode([token], skip_special_tokens=True)
+        share = found.completions[""][0].count(text) / 4000
+        chance = float(chances[token])
+        assert abs(share - chance) < 5 * (chance * (1 - chance) / 4000) ** 0.5 + 1e-3
+    assert len(set(found.completions[""][0])) > 60  # no top_k cuts the tail off
+
+
+def test_equal_seeds_give_equal_answers_and_disturb_nobody(place):
+    torch.manual_seed(3)
+    expected = torch.rand(2)
+    torch.manual_seed(3)
+    first = answered(place)
+    assert torch.equal(torch.rand(2), expected)
+    assert answered(place).completions == first.completions
+    assert answered(place, seed=1).completions != first.completions
+    # Other changes beside it change nothing.
+    more = answered(place, changes=f"prompt_preamble,{MINE}")
+    assert more.completions[MINE] == first.completions[MINE]
+    assert more.completions[""] == first.completions[""]
+
+
+@pytest.mark.parametrize("messages", [False, True])
+def test_a_reward_model_scores_the_prompt_followed_by_the_answer(place, tmp_path, messages):
+    rows = rows_of(place)[:3]
+    if messages:
+        rows = [{"prompt": [{"role": "user", "content": row["prompt"]}]} for row in rows]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = generate_scores(
+        place / "tiny-llama",
+        RewardModel(place / "tiny-reward"),
+        tmp_path / "p.jsonl",
+        completions=2,
+        max_new_tokens=4,
+        changes="prompt_upper_case",
+    )
+    tokenizer = AutoTokenizer.from_pretrained(place / "tiny-reward")
+    model = models.load(place / "tiny-reward", models.REWARD).eval()
+    for change, answers in found.completions.items():
+        for i, row in enumerate(rows):
+            for k, answer in enumerate(answers[i]):
+                said = [{"role": "assistant", "content": answer}] if messages else answer
+                ids = reward_inputs.reward_ids(tokenizer, row["prompt"], said)
+                alone = float(reward_inputs.scores(model, [ids], "cpu")[0])
+                assert found.rewards[change][i, k] == pytest.approx(alone, abs=1e-5)
+    changed = found.forms["prompt_upper_case"][0]
+    assert (changed[0]["content"] if messages else changed).isupper()
+
+
+def test_adapters_answer(place, tmp_path):
+    import peft
+
+    base = AutoModelForCausalLM.from_pretrained(place / "tiny-llama")
+    torch.manual_seed(1)
+    config = peft.LoraConfig(task_type="CAUSAL_LM", r=2, init_lora_weights=False)
+    peft.get_peft_model(base, config).save_pretrained(tmp_path / "lora")
+    AutoTokenizer.from_pretrained(place / "tiny-llama").save_pretrained(tmp_path / "lora")
+    options = {"completions": 1, "temperature": 0, "max_new_tokens": 8, "changes": "none"}
+    data = place / "prompts.jsonl"
+    adapted = generate_scores(tmp_path / "lora", letters, data, **options)
+    plain = generate_scores(place / "tiny-llama", letters, data, **options)
+    assert adapted.completions != plain.completions
+    merged = models.load(tmp_path / "lora", models.POLICY).merge_and_unload()
+    merged.save_pretrained(tmp_path / "merged")
+    AutoTokenizer.from_pretrained(place / "tiny-llama").save_pretrained(tmp_path / "merged")
+    whole = generate_scores(tmp_path / "merged", letters, data, **options)
+    assert whole.completions == adapted.completions
+
+
+def test_an_asynchronous_reward(place):
+    async def later(completions, **_):
+        return letters(completions)
+
+    expected = answered(place, changes="none").rewards[""]
+    np.testing.assert_array_equal(answered(place, later, changes="none").rewards[""], expected)
+
+
+# ---- the file ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.3, 0.5, 0.77, 0.999])
+def test_a_file_that_was_cut_anywhere_goes_on(place, tmp_path, share):
+    whole, cut = tmp_path / "whole.jsonl", tmp_path / "cut.jsonl"
+    first = answered(place, file=whole)
+    text = whole.read_bytes()
+    cut.write_bytes(text[: int(share * len(text))])
+    told = []
+    again = answered(place, file=cut, on_progress=lambda *one: told.append(one[1:]))
+    assert cut.read_bytes() == text
+    for change, rewards in first.rewards.items():
+        np.testing.assert_array_equal(again.rewards[change], rewards)
+        np.testing.assert_array_equal(again.cut[change], first.cut[change])
+    assert again.completions == first.completions
+    assert told[-1] == (39, 39) and (told[0][0] > 0) == (share > 0.2)
+    assert stress_generated(again, resamples=20) == stress_generated(first, resamples=20)
+
+
+def test_what_is_finished_is_not_made_again(place, tmp_path, monkeypatch):
+    file = tmp_path / "a.jsonl"
+    first = answered(place, file=file)
+
+    def never(*_, **__):
+        raise AssertionError("loaded")
+
+    monkeypatch.setattr("drrlhf.models.load", never)
+    assert answered(place, file=file).completions == first.completions
+    # A change less is no other setting; what the file has of it is left alone.
+    assert list(answered(place, file=file, changes="none").rewards) == [""]
+    with pytest.raises(AssertionError, match="loaded"):
+        answered(place, file=file, changes="prompt_preamble")
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"seed": 1}, "seed 0, not 1"),
+        ({"completions": 2}, "completions 3, not 2"),
+        ({"temperature": 0.5}, "temperature 1.0, not 0.5"),
+        ({"max_new_tokens": 4}, "max_new_tokens 5, not 4"),
+        ({"batch_size": 3}, "batch_size 6, not 3"),
+        ({"reward": len}, "reward 'test_generated:letters', not 'builtins:len'"),
+        ({"dtype": torch.bfloat16}, "dtype 'as saved', not 'bfloat16'"),
+    ],
+)
+def test_other_settings_are_refused(place, tmp_path, options, named):
+    file = tmp_path / "a.jsonl"
+    answered(place, file=file)
+    before = file.read_bytes()
+    with pytest.raises(ValueError, match=r"a\.jsonl was made with .*remove it to begin anew") as no:
+        answered(place, file=file, **options)
+    assert named in str(no.value) and file.read_bytes() == before
+
+
+def test_another_model_or_data_under_the_same_name_is_refused(place, tmp_path):
+    rows = rows_of(place)[:3]
+    data, file = tmp_path / "p.jsonl", tmp_path / "a.jsonl"
+
+    def run():
+        data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        options = {"completions": 1, "max_new_tokens": 2, "changes": "none", "file": file}
+        return generate_scores(tmp_path / "tiny-llama", letters, data, **options)
+
+    tiny_llama_dir(tmp_path)
+    first = run()
+    assert run().completions == first.completions
+    tiny_llama_dir(tmp_path, rms_norm_eps=0.1)
+    with pytest.raises(ValueError, match="made with model_files"):
+        run()
+    tiny_llama_dir(tmp_path)
+    rows[0]["bonus"] = 100
+    with pytest.raises(ValueError, match="made with data_rows"):
+        run()
+
+
+def test_files_of_another_kind_are_refused(place, tmp_path):
+    file = tmp_path / "a.jsonl"
+    file.write_text('{"loss": 1}\n')
+    with pytest.raises(ValueError, match="holds no answers"):
+        answered(place, file=file)
+    assert file.read_text() == '{"loss": 1}\n'
+
+
+# ---- mistakes ------------------------------------------------------------------------------------
+
+
+def test_rewards_of_another_number_or_kind(place, tmp_path):
+    file = tmp_path / "out" / "a.jsonl"
+    with pytest.raises(ValueError, match="expected 6 values, one for each answer, got 5"):
+        answered(place, lambda completions, **_: [1.0] * (len(completions) - 1), file=file)
+    for wrong in (lambda **_: None, lambda completions, **_: ["good"] * len(completions)):
+        with pytest.raises(ValueError, match="expected a number or None for each answer"):
+            answered(place, wrong, file=file)
+    assert not file.parent.exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"completions": 0}, "completions must be at least 1"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be at least 1"),
+        ({"batch_size": 0}, "batch_size must be at least 1"),
+        ({"seed": -1}, "seed must be at least 0"),
+        ({"temperature": -1.0}, "temperature must be a finite number"),
+        ({"temperature": NAN}, "temperature must be a finite number"),
+        ({"temperature": 0}, "temperature 0 gives one answer"),
+        ({"changes": "typos"}, "'typos' changes answers"),
+        ({"changes": "prompt_typo"}, "did you mean 'prompt_typos'"),
+        ({"changes": "prompt@other"}, "whose other forms are: prompt@mine"),
+        ({"max_new_tokens": 254}, "more than the 256 positions of .*lower max_new_tokens"),
+    ],
+)
+def test_arguments_out_of_range(place, options, message):
+    with pytest.raises(ValueError, match=message):
+        answered(place, **options)
+
+
+def test_models_that_do_not_answer(place, tmp_path):
+    data = place / "prompts.jsonl"
+    with pytest.raises(ValueError, match="expected a causal language model, got a reward model"):
+        generate_scores(place / "tiny-reward", letters, data)
+    with pytest.raises(ValueError, match=r"no directory with a config\.json"):
+        generate_scores(tmp_path, letters, data)
+
+
+def test_which_changes_all_are():
+    columns = ["prompt", "topic", MINE, "chosen@other"]
+    found = chosen_prompt_changes("all", columns)
+    assert TYPOS in found and MINE in found
+    assert all(name.startswith("prompt") for name in found) and len(found) > 8
+    assert chosen_prompt_changes("none", columns) == []
+    assert chosen_prompt_changes(["prompt_typos:0.3"], columns) == ["prompt_typos:0.3"]
+
+
+def test_a_form_of_another_kind_than_its_prompt(place, tmp_path):
+    row = {"prompt": "how was it", MINE: [{"role": "user", "content": "how"}]}
+    (tmp_path / "p.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(DataError, match="prompt 1: 'prompt@mine' and 'prompt' must both be"):
+        generate_scores(place / "tiny-llama", letters, tmp_path / "p.jsonl")
+
+
+# ---- numbers -------------------------------------------------------------------------------------
+
+
+def made(prompts=40, answers=4, seed=0, text="good film", **more):
+    """Rewards in which topic "law" earns 1 less, and capitals cost 0.5."""
+    rng = np.random.default_rng(seed)
+    codes = np.arange(prompts) % 2
+    plain = rng.normal(1.0 - codes[:, None], 0.5, (prompts, answers))
+    upper = plain + rng.normal(-0.5, 0.2, plain.shape)
+    upper[::5] = NAN
+    typos = plain + rng.normal(0.0, 0.3, plain.shape)
+    texts = [[f"answer {i} {k % 3} {text}" for k in range(answers)] for i in range(prompts)]
+    forms = [None if i % 5 == 0 else f"PROMPT {i} {text}" for i in range(prompts)]
+    given = {
+        "rewards": {"": plain, "prompt_upper_case": upper, TYPOS: typos},
+        "prompts": [f"prompt {i} {text}" for i in range(prompts)],
+        "forms": {
+            "prompt_upper_case": forms,
+            TYPOS: [f"rpompt {i} {text}" for i in range(prompts)],
+        },
+        "completions": {
+            "": texts,
+            "prompt_upper_case": [[] if one is None else texts[0] for one in forms],
+            TYPOS: texts,
+        },
+        "cut": dict.fromkeys(("", "prompt_upper_case", TYPOS), plain < 0),
+        "attributes": {"topic": Attribute(codes, ("film", "law"))},
+    }
+    return Generated(**given | more)
+
+
+def report(generated=None, **options):
+    usual = {"resamples": 50, "min_support": 5}
+    result = stress_generated(made() if generated is None else generated, **usual | options)
+    (model,) = result["models"].values()
+    return model
+
+
+def test_mean_and_worst_cases_by_loops():
+    model, values = report(), sorted(made().rewards[""].mean(1))
+    n = len(values)
+    assert model["reward"]["value"] == pytest.approx(sum(values) / n)
+    assert model["reward"]["low"] < model["reward"]["value"] < model["reward"]["high"]
+    # tv:0.1 takes a tenth of the weight from the best prompts and gives it to the worst one.
+    weights, left = [1 / n] * n, 0.1
+    for i in reversed(range(n)):
+        taken = min(left, weights[i])
+        weights[i] -= taken
+        left -= taken
+    weights[0] += 0.1
+    moved = sum(w * v for w, v in zip(weights, values, strict=True))
+    assert model["worst"]["tv:0.1"]["value"] == pytest.approx(moved)
+    assert model["worst"]["cvar:0.3"]["value"] == pytest.approx(sum(values[:12]) / 12)
+    for found in model["worst"].values():
+        assert found["low"] <= found["value"] < model["reward"]["value"]
+
+
+def test_changes_by_loops():
+    generated, model = made(), report()
+    assert [one["change"] for one in model["changes"]] == ["prompt_upper_case", TYPOS]
+    for one in model["changes"]:
+        old, new = [], []
+        for before, after in zip(
+            generated.rewards[""], generated.rewards[one["change"]], strict=True
+        ):
+            if not np.isnan(after).any():
+                old.append(sum(before) / 4)
+                new.append(sum(after) / 4)
+        pairs = list(zip(old, new, strict=True))
+        assert one["prompts"] == len(pairs) == (32 if one["change"] != TYPOS else 40)
+        assert one["reward_before"] == pytest.approx(sum(old) / len(old))
+        assert one["reward"]["value"] == pytest.approx(sum(new) / len(new))
+        assert one["lost"]["value"] == pytest.approx(sum(a - b for a, b in pairs) / len(pairs))
+        assert one["falls"]["value"] == sum(b < a for a, b in pairs) / len(pairs)
+        assert one["rises"]["value"] == sum(b > a for a, b in pairs) / len(pairs)
+    assert model["changes"][0]["lost"]["low"] > 0 > model["changes"][1]["lost"]["low"]
+
+
+def test_the_worst_change_by_loops():
+    generated, worst = made(), report()["worst_change"]
+    least, checked, which = [], [], []
+    for i in range(40):
+        forms = {
+            name: rewards[i]
+            for name, rewards in generated.rewards.items()
+            if not np.isnan(rewards[i]).any()
+        }
+        means = {name: rewards.mean() for name, rewards in forms.items()}
+        which.append(min(means, key=means.get) or "as it is")
+        least.append(min(means.values()))
+        half = []
+        for picks, judges in (((0, 2), (1, 3)), ((1, 3), (0, 2))):
+            name = min(forms, key=lambda one: sum(forms[one][k] for k in picks))
+            half.append(sum(forms[name][k] for k in judges) / 2)
+        checked.append(sum(half) / 2)
+    assert worst["prompts"] == 40
+    assert worst["reward"]["value"] == pytest.approx(sum(least) / 40)
+    assert worst["checked"]["value"] == pytest.approx(sum(checked) / 40)
+    assert worst["by"] == {name: which.count(name) / 40 for name in worst["by"]}
+    assert sum(worst["by"].values()) == pytest.approx(1)
+
+
+def test_the_checked_worst_change_knows_chance():
+    """Where changes do nothing, the least of nine means is far below the mean, the checked not."""
+    rng = np.random.default_rng(0)
+    names = ["", *(f"prompt@{i}" for i in range(8))]
+    prompts = [f"prompt {i}" for i in range(400)]
+    generated = Generated(
+        rewards={name: rng.normal(0, 1, (400, 4)) for name in names},
+        prompts=prompts,
+        forms=dict.fromkeys(names[1:], prompts),
+        completions={name: [["a"] * 4] * 400 for name in names},
+        cut={name: np.zeros((400, 4), dtype=bool) for name in names},
+    )
+    worst = report(generated)["worst_change"]
+    assert worst["reward"]["value"] < -0.5
+    assert abs(worst["checked"]["value"]) < 0.1
+
+
+def test_groups_have_students_intervals():
+    generated, model = made(), report()
+    values = generated.rewards[""].mean(1)
+    assert model["groups"]["looked_at"] == 2
+    assert [one["group"] for one in model["groups"]["single"]] == [
+        {"topic": "law"},
+        {"topic": "film"},
+    ]
+    for part, one in ((1, model["groups"]["single"][0]), (0, model["groups"]["single"][1])):
+        some = values[part::2]
+        assert one["prompts"] == 20
+        low, high = stats.t.interval(1 - 0.05 / 2, 19, some.mean(), stats.sem(some))
+        assert one["reward"]["value"] == pytest.approx(some.mean())
+        assert one["reward"]["low"] == pytest.approx(low)
+        assert one["reward"]["high"] == pytest.approx(high)
+        assert one["below"] == (high < values.mean()) == bool(part)
+
+
+def test_prompts_given_twice_count_once():
+    once = made()
+    twice = made(prompts=40, seed=0, attributes={})
+    doubled = Generated(
+        rewards={"": np.repeat(once.rewards[""], 2, axis=0)},
+        prompts=[one for one in once.prompts for _ in range(2)],
+        forms={},
+        completions={"": [one for one in once.completions[""] for _ in range(2)]},
+        cut={"": np.repeat(once.cut[""], 2, axis=0)},
+        attributes={"topic": Attribute(np.arange(80) // 2 % 2, ("film", "law"))},
+    )
+    a, b = report(twice), report(doubled)
+    assert a["reward"] == pytest.approx(b["reward"]) and b["worst_change"] is None
+    wide = report()["groups"]["single"][0]["reward"]
+    assert b["groups"]["single"][0]["reward"] == pytest.approx(wide)
+
+
+def test_a_group_of_equal_prompts_is_not_certain():
+    rewards = np.zeros((40, 4))
+    rewards[::2] = np.random.default_rng(0).normal(0.2, 1.0, (20, 4))
+    model = report(made(rewards={"": rewards}, forms={}))
+    law = next(one for one in model["groups"]["single"] if one["group"]["topic"] == "law")
+    half = stats.t.ppf(1 - 0.0125, 19) * (rewards.mean(1).var() / 20) ** 0.5
+    assert law["reward"]["high"] == pytest.approx(half) and half > 0.05
+
+
+@pytest.mark.parametrize("freedom", [1, 2, 5, 29, 400, 100_000])
+@pytest.mark.parametrize("share", [0.5, 0.9, 0.975, 0.9995, 0.999999])
+def test_students_t_is_scipys(share, freedom):
+    expected = stats.t.ppf(share, freedom)
+    assert students_t(share, freedom) == pytest.approx(expected, rel=1e-6, abs=1e-9)
+
+
+def test_answers_that_were_cut_or_are_equal():
+    generated, model = made(), report()
+    plain, cut = generated.rewards[""], generated.cut[""]
+    assert model["cut"] == cut.sum() / 160
+    assert model["reward_of_cut"] == pytest.approx(plain[cut].mean())
+    assert model["reward_of_whole"] == pytest.approx(plain[~cut].mean())
+    assert model["equal_answers"] == pytest.approx(1 / 6)  # answers 0 and 3 of each prompt
+    one = made(answers=1)
+    assert np.isnan(report(one)["equal_answers"])
+    assert np.isnan(report(one)["worst_change"]["checked"]["value"])
+
+
+def test_rewards_that_are_none():
+    generated = made()
+    rewards = {name: one.copy() for name, one in generated.rewards.items()}
+    rewards[""][0] = NAN
+    rewards[""][1, 2] = np.inf
+    lacking = made(rewards=rewards)
+    with pytest.raises(DataError, match="model: 5 of 160 answers have no finite reward"):
+        stress_generated(lacking, resamples=20)
+    model = report(lacking, max_nan=0.1)
+    assert (model["dropped"], model["prompts"]) == (5, 39)
+    values = [rewards[""][1, [0, 1, 3]].mean(), *rewards[""][2:].mean(1)]
+    assert model["reward"]["value"] == pytest.approx(np.mean(values))
+    assert "1 prompts without any finite reward were left out." in model["notes"]
+    rewards = generated.rewards | {TYPOS: np.full((40, 4), NAN)}
+    with pytest.raises(DataError, match="160 of 160 answers under 'prompt_typos'"):
+        stress_generated(made(rewards=rewards), resamples=20, max_nan=0.5)
+
+
+# ---- gates, findings, the page -------------------------------------------------------------------
+
+
+def test_gates():
+    asked = [
+        "mean reward>=0.5",
+        "tv:0.1 reward>=-5",
+        "kl:0.3 reward>=5",
+        "prompt_typos lost<=0.1",
+        "prompt_upper_case lost<=0.1",
+        "prompt_typos reward>=-1",
+        "worst-change reward>=-1",
+        "topic=law reward>=0.5",
+        "topic=film reward>=topic=law",
+    ]
+    result = stress_generated(made(), require=asked, resamples=20, min_support=5)
+    (model,) = result["models"].values()
+    judged = {one["requirement"]: one["met"] for one in model["requirements"]}
+    mean = model["reward"]["value"]
+    assert judged == dict(
+        zip(asked, [mean >= 0.5, True, False, True, False, True, True, False, True], strict=True)
+    )
+    assert not result["passed"] and model["verdict"].startswith(f"{sum(judged.values())} of 9")
+
+
+@pytest.mark.parametrize(
+    ("gate", "message"),
+    [
+        ("tv:0.1 accuracy>=0.5", "of a policy's own answers reward and lost are known"),
+        ("prompt_typo reward>=0", "it has that of prompt_typos"),
+        ("mean reward<=0.5", "reward takes >="),
+        ("tv:0.1 lost<=0.5", "a set has accuracy and loss, or reward"),
+        ("mean reward>=inf", r"must lie in \(-inf, inf\)"),
+    ],
+)
+def test_gates_that_cannot_be_judged(gate, message):
+    with pytest.raises(ValueError, match=message):
+        report(require=[gate])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"resamples": 5}, "resamples must be at least 20"),
+        ({"min_support": 1}, "min_support must be at least 2"),
+        ({"max_nan": 1.0}, "max_nan must lie in"),
+        ({"seed": -1}, "seed must be at least 0"),
+    ],
+)
+def test_numbers_out_of_range(options, message):
+    with pytest.raises(ValueError, match=message):
+        report(**options)
+    with pytest.raises(ValueError, match="at least one policy"):
+        stress_generated({})
+
+
+def test_findings_have_examples_that_are_real():
+    whole = np.zeros((40, 4), dtype=bool)
+    generated = made(cut=dict.fromkeys(("", "prompt_upper_case", TYPOS), whole))
+    model = report(generated)
+    found = {one["subject"]: one for one in model["findings"]}
+    assert set(found) == {"changes", "groups", "prompts"}
+    assert "prompt: in capitals" in found["changes"]["text"]
+    (example, *_) = found["changes"]["examples"]
+    row = generated.prompts.index(example["prompt"])
+    lost = generated.rewards[""].mean(1) - generated.rewards["prompt_upper_case"].mean(1)
+    assert row == np.nanargmax(lost)
+    assert example["prompt_after"] == generated.forms["prompt_upper_case"][row]
+    place = generated.rewards[""][row].tolist().index(example["reward"])
+    assert example["answer"] == generated.completions[""][row][place]
+    assert example["mean"] == pytest.approx(generated.rewards[""][row].mean())
+    assert example["mean"] - example["mean_after"] == pytest.approx(lost[row])
+    assert "topic = law" in found["groups"]["text"]
+    (example,) = found["groups"]["examples"]
+    assert generated.prompts.index(example["prompt"]) % 2 == 1
+    least = int(generated.rewards[""].mean(1).argmin())
+    assert found["prompts"]["examples"][0]["prompt"] == generated.prompts[least]
+
+
+def test_answers_that_were_cut_are_a_finding():
+    generated = made()
+    found = {one["subject"]: one for one in report(generated)["findings"]}
+    share = generated.cut[""].mean()
+    assert found["cut"]["text"].startswith(f"{share:.1%} of the answers were cut")
+    (example,) = found["cut"]["examples"]
+    row = generated.prompts.index(example["prompt"])
+    place = generated.rewards[""][row].tolist().index(example["reward"])
+    assert generated.cut[""][row, place]
+    assert example["answer"] == generated.completions[""][row][place]
+
+
+def test_what_chance_explains_is_not_called_a_fall():
+    both = made()
+    quiet = made(
+        rewards={"": both.rewards[""], TYPOS: both.rewards[TYPOS] - 0.03},
+        forms={TYPOS: both.forms[TYPOS]},
+        attributes={},
+    )
+    model = report(quiet)
+    assert model["changes"][0]["lost"]["low"] < 0 < model["changes"][0]["lost"]["value"]
+    text = next(one["text"] for one in model["findings"] if one["subject"] == "changes")
+    assert text.startswith("No change of the prompt that was tried costs reward beyond chance")
+
+
+def test_the_page():
+    result = stress_generated(
+        {"old": made(), "new": made(seed=1)},
+        require=["mean reward>=0.5", "prompt_upper_case lost<=0.1"],
+        resamples=20,
+        min_support=5,
+    )
+    page = render(result | {"command": "drrlhf stress --generate old"})
+    assert page.count("<section") == 5
+    for said in ("prompt: in capitals", "topic = law", "✗ missed", "drrlhf stress --generate old"):
+        assert said in page
+    for model in result["models"].values():
+        assert f"{model['reward']['value']:.3f} " in page
+        assert f"{model['worst_change']['checked']['value']:.3f} " in page
+    assert "below the whole" in page and '<mark class="new">PROMPT</mark>' in page
+
+
+def test_no_text_of_answers_is_markup():
+    result = stress_generated({EVIL: made(text=EVIL)}, resamples=20, min_support=5)
+    page = render(result)
+    assert page.count("<script>") == 1 and "<script>alert" not in page
+    assert page.count("&lt;script&gt;") > 10
+
+
+def test_one_answer_and_no_change_make_a_page():
+    plain = made(answers=1)
+    alone = made(answers=1, rewards={"": plain.rewards[""]}, forms={}, attributes={})
+    page = render(stress_generated(alone, resamples=20))
+    assert "No change of the prompts was tried" in page and "No group to rank" in page
+    body = page.partition("<body>")[2].rpartition("<script>")[0]
+    assert ">nan" not in body and "None" not in body
+
+
+def test_junit_has_the_gates(tmp_path):
+    result = stress_generated(made(), require=["mean reward>=9"], resamples=20)
+    tree = ElementTree.parse(write_junit(result, tmp_path / "j.xml"))
+    (case,) = tree.iter("testcase")
+    assert case.get("name") == "mean reward>=9" and case.find("failure") is not None
