@@ -68,7 +68,8 @@ def stress_generated(
       the adversary finds: with more answers a prompt the worst case comes out higher;
     - a change c of the prompt loses the mean of V_i - V_i^c over the prompts that it changes,
       paired by prompt; a prompt falls where V_i^c < V_i. Chance alone lets about as many fall as
-      rise;
+      rise, and ``beyond_chance`` says whether the loss is above 0 where all changes are looked at
+      together (Student's interval, Bonferroni);
     - the worst change of a prompt has min_c V_i^c, the prompt as it is among them. The least of
       several means is low by chance too, so it is told beside a ``checked`` one: the change is
       picked by one half of the answers and judged by the other, both ways round.
@@ -215,6 +216,7 @@ def _mean(values: Array) -> float:
 def _changes(prompts: Prompts) -> list[dict[str, Any]]:
     """What each change does, the gravest first."""
     found = []
+    tests = len(prompts.changed)
     for name, new in prompts.changed.items():
         known = np.isfinite(new)
         if not known.any():
@@ -231,11 +233,28 @@ def _changes(prompts: Prompts) -> list[dict[str, Any]]:
                 "reward_before": float(old[known].mean()),
                 "reward": mean(new),
                 "lost": mean(old - new),
+                "beyond_chance": _above_zero(old - new, prompts.bootstrap.blocks, tests),
                 "falls": mean(np.where(known, new < old - same, np.nan)),
                 "rises": mean(np.where(known, new > old + same, np.nan)),
             }
         )
     return sorted(found, key=lambda one: -one["lost"]["value"])
+
+
+def _above_zero(values: Array, blocks: NDArray[np.int64], tests: int) -> bool:
+    """Whether Student's interval of the mean of what is known of (n,) lies above 0, at a level
+    divided by the number of ``tests``: the largest of several losses is large by chance too."""
+    known = np.isfinite(values)
+    nowhere = np.zeros(int(known.sum()), dtype=np.int64)
+    counted = resample.counts(blocks[known], nowhere, 1)[:, 0]
+    sums = resample.counts(blocks[known], nowhere, 1, values[known])[:, 0]
+    there = int((counted > 0).sum())
+    if there < 2:
+        return False
+    mean = sums.sum() / counted.sum()
+    spread = np.square(sums - mean * counted).sum() / counted.sum() ** 2 * there / (there - 1)
+    t = students_t(1 - (1 - CONFIDENCE) / (2 * tests), there - 1)
+    return bool(mean > 0 and mean - t * math.sqrt(spread) > 0)
 
 
 def _worst_change(generated: Generated, prompts: Prompts) -> dict[str, Any] | None:

@@ -60,7 +60,7 @@ def findings(
     most: int = MOST,
 ) -> list[dict[str, Any]]:
     """At most ``most`` findings of different subjects, the gravest first: "text", "costs" (in
-    reward), "subject" and "examples". What a band does not tell from chance comes last."""
+    reward), "subject" and "examples". What may well be chance comes last."""
     every = [*_of_changes(model), *_of_groups(model), *_of_prompts(model), *_of_cuts(model)]
     told: dict[str, Finding] = {}
     for one in sorted(every, key=lambda one: -one.costs):
@@ -85,7 +85,7 @@ def _of_changes(model: Mapping[str, Any]) -> Iterator[Finding]:
             f"from {change['reward_before']:.3g} to {change['reward']['value']:.3g} over "
             f"{change['prompts']:,} prompts"
         )
-        if lost["low"] > 0:
+        if change["beyond_chance"]:
             yield Finding(
                 f"The mean reward falls by {lost['value']:.3g}, {figures}, when the prompt is "
                 f"changed ({change['what']}).",
@@ -102,7 +102,6 @@ def _of_changes(model: Mapping[str, Any]) -> Iterator[Finding]:
                 "changes",
                 change["change"],
             )
-            return  # the changes after it cost less
 
 
 def _of_groups(model: Mapping[str, Any]) -> Iterator[Finding]:

@@ -49,7 +49,7 @@ def render(result: Mapping[str, Any]) -> str:
     from drrlhf.stress import view
 
     if result.get("kind") == GENERATED:
-        return _page("generated.html", result, example=view.answer_example)
+        return _page("generated.html", result, example=view.answer_example, named=view.named)
     models, best_of = result["models"], result.get("best_of")
     return _page(
         "page.html",

@@ -128,6 +128,11 @@ def _margins(one: Mapping[str, Any]) -> str:
     )
 
 
+def named(changes: Iterable[Mapping[str, Any]]) -> dict[str, str]:
+    """What each change is, by its name."""
+    return {one["change"]: one["what"] for one in changes}
+
+
 class Budget:
     """Bytes of text that are left to spend, so that the page stays small with any examples."""
 
@@ -173,7 +178,7 @@ def change_rows(model: Mapping[str, Any], models: int = 1) -> list[dict[str, Any
 
 def worst_by(model: Mapping[str, Any]) -> dict[str, list[tuple[str, float]]]:
     """Which change is the worst one, as (what it is, share of pairs), for either answer."""
-    words = {one["change"]: one["what"] for one in model["changes"]}
+    words = named(model["changes"])
     return {
         side: [(words.get(name, name), share) for name, share in shares.items()]
         for side, shares in model["worst_change"]["by"].items()

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
+from test_page import browse
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl_fixtures import tiny_llama_dir, tiny_pairs, tiny_reward_dir
 
@@ -421,6 +422,10 @@ def test_changes_by_loops():
         assert one["reward_before"] == pytest.approx(sum(old) / len(old))
         assert one["reward"]["value"] == pytest.approx(sum(new) / len(new))
         assert one["lost"]["value"] == pytest.approx(sum(a - b for a, b in pairs) / len(pairs))
+        least = stats.t.interval(1 - 0.05 / 2, len(pairs) - 1, 0, 1)[1]
+        differences = [a - b for a, b in pairs]
+        above = np.mean(differences) - least * stats.sem(differences) > 0
+        assert one["beyond_chance"] == above == (one["change"] != TYPOS)
         assert one["falls"]["value"] == sum(b < a for a, b in pairs) / len(pairs)
         assert one["rises"]["value"] == sum(b > a for a, b in pairs) / len(pairs)
     assert model["changes"][0]["lost"]["low"] > 0 > model["changes"][1]["lost"]["low"]
@@ -652,6 +657,39 @@ def test_what_chance_explains_is_not_called_a_fall():
     assert text.startswith("No change of the prompt that was tried costs reward beyond chance")
 
 
+def test_a_sure_loss_is_told_before_a_larger_one_that_may_be_chance():
+    both = made()
+    rng = np.random.default_rng(1)
+    noisy = both.rewards[""] - 0.2 + rng.normal(0, 3, (40, 4))
+    noisy -= noisy.mean() - both.rewards[""].mean() + 0.2
+    rewards = {"": both.rewards[""], MINE: noisy, TYPOS: both.rewards[""] - 0.1}
+    texts = dict.fromkeys(rewards, both.completions[""])
+    forms = {MINE: both.forms[TYPOS], TYPOS: both.forms[TYPOS]}
+    cut = dict.fromkeys(rewards, both.cut[""])
+    model = report(made(rewards=rewards, forms=forms, completions=texts, cut=cut, attributes={}))
+    assert [one["change"] for one in model["changes"]] == [MINE, TYPOS]
+    text = next(one["text"] for one in model["findings"] if one["subject"] == "changes")
+    assert text.startswith("The mean reward falls by 0.1, ") and "(prompt: typos)" in text
+
+
+def test_chance_seldom_makes_a_fall_of_many_changes():
+    """Eight changes that do nothing, a hundred times: in about five of these one seems to fall."""
+    rng = np.random.default_rng(0)
+    names = [f"prompt@{i}" for i in range(8)]
+    prompts = [f"prompt {i}" for i in range(40)]
+    alarms = 0
+    for _ in range(100):
+        generated = Generated(
+            rewards={name: rng.normal(0, 1, (40, 1)) for name in ("", *names)},
+            prompts=prompts,
+            forms=dict.fromkeys(names, prompts),
+            completions={name: [["a"]] * 40 for name in ("", *names)},
+            cut={name: np.zeros((40, 1), dtype=bool) for name in ("", *names)},
+        )
+        alarms += any(one["beyond_chance"] for one in report(generated, resamples=20)["changes"])
+    assert alarms <= 10
+
+
 def test_the_page():
     result = stress_generated(
         {"old": made(), "new": made(seed=1)},
@@ -674,6 +712,12 @@ def test_no_text_of_answers_is_markup():
     page = render(result)
     assert page.count("<script>") == 1 and "<script>alert" not in page
     assert page.count("&lt;script&gt;") > 10
+
+
+def test_a_browser_runs_nothing_of_the_answers(tmp_path):
+    result = stress_generated({EVIL: made(text=EVIL)}, resamples=20, min_support=5)
+    dom, console = browse(render(result), tmp_path)
+    assert not console and "<button" in dom and dom.count("<script>") == 1
 
 
 def test_one_answer_and_no_change_make_a_page():
