@@ -82,12 +82,12 @@ def _of_changes(model: Mapping[str, Any]) -> Iterator[Finding]:
     for change in model["changes"]:
         lost = change["lost"]
         figures = (
-            f"from {change['reward_before']:.3g} to {change['reward']['value']:.3g} over "
+            f"from {change['reward_before']:.3f} to {change['reward']['value']:.3f} over "
             f"{change['prompts']:,} prompts"
         )
         if change["beyond_chance"]:
             yield Finding(
-                f"The mean reward falls by {lost['value']:.3g}, {figures}, when the prompt is "
+                f"The mean reward falls by {lost['value']:.3f}, {figures}, when the prompt is "
                 f"changed ({change['what']}).",
                 lost["value"],
                 "changes",
@@ -96,7 +96,7 @@ def _of_changes(model: Mapping[str, Any]) -> Iterator[Finding]:
         elif lost["value"] > 0:
             yield Finding(
                 f"No change of the prompt that was tried costs reward beyond chance; the largest "
-                f"loss is {lost['value']:.3g} [{lost['low']:.3g}, {lost['high']:.3g}], {figures} "
+                f"loss is {lost['value']:.3f} [{lost['low']:.3f}, {lost['high']:.3f}], {figures} "
                 f"({change['what']}).",
                 0.0,
                 "changes",
@@ -110,8 +110,8 @@ def _of_groups(model: Mapping[str, Any]) -> Iterator[Finding]:
             name = ", ".join(f"{key} = {value}" for key, value in group["group"].items())
             reward, overall = group["reward"]["value"], model["reward"]["value"]
             yield Finding(
-                f"Where {name}, the mean reward of {group['prompts']:,} prompts is {reward:.3g}; "
-                f"of all prompts it is {overall:.3g}.",
+                f"Where {name}, the mean reward of {group['prompts']:,} prompts is {reward:.3f}; "
+                f"of all prompts it is {overall:.3f}.",
                 overall - reward,
                 "groups",
             )
@@ -122,7 +122,7 @@ def _of_prompts(model: Mapping[str, Any]) -> Iterator[Finding]:
     if worst < overall:
         yield Finding(
             f"If a tenth of the weight moves from the best prompts to the worst one, the mean "
-            f"reward falls from {overall:.3g} to {worst:.3g}.",
+            f"reward falls from {overall:.3f} to {worst:.3f}.",
             overall - worst,
             "prompts",
             AS_IS,
@@ -134,7 +134,7 @@ def _of_cuts(model: Mapping[str, Any]) -> Iterator[Finding]:
     if model["cut"] > 0 and cut < whole:
         yield Finding(
             f"{model['cut']:.1%} of the answers were cut at the most tokens; their mean reward is "
-            f"{cut:.3g}, and {whole:.3g} of those that came to an end.",
+            f"{cut:.3f}, and {whole:.3f} of those that came to an end.",
             model["cut"] * (whole - cut),
             "cut",
         )
@@ -171,12 +171,12 @@ def verdict(model: Mapping[str, Any]) -> str:
         return of_gates(model["requirements"])
     plain = (
         f"Its answers to {model['prompts']:,} prompts have a mean reward of "
-        f"{model['reward']['value']:.3g}, and of {model['worst']['tv:0.1']['value']:.3g} at tv:0.1"
+        f"{model['reward']['value']:.3f}, and of {model['worst']['tv:0.1']['value']:.3f} at tv:0.1"
     )
     worst = model["worst_change"]
     if worst is None:
         return f"{plain}. No gate was set."
     return (
-        f"{plain}; under the worst change of each prompt it is {worst['reward']['value']:.3g}. No "
+        f"{plain}; under the worst change of each prompt it is {worst['reward']['value']:.3f}. No "
         "gate was set."
     )

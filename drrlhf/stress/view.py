@@ -100,7 +100,7 @@ def example(one: Mapping[str, Any], title: str = "") -> dict[str, Any]:
 
 def answer_example(one: Mapping[str, Any], title: str = "") -> dict[str, Any]:
     """As `example`, of an answer of a policy's own, and of that to the changed prompt."""
-    numbers = f"Reward {one['reward']:+.3g}; mean of the prompt's answers {one['mean']:+.3g}."
+    numbers = f"Reward {one['reward']:+.3f}; mean of the prompt's answers {one['mean']:+.3f}."
     if "prompt_after" not in one:
         texts = [("Prompt", one["prompt"]), ("Answer", one["answer"])]
     else:
@@ -112,8 +112,8 @@ def answer_example(one: Mapping[str, Any], title: str = "") -> dict[str, Any]:
             ("Answer to the changed prompt", one["answer_after"]),
         ]
         numbers = (
-            f"Reward {one['reward']:+.3g} before, {one['reward_after']:+.3g} after; mean of the "
-            f"prompt's answers {one['mean']:+.3g} before, {one['mean_after']:+.3g} after."
+            f"Reward {one['reward']:+.3f} before, {one['reward_after']:+.3f} after; mean of the "
+            f"prompt's answers {one['mean']:+.3f} before, {one['mean_after']:+.3f} after."
         )
     return {"title": title, "texts": texts, "numbers": numbers}
 
