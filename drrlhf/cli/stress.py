@@ -9,7 +9,6 @@ import signal
 import sys
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import replace
 from enum import Enum
 from functools import partial
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from drrlhf.cli import _console
+from drrlhf.cli import _console, stress_generate
 from drrlhf.cli._options import MAX_NAN, PROMPT_COLUMN, RESAMPLES, option, taken_from
 from drrlhf.transformations import BY_COLUMN
 
@@ -63,16 +62,27 @@ class Options:
         show_default="for adapters what they began as: those in ref/, or the model under them",
     )
     beta: float = option(0.1, "Of a policy's reward, beta times its log-ratio to --reference.")
+    generate: list[str] | None = option(
+        None,
+        "Directory of a causal language model, whole or as adapters, which answers the prompts "
+        "of --data; again for more.",
+    )
+    reward: str | None = option(
+        None,
+        "Of the answers of --generate: module:function, or the directory of a reward model.",
+    )
     data: str | None = option(
         None,
-        "Preference pairs for --model: a .jsonl, .json, .csv or .parquet file, or a "
-        "`datasets` name; columns beside chosen, rejected and prompt are attributes.",
+        "Preference pairs for --model, or prompts for --generate: a .jsonl, .json, .csv or "
+        ".parquet file, or a `datasets` name; columns beside chosen, rejected and prompt are "
+        "attributes.",
     )
     split: str | None = option(None, "Split of --data, a `datasets` name.", show_default="train")
     changes: str = option(
         "all",
         "Changes of the text under which --model scores the pairs again, such as "
-        "typos:0.2,bullets,@NAME; all, or none.",
+        "typos:0.2,bullets,@NAME, or --generate answers the prompts again, such as "
+        "prompt_typos,prompt@NAME; all, or none.",
     )
     best_of: list[Path] | None = option(
         None,
@@ -82,9 +92,17 @@ class Options:
     changed_pairs: int = option(
         1000, "Pairs on which changes are tried, of prompts drawn by --seed.", min=1
     )
-    max_length: int = option(2048, "Tokens of a text that --model reads at most.", min=2)
+    completions: int = option(4, "Answers of --generate to each prompt.", min=1)
+    max_new_tokens: int = option(128, "Tokens of an answer of --generate at most.", min=1)
+    temperature: float = option(
+        1.0, "Of the sampling of --generate; 0 takes the likeliest tokens.", min=0
+    )
+    batch_size: int = option(32, "Answers that --generate makes at once.", min=1)
+    max_length: int = option(
+        2048, "Tokens of a text that --model, or the model of --reward, reads at most.", min=2
+    )
     dtype: Dtype = option(
-        Dtype.as_saved, "Of --model; bfloat16 is the fast one where hardware has it."
+        Dtype.as_saved, "Of all models; bfloat16 is the fast one where hardware has it."
     )
     output_dir: Path = option(
         Path("stress"), "Folder for report.html and report.json.", file_okay=False
@@ -97,7 +115,8 @@ class Options:
     require: list[str] | None = option(
         None,
         'A gate such as "tv:0.1 accuracy>=0.75", "worst-change accuracy>=0.6" or '
-        '"subset=code accuracy>=0.7"; again for more. Exit status 1 when one is missed.',
+        '"subset=code accuracy>=0.7", of --generate "mean reward>=0.5" or "prompt_typos '
+        'lost<=0.1"; again for more. Exit status 1 when one is missed.',
     )
     junit: Path | None = option(
         None, "A JUnit XML file of the gates, as CI services read them.", dir_okay=False
@@ -108,7 +127,7 @@ class Options:
     max_nan: float = option(0.01, MAX_NAN)
     resamples: int = option(200, RESAMPLES)
     min_support: int = option(30, "Prompts that a group must have to be ranked.")
-    seed: int = option(0, "Of the resampling.", min=0)
+    seed: int = option(0, "Of the resampling, and of the sampling of --generate.", min=0)
 
 
 @taken_from(Options)
@@ -127,32 +146,47 @@ def stress(options: Options) -> None:
 
         drrlhf stress --model my-reward-model --data held_out.jsonl --changes typos,empty \\
             --best-of candidates.jsonl --require "best-of-64 gold>=best-of-1"
+
+        drrlhf stress --generate my-policy --reward my_module:score --data prompts.jsonl
     """
     console = _console.console()
     try:
         with _console.user_errors():
             _check_sources(options)
-            load = _scored if options.model else _read
-            result = _stressed(
-                partial(load, options, console),
-                options.texts,
-                require=options.require or [],
-                floor=options.floor,
-                ambiguity=options.ambiguity,
-                resamples=options.resamples,
-                min_support=options.min_support,
-                seed=options.seed,
-            )
+            if options.generate:
+                names = _names([Path(one) for one in options.generate])
+                result = stress_generate.stressed(options, names, console)
+            else:
+                load = _scored if options.model else _read
+                result = _stressed(
+                    partial(load, options, console),
+                    require=options.require or [],
+                    floor=options.floor,
+                    ambiguity=options.ambiguity,
+                    resamples=options.resamples,
+                    min_support=options.min_support,
+                    seed=options.seed,
+                )
             result |= _made_by()
+            if not options.texts:
+                _leave_out_texts(result)
             from drrlhf.stress import write_junit, write_report
 
             page = write_report(result, options.output_dir)
             if options.junit is not None:
                 write_junit(result, options.junit)
     except KeyboardInterrupt:
-        console.print("Interrupted; no report was written.")
+        said = "Interrupted; no report was written."
+        if options.generate:
+            names = _names([Path(one) for one in options.generate])
+            said = stress_generate.interrupted(options, names)
+        console.print(said, soft_wrap=True, highlight=False, markup=False)
         raise typer.Exit(INTERRUPTED) from None
-    _print(result, console)
+    if options.generate:
+        stress_generate.show(result, console)
+    else:
+        _print(result, console)
+    _print_gates(result, console)
     console.print(f"Report: {page}", soft_wrap=True, highlight=False, markup=False)
     if not result["passed"]:
         raise typer.Exit(FLOOR_MISSED)
@@ -160,9 +194,13 @@ def stress(options: Options) -> None:
 
 def _check_sources(options: Options) -> None:
     models, data = options.model, options.data
+    stress_generate.check(options)
+    if options.generate:
+        return
     if bool(options.scores) == bool(models):
         raise ValueError(
-            "give --scores FILE, a file of scored pairs, or --model DIR with --data PAIRS"
+            "give --scores FILE, a file of scored pairs, or --model DIR with --data PAIRS, or "
+            "--generate DIR with --reward and --data PROMPTS"
         )
     if bool(models) != (data is not None):
         raise ValueError("--model and --data belong together: the model scores these pairs")
@@ -179,6 +217,13 @@ def _check_sources(options: Options) -> None:
         )
 
 
+def _leave_out_texts(result: dict[str, Any]) -> None:
+    for model in result["models"].values():
+        model["examples"] = {}
+        for finding in model["findings"]:
+            finding["examples"] = []
+
+
 def _made_by() -> dict[str, Any]:
     """What the page says of how it was made."""
     from datetime import date
@@ -191,7 +236,7 @@ def _made_by() -> dict[str, Any]:
     }
 
 
-def _stressed(load: Callable[[], Loaded], texts: bool, **options: Any) -> dict[str, Any]:
+def _stressed(load: Callable[[], Loaded], **options: Any) -> dict[str, Any]:
     from drrlhf.cli.run import require
 
     require()
@@ -200,8 +245,6 @@ def _stressed(load: Callable[[], Loaded], texts: bool, **options: Any) -> dict[s
 
     check_options(**options)  # before a large file is read
     scores, candidates = load()
-    if not texts:
-        scores = {name: replace(one, examples={}) for name, one in scores.items()}
     return stress_test(scores, best_of=candidates or None, **options)
 
 
@@ -337,6 +380,10 @@ def _print(result: dict[str, Any], console: Console) -> None:
             )
         for one in model["findings"]:
             console.print(f"  {one['text']}", highlight=False, markup=False)
+
+
+def _print_gates(result: dict[str, Any], console: Console) -> None:
+    for name, model in result["models"].items():
         for one in model["requirements"]:
             console.print(
                 f"{name}: {one['requirement']}: {'met' if one['met'] else 'MISSED'}, "

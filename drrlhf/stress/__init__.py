@@ -1,4 +1,5 @@
-"""Stress before deployment: worst cases of a reward model or policy from its scored pairs."""
+"""Stress before deployment: worst cases of a reward model or policy from its scored pairs, and of a
+policy's reward from its own answers."""
 
 from drrlhf.stress.benchmarks import read_pairs
 from drrlhf.stress.best_of import (
@@ -10,6 +11,8 @@ from drrlhf.stress.best_of import (
     kendall_tau,
 )
 from drrlhf.stress.candidates import Candidates, load_candidates
+from drrlhf.stress.generate import Generated, generate_scores
+from drrlhf.stress.generated import stress_generated
 from drrlhf.stress.junit import write_junit
 from drrlhf.stress.models import Policy, RewardModel, load_judge
 from drrlhf.stress.radius import suggest_radius
@@ -22,6 +25,7 @@ from drrlhf.stress.scoring import score_candidates, score_pairs, score_table
 __all__ = [
     "Attribute",
     "Candidates",
+    "Generated",
     "Policy",
     "Requirement",
     "RewardModel",
@@ -32,6 +36,7 @@ __all__ = [
     "best_of_right_of_pairs",
     "combined",
     "from_table",
+    "generate_scores",
     "kendall_tau",
     "load_candidates",
     "load_judge",
@@ -41,6 +46,7 @@ __all__ = [
     "score_candidates",
     "score_pairs",
     "score_table",
+    "stress_generated",
     "stress_test",
     "suggest_radius",
     "write_junit",

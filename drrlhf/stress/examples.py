@@ -37,9 +37,9 @@ def chosen(
             gain = form - rewards
             found[f"{name}/preferred"] = [
                 {
-                    "prompt": _text(rows[i].get(PROMPT, "")),
-                    "answer": _text(rows[i][SIDES[side]]),
-                    "changed": _text(changed(rows[i], name, i)[SIDES[side]]),
+                    "prompt": shortened(rows[i].get(PROMPT, "")),
+                    "answer": shortened(rows[i][SIDES[side]]),
+                    "changed": shortened(changed(rows[i], name, i)[SIDES[side]]),
                     "reward": float(rewards[i, side]),
                     "reward_after": float(form[i, side]),
                 }
@@ -66,15 +66,15 @@ def _pair(
 ) -> dict[str, Any]:
     """The texts of a pair and its margin, and, of a changed one, what it became."""
     parts = (PROMPT, *SIDES)
-    told: dict[str, Any] = {part: _text(row.get(part, "")) for part in parts}
+    told: dict[str, Any] = {part: shortened(row.get(part, "")) for part in parts}
     told["margin"] = float(margin)
     if new is not None and new_margin is not None:
         told["margin_after"] = float(new_margin)
-        told["after"] = {p: _text(new[p]) for p in parts if new.get(p) != row.get(p)}
+        told["after"] = {p: shortened(new[p]) for p in parts if new.get(p) != row.get(p)}
     return told
 
 
-def _text(value: Any) -> str:
+def shortened(value: Any) -> str:
     """A text, or the messages of one, cut to a readable length."""
     if not isinstance(value, str):
         value = "\n".join(f"{one['role']}: {one.get('content') or ''}" for one in value or ())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,8 +52,8 @@ def _all(model: Mapping[str, Any]) -> Iterator[Finding]:
     for bias in model["biases"]:
         share = bias["preferred"]["value"]
         yield Finding(
-            f"In {share:.1%} of {bias['answers']:,} cases it prefers an answer with a mere addition "
-            f"to the answer itself ({bias['what']}).",
+            f"In {share:.1%} of {bias['answers']:,} cases it prefers an answer with a mere "
+            f"addition to the answer itself ({bias['what']}).",
             share - 0.5,
             "biases",
             f"{bias['change']}/preferred",
@@ -131,11 +131,8 @@ def _of_changes(model: Mapping[str, Any]) -> Iterator[Finding]:
 def verdict(model: Mapping[str, Any]) -> str:
     """One sentence: whether the gates are met, and where there are none, what the worst change
     leaves of accuracy."""
-    required = model["requirements"]
-    if required:
-        missed = sum(not one["met"] for one in required)
-        met = f"{len(required) - missed} of {len(required)} gates are met"
-        return f"{met}." if not missed else f"{met}; {missed} missed."
+    if model["requirements"]:
+        return of_gates(model["requirements"])
     plain = f"It ranks {model['accuracy']:.1%} of {model['pairs']:,} pairs right"
     worst = model["worst_change"]
     if worst is None:
@@ -144,3 +141,10 @@ def verdict(model: Mapping[str, Any]) -> str:
         f"{plain}, and {worst['accuracy']['value']:.1%} whatever change of form is chosen for each "
         f"of {worst['pairs']:,} pairs. No gate was set."
     )
+
+
+def of_gates(required: Sequence[Mapping[str, Any]]) -> str:
+    """How many gates are met, as a sentence."""
+    missed = sum(not one["met"] for one in required)
+    met = f"{len(required) - missed} of {len(required)} gates are met"
+    return f"{met}." if not missed else f"{met}; {missed} missed."

@@ -8,7 +8,7 @@ pairs of one prompt agree (the design effect, from sums over blocks of prompts).
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from statistics import NormalDist
 from typing import Any, NamedTuple
 
@@ -22,14 +22,15 @@ from drrlhf.stress.scores import Attribute, Scores
 SHOWN = 20
 
 
-class _Column(NamedTuple):
-    """One attribute or a pair of them, with its groups' numbers, each (G,)."""
+class Column(NamedTuple):
+    """One attribute or a pair of them, with its groups' numbers, each (G,): the mean of the values
+    and its variance."""
 
     attributes: tuple[str, ...]
     names: list[tuple[str, ...]]
     pairs: Array
     support: Array
-    errors: Array
+    means: Array
     variance: Array
 
 
@@ -41,33 +42,55 @@ def groups_of(scores: Scores, blocks: NDArray[np.int64], min_support: int) -> di
     worst of pairs of attributes; "below" says whether a group's interval lies wholly below the
     accuracy of all pairs.
     """
-    attributes = scores.attributes
-    columns = list(_columns(attributes, error_codes(scores.margin), blocks))
+    errors = ERRORS[error_codes(scores.margin)]
+    overall = 1 - float(errors.mean())
+
+    def interval(column: Column, index: int, level: float) -> dict[str, float]:
+        return _interval(column, index, NormalDist().inv_cdf(1 - level / 2))
+
+    return ranked(scores.attributes, errors, blocks, min_support, interval, ("accuracy", overall))
+
+
+def ranked(
+    attributes: Mapping[str, Attribute],
+    values: Array,
+    blocks: NDArray[np.int64],
+    min_support: int,
+    interval: Callable[[Column, int, float], dict[str, float]],
+    measured: tuple[str, float],
+    of: str = "pairs",
+) -> dict[str, Any]:
+    """`groups_of` for values (n,) of any kind. ``interval(column, index, level)`` is that of one
+    group, which misses with the probability ``level``; ``measured`` is the name of the number and
+    what it is over all, and ``of`` what is counted."""
+    columns = list(_columns(attributes, values, blocks))
     large = [column.support >= min_support for column in columns]
     looked_at = sum(int(one.sum()) for one in large)
-    z = NormalDist().inv_cdf(1 - (1 - CONFIDENCE) / (2 * max(looked_at, 1)))
-    overall = 1 - float(ERRORS[error_codes(scores.margin)].mean())
-    ranked: dict[int, list[dict[str, Any]]] = {1: [], 2: []}
+    level = (1 - CONFIDENCE) / max(looked_at, 1)
+    name, overall = measured
+    found: dict[int, list[dict[str, Any]]] = {1: [], 2: []}
     small = []
     for column, enough in zip(columns, large, strict=True):
         for index in np.flatnonzero(column.pairs).tolist():
             group = {
                 "group": dict(zip(column.attributes, column.names[index], strict=True)),
-                "pairs": int(column.pairs[index]),
+                of: int(column.pairs[index]),
                 "support": int(column.support[index]),
             }
             if enough[index]:
-                ranked[len(column.attributes)].append(group | _interval(column, index, z, overall))
+                number = interval(column, index, level)
+                group |= {name: number, "below": number["high"] < overall}
+                found[len(column.attributes)].append(group)
             elif len(column.attributes) == 1:
                 small.append(group)
-    for found in ranked.values():
-        found.sort(key=lambda group: (group["accuracy"]["high"], -group["pairs"]))
+    for some in found.values():
+        some.sort(key=lambda group: (group[name]["high"], -group[of]))
     return {
         "looked_at": looked_at,
         "min_support": min_support,
-        "single": ranked[1],
-        "paired": ranked[2][:SHOWN],
-        "too_small": sorted(small, key=lambda group: -group["pairs"]),
+        "single": found[1],
+        "paired": found[2][:SHOWN],
+        "too_small": sorted(small, key=lambda group: -group[of]),
         "too_small_pairs_of_attributes": sum(
             int(((column.pairs > 0) & ~enough).sum())
             for column, enough in zip(columns, large, strict=True)
@@ -77,54 +100,54 @@ def groups_of(scores: Scores, blocks: NDArray[np.int64], min_support: int) -> di
 
 
 def _columns(
-    attributes: Mapping[str, Attribute], errors: NDArray[np.int64], blocks: NDArray[np.int64]
-) -> Iterator[_Column]:
+    attributes: Mapping[str, Attribute], values: Array, blocks: NDArray[np.int64]
+) -> Iterator[Column]:
     for name, attribute in attributes.items():
         names: list[tuple[str, ...]] = [(value,) for value in attribute.names]
-        yield _column((name,), names, attribute.codes, errors, blocks)
+        yield _column((name,), names, attribute.codes, values, blocks)
     for (first, a), (second, b) in itertools.combinations(attributes.items(), 2):
         codes = np.where((a.codes < 0) | (b.codes < 0), -1, a.codes * len(b.names) + b.codes)
         names = [*itertools.product(a.names, b.names)]
-        yield _column((first, second), names, codes, errors, blocks)
+        yield _column((first, second), names, codes, values, blocks)
 
 
 def _column(
     attributes: tuple[str, ...],
     names: list[tuple[str, ...]],
     codes: NDArray[np.int64],
-    errors: NDArray[np.int64],
+    values: Array,
     blocks: NDArray[np.int64],
-) -> _Column:
+) -> Column:
     known = codes >= 0
     # Only groups that are there: a pair of attributes may have ten thousand that are not.
     there, compact = np.unique(codes[known], return_inverse=True)
     size = len(there)
     if not size:
         nothing = np.zeros(0)
-        return _Column(attributes, [], nothing, nothing, nothing, nothing)
-    wrong = ERRORS[errors[known]]
+        return Column(attributes, [], nothing, nothing, nothing, nothing)
+    known_values = values[known]
     in_block = counts(blocks[known], compact, size)
-    wrong_in_block = counts(blocks[known], compact, size, wrong)
-    pairs, wrongs = in_block.sum(0), wrong_in_block.sum(0)
-    mean = wrongs / pairs
+    sum_in_block = counts(blocks[known], compact, size, known_values)
+    pairs, sums = in_block.sum(0), sum_in_block.sum(0)
+    mean = sums / pairs
     # A ratio of sums over blocks, linearised; never below that of independent pairs.
-    spread = np.square(wrong_in_block - mean * in_block).sum(0)
+    spread = np.square(sum_in_block - mean * in_block).sum(0)
     support = (in_block > 0).sum(0).astype(np.float64)
     between = spread / pairs**2 * support / np.maximum(support - 1, 1)
-    squares = np.bincount(compact, weights=wrong**2, minlength=size) / pairs
+    squares = np.bincount(compact, weights=known_values**2, minlength=size) / pairs
     variance = np.maximum(between, (squares - mean**2) / pairs)
-    return _Column(attributes, [names[i] for i in there], pairs, support, mean, variance)
+    return Column(attributes, [names[i] for i in there], pairs, support, mean, variance)
 
 
-def _interval(column: _Column, index: int, z: float, overall: float) -> dict[str, Any]:
-    accuracy = 1 - float(column.errors[index])
+def _interval(column: Column, index: int, z: float) -> dict[str, float]:
+    accuracy = 1 - float(column.means[index])
     size, variance = float(column.pairs[index]), float(column.variance[index])
     if variance > 0:
         size *= min(accuracy * (1 - accuracy) / size / variance, 1.0)
     else:  # all pairs alike: they tell no more than their prompts
         size = float(column.support[index])
     low, high = wilson(accuracy, size, z)
-    return {"accuracy": {"value": accuracy, "low": low, "high": high}, "below": high < overall}
+    return {"value": accuracy, "low": low, "high": high}
 
 
 def wilson(share: float, size: float, z: float) -> tuple[float, float]:

@@ -12,7 +12,8 @@ from drrlhf.files import write_text
 
 
 def write_junit(result: Mapping[str, Any], path: str | os.PathLike[str]) -> Path:
-    """A suite for each model of what `stress_test` returned, a case for each gate; the file."""
+    """A suite for each model of what `stress_test` or `stress_generated` returned, a case for each
+    gate; the file."""
     suites = ElementTree.Element("testsuites", name="drrlhf stress")
     for name, model in result["models"].items():
         gates = model["requirements"]

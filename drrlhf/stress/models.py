@@ -43,6 +43,7 @@ class Scorer:
     ) -> None:
         from transformers import AutoTokenizer
 
+        self.directory = directory
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.tokenizer: Any = AutoTokenizer.from_pretrained(directory)
         self.model = self._loaded(directory, dtype)

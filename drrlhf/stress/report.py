@@ -15,12 +15,14 @@ from drrlhf.files import write_together, writes_text
 from drrlhf.stress.plots import best_of_plot, curves_plot, legend
 
 HTML_FILE, JSON_FILE = "report.html", "report.json"
+GENERATED = "generated"  # the kind of a result of `stress_generated`
 COMPARED = ("tv:0.1", "kl:0.1", "chi2:0.1", "cvar:0.3")
 PAGE = Path(__file__).with_name("page")
 
 
 def write_report(result: Mapping[str, Any], output_dir: str | os.PathLike[str]) -> Path:
-    """Write ``report.html`` and ``report.json`` of what `stress_test` returned; the HTML's path.
+    """Write ``report.html`` and ``report.json`` of what `stress_test` or `stress_generated`
+    returned; the HTML's path.
 
     Both are written whole before either gets its name, so a crash leaves the old report or the new.
     """
@@ -42,6 +44,36 @@ def _finite(value: Any) -> Any:
 
 def render(result: Mapping[str, Any]) -> str:
     """The page as text: nothing in it is fetched, and no text of a pair or a name is markup."""
+    from markupsafe import Markup
+
+    from drrlhf.stress import view
+
+    if result.get("kind") == GENERATED:
+        return _page("generated.html", result, example=view.answer_example, named=view.named)
+    models, best_of = result["models"], result.get("best_of")
+    return _page(
+        "page.html",
+        result,
+        compared=COMPARED,
+        plain={name: point(model, "tv:0")["accuracy"] for name, model in models.items()},
+        worst={
+            name: {label: point(model, label)["accuracy"] for label in COMPARED}
+            for name, model in models.items()
+        },
+        rows={name: view.change_rows(model, len(models)) for name, model in models.items()},
+        sides=view.SIDES,
+        most_lost=view.most_lost,
+        worst_by=view.worst_by,
+        example=view.example,
+        radii=_radii,
+        legend=legend,
+        plot=Markup(curves_plot(result)),
+        best_of_plot=Markup(best_of_plot(best_of)) if best_of is not None else "",
+    )
+
+
+def _page(template: str, result: Mapping[str, Any], **more: Any) -> str:
+    """A template with what every page has, and with ``more``."""
     from jinja2 import Environment, FileSystemLoader
     from markupsafe import Markup
 
@@ -58,32 +90,17 @@ def render(result: Mapping[str, Any]) -> str:
         "heat": view.heat,
     }
     style, script = ((PAGE / f"page.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
-    models, best_of = result["models"], result.get("best_of")
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    return pages.get_template("page.html").render(
+    models = result["models"]
+    return pages.get_template(template).render(
         result=result,
         settings=result["settings"],
         models=models,
         names=list(models),
         gates=view.gates(models),
-        compared=COMPARED,
-        plain={name: point(model, "tv:0")["accuracy"] for name, model in models.items()},
-        worst={
-            name: {label: point(model, label)["accuracy"] for label in COMPARED}
-            for name, model in models.items()
-        },
-        rows={name: view.change_rows(model, len(models)) for name, model in models.items()},
-        sides=view.SIDES,
-        most_lost=view.most_lost,
-        worst_by=view.worst_by,
-        example=view.example,
-        radii=_radii,
-        legend=legend,
-        plot=Markup(curves_plot(result)),
-        best_of_plot=Markup(best_of_plot(best_of)) if best_of is not None else "",
         style=Markup(style),
         script=Markup(script),
-        digest=digest,
+        digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        **more,
     )
 
 

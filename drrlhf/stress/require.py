@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from drrlhf.ambiguity import AmbiguitySet, Group, parse_ambiguity
-from drrlhf.stress.curves import Sample
 from drrlhf.transformations import BIAS, TRANSFORMATIONS
 
 # What is judged, and which side of the bound is good.
@@ -23,7 +22,10 @@ SENSES = {
     "preferred": "<=",
     "gold": ">=",
     "tau": ">=",
+    "reward": ">=",
 }
+OF_SETS = ("accuracy", "loss", "reward")  # have a worst case
+REAL = ("gold", "tau", "lost", "reward")  # may lie below 0
 SHARES = ("accuracy", "success", "preferred")  # lie in [0, 1]
 _FORM = re.compile(rf"\s*(\S.*?)\s+({'|'.join(SENSES)})\s*(>=|<=)\s*(\S.*?)\s*")
 _SETS = ("erm", "tv", "kl", "chi2", "cvar", "group")
@@ -50,14 +52,22 @@ class Requirement:
         bound = self.bound if isinstance(self.bound, str) else f"{self.bound:g}"
         return f"{self.subject} {self.metric}{SENSES[self.metric]}{bound}"
 
-    def judge(self, sample: Sample, known: Facts) -> dict[str, Any]:
-        """The number with its band, and whether it is good enough.
+    def judge(self, sample: Any, known: Facts) -> dict[str, Any]:
+        """The number with its band, and whether it is good enough. ``sample`` has a method of each
+        metric that has a worst case, as `Sample` does.
 
         Raises:
             ValueError: there is no such number in the report.
         """
         if isinstance(self.subject, AmbiguitySet):
-            found = getattr(sample, self.metric)(self.subject)
+            worst = getattr(sample, self.metric, None)
+            if worst is None:
+                has = " and ".join(one for one in OF_SETS if hasattr(sample, one))
+                raise ValueError(
+                    f"requirement {str(self)!r}: the report has no worst case of {self.metric}; it "
+                    f"has that of {has}"
+                )
+            found = worst(self.subject)
         else:
             found = self._look_up(self.subject, known)
         bound = self.bound
@@ -99,7 +109,7 @@ def parse_requirement(text: str) -> Requirement:
             ) from None
         bound = given
     if isinstance(bound, float):
-        low = 0.0 if metric not in ("gold", "tau", "lost") else -math.inf
+        low = 0.0 if metric not in REAL else -math.inf
         high = 1.0 if metric in SHARES else math.inf
         if not math.isfinite(bound) or not low <= bound <= high:
             inside = "[0, 1]" if metric in SHARES else "[0, inf)" if low == 0 else "(-inf, inf)"
@@ -107,8 +117,10 @@ def parse_requirement(text: str) -> Requirement:
                 f"requirement {text!r}: the bound of {metric} must lie in {inside}, got {given}"
             )
     if _is_set(name):
-        if metric not in ("accuracy", "loss"):
-            raise ValueError(f"requirement {text!r}: a set has accuracy and loss; {EXAMPLE}")
+        if metric not in OF_SETS:
+            raise ValueError(
+                f"requirement {text!r}: a set has accuracy and loss, or reward; {EXAMPLE}"
+            )
         return Requirement(example_set(name, f"requirement {text!r}"), metric, bound)
     return Requirement(name, metric, bound)
 

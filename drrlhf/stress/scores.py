@@ -166,7 +166,7 @@ def from_table(
     }
     rewards, forms = _forms(table, source)
     after += [name for name in table.column_names if name.startswith(_FORM_BEGINNINGS)]
-    attributes, ignored = _attributes(
+    attributes, ignored = attributes_of(
         table,
         {
             *(*used, *RESULTS, *TEXTS, *LENGTHS, *FORMS, *ANSWERS, *after),
@@ -529,9 +529,10 @@ def _position(table: pa.Table) -> NDArray[np.float64] | None:
     return np.array([*numbers, np.nan])[codes]
 
 
-def _attributes(
+def attributes_of(
     table: pa.Table, used: set[str | None]
 ) -> tuple[dict[str, Attribute], dict[str, str]]:
+    """The columns beside those ``used`` as attributes, and of those that are none, why."""
     kept: dict[str, Attribute] = {}
     ignored: dict[str, str] = {}
     for name in table.column_names:

@@ -98,6 +98,26 @@ def example(one: Mapping[str, Any], title: str = "") -> dict[str, Any]:
     return {"title": title, "texts": [one for one in texts if one[1]], "numbers": numbers}
 
 
+def answer_example(one: Mapping[str, Any], title: str = "") -> dict[str, Any]:
+    """As `example`, of an answer of a policy's own, and of that to the changed prompt."""
+    numbers = f"Reward {one['reward']:+.3f}; mean of the prompt's answers {one['mean']:+.3f}."
+    if "prompt_after" not in one:
+        texts = [("Prompt", one["prompt"]), ("Answer", one["answer"])]
+    else:
+        old, new = marked(one["prompt"], one["prompt_after"])
+        texts = [
+            ("Prompt", old),
+            ("Prompt, changed", new),
+            ("Answer", one["answer"]),
+            ("Answer to the changed prompt", one["answer_after"]),
+        ]
+        numbers = (
+            f"Reward {one['reward']:+.3f} before, {one['reward_after']:+.3f} after; mean of the "
+            f"prompt's answers {one['mean']:+.3f} before, {one['mean_after']:+.3f} after."
+        )
+    return {"title": title, "texts": texts, "numbers": numbers}
+
+
 def _margins(one: Mapping[str, Any]) -> str:
     plain = f"Margin (reward of chosen minus rejected) {one['margin']:+.2f}"
     if "margin_after" not in one:
@@ -106,6 +126,11 @@ def _margins(one: Mapping[str, Any]) -> str:
     return f"{plain} before, {one['margin_after']:+.2f} after" + (
         ": the model ranked the pair right, and no more." if turned else "."
     )
+
+
+def named(changes: Iterable[Mapping[str, Any]]) -> dict[str, str]:
+    """What each change is, by its name."""
+    return {one["change"]: one["what"] for one in changes}
 
 
 class Budget:
@@ -153,7 +178,7 @@ def change_rows(model: Mapping[str, Any], models: int = 1) -> list[dict[str, Any
 
 def worst_by(model: Mapping[str, Any]) -> dict[str, list[tuple[str, float]]]:
     """Which change is the worst one, as (what it is, share of pairs), for either answer."""
-    words = {one["change"]: one["what"] for one in model["changes"]}
+    words = named(model["changes"])
     return {
         side: [(words.get(name, name), share) for name, share in shares.items()]
         for side, shares in model["worst_change"]["by"].items()

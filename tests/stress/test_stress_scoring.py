@@ -355,6 +355,19 @@ def test_model_and_data(tmp_path):
     assert first | {"source": None} == second | {"source": None}
 
 
+@pytest.mark.parametrize("kept", [True, False])
+def test_no_texts_leave(tmp_path, kept):
+    some = [row | {"rejected": f"{row['rejected']} secret{i}"} for i, row in enumerate(rows())]
+    given = ["--model", tiny_reward_dir(tmp_path), "--prompt-column", "none"]
+    given += ["--data", written(tmp_path / "d.jsonl", some), "--output-dir", tmp_path / "out"]
+    done = CliRunner().invoke(app, ["stress", *map(str, given), *([] if kept else ["--no-texts"])])
+    assert done.exit_code == 0, done.output
+    files = list((tmp_path / "out").iterdir())
+    assert len(files) == 3
+    told = {path.name for path in files if b"secret" in path.read_bytes()}
+    assert told == ({path.name for path in files} if kept else set())
+
+
 @pytest.mark.parametrize("wrong", ["none", "policy", "data"])
 def test_what_cannot_be_scored(tmp_path, wrong):
     directory = tiny_llama_dir(tmp_path) if wrong == "policy" else tiny_reward_dir(tmp_path)
