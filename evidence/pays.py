@@ -1,4 +1,4 @@
-"""What pays: one row for each thing that an adversary may choose, from the kept results.
+"""What pays: one row for each thing that training or picking may use, from the kept results.
 
 ``python -m tools.generated --write`` puts the table into README.md.
 """
@@ -8,8 +8,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from drrlhf.files import json_lines
 from evidence.best_of import summary as best_of
@@ -27,7 +25,7 @@ def table() -> str:
     _, records, dpo, _ = page.load(page.HERE / "results")
     rows = [
         (
-            "the examples (`tv`, `kl`, `chi2`, `cvar`), in reward models",
+            "an adversary over examples (`tv`, `kl`, `chi2`, `cvar`), in reward models",
             _over_shifts(records, FAMILIES, groups=False),
             "[shifts](docs/sets.md)",
         ),
@@ -37,27 +35,27 @@ def table() -> str:
             "[shifts](docs/sets.md)",
         ),
         (
-            "the examples, in DPO",
+            "an adversary over examples, in DPO",
             _over_shifts(dpo, DPO_FAMILIES, groups=False),
             "[shifts](docs/sets.md)",
         ),
         (
-            "how sure a label is (`label_probs`), where labels are single votes",
+            "the share of three votes as `label_probs`, in reward models",
             _of_labels(_records("labels/results/labels.jsonl")),
             "[labels](evidence/labels/README.md)",
         ),
         (
-            "several reward models in place of one, in best of 256",
+            "eight reward models in place of one, in best of 256",
             _of_models(_records("best_of/results/best_of.jsonl")),
             "[best of n](evidence/best_of/README.md)",
         ),
         (
-            "the form of a pair (`views`)",
+            "an adversary over the form of a pair (`views`)",
             "being measured",
             "[views](docs/views.md)",
         ),
     ]
-    lines = [("an adversary over", "bought, ten paired seeds", "more"), ("---",) * 3, *rows]
+    lines = [("what is used", "what it bought, ten paired seeds", "more"), ("---",) * 3, *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -78,7 +76,7 @@ def _over_shifts(
     gained = ", ".join(text for _, text in sorted(gains, reverse=True)) or "no accuracy"
     if not losses:
         return gained
-    return f"{gained}; {len(losses)} sure losses, of up to {-min(losses)[0]:.1f} points"
+    return f"{gained}; sure losses: {len(losses)}, the largest {-min(losses)[0]:.1f} points"
 
 
 def _of_labels(records: Sequence[Mapping[str, Any]]) -> str:
@@ -103,16 +101,20 @@ def _of_labels(records: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _of_models(records: Sequence[Mapping[str, Any]]) -> str:
-    """The mean of all and their worst case over single models, in gold scores."""
+    """The mean of all and their worst case over single models, in gold scores; what is sure."""
+    names = {"mean": "their mean", "min": "their worst case"}
     parts = []
-    for pool in ("real", "gamed"):
-        last = best_of.measured(best_of.curves(records, pool)[1], best_of.MEASURES[0])
-        by = {how: np.mean(last[how] - last[best_of.SINGLE]) for how in ("mean", "min")}
-        base = last[best_of.SINGLE].mean()
-        parts.append(
-            f"{pool} texts: mean {by['mean']:+.2f}, worst case {by['min']:+.2f} over {base:.2f}"
-        )
-    return "gold score of " + "; ".join(parts)
+    for measure, what in zip(best_of.MEASURES, ("gold score", "fall from the best n")):
+        found = best_of.measured(best_of.curves(records, "real")[1], measure)
+        cells = best_of.difference(found, best_of.SINGLE, best_of.COMBINED)
+        told = [
+            f"{names[how]} {cells[how].split('**')[1]}"
+            for how in names
+            if cells[how].startswith("**")
+        ]
+        base = found[best_of.SINGLE].mean()
+        parts.append(f"{what}: {' and '.join(told) or 'nothing sure'} over {base:.3f}")
+    return "; ".join(parts)
 
 
 def _records(path: str) -> list[dict[str, Any]]:

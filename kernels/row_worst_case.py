@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 from drrlhf.kernels.launch import numbers, on
-from drrlhf.kernels.numerics import number, put
+from drrlhf.kernels.numerics import expm1, log1p, number, put
 from torch import Tensor
 
 from drrlhf.conventions import statistics_dtype
@@ -53,11 +53,16 @@ def row_worst_case_kernel(
     at_top = counts & (rank == top)
     if KIND == "kl_temperature":
         endless = (top == INFINITY) | (top == -INFINITY)
-        grown = tl.exp(tl.where(at_top | endless, 0.0, rank - top))
+        below = tl.where(at_top | endless | ~counts, 0.0, rank - top)
+        grown = tl.exp(below)
         grown = tl.where(counts & (at_top | ~endless), p * grown, 0.0)
         z = tl.sum(grown, 1)[:, None]
         q = grown / tl.where(z > 0, z, 1.0)
-        value = parameter * (tl.where(total > 0, top, 0.0) + tl.log(tl.where(z > 0, z, 1.0)))
+        # Where all are near the largest, log z is a small number of its own.
+        less = tl.sum(tl.where(counts, p * expm1(below), 0.0), 1)[:, None]
+        near = (z > 0.5) & ~endless
+        log_z = tl.where(near, log1p(less), tl.log(tl.where(z > 0, z, 1.0)))
+        value = parameter * (tl.where(total > 0, top, 0.0) + log_z)
         value = tl.sum(tl.where(k == 0, value, 0.0), 1)[:, None]
     else:
         q = p

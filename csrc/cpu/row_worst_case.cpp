@@ -56,23 +56,28 @@ DRRLHF_HD void tilt(Block& b, double t) {
     b.rank[k] = where(b.p[k] > 0.0, where(x == x, x, all(kInfinity)), all(-kInfinity));
   }
   const Lanes top = largest(b);
-  Lanes z = {};
+  Lanes z = {}, less = {};
   for (std::int64_t k = 0; k < b.width; ++k) {
     Lanes d = b.rank[k] - top;  // NaN where both are infinite
     // Where the largest is infinite every other entry is infinitely far below.
     const auto near = d > -700.0;
     d = where(near, d, all(-700.0));
-    Lanes grown;
+    Lanes grown, shrunk;  // exp and expm1
     for (int r = 0; r < kLanes; ++r) {
       const ExpParts e = exp_parts(d[r]);
       grown[r] = e.scale * (1 + e.tail);
+      shrunk[r] = (e.scale - 1) + e.scale * e.tail;
     }
     grown = where(b.rank[k] == top, all(1.0), where(near, grown, Lanes{}));
     b.q[k] = b.p[k] * grown;
     z += b.q[k];
+    less += where(b.rank[k] == top, Lanes{}, b.p[k] * where(near, shrunk, all(-1.0)));
   }
   for (std::int64_t k = 0; k < b.width; ++k) b.q[k] = where(z > 0.0, b.q[k] / z, Lanes{});
-  for (int r = 0; r < kLanes; ++r) b.value[r] = t * (top[r] + std::log(z[r]));
+  for (int r = 0; r < kLanes; ++r) {
+    // Where all are near the largest, log z is a small number of its own.
+    b.value[r] = t * (top[r] + (z[r] > 0.5 ? std::log1p(less[r]) : std::log(z[r])));
+  }
 }
 
 // The mass `kept` of p from the largest loss down, ties in proportion to p, found without sorting

@@ -154,7 +154,7 @@ def stress(options: Options) -> None:
         with _console.user_errors():
             _check_sources(options)
             if options.generate:
-                names = _names([Path(one) for one in options.generate])
+                names = _names(_directories(options.generate))
                 result = stress_generate.stressed(options, names, console)
             else:
                 load = _scored if options.model else _read
@@ -206,6 +206,14 @@ def _check_sources(options: Options) -> None:
         raise ValueError("--model and --data belong together: the model scores these pairs")
     if options.reference is not None and not models:
         raise ValueError("--reference belongs to --model, a policy; scores in a file need none")
+    if options.scores:
+        ours = Options()
+        for name in ("changes", "changed_pairs", "max_length", "dtype", "beta"):
+            if getattr(options, name) != getattr(ours, name):
+                raise ValueError(
+                    f"--{name.replace('_', '-')} belongs to --model, which scores texts; scores in "
+                    "a file are as they are"
+                )
     if options.split is not None and data is None:
         raise ValueError("--split belongs to --data, pairs for a --model")
     files, wanted = len(options.best_of or []), 1 if models else len(options.scores or [])
@@ -249,29 +257,30 @@ def _stressed(load: Callable[[], Loaded], **options: Any) -> dict[str, Any]:
 
 
 def _read(options: Options, console: Console) -> Loaded:
+    from rich.markup import escape
+
     from drrlhf.stress import load_candidates, load_scores
+    from drrlhf.stress.private import scores_without_texts
 
     paths = options.scores or []
     loaded = {}
     for name, path in zip(_names(paths), paths, strict=True):
-        with console.status(f"Reading {path} ..."):
-            loaded[name] = load_scores(
-                path, prompt_column=options.prompt_column, max_nan=options.max_nan
-            )
+        with console.status(escape(f"Reading {path} ...")):
+            scores = load_scores(path, prompt_column=options.prompt_column, max_nan=options.max_nan)
+        loaded[name] = scores if options.texts else scores_without_texts(scores)
     files = zip(loaded, options.best_of or [])
     return loaded, {name: load_candidates(path) for name, path in files}
 
 
 def _scored(options: Options, console: Console) -> Loaded:
-    import pyarrow.parquet as pq
     import torch
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bars
     from transformers.utils import logging
 
-    from drrlhf.files import write_whole
     from drrlhf.stress import from_table, load_candidates, load_judge, score_table
     from drrlhf.stress.changes import chosen_changes
+    from drrlhf.stress.private import table_without_texts
     from drrlhf.stress.scoring import score_candidates
 
     logging.disable_progress_bar()
@@ -282,7 +291,9 @@ def _scored(options: Options, console: Console) -> Loaded:
     if BY_COLUMN not in options.changes:
         chosen_changes(options.changes, ())  # before a model is loaded
     asked = [load_candidates(path) for path in options.best_of or []]
-    for name, directory in zip(_names([Path(model) for model in models]), models, strict=True):
+    for candidates in asked:
+        candidates.rows()  # it has texts
+    for name, directory in zip(_names(_directories(models)), models, strict=True):
         judge = load_judge(
             directory,
             reference=options.reference,
@@ -305,26 +316,20 @@ def _scored(options: Options, console: Console) -> Loaded:
                 seed=options.seed,
                 on_progress=show,
             )
+            # What took minutes is kept, whatever may be wrong behind it: --scores reads it again.
+            table = table if options.texts else table_without_texts(table)
+            _keep(options, console, name, "scores", table)
             for one in asked:
                 picked[name] = score_candidates(judge, one, on_progress=show)
+                found = picked[name].table()
+                found = found if options.texts else table_without_texts(found)
+                _keep(options, console, name, "candidates", found)
         if getattr(judge, "began_with_adapters", False):
             console.print(
                 f"{name}: the reference is what its training began with, in {directory}/ref.",
                 soft_wrap=True,
                 highlight=False,
                 markup=False,
-            )
-        # What took minutes is kept, whatever may be wrong with it: --scores reads it again.
-        options.output_dir.mkdir(parents=True, exist_ok=True)
-        kept = {"scores": table if options.texts else table.replace_schema_metadata(None)}
-        if name in picked:
-            kept["candidates"] = picked[name].table()
-        for what, one in kept.items():
-            file = f"{name.strip(os.sep).replace(os.sep, '_')}.{what}.parquet"
-            write_whole(options.output_dir / file, partial(pq.write_table, one))
-            path = options.output_dir / file
-            console.print(
-                f"{what.capitalize()}: {path}", soft_wrap=True, highlight=False, markup=False
             )
         scored[name] = from_table(
             table, data, prompt_column=options.prompt_column, max_nan=options.max_nan
@@ -334,13 +339,35 @@ def _scored(options: Options, console: Console) -> Loaded:
                 f"{name}: {judge.cut} texts were longer than --max-length {options.max_length} "
                 "tokens and were cut.",
                 highlight=False,
+                markup=False,
             )
     return scored, picked
 
 
+def _keep(options: Options, console: Console, name: str, what: str, table: Any) -> None:
+    """Write what was scored, whole at any time, and say where."""
+    import pyarrow.parquet as pq
+
+    from drrlhf.files import write_whole
+
+    options.output_dir.mkdir(parents=True, exist_ok=True)
+    path = options.output_dir / f"{name.strip(os.sep).replace(os.sep, '_')}.{what}.parquet"
+    write_whole(path, partial(pq.write_table, table))
+    console.print(f"{what.capitalize()}: {path}", soft_wrap=True, highlight=False, markup=False)
+
+
+def _directories(models: list[str]) -> list[Path]:
+    """Where models lie, by the name of the folder itself."""
+    return [Path(one).expanduser().resolve() for one in models]
+
+
 def _names(paths: list[Path]) -> list[str]:
-    """Files' names without suffix; whole paths where two would be called the same."""
-    short = [path.stem.removesuffix(".scores") for path in paths]
+    """Names of folders, and of files without suffix; whole paths where two would be called the
+    same."""
+    short = [
+        path.name if path.is_dir() else path.stem.removesuffix(".scores") or str(path)
+        for path in paths
+    ]
     times = Counter(short)
     names = [name if times[name] == 1 else str(path) for name, path in zip(short, paths)]
     if len(set(names)) < len(names):
@@ -350,6 +377,7 @@ def _names(paths: list[Path]) -> list[str]:
 
 def _print(result: dict[str, Any], console: Console) -> None:
     from rich import box
+    from rich.markup import escape
     from rich.table import Table
 
     from drrlhf.stress.report import COMPARED, format_radius, point
@@ -359,14 +387,21 @@ def _print(result: dict[str, Any], console: Console) -> None:
         table.add_column(title, justify="left" if title == "model" else "right", no_wrap=True)
     for name, model in result["models"].items():
         cells = [point(model, label)["accuracy"] for label in ("tv:0", *COMPARED)]
-        table.add_row(name, f"{model['pairs']:,}", *(f"{100 * one['value']:.1f}" for one in cells))
+        table.add_row(
+            escape(name), f"{model['pairs']:,}", *(f"{100 * one['value']:.1f}" for one in cells)
+        )
     console.print(table)
     floor = result["settings"]["floor"]
     for name, model in result["models"].items():
         if model["dropped"]:
-            console.print(f"{name}: {model['dropped']} pairs without a finite score were left out.")
+            console.print(
+                f"{name}: {model['dropped']} pairs without a finite score were left out.",
+                markup=False,
+            )
         radii = ", ".join(format_radius(*one) for one in model["robustness_radius"].items())
-        console.print(f"{name}: accuracy stays at {floor:.0%} up to {radii}", highlight=False)
+        console.print(
+            f"{name}: accuracy stays at {floor:.0%} up to {radii}", highlight=False, markup=False
+        )
         for sentence in [*model["notes"], *model["adversary"]["sentences"]]:
             console.print(f"  {sentence}", highlight=False, markup=False)
         for group in [one for one in model["groups"]["single"] if one["below"]][:3]:

@@ -33,7 +33,7 @@ def robust_reward(rewards: Tensor, ambiguity: str = WORST, weights: Tensor | Non
             -t log sum_k p_k exp(-r_k / t); ``"tv:r"``, a share r of the weight moved to the least;
             ``"cvar:a"``, the mean of the least share a; ``"uwo:c"``, the mean minus c times the
             variance over functions (Coste et al., arXiv 2310.02743, equation 5).
-        weights: (K,) >= 0, TRL's ``reward_weights``; 1 each unless given.
+        weights: (K,) >= 0, TRL's ``reward_weights``, constants; 1 each unless given.
 
     Returns:
         (n,), float32, or float64 for float64 rewards; NaN where no function scored, or none that
@@ -70,7 +70,7 @@ def robust_reward(rewards: Tensor, ambiguity: str = WORST, weights: Tensor | Non
 
 def _checked(weights: Tensor, table: Tensor) -> Tensor:
     """The weights, in the dtype of the table."""
-    w = weights.to(table.dtype)
+    w = weights.detach().to(table.dtype)
     check_vector("weights", w, table.shape[1], "rewards")
     check_device("weights", weights, "rewards", table)
     check_value(

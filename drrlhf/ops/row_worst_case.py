@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from drrlhf.conventions import statistics_dtype
-from drrlhf.ops.library import Op
+from drrlhf.ops.library import Op, first_order_only
 
 # The sets of which a row of a few entries has a closed form.
 KINDS = ("erm", "tv", "kl_temperature", "cvar")
@@ -17,7 +17,7 @@ def _fake(table, mask, nominal, kind, parameter):
 
 
 def _setup(ctx: Any, arguments: Any, results: Any) -> None:
-    ctx.save_for_backward(results.weights)
+    ctx.save_for_backward(results.weights, arguments.table)
     ctx.mark_non_differentiable(results.weights)
     ctx.dtype = arguments.table.dtype
     ctx.set_materialize_grads(False)
@@ -25,11 +25,12 @@ def _setup(ctx: Any, arguments: Any, results: Any) -> None:
 
 def _backward(ctx: Any, grads: Any) -> tuple:
     # Danskin: d value / d losses = q, and q itself is a constant.
-    (q,) = ctx.saved_tensors
+    q, table = ctx.saved_tensors
     values = grads.values
-    return row_worst_case.gradients(
+    gradients = row_worst_case.gradients(
         table=None if values is None else (values.unsqueeze(1) * q).to(ctx.dtype)
     )
+    return first_order_only("worst_view", gradients, table)
 
 
 row_worst_case = Op(

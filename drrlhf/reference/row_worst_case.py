@@ -59,7 +59,10 @@ def _tilted(x: Tensor, p: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
     grown = torch.where(rank == top, 1.0, torch.where(top.isinf(), 0.0, (rank - top).exp()))
     grown = torch.where(counts, p * grown, 0.0)
     z = grown.sum(1, keepdim=True)
-    values = (top + z.log()).squeeze(1)
+    # Where all are near the largest, log z is a small number of its own.
+    less = torch.where(counts & ~top.isinf(), p * torch.expm1(rank - top), 0.0).sum(1, keepdim=True)
+    log_z = torch.where((z > 0.5) & ~top.isinf(), torch.log1p(less), z.log())
+    values = (top + log_z).squeeze(1)
     values = torch.where((x.isnan() & counts).any(1), math.nan, values)
     return values, grown / z
 

@@ -137,11 +137,18 @@ def _said_of_length(length: dict[str, float] | None) -> str:
             "Length bias: not known; give texts chosen and rejected, or chosen_length and "
             "rejected_length."
         )
+    told = [
+        f"{length[key]:.1%} when the chosen answer is {what}"
+        for key, what in (
+            ("accuracy_chosen_longer", "longer"),
+            ("accuracy_chosen_shorter", "shorter"),
+        )
+        if length[key] == length[key]
+    ]
     return (
         f"Length: the model prefers the longer answer in {length['prefers_longer']:.1%} of the "
         f"pairs, where the chosen answer is longer in {length['chosen_is_longer']:.1%}; accuracy "
-        f"is {length['accuracy_chosen_longer']:.1%} when the chosen answer is longer and "
-        f"{length['accuracy_chosen_shorter']:.1%} when it is shorter (rank correlation of margin "
+        f"is {' and '.join(told)} (rank correlation of margin "
         f"and length {length['rank_correlation']:+.2f})."
     )
 

@@ -21,6 +21,7 @@ import pyarrow as pa
 from numpy.typing import ArrayLike
 
 from drrlhf.data import open_rows
+from drrlhf.files import tables
 from drrlhf.files.tables import DataError, Row, short
 from drrlhf.stress.answers import CANDIDATES, prompt_id
 from drrlhf.stress.benchmarks import IDS, Complain
@@ -76,7 +77,8 @@ class Candidates:
         columns: dict[str, Any] = {"prompt_id": list(self.ids), "gold": [*map(list, self.gold)]}
         if self.scores is not None:
             columns["scores"] = [*map(list, self.scores)]
-        return pa.table(columns | {name: list(one) for name, one in self.attributes.items()})
+        others = {name: _of_one_type(one) for name, one in self.attributes.items()}
+        return pa.table(columns | others)
 
     def scored(self, rewards: ArrayLike) -> Candidates:
         """The same candidates with a model's scores, (sum of N_i,) in the order of `rows`.
@@ -91,6 +93,14 @@ class Candidates:
                 f"rewards: expected shape ({sum(sizes)},), one for each candidate; got {flat.shape}"
             )
         return replace(self, scores=tuple(np.split(flat, np.cumsum(sizes)[:-1])))
+
+
+def _of_one_type(values: Sequence[Any]) -> pa.Array:
+    """A column of values, as text where they are not of one type."""
+    kinds = {float if isinstance(one, float) else type(one) for one in values if one is not None}
+    if len(kinds - {int, float}) + bool(kinds & {int, float}) > 1:
+        values = [None if one is None else str(one) for one in values]
+    return tables.array(list(values))
 
 
 def load_candidates(source: str | Path, split: str = "train") -> Candidates:

@@ -6,6 +6,7 @@ An attack makes an answer worse, so that it is tried on the rejected one alone.
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from drrlhf.files.tables import DataError
 from drrlhf.stress.curves import Array
 from drrlhf.transformations import (
     ATTACK,
@@ -29,6 +29,8 @@ from drrlhf.transformations import (
     lookup,
     transformed,
 )
+
+logger = logging.getLogger(__name__)
 
 Row = Mapping[str, Any]
 # Rewards (rows, 2) of the chosen and the rejected answer of rows.
@@ -113,11 +115,8 @@ def scored(
 ) -> tuple[Array, dict[str, Array]]:
     """Rewards (n, 2) of rows as they are, and under every change that changes any, NaN where it
     changes nothing; changes are tried on ``pairs`` alone. All texts go through ``score`` at once,
-    so that it can put those of like length together.
-
-    Raises:
-        DataError: changed texts without a finite score.
-    """
+    so that it can put those of like length together. A change of which more than `MOST_LOST` of
+    the scores are not finite is left out, and a warning says so."""
     jobs: list[Row] = list(rows)
     found: dict[str, Array] = {}
     places: list[tuple[str, int, int]] = []  # change, pair, side
@@ -135,17 +134,21 @@ def scored(
         number += (name, pair) != before
         before = (name, pair)
         new_form = found.setdefault(name, np.full((len(rows), 2), np.nan))
-        new_form[pair, side] = rewards[number, side]
+        reward = rewards[number, side]
+        new_form[pair, side] = reward if np.isfinite(reward) else np.nan
         if np.isfinite(rewards[pair]).all():
             asked[name] += 1
-            lost[name] += not np.isfinite(rewards[number, side])
+            lost[name] += not np.isfinite(reward)
     for name in asked:
         if lost[name] > MOST_LOST * asked[name]:
-            raise DataError(
-                f"change {name!r}: {lost[name]} of {asked[name]} scores are NaN or infinite, and "
-                "those of the texts as they are were not; score in float32, raise --max-length, or "
-                "leave it out of --changes"
+            logger.warning(
+                "change %r is left out: %d of its %d scores are NaN or infinite, and those of the "
+                "texts as they are were not; score in float32, or raise --max-length",
+                name,
+                lost[name],
+                asked[name],
             )
+            del found[name]
     return rewards[: len(rows)], found
 
 
@@ -155,7 +158,9 @@ def _differs(old: Row, new: Row, side: int) -> bool:
 
 def drawn_pairs(prompts: Sequence[Any], most: int, seed: int) -> NDArray[np.int64]:
     """The places of all pairs of as many prompts as have about ``most`` pairs, drawn at random."""
-    codes = np.unique(np.array([str(prompt) for prompt in prompts]), return_inverse=True)[1]
+    # Not by an array of strings, in which every prompt is as long as the longest one.
+    numbers: dict[str, int] = {}
+    codes = np.array([numbers.setdefault(str(prompt), len(numbers)) for prompt in prompts])
     if len(codes) <= most:
         return np.arange(len(codes))
     order = np.random.default_rng([seed, 3]).permutation(int(codes.max()) + 1)

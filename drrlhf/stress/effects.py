@@ -16,6 +16,7 @@ from drrlhf.stress.scores import Scores
 from drrlhf.transformations import ATTACK, BIAS, FORM, PROMPT
 
 NAMED = 5
+AS_IS = "as it is"
 
 
 class Bootstrap(NamedTuple):
@@ -34,8 +35,9 @@ class Bootstrap(NamedTuple):
         for row, weights in enumerate((None, values[known])):
             found = counts(self.blocks[known], nowhere, 1, weights)[:, 0]
             sums[row, : len(found)] = found
-        drawn = (self.draws @ sums[1]) / np.maximum(self.draws @ sums[0], 1)
-        return band(float(values[known].mean()), drawn.tolist())
+        sizes, totals = self.draws @ sums[0], self.draws @ sums[1]
+        hit = sizes > 0  # a draw without any such pair says nothing of them
+        return band(float(values[known].mean()), (totals[hit] / sizes[hit]).tolist())
 
 
 def effects(scores: Scores, bootstrap: Bootstrap) -> dict[str, Any]:
@@ -89,50 +91,63 @@ def _least(rewards: Array, forms: Mapping[str, Array], side: int) -> tuple[Array
     return table.min(1), table.argmin(1)
 
 
-def worst_margin(scores: Scores) -> tuple[Array, Array, list[str]]:
-    """The least margin (n,) of each pair over all changes that keep the meaning, on either answer
-    or both, or on the prompt; whether any was tried (n,); and the names of these changes.
+class Worst(NamedTuple):
+    """The least ``margin`` (n,) over all changes that keep the meaning, whether any was ``tried``
+    (n,), the ``names`` of these changes, and shares of the tried pairs by the form that makes it
+    least, of each answer and of the prompt ("by")."""
 
-    With forms f of the chosen answer and g of the rejected one it is min_f r(f) - max_g r(g).
-    """
-    names = [name for name in scores.forms if named(name).kind == FORM]
-    answers = {name: scores.forms[name] for name in names if named(name).on != PROMPT}
+    margin: Array
+    tried: NDArray[np.bool_]
+    names: list[str]
+    by: dict[str, dict[str, float]]
+
+
+def worst_change(scores: Scores) -> Worst:
+    """With forms f of the chosen answer and g of the rejected one, each answer itself among them,
+    the least margin of a pair is min_f r(f) - max_g r(g); or, if that is less, the margin under a
+    change of the prompt, or one that a file gives."""
+    forms = {name: form for name, form in scores.forms.items() if named(name).kind == FORM}
+    answers = {name: form for name, form in forms.items() if named(name).on != PROMPT}
+    given = {n: one for n, one in scores.counterfactuals.items() if named(n).kind == FORM}
     worst, tried = scores.margin.copy(), np.zeros(len(scores), dtype=bool)
+    places: dict[str, tuple[NDArray[np.int64], list[str]]] = {}
     if scores.rewards is not None and answers:
+        told = [AS_IS, *answers]
+        chosen, which = _least(scores.rewards, answers, 0)
         mirrored = {name: -form for name, form in answers.items()}
-        chosen = _least(scores.rewards, answers, 0)[0]
-        worst = chosen + _least(-scores.rewards, mirrored, 1)[0]
+        rejected, other = _least(-scores.rewards, mirrored, 1)
+        worst = chosen + rejected
+        places = {"chosen": (which, told), "rejected": (other, told)}
         tried |= np.isfinite(np.column_stack(list(answers.values()))).any(1)
-    for change, side, new in margins_under(
-        scores.margin, scores.rewards, scores.forms, scores.counterfactuals
-    ):
-        if change.kind == FORM and (side == PROMPT or change.name in scores.counterfactuals):
-            worst = np.fmin(worst, new)
-            tried |= np.isfinite(new)
-    return worst, tried, [*names, *scores.counterfactuals]
+    whole = {
+        name: form[:, 0] - form[:, 1] for name, form in forms.items() if named(name).on == PROMPT
+    } | given
+    if whole:
+        table = np.column_stack([worst, *whole.values()])
+        tried |= np.isfinite(table[:, 1:]).any(1)
+        table = np.where(np.isnan(table), np.inf, table)
+        which = table.argmin(1)
+        worst = table.min(1)
+        # Where that is least, no form of an answer is to blame.
+        places = {side: (np.where(which > 0, 0, at), told) for side, (at, told) in places.items()}
+        places[PROMPT] = (which, [AS_IS, *whole])
+    shares = {side: _shares(at[tried], told) for side, (at, told) in places.items()}
+    return Worst(worst, tried, [*forms, *given], shares)
+
+
+def _shares(which: NDArray[np.int64], told: list[str]) -> dict[str, float]:
+    """How often each is there, the most frequent first."""
+    found = np.bincount(which, minlength=len(told)) / max(len(which), 1)
+    order = np.argsort(-found, kind="stable")[:NAMED]
+    return {told[i]: float(found[i]) for i in order if found[i] > 0}
 
 
 def _worst_change(scores: Scores, bootstrap: Bootstrap) -> dict[str, Any] | None:
-    worst, tried, names = worst_margin(scores)
-    if not tried.any():
+    worst = worst_change(scores)
+    if not worst.tried.any():
         return None
-    effect = _effect(scores.margin, np.where(tried, worst, np.nan), bootstrap)
-    found: dict[str, Any] = effect | {"changes": names, "by": {}}
-    answers = {
-        name: form
-        for name, form in scores.forms.items()
-        if named(name).kind == FORM and named(name).on != PROMPT
-    }
-    if scores.rewards is not None and answers:
-        for side, label in ((0, "chosen"), (1, "rejected")):
-            sign = 1 if side == 0 else -1
-            forms = {name: sign * form for name, form in answers.items()}
-            which = _least(sign * scores.rewards, forms, side)[1][tried]
-            shares = np.bincount(which, minlength=len(answers) + 1) / tried.sum()
-            order = np.argsort(-shares, kind="stable")[:NAMED]
-            told = ("as it is", *answers)
-            found["by"][label] = {told[i]: float(shares[i]) for i in order if shares[i] > 0}
-    return found
+    effect = _effect(scores.margin, np.where(worst.tried, worst.margin, np.nan), bootstrap)
+    return effect | {"changes": worst.names, "by": worst.by}
 
 
 def _attacks(scores: Scores, bootstrap: Bootstrap) -> dict[str, Any] | None:

@@ -174,6 +174,7 @@ def _model(
     model["requirements"] = [one.judge(prompts, known) for one in required]
     model["findings"] = findings(model, generated, prompts.rows, prompts.values)
     model["verdict"] = verdict(model)
+    model["groups"] = groups.shown(model["groups"])
     return model
 
 
@@ -194,7 +195,8 @@ def prompts_of(
     rows = np.flatnonzero(np.isfinite(means[AS_IS]))
     asked = [generated.prompts[row] for row in rows.tolist()]
     texts = [json.dumps(one, sort_keys=True, default=str) for one in asked]
-    codes = np.unique(np.array(texts), return_inverse=True)[1]  # prompts given twice are one
+    numbers: dict[str, int] = {}  # prompts given twice are one
+    codes = np.array([numbers.setdefault(text, len(numbers)) for text in texts])
     blocks = resample.blocks_of(codes, seed)
     draws = resample.resampled(int(blocks.max()) + 1, resamples, seed)
     changed = {change: one[rows] for change, one in means.items() if change != AS_IS}

@@ -38,9 +38,9 @@ def groups_of(scores: Scores, blocks: NDArray[np.int64], min_support: int) -> di
     """The groups, worst first by the upper end of their interval, and those too small to rank.
 
     ``min_support`` is the number of prompts that a group must have (of blocks of prompts, where
-    there are more than 1024). "single" holds the groups of single attributes, "paired" the `SHOWN`
-    worst of pairs of attributes; "below" says whether a group's interval lies wholly below the
-    accuracy of all pairs.
+    there are more than 1024). "single" holds the groups of single attributes, "paired" those of
+    pairs of attributes, of which a report has the `SHOWN` worst; "below" says whether a group's
+    interval lies wholly below the accuracy of all pairs.
     """
     errors = ERRORS[error_codes(scores.margin)]
     overall = 1 - float(errors.mean())
@@ -49,6 +49,11 @@ def groups_of(scores: Scores, blocks: NDArray[np.int64], min_support: int) -> di
         return _interval(column, index, NormalDist().inv_cdf(1 - level / 2))
 
     return ranked(scores.attributes, errors, blocks, min_support, interval, ("accuracy", overall))
+
+
+def shown(found: Mapping[str, Any]) -> dict[str, Any]:
+    """What a report has of `groups_of`: of pairs of attributes the worst."""
+    return {**found, "paired": found["paired"][:SHOWN]}
 
 
 def ranked(
@@ -89,7 +94,7 @@ def ranked(
         "looked_at": looked_at,
         "min_support": min_support,
         "single": found[1],
-        "paired": found[2][:SHOWN],
+        "paired": found[2],
         "too_small": sorted(small, key=lambda group: -group[of]),
         "too_small_pairs_of_attributes": sum(
             int(((column.pairs > 0) & ~enough).sum())

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
 from drrlhf.files import write_text
+
+# Characters that XML has no way to write.
+_NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
 def write_junit(result: Mapping[str, Any], path: str | os.PathLike[str]) -> Path:
@@ -31,7 +35,7 @@ def write_junit(result: Mapping[str, Any], path: str | os.PathLike[str]) -> Path
             else:
                 ElementTree.SubElement(case, "failure", message=text).text = text
     ElementTree.indent(suites)
-    text = ElementTree.tostring(suites, encoding="unicode")
+    text = _NOT_XML.sub("\ufffd", ElementTree.tostring(suites, encoding="unicode"))
     written = Path(path)
     written.parent.mkdir(parents=True, exist_ok=True)
     write_text(written, f'<?xml version="1.0" encoding="utf-8"?>\n{text}\n')

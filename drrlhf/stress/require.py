@@ -28,6 +28,7 @@ OF_SETS = ("accuracy", "loss", "reward")  # have a worst case
 REAL = ("gold", "tau", "lost", "reward")  # may lie below 0
 SHARES = ("accuracy", "success", "preferred")  # lie in [0, 1]
 _FORM = re.compile(rf"\s*(\S.*?)\s+({'|'.join(SENSES)})\s*(>=|<=)\s*(\S.*?)\s*")
+_SUBJECTS = ("easy", "normal", "hard", "attacks", "kendall")
 _SETS = ("erm", "tv", "kl", "chi2", "cvar", "group")
 EXAMPLE = (
     'expected for example "tv:0.1 accuracy>=0.75", "kl:0.1 loss<=0.6", "typos accuracy>=0.8", '
@@ -126,14 +127,19 @@ def parse_requirement(text: str) -> Requirement:
 
 
 def _is_set(name: str) -> bool:
-    """Whether a set is meant: by its name, or by a number behind a colon that no change has."""
-    beginning = name.partition(":")[0]
-    return beginning in _SETS or (":" in name and "=" not in name and not _is_change(beginning))
+    """Whether a set is meant: by its name, or by one that is nearly that and has a number."""
+    beginning, colon, _ = name.partition(":")
+    near = difflib.get_close_matches(beginning, _SETS, 1, 0.5)
+    return beginning in _SETS or bool(colon and near and not _is_change(beginning))
 
 
 def _is_subject(name: str) -> bool:
     """Whether a bound is the number of something else, as in "best-of-64 gold>=best-of-1"."""
-    return _is_change(name) or any(mark in name.lstrip("-") for mark in "-=/@")
+    return (
+        _is_change(name.partition(":")[0])
+        or name in _SUBJECTS
+        or any(mark in name.lstrip("-") for mark in "-=/@:")
+    )
 
 
 def _is_change(name: str) -> bool:
@@ -158,11 +164,15 @@ def facts(
 ) -> dict[str, dict[str, Mapping[str, float]]]:
     """Every number of a model's report that can be required, by subject and metric.
 
-    A change is "NAME/SIDES", and NAME alone is its gravest common use: both answers, or the one
-    part that it acts on. A group is "COLUMN=VALUE". "best-of-N" has a gold score where there is a
-    ``curve``, "kendall" a tau, and "best-answer" the accuracy of the first of all answers.
+    A change is "NAME/SIDES", and NAME alone is its use on both answers, or on the one part that it
+    acts on. A group is "COLUMN=VALUE". "best-of-N" has a gold score where there is a ``curve``,
+    "kendall" a tau, and "best-answer" the accuracy of the first of all answers. Where a change is
+    called as something else is, the change is meant.
     """
     found: dict[str, dict[str, Mapping[str, float]]] = {}
+    for name in ("easy", "normal", "hard"):
+        if model["styles"] and name in model["styles"]:
+            found[name] = {"accuracy": model["styles"][name]}
     for point in () if curve is None else curve["points"]:
         found[f"best-of-{point['n']}"] = {"gold": point["gold"]}
     if kendall is not None:
@@ -186,9 +196,6 @@ def _numbers(model: Mapping[str, Any]) -> Iterator[tuple[str, str, Mapping[str, 
             yield subject, metric, model[key][metric]
     for bias in model["biases"]:
         yield bias["change"], "preferred", bias["preferred"]
-    for name in ("easy", "normal", "hard"):
-        if model["styles"] and name in model["styles"]:
-            yield name, "accuracy", model["styles"][name]
     for group in (*model["groups"]["single"], *model["groups"]["paired"]):
         name = ", ".join(f"{key}={value}" for key, value in group["group"].items())
         yield name, "accuracy", group["accuracy"]

@@ -122,8 +122,13 @@ def _best_of(
             f"{', '.join(candidates)}"
         )
     first = next(iter(candidates.values()))
-    if any(one.ids != first.ids for one in candidates.values()):
-        raise ValueError("best_of: expected the same candidates for every model, got others")
+    for one in candidates.values():
+        same = one.ids == first.ids and len(one) == len(first)
+        if not same or any(not np.array_equal(a, b) for a, b in zip(one.gold, first.gold)):
+            raise ValueError(
+                f"best_of: expected the same candidates with the same gold scores for every model, "
+                f"in one order; {one.source} has others than {first.source}"
+            )
     by_model = {}
     for name, one in candidates.items():
         if one.scores is None:
@@ -159,6 +164,7 @@ def _judge(
     sample = model.pop("sample")
     known = facts(model, curve, kendall)
     model["requirements"] = [one.judge(sample, known) for one in required]
+    model["groups"] = groups.shown(model["groups"])
     model["verdict"] = verdict(model)
     model["findings"] = findings(model, model["examples"], curve)
 
@@ -178,13 +184,19 @@ def _model(
     )
     bootstrap = Bootstrap(blocks, draws)
     prompts, alone = len(np.unique(scores.prompts)), scores.without_prompt
+    notes, best_answer = _notes(len(scores), prompts, alone), None
+    if scores.answers is not None:
+        try:
+            best_answer = best_of_right_of_pairs(scores, resamples=resamples, seed=seed)
+        except ValueError as error:  # columns of that name that are something else
+            notes.append(f"Which answer comes first is not told: {error}.")
     return {
         "sample": sample,
         "source": scores.source,
         "pairs": len(scores),
         "prompts": prompts,
         "pairs_without_prompt": alone,
-        "notes": _notes(len(scores), prompts, alone),
+        "notes": notes,
         "dropped": scores.dropped,
         "ties": int((scores.margin == 0).sum()),
         "accuracy": 1 - float(curves.ERRORS[curves.error_codes(scores.margin)].mean()),
@@ -197,9 +209,7 @@ def _model(
         **effects(scores, bootstrap),
         "styles": styles_of(scores, bootstrap),
         "adversary": adversary.adversary_of(scores, described, min_support),
-        "best_answer": None
-        if scores.answers is None
-        else best_of_right_of_pairs(scores, resamples=resamples, seed=seed),
+        "best_answer": best_answer,
         "examples": dict(scores.examples),
     }
 

@@ -45,6 +45,7 @@ TEXTS = ("prompt", "chosen", "rejected")
 POSITION = "chosen_position"
 CHANGED = "margin@"
 FORMS = ("chosen_reward", "rejected_reward")  # and behind an @ the change
+_FORM_BEGINNINGS = tuple(f"{name}@" for name in FORMS)
 EXAMPLES = b"drrlhf.examples"  # in the metadata of a table
 LENGTHS = ("chosen_length", "rejected_length")
 NO_PROMPTS = "none"
@@ -153,7 +154,8 @@ def from_table(
             "again, drop them, or raise --max-nan"
         )
     lost, read, margin, rows = rows[~finite], len(margin), margin[finite], rows[finite]
-    _check_margins(margin, source, all_right)
+    changed = any(name.startswith((CHANGED, *_FORM_BEGINNINGS)) for name in table.column_names)
+    _check_margins(margin, source, all_right or changed)  # what a change does is worth telling
     prompt = _prompt_column(table, source, prompt_column)
     prompts, missing = _prompts(table, prompt)
     if dropped or read != table.num_rows:
@@ -208,9 +210,6 @@ def from_table(
     )
 
 
-_FORM_BEGINNINGS = tuple(f"{name}@" for name in FORMS)
-
-
 def _forms(
     table: pa.Table, source: str
 ) -> tuple[NDArray[np.float64] | None, dict[str, NDArray[np.float64]]]:
@@ -239,7 +238,10 @@ def _forms(
             else np.full(len(rewards), np.nan)
             for side in FORMS
         ]
-        forms[change] = np.column_stack(columns)
+        form = np.column_stack(columns)
+        form[~np.isfinite(form)] = np.nan
+        if np.isfinite(form).any():
+            forms[change] = form
     return rewards, forms
 
 

@@ -17,34 +17,33 @@ from evidence.views.summary import difference
 
 SINGLE, POSSIBLE = "single", "best possible"
 MEASURES = ("gold at the largest n", "fall")
-Curves = Mapping[str, np.ndarray]  # by pick, (seeds, n)
+Curves = Mapping[str, np.ndarray]  # by pick, (seeds, domains, models or 1, n)
 
 
 def curves(records: Sequence[Mapping[str, Any]], pool: str) -> tuple[list[int], Curves]:
-    """The n, and mean gold scores over domains (and over models, of single ones), of the seeds of
-    which all domains are there."""
+    """The n, and gold scores, of the seeds of which all domains are there; each single model has a
+    curve of its own."""
     by_seed: dict[int, list[Mapping[str, Any]]] = {}
     for record in records:
         by_seed.setdefault(record["seed"], []).append(record["gold"][pool])
     whole = [by_seed[seed] for seed in sorted(by_seed) if len(by_seed[seed]) == len(DOMAINS)]
     counts = [int(n) for n in whole[0][0][POSSIBLE]]
 
-    def curve(found: Mapping[str, Any], pick: str) -> np.ndarray:
+    def of(found: Mapping[str, Any], pick: str) -> list[list[float]]:
         names = [name for name in found if name.startswith("model ")] if pick == SINGLE else [pick]
-        return np.mean([[found[name][str(n)] for n in counts] for name in names], axis=0)
+        return [[found[name][str(n)] for n in counts] for name in names]
 
     return counts, {
-        pick: np.array([np.mean([curve(one, pick) for one in domains], 0) for domains in whole])
+        pick: np.array([[of(one, pick) for one in domains] for domains in whole])
         for pick in (SINGLE, *COMBINED, POSSIBLE)
     }
 
 
 def measured(of: Curves, measure: str) -> dict[str, np.ndarray]:
-    """By pick, (seeds,)."""
-    last = {pick: curve[:, -1] for pick, curve in of.items()}
+    """By pick, (seeds,): of every curve for itself, then the mean over models and domains."""
     if measure == MEASURES[0]:
-        return last
-    return {pick: curve.max(1) - last[pick] for pick, curve in of.items()}
+        return {pick: curve[..., -1].mean((1, 2)) for pick, curve in of.items()}
+    return {pick: (curve.max(-1) - curve[..., -1]).mean((1, 2)) for pick, curve in of.items()}
 
 
 def tables(records: Sequence[Mapping[str, Any]]) -> str:
@@ -58,7 +57,9 @@ def tables(records: Sequence[Mapping[str, Any]]) -> str:
         lines = [["single models", *plain]]
         lines += [[f"`{name}` over them", *(cells[m][name] for m in MEASURES)] for name in COMBINED]
         head = [f"{pool}, {len(of[SINGLE])} seeds", *MEASURES]
-        over_n = [[pick, *(f"{x:.2f}" for x in curve.mean(0))] for pick, curve in of.items()]
+        over_n = [
+            [pick, *(f"{x:.2f}" for x in curve.mean((0, 1, 2)))] for pick, curve in of.items()
+        ]
         for title, body in ((head, lines), ([f"{pool}: gold at n", *map(str, counts)], over_n)):
             table = [title, ["---"] * len(title), *body]
             parts.append("\n".join(f"| {' | '.join(line)} |" for line in table))

@@ -20,6 +20,7 @@ MEASURES = ("accuracy", "nll", "ece", "brier")
 AGAINST = {
     "plain": tuple(name for name in METHODS if name != "plain"),
     "majority": ("soft", "pro", "everyone"),
+    "soft": ("pro",),
 }
 SEEDS = 10  # before which nothing is told
 Values = Mapping[str, np.ndarray]  # by method, (seeds,)

@@ -79,6 +79,11 @@ CASES = [
         for bad in (NAN, INFINITY, -INFINITY)
         for counts in (True, False)
     ),
+    Case(
+        "kl of a temperature far beyond the losses",
+        "the mean of them, and no digit lost",
+        lambda: rows(("kl_temperature", 1e12), dtype=torch.float64, masked=True),
+    ),
     Case("wide rows", "more than a warp has lanes", lambda: rows(("cvar", 0.2), width=300, n=3)),
     Case("more rows than a program", "several programs", lambda: rows(("tv", 0.2), n=300)),
     Case("no rows", "an empty grid", lambda: made(numbers(0, 3))),

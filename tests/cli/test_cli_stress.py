@@ -98,6 +98,8 @@ def test_what_a_gate_names_and_the_report_lacks_leaves_no_report(tmp_path):
     [
         ([], "give --scores FILE"),
         (["--best-of", "a", "--best-of", "b"], "--best-of: expected 1 file"),
+        (["--changes", "typos"], "--changes belongs to --model"),
+        (["--beta", "3"], "--beta belongs to --model"),
         (["--model", "rm"], "give --scores FILE"),
         (["--data", "pairs.jsonl"], "--model and --data belong together"),
         (["--require", "tv:0.1 accurate"], "requirement 'tv:0.1 accurate' cannot be parsed"),
@@ -128,3 +130,33 @@ def test_ctrl_c_leaves_no_report(tmp_path, monkeypatch):
     done = stress("--scores", parquet(tmp_path / "rm.parquet"), "--output-dir", tmp_path / "out")
     assert done.exit_code == 130 and "no report was written" in done.output
     assert not (tmp_path / "out").exists()
+
+
+def test_names_with_marks_of_a_terminal(tmp_path):
+    file = parquet(tmp_path / "x[b]v[1].parquet")
+    done = stress("--scores", file, "--output-dir", tmp_path / "out")
+    assert done.exit_code == 0 and "x[b]v[1]" in done.output
+
+
+def test_no_texts_of_a_file_leave(tmp_path):
+    n = 60
+    columns = {"margin": np.random.default_rng(0).normal(1, 1, n), "domain": ["a", "b"] * 30}
+    columns["instruction"] = [f"please say secret {i}, and say it in many words" for i in range(n)]
+    pq.write_table(pa.table(columns), tmp_path / "s.parquet")
+    done = stress(
+        "--scores", tmp_path / "s.parquet", "--no-texts", "--output-dir", tmp_path / "out"
+    )
+    assert done.exit_code == 0, done.output
+    for path in (tmp_path / "out").iterdir():
+        assert "secret" not in path.read_text() and "domain" in path.read_text()
+
+
+def test_candidates_of_models_must_be_the_same(tmp_path):
+    files = [changed(tmp_path / f"{name}.parquet") for name in "ab"]
+    given = [candidates(tmp_path / "a.jsonl"), tmp_path / "b.jsonl"]
+    rows = [json.loads(line) for line in given[0].read_text().splitlines()]
+    turned = [{name: values[::-1] for name, values in row.items()} for row in rows]
+    given[1].write_text("".join(json.dumps(row) + "\n" for row in turned))
+    both = [x for file, best in zip(files, given) for x in ("--scores", file, "--best-of", best)]
+    done = stress(*both, "--output-dir", tmp_path / "out")
+    assert done.exit_code == 2 and "the same gold scores" in " ".join(done.output.split())

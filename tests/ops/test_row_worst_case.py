@@ -210,3 +210,24 @@ def test_views_compile():
             backend="aot_eager",
         )
         torch.testing.assert_close(step(losses), dr.worst_view(losses, text, mask).sum())
+
+
+@pytest.mark.mathematics
+@pytest.mark.parametrize("temperature", [1e3, 1e9, 1e15, -1e12])
+def test_a_temperature_far_beyond_the_losses_is_the_mean(temperature):
+    losses = torch.tensor([[0.0, 1.0, 2.0], [5.0, 5.0, 6.5]], dtype=torch.float64)
+    # mean + variance / (2 t) + ...
+    second = losses.var(1, correction=0) / (2 * temperature)
+    found = dr.worst_view(losses, f"kl:temperature={temperature}")
+    torch.testing.assert_close(found, losses.mean(1) + second, rtol=1e-12, atol=1 / temperature**2)
+
+
+def test_the_second_derivative_is_refused_and_weights_are_constants():
+    x = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+    (first,) = torch.autograd.grad(dr.worst_view(x, "kl:temperature=1").sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="no double backward"):
+        first.square().sum().backward()
+    weights = torch.ones(4, dtype=torch.float64, requires_grad=True)
+    found = dr.robust_reward(x, "min", weights)
+    (gradient,) = torch.autograd.grad(found.sum(), weights, allow_unused=True)
+    assert gradient is None

@@ -13,7 +13,7 @@ import pytest
 
 from drrlhf.stress import Attribute, Scores, parse_requirement, stress_test, write_junit
 from drrlhf.stress.changes import changed, chosen_changes, drawn_pairs, scored
-from drrlhf.stress.effects import worst_margin
+from drrlhf.stress.effects import Bootstrap, worst_change
 from drrlhf.transformations import TRANSFORMATIONS, lookup
 
 N = 60
@@ -75,7 +75,7 @@ def test_each_change_on_each_side_by_a_loop():
 
 def test_the_worst_change_tries_every_combination():
     scores = made()
-    worst, tried, names = worst_margin(scores)
+    worst, tried, names, by = worst_change(scores)
     answers = ["typos", "sentence", "bullets"]  # no bias, no attack
     assert names == [*answers, "prompt_typos"]
     for i in range(N):
@@ -90,9 +90,30 @@ def test_the_worst_change_tries_every_combination():
     assert found["accuracy"]["value"] == pytest.approx((worst > 0).mean())
     right = scores.margin > 0
     assert found["success"]["value"] == pytest.approx((worst[right] <= 0).mean())
+    # An answer's form is to blame where no change of the prompt is worse.
     table = np.column_stack([scores.rewards[:, 0], *(scores.forms[n][:, 0] for n in answers)])
-    least = np.bincount(np.nanargmin(table, 1), minlength=4) / N
-    assert found["by"]["chosen"] == pytest.approx(dict(zip(["as it is", *answers], least)))
+    prompts = scores.forms["prompt_typos"] @ [1, -1] == worst
+    least = np.where(prompts, 0, np.nanargmin(table, 1))
+    shares = dict(zip(["as it is", *answers], np.bincount(least, minlength=4) / N))
+    assert found["by"] == by and found["by"]["chosen"] == pytest.approx(shares)
+    assert found["by"]["prompt"] == pytest.approx(
+        {"as it is": 1 - prompts.mean(), "prompt_typos": prompts.mean()}
+    )
+
+
+def test_margins_that_a_file_gives_are_tried_unless_they_are_attacks():
+    margin = np.array([1.0, 2.0, -1.0, 0.5])
+    given = {"seed:1": np.array([np.nan, -3.0, 0.0, 0.4]), "empty": np.full(4, -9.0)}
+    found = worst_change(Scores(margin, np.arange(4), counterfactuals=given, rows=4))
+    assert found.margin.tolist() == [1.0, -3.0, -1.0, 0.4] and found.names == ["seed:1"]
+    assert found.tried.tolist() == [False, True, True, True]
+    assert found.by == {"prompt": pytest.approx({"seed:1": 2 / 3, "as it is": 1 / 3})}
+
+
+def test_a_band_of_few_pairs_rests_on_the_draws_that_have_any():
+    draws = np.array([[0.0, 2.0], [1.0, 1.0], [2.0, 0.0], [1.0, 1.0]])
+    found = Bootstrap(np.array([0, 0, 1, 1]), draws).mean(np.array([1.0, np.nan, np.nan, np.nan]))
+    assert found == {"value": 1.0, "low": 1.0, "high": 1.0}
 
 
 def test_a_pair_that_no_change_touches_is_not_counted():
@@ -269,3 +290,35 @@ def test_junit_says_what_missed(tmp_path):
     assert fine.get("name") == str(parse_requirement("typos accuracy>=0.01"))
     assert fine.find("failure") is None and missed.find("failure") is not None
     assert missed.get("name") == "worst-change accuracy>=0.99"
+
+
+def test_a_change_of_a_file_may_be_called_as_anything():
+    margin = np.array([1.0, 2.0, -1.0, 0.5] * 10)
+    styles = {
+        name: Attribute(np.arange(40) // at % 2, ("concise", "markdown"))
+        for name, at in (("chosen_style", 1), ("rejected_style", 2))
+    }
+    given = {"seed:1": margin, "hard": np.full(40, -1.0)}
+    scores = Scores(margin, np.arange(40), styles, counterfactuals=given, rows=40)
+    gates = ["seed:1 accuracy>=0.5", "hard accuracy>=0.5", "tv:0.1 accuracy>=seed:1"]
+    judged = report(scores, require=gates)["requirements"]
+    assert [one["found"]["value"] for one in judged[:2]] == pytest.approx([0.75, 0.0])
+    assert [one["met"] for one in judged] == [True, False, False]
+
+
+def test_every_pair_of_groups_can_be_required():
+    n = 1200
+    groups = {
+        name: Attribute(np.arange(n) // at % size, tuple(f"{name}{i}" for i in range(size)))
+        for name, at, size in (("g", 1, 12), ("k", 12, 10))
+    }
+    margin = np.where(np.arange(n) % 12 == 0, 1.0, np.where(np.arange(n) % 7 == 0, -1.0, 1.0))
+    gates = ["g=g0, k=k0 accuracy>=1"]
+    model = report(Scores(margin, np.arange(n), groups, rows=n), require=gates)
+    assert model["requirements"][0]["met"] and len(model["groups"]["paired"]) == 20
+
+
+def test_a_name_that_xml_cannot_hold(tmp_path):
+    result = stress_test({"a\x01b": made()}, require=["typos accuracy>=0"], resamples=20)
+    root = ElementTree.parse(write_junit(result, tmp_path / "gates.xml")).getroot()
+    assert root[0].get("name") == "a\ufffdb"

@@ -306,12 +306,23 @@ def test_every_different_text_is_read_once(tmp_path):
     assert len(seen) == len(set(seen)) > 40
 
 
-def test_a_model_that_gives_nan_for_a_form_is_told(tmp_path):
+def test_a_change_whose_scores_are_not_numbers_is_left_out_and_told(tmp_path, caplog):
     model = RewardModel(tiny_reward_dir(tmp_path))
     score = model._score
-    model._score = lambda batch: np.where([len(t.ids) > 25 for t in batch], np.nan, score(batch))
-    with pytest.raises(DataError, match=r"sentence.*NaN or infinite"):
-        score_pairs(model, written(tmp_path / "d.jsonl", rows(20)), changes="sentence")
+    model._score = lambda batch: np.where([len(t.ids) > 25 for t in batch], np.inf, score(batch))
+    data = written(tmp_path / "d.jsonl", rows(20))
+    found = score_pairs(model, data, changes="sentence,empty")
+    assert [*found.forms] == ["empty"] and len(found) == 20
+    assert "change 'sentence' is left out" in caplog.text and "NaN or infinite" in caplog.text
+
+
+def test_a_policy_without_prompts_is_tried_under_what_can_be_scored(tmp_path, caplog):
+    policy = tiny_llama_dir(tmp_path / "policy", rms_norm_eps=0.1)
+    reference = tiny_llama_dir(tmp_path / "reference")
+    some = [{side: row[side].strip() for side in SIDES} for row in rows(20)]
+    data = written(tmp_path / "d.jsonl", some)
+    found = score_pairs(Policy(policy, reference=reference), data, changes="empty,sentence")
+    assert "sentence" in found.forms and len(found) == 20
 
 
 def test_margins_after_a_change_come_from_files_too(tmp_path):
@@ -357,8 +368,13 @@ def test_model_and_data(tmp_path):
 
 @pytest.mark.parametrize("kept", [True, False])
 def test_no_texts_leave(tmp_path, kept):
-    some = [row | {"rejected": f"{row['rejected']} secret{i}"} for i, row in enumerate(rows())]
-    given = ["--model", tiny_reward_dir(tmp_path), "--prompt-column", "none"]
+    some = [
+        row
+        | {"prompt": f"secret prompt {i}", "rejected": f"{row['rejected']} secret{i}"}
+        | {"note": f"a secret that is long enough to be a text of its own, {i}"}
+        for i, row in enumerate(rows())
+    ]
+    given = ["--model", tiny_reward_dir(tmp_path)]
     given += ["--data", written(tmp_path / "d.jsonl", some), "--output-dir", tmp_path / "out"]
     done = CliRunner().invoke(app, ["stress", *map(str, given), *([] if kept else ["--no-texts"])])
     assert done.exit_code == 0, done.output
