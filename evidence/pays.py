@@ -63,7 +63,8 @@ def _over_shifts(
     records: Sequence[Mapping[str, Any]], families: Sequence[str], groups: bool
 ) -> str:
     """The sure gains of accuracy by shift, in points, and how many losses there are."""
-    gains, losses = [], []
+    gains: list[tuple[float, str]] = []
+    losses: list[tuple[float, str]] = []
     for family in families:
         found = findings.findings(findings.table(records, family, "out"))
         for name, one in found.items():

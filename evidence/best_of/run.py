@@ -72,7 +72,8 @@ def one(task: tuple[int, str, Sizes]) -> dict[str, Any]:
         rewards["gamed"][f"model {number}"] = np.where(every_second, gamed[picked], real[picked])
     found = {}
     for name, by_model in rewards.items():
-        curves = best_of_curves(by_model, gold, resamples=20)
+        by_prompt = {which: list(of) for which, of in by_model.items()}
+        curves = best_of_curves(by_prompt, list(gold), resamples=20)
         found[name] = {
             which: {point["n"]: round(point["gold"]["value"], DIGITS) for point in curve["points"]}
             for which, curve in curves.items()

@@ -105,10 +105,12 @@ def loss(
         pairs = [
             (torch.where(first, a, b), torch.where(first, b, a)) for a, b in (logps, references)
         ]
-        told: Mapping[str, Any] = {}
+        told: dict[str, Any] = {}
     else:
         pairs, told = [logps, references], {"label_probs": probs}
-    return dr.preference_loss(*pairs[0], *pairs[1], beta=beta, **told, **method.options).loss
+    told |= method.options
+    (chosen, rejected), (ref_chosen, ref_rejected) = pairs
+    return dr.preference_loss(chosen, rejected, ref_chosen, ref_rejected, beta=beta, **told).loss
 
 
 def reward_marks(seed: int, method: Method, scale: Scale) -> dict[str, Any]:
