@@ -315,6 +315,58 @@ def test_a_rate_is_the_share_of_words(rate, count, kept):
     assert made("truncated") == " ".join(text.split()[:kept])
 
 
+FEW = [
+    "Paris",
+    "Paris.",
+    "42 apples",
+    "Three apples and two pears",
+    "The answer is certainly right.",
+]
+
+
+@pytest.mark.parametrize("name", ["dropped_words", "doubled_words", "dropped_words:1"])
+def test_texts_of_few_words_lose_and_double_none(name):
+    apply = lookup(name).apply
+    assert {text: apply(text, draw=Random(0)) for text in FEW} == {text: text for text in FEW}
+    for more in ("Four words that change.", "Of all the words many more may change"):
+        assert apply(more, draw=Random(0)) != more
+
+
+# Sentences without spaces between words, some with spaces between clauses.
+UNSPACED = {
+    "Chinese": "今天天气很好我们去公园玩吧。明天可能会下雨，所以我们留在家里看书。"
+    "后天我们再出去走走好不好？大家都说这个主意非常不错。",
+    "rare ideographs": "𠀀𠀁𠀂𠀃𠀄 㐀㐁㐂㐃㐄 豈更車賈滑 〇〇〇〇〇 人々人々人々 ㄅㄆㄇㄈㄉ",
+    "Japanese": "きょうはとてもいいてんきですね。コンピューターをつかいます。"
+    "東京都庁展望台に行きました。ﾃﾚﾋﾞﾃﾚﾋﾞ",
+    "Thai": "วันนี้อากาศดีมาก เราไปเที่ยวสวนสาธารณะกันเถอะ พรุ่งนี้ฝนอาจจะตก",
+    "Lao": "ມື້ນີ້ອາກາດດີຫຼາຍ ພວກເຮົາໄປສວນສາທາລະນະ ພາສາລາວ ພາສາລາວ",
+    "Khmer": "អង្គរវត្ត នគរវត្ត នគរវត្ត នគរវត្ត",
+    "Myanmar": "ကခဂဃင စဆဇဈည တထဒဓန ပဖဗဘမ",
+    "Tai": "ᥐᥑᥒᥓᥔ ᦀᦁᦂᦃᦄ ᨠᨡᨢᨣᨤ ꪀꪁꪂꪃꪄ",
+}
+
+
+@pytest.mark.parametrize("script", UNSPACED)
+def test_clauses_of_scripts_without_spaces_are_no_words(script):
+    text = UNSPACED[script]
+    assert len(re.findall(r"[^\W\d_]{4,}", text)) >= 4  # enough, were they words
+    drawing = RATED | {"shuffled_words"}
+    for name in drawing:
+        for seed in range(5):
+            assert TRANSFORMATIONS[name].apply(text, draw=Random(seed)) == text, name
+    mixed = f"{text} Python makes sorting simple"
+    for name in drawing:  # what has spaces changes beside it
+        new = TRANSFORMATIONS[name].apply(mixed, draw=Random(3))
+        assert new.startswith(text) and new != mixed, name
+
+
+def test_korean_has_spaces():
+    text = "안녕하세요 여러분께서는 오늘날씨가 좋았습니다"
+    assert len(TRANSFORMATIONS["dropped_words"].apply(text, draw=Random(0)).split()) == 3
+    assert len(TRANSFORMATIONS["doubled_words"].apply(text, draw=Random(0)).split()) == 5
+
+
 def test_what_a_name_means():
     for name, one in TRANSFORMATIONS.items():
         assert lookup(name) is one

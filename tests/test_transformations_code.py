@@ -1,11 +1,14 @@
-"""Transformations of quotes, final answers and code: what texts become, written by hand; and that
-code with other names does the same when it is run."""
+"""Transformations of quotes, markdown, final answers and code: what texts become, written by hand;
+that code with other names does the same when it is run; and that long texts take no longer than
+their length says."""
 
 from __future__ import annotations
 
 import ast
 import contextlib
+import gc
 import io
+import time
 from random import Random
 
 import pytest
@@ -26,6 +29,32 @@ def test_quotes_open_and_close():
 def test_a_fence_is_longer_than_those_inside():
     assert changed("code_fence", "a\n````\nb\n````") == "`````\na\n````\nb\n````\n`````"
     assert changed("code_fence", "a `b`") == "```\na `b`\n```"
+
+
+@pytest.mark.parametrize(
+    ("text", "new"),
+    [
+        ("# A\n\n- **one** and `two`", "A\n\none and two"),
+        ("**a** b `c` d", "a b c d"),
+        ("`a` and `b c`", "a and b c"),
+        ("**open, `a ** b` and ** more", "**open, a ** b and ** more"),
+        # Underscores within words, and names, are none.
+        ("__init__ is a_b__c__", "__init__ is a_b__c__"),
+        ("a__b c__d and snake__case", "a__b c__d and snake__case"),
+        ("`x.__dict__`, **__main__** and (__add__)", "x.__dict__, __main__ and (__add__)"),
+        ("__open and __init__", "__open and __init__"),
+        # At the edges of words they are.
+        ("__two words__, (__a b__) __Note:__ x", "two words, (a b) Note: x"),
+        ("__the __init__ of it__", "the __init__ of it"),
+        ("__a b__c d__", "a b__c d"),
+        ("__ a b__ and __a b __", "__ a b__ and __a b __"),
+        ("___a b___", "_a b_"),
+        # Gaps to fill in.
+        ("Name: _____ and ______.", "Name: _____ and ______."),
+    ],
+)
+def test_text_without_markdown(text, new):
+    assert changed("no_markdown", text) == new
 
 
 @pytest.mark.parametrize(
@@ -82,11 +111,40 @@ def test_formats_of_a_final_answer(text, forms):
         ("bash", "#!/bin/sh\nls\n", "#!/bin/sh\n# This is the code.\nls\n"),
         ("json", "{}\n", "{}\n"),
         ("", "x = 1\n", "x = 1\n"),
+        # What counts on its first lines alone stays there.
+        ("python", "%%time\nx = 1\n", "%%time\nx = 1\n"),
+        ("python", "\n%%writefile a.txt\nx\n", "\n%%writefile a.txt\nx\n"),
+        ("js", "%%javascript\nlet x\n", "%%javascript\nlet x\n"),
+        ("python", "%cd x\ny = 1\n", "# This is the code.\n%cd x\ny = 1\n"),
+        ("yaml", "%YAML 1.2\n---\na: 1\n", "%YAML 1.2\n# This is the code.\n---\na: 1\n"),
+        (
+            "yml",
+            "%TAG ! tag:a,1:\n%YAML 1.2\n---\na\n",
+            "%TAG ! tag:a,1:\n%YAML 1.2\n# This is the code.\n---\na\n",
+        ),
+        ("yaml", "#cloud-config\na: 1\n", "#cloud-config\n# This is the code.\na: 1\n"),
+        (
+            "python",
+            "#!/usr/bin/python\n# -*- coding: latin-1 -*-\nx = 1\n",
+            "#!/usr/bin/python\n# -*- coding: latin-1 -*-\n# This is the code.\nx = 1\n",
+        ),
     ],
 )
 def test_comments_are_those_of_the_language(language, code, new):
     block = f"See:\n\n```{language}\n%s```\n\n# no code"
     assert changed("code_comments", block % code) == block % new
+
+
+def test_a_block_ends_at_the_next_fence_of_its_length():
+    def commented(text):
+        return changed("code_comments", text).replace("# This is the code.\n", "+")
+
+    assert commented("```py\nx\n```\n```\n```py\ny\n``` \n") == (
+        "```py\n+x\n```\n```\n```py\n+y\n``` \n"
+    )
+    assert commented("````py\n```py\nx\n```\n") == "````py\n```py\n+x\n```\n"
+    assert commented("````py\n```py\n```\n````") == "````py\n+```py\n```\n````"
+    assert commented("```py\n```py\n```\n```") == "```py\n+```py\n```\n```"
 
 
 # Programs that print something, and the variables in them that may get another name.
@@ -239,6 +297,26 @@ def test_names_that_the_answer_speaks_of_stay():
     assert changed("code_renamed", spoken) == spoken
 
 
+def test_names_are_those_of_a_block_where_others_have_the_same():
+    one, two = "```py\nfirst = 1\n```\n", "```py\nsecond = 2\nprint(second)\n```\n"
+    assert changed("code_renamed", one + two) == one.replace("first", "my_first") + two.replace(
+        "second", "my_second"
+    )
+    assert changed("code_renamed", one + two + one) == one + two.replace("second", "my_second") + (
+        one
+    )
+    taken = "Not my_second."
+    assert changed("code_renamed", two + taken) == two + taken
+
+
+def test_a_class_may_read_what_its_function_assigns():
+    code = "def f():\n    low = 1\n    class A:\n        print(low)\n    return A\nf()\n"
+    outside = "def f():\n    low = 1\nclass A:\n    print(low)\n"
+    text = "```python\n%s```\n"
+    assert changed("code_renamed", text % code) == text % code.replace("low", "my_low")
+    assert changed("code_renamed", text % outside) == text % outside
+
+
 @pytest.mark.parametrize(
     "block",
     [
@@ -253,3 +331,43 @@ def test_names_that_the_answer_speaks_of_stay():
 )
 def test_what_is_no_python_or_may_hold_any_name_stays(block):
     assert changed("code_renamed", f"{block}\n") == f"{block}\n"
+
+
+def python(line):
+    """A block with a line for each of so many numbers."""
+    return lambda n: "```python\n" + "".join(line.format(i) for i in range(n)) + "```\n"
+
+
+# Texts that a number makes so many times as long, of a kind that took the square of their length.
+LONG = {
+    "bold that nothing closes": ("no_markdown", lambda n: "**a " * n, 4000),
+    "underscores that nothing closes": ("no_markdown", lambda n: "__a " * n, 4000),
+    "boxes that nothing closes": ("math_format", lambda n: r"\boxed{" * n, 4000),
+    "boxes in boxes": ("math_format", lambda n: r"\boxed{" * n + "1" + "}" * n, 4000),
+    "boxes behind boxes": ("math_format", lambda n: r"\boxed{1} " * n, 8000),
+    "blocks that nothing closes": ("code_comments", lambda n: "```python\nx\n" * n, 4000),
+    "blocks": ("code_renamed", lambda n: "```python\nx = 1\n```\n" * n, 1000),
+    "functions": ("code_renamed", python("def f{0}():\n    v{0} = 1\n"), 1000),
+    "comprehensions": ("code_renamed", python("v{0} = [i for i in range(9)]\n"), 1000),
+    "variables on a line": ("code_renamed", lambda n: python("v{0} = 1; ")(n)[:-4] + "\n```", 3000),
+}
+
+
+@pytest.mark.parametrize("what", LONG)
+def test_a_text_twice_as_long_takes_about_twice_the_time(what):
+    """Four times, were it the square. The least of some measurements is the one least disturbed."""
+    name, text, n = LONG[what]
+    short, long = text(n), text(2 * n)
+    times = [(cpu_seconds(name, short), cpu_seconds(name, long)) for _ in range(5)]
+    once, twice = map(min, zip(*times, strict=True))
+    assert twice < 3 * once
+
+
+def cpu_seconds(name, text):
+    gc.disable()  # a collection would go through all that other tests have left
+    try:
+        start = time.process_time()
+        changed(name, text)
+        return time.process_time() - start
+    finally:
+        gc.enable()

@@ -6,6 +6,7 @@ None of these draws anything; the argument is there because every transformation
 from __future__ import annotations
 
 import re
+from bisect import bisect_left
 from random import Random
 
 HEADING = "## Answer\n\n"
@@ -13,6 +14,16 @@ KEY_POINTS = "**Key points**\n\n"
 _SENTENCES = re.compile(r"(?<=[.!?])\s+")
 # Quotation marks open at the beginning, behind a space and behind a bracket.
 _OPENING = re.compile(r"""(?<![^\s(\[{])["']+(?=\S)""")
+# Where marks of markdown may open and close. Two underscores do so at the edges of words alone; a
+# longer run of them opens with its first two and closes with its last, a bare one does neither.
+_OPENS = re.compile(r"(\*\*|`)(?=\S)|(?<!\w)(__)(?=_*[^\s_])")
+_CLOSES = {
+    "**": re.compile(r"(?<=\S)(?=\*\*)"),
+    "`": re.compile(r"(?<=\S)(?=`)"),
+    "__": re.compile(r"(?<=[^\s_])_*(?=__(?!\w))"),
+}
+# Such as __init__. One word in bold looks the same.
+_DUNDER = re.compile(r"(?<!\w)__(?!_)\w*[^\W_]__(?!\w)")
 _CURLY = str.maketrans({'"': "“", "'": "‘"}), str.maketrans({'"': "”", "'": "’"})
 
 
@@ -96,10 +107,36 @@ def code_fence(text: str, draw: Random) -> str:
 
 
 def no_markdown(text: str, draw: Random) -> str:
-    """Without headings, points of lists, and marks for bold and code."""
+    """Without headings, points of lists, and marks for bold and code; ``__name__`` stays."""
     text = re.sub(r"^[ \t]*```.*\n?", "", text, flags=re.M)
     text = re.sub(r"^[ \t]*(?:#{1,6}|[-*+])[ \t]+", "", text, flags=re.M)
-    return re.sub(r"(\*\*|__|`)(\S(?:.*?\S)?)\1", r"\2", text)
+    return "\n".join(_unmarked(line) for line in text.split("\n"))
+
+
+def _unmarked(line: str) -> str:
+    """A line without its pairs of marks, each closed by the next that can.
+
+    One expression for all of a pair would look through the rest of the line for each mark that
+    nothing closes.
+    """
+    shown = _DUNDER.sub(lambda name: "x" * len(name.group()), line)  # in which names have no marks
+    closing = {
+        mark: [found.end() for found in pattern.finditer(shown)]
+        for mark, pattern in _CLOSES.items()
+        if mark in shown
+    }
+    parts, kept, at = [], 0, 0
+    while found := _OPENS.search(shown, at):
+        mark, inside = found.group(), found.end()
+        ends = closing[mark]
+        next_end = bisect_left(ends, inside + 1)
+        if next_end == len(ends):
+            at = found.start() + 1
+        else:
+            end = ends[next_end]
+            parts += [line[kept : found.start()], line[inside:end]]
+            kept = at = end + len(mark)
+    return "".join([*parts, line[kept:]])
 
 
 def repeated(text: str, draw: Random) -> str:

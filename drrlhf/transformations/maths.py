@@ -10,6 +10,7 @@ import re
 from random import Random
 
 _BOX = r"\boxed{"
+_BRACE = re.compile(r"\\.|[{}]", re.S)  # or what a backslash makes another sign
 BOXED, HASHES, SAID = "boxed", "hashes", "said"
 # A number, or mathematics between dollars. Anything else may be a heading, or words.
 _VALUE = r"(\$[^$\n]+\$|-?[$€£]?\d(?:[\d,]*\d)?(?:[./]\d+)?(?:\\?%)?)"
@@ -40,27 +41,30 @@ def math_format(text: str, draw: Random) -> str:
 
 
 def _unboxed(text: str) -> tuple[str, str]:
-    r"""The text without ``\boxed``, and what was in the last of them; "" where there is none."""
-    value, at = "", 0
-    while (start := text.find(_BOX, at)) >= 0:
-        inside = start + len(_BOX)
-        close = _closing(text, inside)
-        if close is None:
-            at = inside
-        else:
-            value, at = text[inside:close], start
-            text = text[:start] + value + text[close + 1 :]
-    return text, value.strip()
+    r"""The text without ``\boxed``, and what was in the last of them; "" where there is none.
 
-
-def _closing(text: str, start: int) -> int | None:
-    """Where the brace closes that was opened before ``start``."""
-    depth = 1
-    for found in re.finditer(r"\\.|[{}]", text[start:], re.S):
-        depth += {"{": 1, "}": -1}.get(found.group(), 0)
-        if not depth:
-            return start + found.start()
-    return None
+    One that does not close is none. All are found in one pass: a generation that loops may open
+    thousands.
+    """
+    value, last = "", -1
+    open_braces: list[int] = []  # where those begin that are not closed yet
+    cuts: list[tuple[int, int]] = []
+    for brace in _BRACE.finditer(text):
+        at = brace.start()
+        if brace.group() == "{":
+            open_braces.append(at)
+        elif brace.group() == "}" and open_braces:
+            opened = open_braces.pop()
+            inside = opened + 1
+            if text.endswith(_BOX, 0, inside):
+                cuts += [(inside - len(_BOX), inside), (at, at + 1)]
+                if opened > last:
+                    value, last = text[inside:at], opened
+    parts, end = [], 0
+    for start, behind in sorted(cuts):
+        parts.append(text[end:start])
+        end = behind
+    return "".join([*parts, text[end:]]), value.strip()
 
 
 def _latex(value: str) -> str:

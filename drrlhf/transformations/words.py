@@ -3,6 +3,10 @@
 ``rate`` is the share of the words that change. Every function gives the same for the same generator
 state, and the text as it is where it finds nothing to act on. Typing errors, homoglyphs and lost
 words are changes of reWordBench's kind (arXiv 2503.11751).
+
+Chinese, Japanese, Thai and their like put no spaces between words. What stands between two spaces
+or marks there is a clause; to leave it out or to misspell it once is another change than of a word,
+so that their letters are none of a word here. Korean has spaces.
 """
 
 from __future__ import annotations
@@ -18,8 +22,22 @@ TYPOS = 0.08
 WORDS = 0.05
 # Of all words, how many a truncated text keeps.
 KEPT = 0.5
-_WORD = re.compile(r"[^\W\d_]{4,}")
-_SPACE_AND_WORD = re.compile(r" ?[^\W\d_]{4,}")
+# Texts with fewer words lose too much with one of them, or all of it.
+ENOUGH = 4
+# Letters of scripts without spaces between words, as ranges of a character class.
+_UNSPACED = (
+    "\u0e00-\u0eff"  # Thai, Lao
+    "\u1000-\u109f\ua9e0-\ua9ff\uaa60-\uaa7f"  # Myanmar
+    "\u1780-\u17ff"  # Khmer
+    "\u1950-\u19df\u1a20-\u1aaf\uaa80-\uaadf"  # Tai scripts
+    "\u2e80-\u2fdf\u3005-\u3007\u3021-\u303c"  # radicals and marks of ideographs
+    "\u3040-\u312f\u31a0-\u31ff\uff66-\uff9f\U0001aff0-\U0001b16f"  # kana, bopomofo
+    "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"  # CJK ideographs
+)
+_LETTERS = rf"[^\W\d_{_UNSPACED}]{{4,}}"
+_WORD = re.compile(_LETTERS)
+_SPACE_AND_WORD = re.compile(f" ?{_LETTERS}")
+_NO_WORD = re.compile(f"[{_UNSPACED}]")
 _KEYS = ("qwertyuiop", "asdfghjkl", "zxcvbnm")
 # Letters of the Cyrillic alphabet that look like Latin ones.
 HOMOGLYPHS = str.maketrans("aceopxyACEOPX", "асеорхуАСЕОРХ")
@@ -47,10 +65,14 @@ def _in_some_words(
     rate: float,
     change: Callable[[str], str],
     pattern: re.Pattern[str] = _WORD,
+    enough: int = 1,
 ) -> str:
-    """``change`` applied to a share of the words of four letters and more, at least to one."""
+    """``change`` applied to a share of the words of four letters and more, at least to one.
+
+    A text with fewer than ``enough`` of them stays.
+    """
     words = list(pattern.finditer(text))
-    if not words:
+    if len(words) < enough:
         return text
     chosen = sorted(draw.sample(range(len(words)), max(1, round(rate * len(words)))))
     parts, end = [], 0
@@ -120,13 +142,13 @@ def missing_letters(text: str, draw: Random, rate: float = TYPOS) -> str:
 
 
 def dropped_words(text: str, draw: Random, rate: float = WORDS) -> str:
-    """Words left out."""
-    return _in_some_words(text, draw, rate, lambda word: "", _SPACE_AND_WORD)
+    """Words left out, of four and more."""
+    return _in_some_words(text, draw, rate, lambda word: "", _SPACE_AND_WORD, ENOUGH)
 
 
 def doubled_words(text: str, draw: Random, rate: float = WORDS) -> str:
-    """Words written twice."""
-    return _in_some_words(text, draw, rate, lambda word: f"{word} {word}")
+    """Words written twice, of four and more."""
+    return _in_some_words(text, draw, rate, lambda word: f"{word} {word}", enough=ENOUGH)
 
 
 def homoglyphs(text: str, draw: Random, rate: float = TYPOS) -> str:
@@ -142,9 +164,14 @@ def zero_width(text: str, draw: Random, rate: float = TYPOS) -> str:
 
 
 def shuffled_words(text: str, draw: Random) -> str:
-    """All words in an order that is drawn."""
+    """All words in an order that is drawn, around the clauses of scripts without spaces."""
     found = text.split()
-    return " ".join(draw.sample(found, len(found))) if len(found) > 1 else text
+    places = [place for place, word in enumerate(found) if not _NO_WORD.search(word)]
+    if len(places) < 2:
+        return text
+    drawn = draw.sample(places, len(places))
+    new = dict(zip(places, drawn, strict=True))
+    return " ".join(found[new.get(place, place)] for place in range(len(found)))
 
 
 def truncated(text: str, draw: Random, rate: float = KEPT) -> str:
