@@ -209,8 +209,8 @@ def test_stress_and_grpo_pay_what_training_saw(tmp_path, make, form):
     saved = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "saved")
     chosen, rejected = as_trained(trainer, saved.eval())
     assert np.ptp(chosen) > 0.01
-    margins = RewardModel(tmp_path / "saved").margins(list(data), lambda _: None)
-    np.testing.assert_allclose(margins, np.subtract(chosen, rejected), atol=1e-5)
+    rewards = RewardModel(tmp_path / "saved").rewards(list(data), lambda _: None)
+    np.testing.assert_allclose(rewards, np.column_stack([chosen, rejected]), atol=1e-5)
 
     policy = steps.trainer(
         "grpo",
