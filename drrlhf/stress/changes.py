@@ -111,12 +111,20 @@ def changed(row: Row, name: str, number: int) -> Row:
 
 
 def scored(
-    rows: Sequence[Row], names: Sequence[str], pairs: NDArray[np.int64], score: Score
+    rows: Sequence[Row],
+    names: Sequence[str],
+    pairs: NDArray[np.int64],
+    score: Score,
+    each: bool = False,
 ) -> tuple[Array, dict[str, Array]]:
     """Rewards (n, 2) of rows as they are, and under every change that changes any, NaN where it
     changes nothing; changes are tried on ``pairs`` alone. All texts go through ``score`` at once,
     so that it can put those of like length together. A change of which more than `MOST_LOST` of
-    the scores are not finite is left out, and a warning says so."""
+    the scores are not finite is left out, and a warning says so.
+
+    Raises:
+        ValueError: with ``each``, a change that changes no text.
+    """
     jobs: list[Row] = list(rows)
     found: dict[str, Array] = {}
     places: list[tuple[str, int, int]] = []  # change, pair, side
@@ -127,6 +135,12 @@ def scored(
             if sides:
                 places += [(name, pair, side) for side in sides]
                 jobs.append(new)
+    idle = [name for name in names if name not in {place[0] for place in places}]
+    if each and idle:
+        raise ValueError(
+            f"changes: {', '.join(map(repr, idle))} would change none of the {len(pairs)} pairs; "
+            "leave out what does not apply to these texts, or ask for all"
+        )
     rewards = score(jobs)
     number, before = len(rows) - 1, ("", -1)
     lost, asked = Counter[str](), Counter[str]()

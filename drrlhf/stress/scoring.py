@@ -77,7 +77,7 @@ def score_table(
 
     Raises:
         DataError: see `read_pairs`.
-        ValueError: a change that there is not.
+        ValueError: a change that there is not, or, of those named, one that changes no text.
     """
     loaded = read_pairs(source, split)
     rows = loaded.dataset.to_list()
@@ -95,7 +95,7 @@ def score_table(
 
         return model.rewards(some, advance)
 
-    rewards, forms = scored(rows, names, pairs, score)
+    rewards, forms = scored(rows, names, pairs, score, each=changes != ALL)
     kept = [
         name
         for name in loaded.dataset.column_names

@@ -227,10 +227,13 @@ def test_adapters_of_a_reward_model(tmp_path):
 def test_every_form_of_a_text_is_scored_as_the_text_itself(tmp_path):
     directory, some = tiny_reward_dir(tmp_path), rows(12)
     data = written(tmp_path / "d.jsonl", some)
-    names = ["sentence", "empty", "prompt_preamble", "lower_case"]
+    names = ["sentence", "empty", "prompt_preamble"]
     found = score_pairs(RewardModel(directory), data, changes=names)
-    # The words are lower case already: nothing to measure.
-    assert list(found.forms) == names[:3]
+    assert list(found.forms) == names
+    # The words are lower case already: there is nothing to measure.
+    with pytest.raises(ValueError, match="'lower_case' would change none of the 12 pairs"):
+        score_pairs(RewardModel(directory), data, changes=[*names, "lower_case"])
+    assert "lower_case" not in score_pairs(RewardModel(directory), data).forms
 
     def rewards(of):
         return np.column_stack([one_by_one(directory, [of(r)[i] for r in some]) for i in (0, 1)])
