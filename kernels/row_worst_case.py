@@ -19,8 +19,17 @@ INFINITY = tl.constexpr(float("inf"))
 
 
 @triton.jit
-def column(table_ptr, mask_ptr, nominal_ptr, row, k, there, width,
-           MASKED: tl.constexpr, NOMINAL: tl.constexpr):  # fmt: skip
+def column(
+    table_ptr,
+    mask_ptr,
+    nominal_ptr,
+    row,
+    k,
+    there,
+    width,
+    MASKED: tl.constexpr,
+    NOMINAL: tl.constexpr,
+):
     """Losses at (row, k) and the mass that they count with, in float64; 0 where they do not."""
     o = row * width + k
     mass = tl.where(there, 1.0, 0.0).to(tl.float64)
@@ -72,9 +81,16 @@ def row_worst_case_kernel(
             beside = above
             for j in range(0, width):
                 other, m = column(
-                    table_ptr, mask_ptr, nominal_ptr, row, tl.full([1, 1], j, tl.int32),
-                    row < n, width, MASKED, NOMINAL,
-                )  # fmt: skip
+                    table_ptr,
+                    mask_ptr,
+                    nominal_ptr,
+                    row,
+                    tl.full([1, 1], j, tl.int32),
+                    row < n,
+                    width,
+                    MASKED,
+                    NOMINAL,
+                )
                 other = tl.where(other != other, INFINITY, other)
                 above += tl.where(other > rank, m, 0.0)
                 beside += tl.where((other == rank) & (m > 0), m, 0.0)
