@@ -9,12 +9,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from drrlhf.bench.table import markdown
 from drrlhf.files import json_lines
 from evidence.best_of import summary as best_of
 from evidence.labels import summary as labels
 from evidence.labels.run import REWARD
 from evidence.shift import findings, page
 from evidence.shift.findings import DPO_FAMILIES, FAMILIES, SURE
+from evidence.tables import difference
 
 HERE = Path(__file__).parent
 KNOWN_GROUPS = ("balanced", "group")
@@ -55,8 +57,7 @@ def table() -> str:
             "[views](docs/views.md)",
         ),
     ]
-    lines = [("what is used", "what it bought, ten paired seeds", "more"), ("---",) * 3, *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return markdown(("what is used", "what it bought, ten paired seeds", "more"), rows)
 
 
 def _over_shifts(
@@ -88,7 +89,7 @@ def _of_labels(records: Sequence[Mapping[str, Any]]) -> str:
         cells = {}
         for measure in ("accuracy", "brier"):
             found = labels.values(records, REWARD, measure)
-            cells[measure] = labels.difference(found, base, labels.AGAINST[base])["soft"]
+            cells[measure] = difference(found, base, labels.AGAINST[base])["soft"]
         sure = {
             measure: cell.split("**")[1] for measure, cell in cells.items() if cell.startswith("**")
         }
@@ -107,7 +108,7 @@ def _of_models(records: Sequence[Mapping[str, Any]]) -> str:
     parts = []
     for measure, what in zip(best_of.MEASURES, ("gold score", "fall from the best n")):
         found = best_of.measured(best_of.curves(records, "real")[1], measure)
-        cells = best_of.difference(found, best_of.SINGLE, best_of.COMBINED)
+        cells = difference(found, best_of.SINGLE, best_of.COMBINED)
         told = [
             f"{names[how]} {cells[how].split('**')[1]}"
             for how in names

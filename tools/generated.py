@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from drrlhf.bench import results
-from drrlhf.bench.table import readme_tables
+from drrlhf.bench.table import markdown, readme_tables
 from drrlhf.bench.trainer_step import of_prompts
 from drrlhf.files import json_lines, write_text
 from drrlhf.seeds import mean_and_error
@@ -102,7 +102,7 @@ def _reward_demo(result: dict[str, Any]) -> str:
         error = f"{100 * gain['mean']:+.1f} ± {100 * gain['standard_error']:.1f}"
         cells = [f"{100 * method['accuracy'][domain]['mean']:.1f}" for domain in domains]
         rows.append((f"`{name}`", *cells, "–" if name == "erm" else error))
-    return _markdown(
+    return markdown(
         (f"accuracy, % ({result['protocol']['seeds']} seeds)", *domains, "worst domain − `erm`"),
         rows,
     )
@@ -121,7 +121,7 @@ def _grpo_demo(result: dict[str, Any]) -> str:
     sets = [f"`{run['ambiguity']}`" for run in result["runs"]]
     settings = result["settings"]
     title = f"reward, {settings['steps']} steps, {settings['seeds']} seeds"
-    return _markdown((title, "before", *sets, "difference"), rows)
+    return markdown((title, "before", *sets, "difference"), rows)
 
 
 # Of a step on a GPU, its metric and what the table calls it, by its record.
@@ -150,7 +150,7 @@ def _gpu_speed(result: results.Result) -> str:
         cells = [f"{record['tokens_per_s'] / 1000:.1f}k" for record in found]
         rows.append((title.format(pairs=pairs, tokens=tokens), *cells))
     trl = f"TRL {result['versions']['trl'].rpartition('.')[0]}"
-    return _markdown(
+    return markdown(
         (
             f"DPO step, tokens/s, {result['device']}",
             "drrlhf",
@@ -186,7 +186,7 @@ def _gpu_step(result: results.Result) -> str:
         for metric, title in _GPU_STEPS
     ]
     where = f"{result['device']}, {result['date']}, commit {str(result['commit'])[:7]}"
-    return _markdown((where, *titles), rows)
+    return markdown((where, *titles), rows)
 
 
 _GPU_WHO = {
@@ -208,7 +208,7 @@ def _gpu_head(lines: Sequence[dict[str, Any]]) -> str:
     one = found["triton", "frozen"]
     device = next(line["name"] for line in lines if line["item"] == "device")
     title = f"frozen head, {one['n']}×{one['d']} by {one['v']}×{one['d']}, bfloat16, {device}"
-    return _markdown((title, "scoring", "forward + backward"), rows)
+    return markdown((title, "scoring", "forward + backward"), rows)
 
 
 def _transformations() -> str:
@@ -218,7 +218,7 @@ def _transformations() -> str:
         for name, one in TRANSFORMATIONS.items()
         if one.kind != ATTACK
     ]
-    return _markdown(("view", "kind", "change", "rate", "keeps the meaning"), rows)
+    return markdown(("view", "kind", "change", "rate", "keeps the meaning"), rows)
 
 
 def _stressed() -> dict[str, Any]:
@@ -237,7 +237,7 @@ def _attacks() -> str:
         for name, one in TRANSFORMATIONS.items()
         if one.kind == ATTACK
     ]
-    return _markdown(("attack", "on the rejected answer", "rate"), rows)
+    return markdown(("attack", "on the rejected answer", "rate"), rows)
 
 
 def _stress(models: Mapping[str, Any]) -> str:
@@ -256,7 +256,7 @@ def _stress(models: Mapping[str, Any]) -> str:
         )
         for name, model in models.items()
     ]
-    return _markdown(("model", "accuracy, %", "under the worst change", "best attack"), rows)
+    return markdown(("model", "accuracy, %", "under the worst change", "best attack"), rows)
 
 
 def _stress_findings(models: Mapping[str, Any]) -> str:
@@ -268,11 +268,6 @@ def _stress_findings(models: Mapping[str, Any]) -> str:
 def _records(path: str) -> list[dict[str, Any]]:
     """Of a file of evidence, without its first line."""
     return list(json_lines(ROOT / "evidence" / path))[1:]
-
-
-def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
 
 
 def main() -> None:

@@ -107,7 +107,7 @@ def _robust_risk_markdown(result: results.Result) -> str:
     found = _records(result, op="robust_risk", shape=[robust_risk.PAIRS["cpu"]], axis=None)
     ratios = {record["metric"]: record["ratio"] for record in found if _mine(record)}
     rows = [(f"`{name}`", f"{ratios[name]:.1f}") for name in robust_risk.SETS if name in ratios]
-    return _markdown(("set", f"ratio to `{robust_risk.BASELINE}`"), rows)
+    return markdown(("set", f"ratio to `{robust_risk.BASELINE}`"), rows)
 
 
 def _head_markdown(result: results.Result) -> str:
@@ -134,7 +134,7 @@ def _head_markdown(result: results.Result) -> str:
         return ""
     n, v, d = next(iter(works.values()))
     unit = f"time of forward + backward, in products hidden·weightᵀ ({n}×{d} by {v}×{d})"
-    return _markdown((unit, "ours", *(title for _, title in others)), rows)
+    return markdown((unit, "ours", *(title for _, title in others)), rows)
 
 
 def _trainer_step_markdown(result: results.Result) -> str:
@@ -151,7 +151,7 @@ def _trainer_step_markdown(result: results.Result) -> str:
             cells = [f"{same[c]['ratio']:.2f}" if c in same else "–" for c in implementations]
             rows.append((title.format(*shape), *cells))
     sets = [f"`{text}`" for text in trainer_step.SETS]
-    return _markdown(("time of one step, relative to our own plain one", *sets, _trl(result)), rows)
+    return markdown(("time of one step, relative to our own plain one", *sets, _trl(result)), rows)
 
 
 def _records(result: results.Result, **wanted: Any) -> list[Record]:
@@ -220,7 +220,7 @@ def _speed_markdown(*found: results.Result, most: int | None = None) -> str:
             cells = (_amount(same.get(name), key) for name in names)
             rows.append((work.format(*same[ours]["shape"]), *cells))
     head_row = ("work", "drrlhf", "plain PyTorch", "torch.compile", _trl(found[0]))
-    return _markdown(head_row, rows)
+    return markdown(head_row, rows)
 
 
 def _amount(record: Record | None, key: str) -> str:
@@ -250,7 +250,7 @@ def _policy_loss_markdown(result: results.Result) -> str:
                 f"{same[n]['ratio']:.2f}" if n in same else "–" for n in _POLICY_IMPLEMENTATIONS
             ]
             rows.append((work.format(*same[OURS]["shape"]), same[OURS]["dtype"], *cells))
-    return _markdown(("loss with its gradient", "dtype", "`tv:0.1`", "`erm`", _trl(result)), rows)
+    return markdown(("loss with its gradient", "dtype", "`tv:0.1`", "`erm`", _trl(result)), rows)
 
 
 _POLICY_IMPLEMENTATIONS = (OURS, variant("erm"), heads.TRL)
@@ -266,21 +266,21 @@ def _packing_markdown(result: results.Result) -> str:
         for value, name in (("False", padded), ("True", packed))
         if padded in speeds and packed in speeds
     ]
-    return _markdown(("step of mixed lengths", "tokens/s", "relative"), rows)
+    return markdown(("step of mixed lengths", "tokens/s", "relative"), rows)
 
 
 def _sharing_markdown(result: results.Result) -> str:
     """Rows: lengths of prompts and answers. Cells: how many times as fast as apart."""
     names = (trainer_step.APART, trainer_step.SHARED, trainer_step.SHARED_TV, heads.TRL)
     head = ("prompt", "answers", "apart", "shared", "shared, `tv:0.1`", _trl(result))
-    return _markdown(head, _rows_of_prompts(result, names, faster=True))
+    return markdown(head, _rows_of_prompts(result, names, faster=True))
 
 
 def _views_markdown(result: results.Result) -> str:
     """Rows: lengths of prompts and answers. Cells: time of the step, over that without views."""
     names = (trainer_step.SHARED, trainer_step.VIEWED, trainer_step.VIEWED_HALF)
     head = ("prompt", "answers", "no views", "all scored", "`views_scored=0.5`")
-    return _markdown(head, _rows_of_prompts(result, names, faster=False))
+    return markdown(head, _rows_of_prompts(result, names, faster=False))
 
 
 def _rows_of_prompts(
@@ -308,7 +308,8 @@ def _trl(result: results.Result) -> str:
     return "TRL " + ".".join(result["versions"].get("trl", "").split(".")[:2])
 
 
-def _markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table in Markdown; nothing where there are no rows."""
     rows = list(rows)
     if not rows:
         return ""

@@ -178,7 +178,7 @@ def stress(options: Options) -> None:
     except KeyboardInterrupt:
         said = "Interrupted; no report was written."
         if options.generate:
-            names = _names([Path(one) for one in options.generate])
+            names = _names(_directories(options.generate))
             said = stress_generate.interrupted(options, names)
         console.print(said, soft_wrap=True, highlight=False, markup=False)
         raise typer.Exit(INTERRUPTED) from None

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from drrlhf.bench.table import markdown
 from drrlhf.demo.sentiment import DOMAINS
-from drrlhf.files import json_lines
 from drrlhf.stress.best_of import COMBINED
 from evidence.best_of.run import POOLS
-from evidence.views.summary import difference
+from evidence.tables import difference, print_tables
 
 SINGLE, POSSIBLE = "single", "best possible"
 MEASURES = ("gold at the largest n", "fall")
@@ -61,16 +59,12 @@ def tables(records: Sequence[Mapping[str, Any]]) -> str:
             [pick, *(f"{x:.2f}" for x in curve.mean((0, 1, 2)))] for pick, curve in of.items()
         ]
         for title, body in ((head, lines), ([f"{pool}: gold at n", *map(str, counts)], over_n)):
-            table = [title, ["---"] * len(title), *body]
-            parts.append("\n".join(f"| {' | '.join(line)} |" for line in table))
+            parts.append(markdown(title, body))
     return "\n\n".join(parts)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("file", type=Path)
-    _, *records = json_lines(parser.parse_args().file)
-    print(tables(records))
+    print_tables(__doc__, tables)
 
 
 if __name__ == "__main__":

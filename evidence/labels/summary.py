@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import numpy as np
 
-from drrlhf.files import json_lines
+from drrlhf.bench.table import markdown
 from evidence.labels.run import DPO, METHODS, REWARD
-from evidence.views.summary import difference
+from evidence.tables import Values, compared, print_tables
 
 # Accuracy in points; of the others, less is better.
 MEASURES = ("accuracy", "nll", "ece", "brier")
@@ -23,7 +21,6 @@ AGAINST = {
     "soft": ("pro",),
 }
 SEEDS = 10  # before which nothing is told
-Values = Mapping[str, np.ndarray]  # by method, (seeds,)
 
 
 def values(records: Sequence[Mapping[str, Any]], model: str, measure: str) -> Values:
@@ -48,23 +45,13 @@ def tables(records: Sequence[Mapping[str, Any]], least: int = SEEDS) -> str:
         if seeds < least:
             continue
         plain = [f"{found[m]['plain'].mean():.{1 if m == 'accuracy' else 3}f}" for m in MEASURES]
-        lines = [["plain", *plain]]
-        for base, methods in AGAINST.items():
-            cells = {m: difference(found[m], base, methods) for m in MEASURES}
-            lines += [
-                [f"{name} over {base}", *(cells[m][name] for m in MEASURES)] for name in methods
-            ]
-        head = [f"{model}, {seeds} seeds", *MEASURES]
-        table = [head, ["---"] * len(head), *lines]
-        parts.append("\n".join(f"| {' | '.join(line)} |" for line in table))
+        rows = [("plain", *plain), *compared(found, AGAINST)]
+        parts.append(markdown((f"{model}, {seeds} seeds", *MEASURES), rows))
     return "\n\n".join(parts)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("file", type=Path)
-    _, *records = json_lines(parser.parse_args().file)
-    print(tables(records))
+    print_tables(__doc__, tables)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from drrlhf.bench.table import markdown
 from evidence.shift import findings as found
 from evidence.shift import page, radius
 from evidence.shift.dpo import DPO_METHODS
@@ -81,7 +82,7 @@ def _shifts(kinds: Kinds) -> str:
             rows.append(
                 (_shift(family), _list(out, "helps"), _list(out, "hurts"), _advice(out)),
             )
-    return _markdown(("shift", "gained accuracy", "lost accuracy", "use"), rows)
+    return markdown(("shift", "gained accuracy", "lost accuracy", "use"), rows)
 
 
 def _helped(kinds: Kinds) -> str:
@@ -95,7 +96,7 @@ def _helped(kinds: Kinds) -> str:
             for name in _named(all_of["out"], "helps"):
                 cells = [_interval(one[name]) for one in all_of.values()]
                 rows.append((_shift(family), f"`{name}`", *cells))
-    return _markdown(
+    return markdown(
         ("shift", "method", "shifted domains", "worst domain", "domains trained on"), rows
     )
 
@@ -116,7 +117,7 @@ def _hurt(kinds: Kinds) -> str:
             for name in _named(out, "hurts"):
                 lost[name].append(f"`{family}` {_points(out[name])}")
     rows = [(f"`{name}`", ", ".join(cells) or "none") for name, cells in lost.items()]
-    return _markdown(("method", "lost accuracy on"), rows)
+    return markdown(("method", "lost accuracy on"), rows)
 
 
 def _calibration(kinds: Kinds) -> str:
@@ -132,7 +133,7 @@ def _calibration(kinds: Kinds) -> str:
                 for word in ("helps", "hurts")
             ]
             rows.append((_shift(family), *cells))
-    return _markdown(("shift", "better (nats)", "worse (nats)"), rows)
+    return markdown(("shift", "better (nats)", "worse (nats)"), rows)
 
 
 def _methods() -> str:
@@ -142,7 +143,7 @@ def _methods() -> str:
         rows.append((f"`{name}`", tried, f"`{DPO_METHODS[name]}`" if name in DPO_METHODS else "–"))
     others = [name for name in DPO_METHODS if name not in METHODS]
     rows += [(f"`{name}`", "–", f"`{DPO_METHODS[name]}`") for name in others]
-    return _markdown(("method", "reward models (chosen by validation)", "DPO (not tuned)"), rows)
+    return markdown(("method", "reward models (chosen by validation)", "DPO (not tuned)"), rows)
 
 
 def _strength(records: Sequence[Record]) -> str:
@@ -159,7 +160,7 @@ def _strength(records: Sequence[Record]) -> str:
                     for family in FAMILIES
                 ]
                 rows.append((f"`{config.ambiguity}`", *(f"{100 * c.mean():+.1f}" for c in cells)))
-    return _markdown(("set", *(f"`{family}`" for family in FAMILIES)), rows)
+    return markdown(("set", *(f"`{family}`" for family in FAMILIES)), rows)
 
 
 def _coverage(records: Sequence[Record], suggestions: Sequence[Record]) -> str:
@@ -186,9 +187,4 @@ def _coverage(records: Sequence[Record], suggestions: Sequence[Record]) -> str:
         ]
         rows.append((title, f"`{median}`", *shares, *effects))
     head = ("rule", "median radius", *(f"covered `{family}`" for family in harder))
-    return _markdown((*head, "training at it helped", "training at it hurt"), rows)
-
-
-def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
+    return markdown((*head, "training at it helped", "training at it hurt"), rows)

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import numpy as np
 
-from drrlhf.files import json_lines
-from evidence.shift.findings import SURE, holm, paired
+from drrlhf.bench.table import markdown
+from evidence.tables import Values, compared, print_tables
 from evidence.views.run import METHODS, SHARES
 
 DOMAINS = {
@@ -27,7 +25,6 @@ AGAINST = {
     "plain": tuple(name for name in METHODS if name != "plain"),
     "augment-long": ("worst", "worst-half", "worst-group"),
 }
-Values = Mapping[str, np.ndarray]  # by method, (seeds,)
 
 
 def complete(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Mapping[str, Any]]]:
@@ -54,19 +51,6 @@ def values(seeds: Sequence[Mapping[str, Any]], group: str, measure: str) -> Valu
     }
 
 
-def difference(found: Values, base: str, methods: Sequence[str]) -> dict[str, str]:
-    """The difference of each method to the base with a 95 % interval, bold where it is sure."""
-    tests = {name: paired(found[name] - found[base]) for name in methods}
-    corrected = holm([p for p, _ in tests.values()])
-    digits = 1 if abs(found[base]).mean() > 2 else 3
-    cells = {}
-    for (name, (_, (low, high))), p in zip(tests.items(), corrected, strict=True):
-        mean = f"{(found[name] - found[base]).mean():+.{digits}f}"
-        cell = f"**{mean}**" if p < SURE else mean
-        cells[name] = f"{cell} [{low:+.{digits}f}, {high:+.{digits}f}]"
-    return cells
-
-
 def tables(records: Sequence[Mapping[str, Any]]) -> str:
     """Markdown: of each group of domains a table, a row a method and base."""
     seeds = complete(records)
@@ -74,23 +58,13 @@ def tables(records: Sequence[Mapping[str, Any]]) -> str:
     for group in DOMAINS:
         found = {measure: values(seeds, group, measure) for measure in MEASURES}
         plain = [f"{found[m]['plain'].mean():.{1 if m in POINTS else 3}f}" for m in MEASURES]
-        lines = [["plain", *plain]]
-        for base, methods in AGAINST.items():
-            cells = {m: difference(found[m], base, methods) for m in MEASURES}
-            lines += [
-                [f"{name} over {base}", *(cells[m][name] for m in MEASURES)] for name in methods
-            ]
-        head = [group, *MEASURES]
-        table = [head, ["---"] * len(head), *lines]
-        parts.append("\n".join(f"| {' | '.join(line)} |" for line in table))
+        rows = [("plain", *plain), *compared(found, AGAINST)]
+        parts.append(markdown((group, *MEASURES), rows))
     return "\n\n".join(parts)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("file", type=Path)
-    _, *records = json_lines(parser.parse_args().file)
-    print(tables(records))
+    print_tables(__doc__, tables)
 
 
 if __name__ == "__main__":
