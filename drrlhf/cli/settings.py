@@ -274,6 +274,12 @@ class Settings:
     batch_sum_coefficient: float | None = _option(
         0.0, "Pulls the sum of the rewards of a batch towards 0 (BSR).", of=("reward",), min=0
     )
+    view_consistency_coefficient: float | None = _option(
+        0.0,
+        "Pulls the reward of an answer in another form towards that of the answer as it is.",
+        of=("reward",),
+        min=0,
+    )
     seed: int = _option(42, "Decides data order and new weights.", min=0)
     lora: bool = _option(
         None,

@@ -174,9 +174,13 @@ class RewardConfig(_Pairs, _TRLRewardConfig):
     ``batch_sum_coefficient=c`` adds c (sum of all rewards)² of each device's batch to its loss in
     training, outside the ambiguity set: batch-wise sum-to-zero regularization (BSR, arXiv
     2505.07271), beside TRL's ``center_rewards_coefficient``, which is pair by pair.
+    ``view_consistency_coefficient=c`` adds c (r - r₀)² for both answers to the loss of a pair that
+    is trained on in another form, r its reward and r₀ that of the answer as it is, as it was scored
+    (a constant); it needs views that are scored.
 
     Raises:
-        ValueError: an ambiguity set is unknown or an argument of it is out of range.
+        ValueError: an ambiguity set is unknown, or an argument of it or a coefficient is out of
+            range, or views that a coefficient needs are not scored.
     """
 
     padding_free: bool = field(
@@ -190,14 +194,28 @@ class RewardConfig(_Pairs, _TRLRewardConfig):
             "square is added to the loss, outside the ambiguity set."
         },
     )
+    view_consistency_coefficient: float = field(
+        default=0.0,
+        metadata={
+            "help": "Pulls the reward of an answer in another form towards that of the answer as "
+            "it is: this times the square of their difference is added to the pair's loss."
+        },
+    )
 
     def __post_init__(self) -> None:
-        if not 0 <= self.batch_sum_coefficient < math.inf:
-            raise ValueError(
-                "batch_sum_coefficient: expected a finite number >= 0, got "
-                f"{self.batch_sum_coefficient!r}"
-            )
+        for name in ("batch_sum_coefficient", "view_consistency_coefficient"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(
+                    f"{name}: expected a finite number >= 0, got {getattr(self, name)!r}"
+                )
         super().__post_init__()
+        scored = self.views and self.views_scored and views.are_scored(self)
+        if self.view_consistency_coefficient and not scored:
+            raise ValueError(
+                "view_consistency_coefficient: expected views that are scored, got views="
+                f"{self.views!r}, view_ambiguity={self.view_ambiguity!r}, views_scored="
+                f"{self.views_scored}; give views and view_ambiguity='max'"
+            )
 
 
 @dataclass

@@ -7,12 +7,13 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
+import torch
 import trl
 from torch import Tensor
 
 from drrlhf import reward_inputs
 from drrlhf.functional.reward_loss import reward_losses
-from drrlhf.trl import columns
+from drrlhf.trl import columns, rows
 from drrlhf.trl.base import AmbiguityMixin
 from drrlhf.trl.seam import Recorder
 from drrlhf.trl.view_texts import Tokenize
@@ -67,10 +68,15 @@ class RewardTrainer(AmbiguityMixin, trl.RewardTrainer):
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         inputs, nominal, groups, p_chosen = columns.take(inputs)
+        originals = [inputs.pop(name, None) for name in rows.ORIGINALS]
         recorder = Recorder(self._runner(model))
         result = super().compute_loss(recorder, inputs, return_outputs, num_items_in_batch)
         chosen, rejected = recorder.output("logits").squeeze(-1).chunk(2)
         losses = self._losses(chosen, rejected, inputs, nominal, p_chosen)
+        for reward, original in zip((chosen, rejected), originals, strict=True):
+            if original is not None:
+                change = reward - torch.where(original.isnan(), reward.detach(), original)
+                losses = losses + self.args.view_consistency_coefficient * change.square()
         correct = chosen.detach() > rejected.detach()
         value = self._reduced(losses, correct, nominal, groups)
         if self._loss_outside_the_set:
@@ -121,3 +127,8 @@ class RewardTrainer(AmbiguityMixin, trl.RewardTrainer):
         rewards = chosen[:, 0], rejected[:, 0]
         losses = self._losses(*rewards, columns, None, columns.get("p_chosen"))
         return losses, rewards[0] - rewards[1]
+
+    def _of_originals(self, chosen: Tensor, rejected: Tensor) -> dict[str, Tensor]:
+        if not self.args.view_consistency_coefficient:
+            return {}
+        return dict(zip(rows.ORIGINALS, (chosen[:, 0], rejected[:, 0]), strict=True))

@@ -18,7 +18,9 @@ from drrlhf.trl import columns
 # Tensors (2n, L).
 SEQUENCES = ("input_ids", "attention_mask", "completion_mask", "token_type_ids")
 # Tensors (n,).
-PAIRS = ("ref_chosen_logps", "ref_rejected_logps", "margin", *columns.PAIR_COLUMNS)
+# Rewards of the answers as they are, of a pair in another form; NaN where none were asked for.
+ORIGINALS = ("original_chosen_reward", "original_rejected_reward")
+PAIRS = ("ref_chosen_logps", "ref_rejected_logps", "margin", *ORIGINALS, *columns.PAIR_COLUMNS)
 
 
 def count(batch: Mapping[str, Any]) -> int:

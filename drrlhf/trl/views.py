@@ -82,6 +82,11 @@ class ViewsMixin(OneRowMixin):
         """Entries of a batch of what the reference says of its pairs (n,)."""
         raise NotImplementedError
 
+    def _of_originals(self, chosen: Tensor, rejected: Tensor) -> dict[str, Tensor]:
+        """Entries of a batch of what the model says (n, C) of its pairs as they are; NaN of those
+        that are not scored."""
+        return {}
+
     def _check_arguments(self, config: Any) -> None:
         super()._check_arguments(config)  # type: ignore[misc]
         loader = config.accelerator_config
@@ -112,7 +117,7 @@ class ViewsMixin(OneRowMixin):
             dataset,
             tuple(self._views),
             args.views_per_pair,
-            args.views_scored if _asks(args) else 0.0,
+            args.views_scored if are_scored(args) else 0.0,
             args.seed,
             self._views_need_prompt and PROMPT not in dataset.column_names,
             tokenizer.eos_token,
@@ -191,9 +196,9 @@ class ViewsMixin(OneRowMixin):
         there &= views["prompt"][chosen] == views["prompt"][rejected]
         # Nothing could lower the loss of two equal answers, which would be the worst of all.
         there[:, 1:] &= (views["text"][chosen] != views["text"][rejected])[:, 1:]
-        weights, sums = there.double(), {}
+        weights, sums, originals = there.double(), {}, {}
         known = self._reference_scores(every, views)
-        if _asks(self.args):
+        if are_scored(self.args):
             scores = self._policy_scores(every, views)
             if known is not None:
                 scores = torch.cat([scores, known.to(scores).unsqueeze(1)], 1)
@@ -213,6 +218,11 @@ class ViewsMixin(OneRowMixin):
             broken = ~losses[scored].isfinite() & there[scored]  # is trained on, so that it shows
             found = torch.where(broken.any(1, keepdim=True), broken, worst.weights)
             weights[scored] = found.double()
+            unknown = ~scored.unsqueeze(1)
+            as_is = (
+                scores[side[:, 0]].masked_fill(unknown, math.nan) for side in (chosen, rejected)
+            )
+            originals = self._of_originals(*as_is)
             sums = {
                 "views/loss": worst.values.sum(),
                 "views/clean_loss": losses[scored, 0].sum(),
@@ -221,7 +231,7 @@ class ViewsMixin(OneRowMixin):
         place = _drawn(weights, views["number"]).unsqueeze(1)
         taken = torch.cat([chosen.gather(1, place), rejected.gather(1, place)]).squeeze(1)
         self._log_views(views, taken, sums)
-        picked = batch | rows.taken(every, taken)
+        picked = batch | rows.taken(every, taken) | originals
         return picked if known is None else picked | self._known(*known[taken].chunk(2))
 
     def _policy_scores(self, every: Mapping[str, Tensor], views: Mapping[str, Any]) -> Tensor:
@@ -249,7 +259,7 @@ class ViewsMixin(OneRowMixin):
     ) -> Tensor:
         """The scores (m, ...) of the sequences (m, L) that are forms of some pairs (n,) of a batch,
         0 of the others; as many calls on every rank: models that are shared meet in each."""
-        extra = self.args.views_per_pair * self.args.views_scored if _asks(self.args) else 0
+        extra = self.args.views_per_pair * self.args.views_scored if are_scored(self.args) else 0
         count = 1 + math.ceil(extra)  # parts about as long as the batch was
         if self.accelerator.num_processes == 1:
             count = min(count, len(pairs))
@@ -291,8 +301,8 @@ class ViewsMixin(OneRowMixin):
         self._log(metrics, "train")  # type: ignore[attr-defined]
 
 
-def _asks(config: Any) -> bool:
-    """Whether it matters what the model says of views."""
+def are_scored(config: Any) -> bool:
+    """Whether the model is asked what it says of views: the set has to know it."""
     return solvable("view_ambiguity", config.view_ambiguity).kind != "erm"
 
 

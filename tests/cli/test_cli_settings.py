@@ -43,6 +43,7 @@ OF_ONE = {
         "max_length",
         "center_rewards_coefficient",
         "batch_sum_coefficient",
+        "view_consistency_coefficient",
     },
     "dpo": VIEWS
     | {

@@ -178,6 +178,39 @@ def test_margins_and_labels_are_those_of_the_pair(made, models):
     assert float(logs[0]["views/loss"]) == pytest.approx(loss, rel=1e-4)
 
 
+@pytest.mark.parametrize("method", ["reward", "encoder"])
+@pytest.mark.parametrize("scored", [1.0, 0.5])
+def test_another_form_is_pulled_to_what_the_original_was_scored(made, models, method, scored):
+    """c (r - r0)² of both answers of the scored pairs, as transformers alone gives them."""
+    data, c = pairs(8), 0.3
+    options = {"per_device_train_batch_size": 8, "learning_rate": 0.0, "views": VIEWS}
+    options["views_scored"] = scored
+    plain, logs = trained(made(method, data, **options))
+    trainer = made(method, data, view_consistency_coefficient=c, **options)
+    every = drawn(trainer, 0)
+    assert {one.scored for one in every} == ({True} if scored == 1 else {True, False})
+    pulled, pulled_logs = trained(trainer)
+    rows = [row for row, one in zip(data, every, strict=True) if one.scored]
+    forms = [one.forms for one in every if one.scored]
+    taken, _ = worst(rows, forms, method, models)
+    model = AutoModelForSequenceClassification.from_pretrained(models[method]).eval()
+    tokenizer, penalties = tiny_tokenizer(), []
+    for row, (prompt, *answers) in zip(rows, taken, strict=True):
+        for side, answer in zip(("chosen", "rejected"), answers, strict=True):
+            now, original = (
+                model(**tokenizer(f"{prompt}{text}<eos>", return_tensors="pt")).logits[0, 0]
+                for text in (answer, row[side])
+            )
+            penalties.append(c * (now - original.detach()).square())
+    penalty = torch.stack(penalties).sum() / len(data)
+    expected = torch.autograd.grad(penalty, [p for p in model.parameters() if p.requires_grad])
+    expected = torch.cat([gradient.flatten() for gradient in expected])
+    assert expected.abs().max() > 1e-4
+    torch.testing.assert_close(pulled[0] - plain[0], expected, rtol=1e-3, atol=3e-6)
+    difference = float(pulled_logs[0]["loss"]) - float(logs[0]["loss"])
+    assert difference == pytest.approx(penalty.item(), rel=1e-2)
+
+
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("ambiguity", ["erm", "tv:0.3"])
 def test_a_step_is_the_same_however_it_is_cut_and_laid_out(made, method, ambiguity):
@@ -386,6 +419,12 @@ def test_views_take_a_rate_and_may_be_biases(made):
 @pytest.mark.parametrize(
     ("method", "options", "words"),
     [
+        (
+            "reward",
+            {"view_consistency_coefficient": 0.1, "view_ambiguity": "mean"},
+            "view_consistency_coefficient: expected views that are scored, .*'mean'",
+        ),
+        ("reward", {"view_consistency_coefficient": -1.0}, "expected a finite number >= 0, got -1"),
         ("reward", {"views": ["typo"]}, "views: expected names among typos, .* got 'typo'"),
         ("reward", {"views": "typos, case"}, "views: expected names among .* got 'case'"),
         ("reward", {"views": ["@"]}, "got '@'"),
