@@ -35,6 +35,7 @@ struct Block {
   }
 };
 
+// Blocks that see nothing outside of them.
 struct Group {
   std::vector<Block> blocks;
   std::int64_t start() const { return blocks.front().own.start; }
@@ -50,16 +51,21 @@ std::vector<Group> groups_of(const at::Tensor& blocks, std::int64_t length) {
   std::int64_t end = 0;
   for (std::int64_t i = 0; i < rows.size(0); ++i, p += 6) {
     const Block block{{p[0], p[1]}, {p[2], p[3]}, {p[4], p[5]}};
-    if (block.before.size() == 0 && block.then.size() == 0) groups.emplace_back();
-    const auto lies_before = [&](const Piece& piece) {
-      return piece.size() == 0 ||
-             (piece.size() > 0 && piece.start >= groups.back().start() && piece.stop <= end);
-    };
-    DRRLHF_CHECK_VALUE(!groups.empty() && block.own.start == end && block.own.size() > 0 &&
-                           (groups.back().blocks.empty() ||
-                            (lies_before(block.before) && lies_before(block.then))),
-                       "blocks: expected tokens in order, and prefixes within a group, got ", p[0],
-                       " to ", p[1], " behind ", p[2], " to ", p[3], " and ", p[4], " to ", p[5]);
+    std::int64_t first = end;  // of all that it sees
+    bool in_order = block.own.start == end && block.own.size() > 0;
+    for (const Piece& piece : {block.before, block.then}) {
+      in_order &= piece.size() == 0 || (0 <= piece.start && piece.size() > 0 && piece.stop <= end);
+      if (piece.size() != 0) first = std::min(first, piece.start);
+    }
+    DRRLHF_CHECK_VALUE(in_order, "blocks: expected tokens in order, and prefixes before them, got ",
+                       p[0], " to ", p[1], " behind ", p[2], " to ", p[3], " and ", p[4], " to ",
+                       p[5]);
+    if (first == end) groups.emplace_back();
+    while (first < end && groups.back().start() > first) {  // it sees what lies in an earlier one
+      const std::vector<Block> last = std::move(groups.back().blocks);
+      groups.pop_back();
+      groups.back().blocks.insert(groups.back().blocks.end(), last.begin(), last.end());
+    }
     groups.back().blocks.push_back(block);
     end = block.own.stop;
   }

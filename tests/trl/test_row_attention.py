@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 
 pytest.importorskip("transformers")
@@ -9,12 +11,14 @@ pytest.importorskip("transformers")
 import torch
 from three_ways import ON_GPU
 
-from drrlhf.layouts import attention, attention_cpu, attention_gpu
+from drrlhf.layouts import attention, attention_cpu, attention_gpu, layout
 from drrlhf.layouts.layout import Block
 
-# Prefixes: right before, apart, in two pieces, of which one adjoins; and a block by itself.
+# Prefixes: right before, apart, in two pieces, of which one adjoins; blocks by themselves, of which
+# one lies between a block and its prefix.
 BLOCKS = (Block(0, 7), Block(7, 10, 0, 7), Block(10, 15, 0, 7), Block(15, 19, 0, 7, 10, 13))
-BLOCKS += (Block(19, 22, 0, 5, 10, 19), Block(22, 25))
+BLOCKS += (Block(19, 22, 0, 5, 10, 19), Block(22, 25), Block(25, 27), Block(27, 30, 22, 24))
+BLOCKS += (Block(30, 31),)
 # More than 128 queries, a prefix that lies apart, one token alone.
 LONGER = (Block(0, 150), Block(150, 170, 0, 150), Block(170, 470, 0, 150))
 LONGER += (Block(470, 640, 0, 150, 170, 370), Block(640, 670), Block(670, 671, 640, 670))
@@ -197,6 +201,39 @@ def test_attention_is_that_of_its_definition(way, window, scale, monkeypatch):
         torch.testing.assert_close(mine.double(), right, rtol=1e-5, atol=1e-5)
 
 
+def across_others(blocks):
+    """Whether a block sees what lies before one that sees nothing."""
+    alone = [block.start for block in blocks if not block.beginning]
+    return any(
+        block.beginning and any(block.before < start < block.start for start in alone)
+        for block in blocks
+    )
+
+
+def test_rows_of_random_batches():
+    """Long sequences take no short beginning, and those behind them may: of prompts that begin
+    with the same word."""
+    across = 0
+    for seed in range(30):
+        draw = random.Random(seed)
+        begun = [[draw.randrange(9) for _ in range(4)] for _ in range(2)]
+        sequences = [
+            begun[draw.randrange(2)][: draw.randrange(2, 5)]
+            + [draw.randrange(9) for _ in range(draw.choice([3, 20, 70]))]
+            for _ in range(7)
+        ]
+        ids, mask = torch.zeros(7, 80, dtype=torch.long), torch.zeros(7, 80, dtype=torch.long)
+        for i, one in enumerate(sequences):
+            ids[i, : len(one)], mask[i, : len(one)] = torch.tensor(one), 1
+        blocks = layout.shared(ids, mask).blocks
+        across += across_others(blocks)
+        inputs, outer, expected = attention_problem(blocks, torch.float32, None, None)
+        found = attended(inputs, outer, **{attention.BLOCKS: blocks})
+        for mine, right in zip(found, expected, strict=True):
+            torch.testing.assert_close(mine.double(), right, rtol=1e-5, atol=1e-5)
+    assert across > 2
+
+
 @pytest.mark.accuracy
 @pytest.mark.skipif(ON_GPU, reason="of the extension")
 @pytest.mark.parametrize("window", [None, 100])
@@ -238,10 +275,9 @@ def test_attention_under_checkpointing(dtype):
     ("blocks", "message"),
     [
         ([Block(0, 3), Block(4, 5)], "tokens in order"),
-        ([Block(0, 3), Block(3, 5), Block(5, 6, 0, 3)], "prefixes within a group"),
-        ([Block(0, 3), Block(3, 5), Block(5, 6, 3, 4, 1, 3)], "prefixes within a group"),
-        ([Block(0, 3), Block(3, 6, 0, 3, 2, 5)], "prefixes within a group"),
-        ([Block(0, 3), Block(3, 6, 3, 2)], "prefixes within a group"),
+        ([Block(0, 3), Block(3, 6, 0, 3, 2, 5)], "prefixes before them"),
+        ([Block(0, 3), Block(3, 6, 3, 2)], "prefixes before them"),
+        ([Block(0, 3), Block(3, 6, -1, 2)], "prefixes before them"),
         ([Block(0, 3)], "cover 6 tokens, got 3"),
         ([Block(0, 3, 0, 2)], "tokens in order"),
     ],

@@ -1,0 +1,173 @@
+"""Run the DPO part of PROTOCOL.md:
+``python -m evidence.views.dpo --output evidence/views/results/dpo.jsonl``.
+
+A line a seed and method; a run that was stopped goes on where it stood.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from torch import Tensor
+from transformers import PrinterCallback
+
+from drrlhf.demo import sentiment
+from drrlhf.trl import DPOConfig, DPOTrainer
+from evidence.shift import dpo
+from evidence.shift.dpo import Answer, Policy, Settings
+from evidence.shift.tasks import done_already, parser, run_tasks
+from evidence.views import run
+from evidence.views.run import Method, marks
+
+MAX_TOKENS = 128
+_WORST = {"views": run.TRAINED, "views_per_pair": 3, "view_ambiguity": "max"}
+METHODS = {
+    "plain": Method(),
+    # Four passes a step with the reference's; four forms are scored by both, the taken one once.
+    "augment-long": Method(_WORST | {"view_ambiguity": "mean"}, longer=11 / 4),
+    "worst": Method(_WORST),
+    "worst-half": Method(_WORST | {"views_scored": 0.5}),
+}
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Settings of the policy, of which a step has ``policy.batch`` pairs; steps of training; and
+    pairs to test on in each domain."""
+
+    policy: Settings = field(default_factory=Settings)
+    steps: int = 32
+    test: int = 50
+
+
+QUICK = Sizes(Settings(pairs=16, batch=4), steps=2, test=4)
+
+
+class Reference:
+    """What the start model says of answers, each asked for once."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[int, ...], float] = {}
+
+    def logps(self, policy: Policy, answers: Sequence[Answer]) -> Tensor:
+        """log p (answers,)."""
+        new = list({one.ids: one for one in answers if one.ids not in self._known}.values())
+        if new:
+            with policy.model.disable_adapter():
+                found = policy.logps(new).tolist()
+            self._known |= {one.ids: value for one, value in zip(new, found, strict=True)}
+        return torch.tensor([self._known[one.ids] for one in answers])
+
+
+_REFERENCE = Reference()
+
+
+def prompt(domain: str) -> str:
+    """What a text of a domain answers; it ends so that texts begin with a token of their own."""
+    return f"{sentiment.PROMPTS[domain]}\n"
+
+
+def answer(policy: Policy, domain: str, text: str) -> Answer:
+    """The tokens that TRL trains on."""
+    asked, said = (policy.tokenizer(part)["input_ids"] for part in (prompt(domain), text))
+    ids = (*asked, *said, policy.tokenizer.eos_token_id)
+    return Answer(ids[:MAX_TOKENS], len(asked))
+
+
+def rewards(policy: Policy, beta: float, domain: str, texts: Sequence[str]) -> Tensor:
+    """beta times the log-ratios (n,) of texts."""
+    answers = [answer(policy, domain, text) for text in texts]
+    reference = _REFERENCE.logps(policy, answers)
+    return (beta * (policy.logps(answers) - reference)).double()
+
+
+def one(task: tuple[int, str, Sizes]) -> dict[str, Any]:
+    """Train by a method and test what comes out."""
+    seed, method, sizes = task
+    texts, folder = dpo.load()
+    splits = sentiment.split_texts(texts, seed)
+    policy = Policy(folder, sizes.policy, seed)
+    train(policy, splits["train"], seed, METHODS[method], sizes)
+    policy.model.eval()
+    tests = {
+        domain: marks(
+            sentiment.make_pairs(splits["test"][domain], sizes.test, seed=seed),
+            partial(rewards, policy, sizes.policy.beta, domain),
+        )
+        for domain in sentiment.DOMAINS
+    }
+    return {"seed": seed, "method": method, "test": tests}
+
+
+def train(
+    policy: Policy,
+    splits: Mapping[str, Sequence[sentiment.Text]],
+    seed: int,
+    method: Method,
+    sizes: Sizes,
+) -> None:
+    """Train the policy's adapters by `DPOTrainer`."""
+    settings = sizes.policy
+    rows = [
+        {"prompt": prompt(domain), "chosen": pair.chosen, "rejected": pair.rejected}
+        for domain, share in run.SHARES.items()
+        for pair in sentiment.make_pairs(splits[domain], round(share * settings.pairs), seed=seed)
+    ]
+    datasets.disable_progress_bars()
+    with tempfile.TemporaryDirectory() as out:
+        config = DPOConfig(
+            out,
+            per_device_train_batch_size=settings.batch,
+            max_steps=round(sizes.steps * method.longer),
+            learning_rate=settings.lr,
+            lr_scheduler_type="constant",
+            beta=settings.beta,
+            max_length=MAX_TOKENS,
+            seed=seed,
+            use_cpu=True,
+            bf16=True,
+            gradient_checkpointing=False,
+            report_to="none",
+            save_strategy="no",
+            logging_strategy="no",
+            disable_tqdm=True,
+            **method.options,
+        )
+        data = datasets.Dataset.from_list(rows)
+        trainer = DPOTrainer(
+            policy.model, args=config, train_dataset=data, processing_class=policy.tokenizer
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+
+
+def own_facts(sizes: Sizes) -> dict[str, Any]:
+    """What a run may only be continued under."""
+    methods = {name: asdict(method) for name, method in METHODS.items()}
+    return {"sizes": asdict(sizes), "methods": methods, "held_out": run.HELD_OUT}
+
+
+def tasks(seeds: int, sizes: Sizes, path: Path) -> list[tuple[int, str, Sizes]]:
+    """Those that the file lacks, seed by seed."""
+    done = {(record["seed"], record["method"]) for record in done_already(path, own_facts(sizes))}
+    every = [(seed, method, sizes) for seed in range(seeds) for method in METHODS]
+    return [task for task in every if task[:2] not in done]
+
+
+def main() -> None:
+    options = parser(__doc__).parse_args()
+    sizes = QUICK if options.quick else Sizes()
+    dpo.load()  # fetched once, before there are workers to wait for it
+    todo = tasks(options.seeds, sizes, options.output)
+    run_tasks(options.output, own_facts(sizes), todo, one, options.workers)
+
+
+if __name__ == "__main__":
+    main()
