@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import datasets
@@ -22,18 +21,17 @@ from drrlhf.demo import sentiment
 from drrlhf.trl import DPOConfig, DPOTrainer
 from evidence.shift import dpo
 from evidence.shift.dpo import Answer, Policy, Settings
-from evidence.shift.tasks import done_already, parser, run_tasks
+from evidence.shift.tasks import parser
 from evidence.views import run
-from evidence.views.run import Method, marks
+from evidence.views.run import WORST, Method, marks
 
 MAX_TOKENS = 128
-_WORST = {"views": run.TRAINED, "views_per_pair": 3, "view_ambiguity": "max"}
 METHODS = {
     "plain": Method(),
     # Four passes a step with the reference's; four forms are scored by both, the taken one once.
-    "augment-long": Method(_WORST | {"view_ambiguity": "mean"}, longer=11 / 4),
-    "worst": Method(_WORST),
-    "worst-half": Method(_WORST | {"views_scored": 0.5}),
+    "augment-long": Method(WORST | {"view_ambiguity": "mean"}, longer=11 / 4),
+    "worst": Method(WORST),
+    "worst-half": Method(WORST | {"views_scored": 0.5}),
 }
 
 
@@ -148,25 +146,10 @@ def train(
         trainer.train()
 
 
-def own_facts(sizes: Sizes) -> dict[str, Any]:
-    """What a run may only be continued under."""
-    methods = {name: asdict(method) for name, method in METHODS.items()}
-    return {"sizes": asdict(sizes), "methods": methods, "held_out": run.HELD_OUT}
-
-
-def tasks(seeds: int, sizes: Sizes, path: Path) -> list[tuple[int, str, Sizes]]:
-    """Those that the file lacks, seed by seed."""
-    done = {(record["seed"], record["method"]) for record in done_already(path, own_facts(sizes))}
-    every = [(seed, method, sizes) for seed in range(seeds) for method in METHODS]
-    return [task for task in every if task[:2] not in done]
-
-
 def main() -> None:
     options = parser(__doc__).parse_args()
-    sizes = QUICK if options.quick else Sizes()
     dpo.load()  # fetched once, before there are workers to wait for it
-    todo = tasks(options.seeds, sizes, options.output)
-    run_tasks(options.output, own_facts(sizes), todo, one, options.workers)
+    run.run_missing(options, QUICK if options.quick else Sizes(), METHODS, one)
 
 
 if __name__ == "__main__":

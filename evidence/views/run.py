@@ -9,7 +9,6 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cache, partial
-from pathlib import Path
 from random import Random
 from typing import Any
 
@@ -23,7 +22,7 @@ from drrlhf.demo import material, sentiment
 from drrlhf.transformations import SIDES, TRANSFORMATIONS
 from drrlhf.trl import RewardConfig, RewardTrainer
 from evidence.shift.methods import calibration_error
-from evidence.shift.tasks import done_already, parser, rounded, run_tasks
+from evidence.shift.tasks import Work, done_already, parser, rounded, run_tasks
 
 SHARES = {"movie": 0.475, "amazon": 0.475, "tweets": 0.05}
 TRAINED = ["typos", "bullets", "sentence", "sentence_order", "bold"]
@@ -42,18 +41,18 @@ class Method:
     longer: float = 1.0
 
 
-_WORST = {"views": TRAINED, "views_per_pair": 3, "view_ambiguity": "max"}
+WORST = {"views": TRAINED, "views_per_pair": 3, "view_ambiguity": "max"}
 METHODS = {
     "plain": Method(),
     "bsr": Method({"batch_sum_coefficient": 1e-3}),
     # Three passes a step, and four more for the scores of four forms.
-    "augment-long": Method(_WORST | {"view_ambiguity": "mean"}, longer=7 / 3),
-    "worst": Method(_WORST),
-    "worst-group": Method(_WORST | {"ambiguity": "group"}),
-    "worst-consistent": Method(_WORST | {"view_consistency_coefficient": 0.25}),
+    "augment-long": Method(WORST | {"view_ambiguity": "mean"}, longer=7 / 3),
+    "worst": Method(WORST),
+    "worst-group": Method(WORST | {"ambiguity": "group"}),
+    "worst-consistent": Method(WORST | {"view_consistency_coefficient": 0.25}),
     # Run after all seeds of those above: they say what fewer scores keep.
-    "augment": Method(_WORST | {"view_ambiguity": "mean"}),
-    "worst-half": Method(_WORST | {"views_scored": 0.5}),
+    "augment": Method(WORST | {"view_ambiguity": "mean"}),
+    "worst-half": Method(WORST | {"views_scored": 0.5}),
 }
 LATER = ("augment", "worst-half")
 
@@ -184,27 +183,22 @@ def changed(name: str, text: str) -> str:
     return TRANSFORMATIONS[name].apply(text, draw=Random(f"{name}/{text}"))
 
 
-def own_facts(sizes: Sizes) -> dict[str, Any]:
-    """What a run may only be continued under."""
-    methods = {name: asdict(method) for name, method in METHODS.items()}
-    return {"sizes": asdict(sizes), "methods": methods, "held_out": HELD_OUT}
-
-
-def tasks(seeds: int, sizes: Sizes, path: Path) -> list[tuple[int, str, Sizes]]:
-    """Those that the file lacks: seed by seed, and then those of the later methods."""
-    done = {(record["seed"], record["method"]) for record in done_already(path, own_facts(sizes))}
-    every = [(seed, method, sizes) for seed in range(seeds) for method in METHODS]
+def run_missing(options: Any, sizes: Any, methods: Mapping[str, Method], work: Work) -> None:
+    """Run what the file lacks: seed by seed, and then the later methods."""
+    told = {name: asdict(method) for name, method in methods.items()}
+    own = {"sizes": asdict(sizes), "methods": told, "held_out": HELD_OUT}
+    done = {(record["seed"], record["method"]) for record in done_already(options.output, own)}
+    every = [(seed, method, sizes) for seed in range(options.seeds) for method in methods]
     every.sort(key=lambda task: task[1] in LATER)
-    return [task for task in every if task[:2] not in done]
+    todo = [task for task in every if task[:2] not in done]
+    run_tasks(options.output, own, todo, work, options.workers)
 
 
 def main() -> None:
     options = parser(__doc__).parse_args()
-    sizes = QUICK if options.quick else Sizes()
     texts()  # fetched once, before there are workers to wait for it
     material.fetch("minilm")
-    todo = tasks(options.seeds, sizes, options.output)
-    run_tasks(options.output, own_facts(sizes), todo, one, options.workers)
+    run_missing(options, QUICK if options.quick else Sizes(), METHODS, one)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import numpy as np
 
 from drrlhf.bench.table import markdown
 from evidence.tables import Values, compared, print_tables
-from evidence.views.run import METHODS, SHARES
+from evidence.views.run import LATER, METHODS, SHARES
 
 DOMAINS = {
     "seen": tuple(domain for domain, share in SHARES.items() if share > 0.1),
@@ -23,16 +23,23 @@ MEASURES = (*POINTS, "nll", "ece")
 # What a method is compared with, and which methods are.
 AGAINST = {
     "plain": tuple(name for name in METHODS if name != "plain"),
-    "augment-long": ("worst", "worst-half", "worst-group"),
+    "augment-long": ("worst", "worst-group", "worst-consistent", "worst-half"),
+    "augment": ("worst", "worst-half"),
+    "worst": ("worst-consistent",),
 }
+Seeds = Sequence[Mapping[str, Mapping[str, Any]]]
 
 
 def complete(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Mapping[str, Any]]]:
-    """{method: test} of every seed of which all methods are there, in order."""
+    """{method: test} of every seed of which all methods are there, in order; those that run later
+    than all others are left out until all seeds have them."""
     by_seed: dict[int, dict[str, Mapping[str, Any]]] = {}
     for record in records:
         by_seed.setdefault(record["seed"], {})[record["method"]] = record["test"]
-    return [by_seed[seed] for seed in sorted(by_seed) if by_seed[seed].keys() == METHODS.keys()]
+    needed = {record["method"] for record in records} - set(LATER)
+    whole = [by_seed[seed] for seed in sorted(by_seed) if needed <= by_seed[seed].keys()]
+    shared = set.intersection(*(set(seed) for seed in whole)) if whole else set()
+    return [{name: seed[name] for name in METHODS if name in shared} for seed in whole]
 
 
 def measured(test: Mapping[str, Any], domains: Sequence[str], measure: str) -> float:
@@ -44,10 +51,11 @@ def measured(test: Mapping[str, Any], domains: Sequence[str], measure: str) -> f
     return 100 * found if measure in POINTS else found
 
 
-def values(seeds: Sequence[Mapping[str, Any]], group: str, measure: str) -> Values:
+def values(seeds: Seeds, group: str, measure: str) -> Values:
+    """By method (seeds,)."""
     return {
         method: np.array([measured(seed[method], DOMAINS[group], measure) for seed in seeds])
-        for method in METHODS
+        for method in seeds[0]
     }
 
 
@@ -55,10 +63,15 @@ def tables(records: Sequence[Mapping[str, Any]]) -> str:
     """Markdown: of each group of domains a table, a row a method and base."""
     seeds = complete(records)
     parts = [f"{len(seeds)} seeds."]
-    for group in DOMAINS:
+    for group in DOMAINS if seeds else ():
         found = {measure: values(seeds, group, measure) for measure in MEASURES}
         plain = [f"{found[m]['plain'].mean():.{1 if m in POINTS else 3}f}" for m in MEASURES]
-        rows = [("plain", *plain), *compared(found, AGAINST)]
+        against = {
+            base: [name for name in methods if name in seeds[0]]
+            for base, methods in AGAINST.items()
+            if base in seeds[0]
+        }
+        rows = [("plain", *plain), *compared(found, against)]
         parts.append(markdown((group, *MEASURES), rows))
     return "\n\n".join(parts)
 

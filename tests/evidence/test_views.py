@@ -11,11 +11,11 @@ import torch
 pytest.importorskip("trl")
 
 from transformers import AutoModelForSequenceClassification
-from trl_fixtures import WORDS, tiny_encoder_dir, tiny_tokenizer
+from trl_fixtures import WORDS, tiny_encoder_dir, tiny_llama_dir, tiny_tokenizer
 
 from drrlhf.demo.sentiment import DOMAINS, Pair, Text
 from drrlhf.transformations import TRANSFORMATIONS
-from evidence.views import run, summary
+from evidence.views import dpo, run, summary
 
 
 def made_up(n=120):
@@ -94,11 +94,46 @@ def test_the_summary_takes_whole_seeds_and_pairs_them():
     records = [
         {"seed": seed, "method": method, "test": test(gains.get(method, 0.01) + 0.001 * seed)}
         for seed in range(3)
-        for method in run.METHODS
+        for method in sorted(run.METHODS, key=lambda name: name not in run.LATER)
     ]
     assert len(summary.complete(records)) == 3 and len(summary.complete(records[:-1])) == 2
+    without = summary.complete(records[1:])  # a later method that a seed lacks
+    assert len(without) == 3 and run.METHODS.keys() - without[0].keys() == {records[0]["method"]}
+    assert f"| {records[0]['method']} over" not in summary.tables(records[1:])
+    assert summary.tables([]) == "0 seeds."
     assert summary.DOMAINS == {"seen": ("movie", "amazon"), "rare": ("tweets",), "unseen": ("nyt",)}
     text = summary.tables(records)
     assert "| worst over plain | +0.0 [+0.0, +0.0] | **+5.0** [+5.0, +5.0] | **+5.0**" in text
     assert "| worst over augment-long | +0.0 [+0.0, +0.0] | **+4.0**" in text
     assert "| plain | 80.0 | 70.1 | 50.1 | 0.500 | 0.100 |" in text
+
+
+def test_a_policy_is_trained_and_marked(tmp_path, monkeypatch):
+    """Rewards are beta times the log-ratios that plain transformers gives of whole sequences."""
+    folder = tiny_llama_dir(tmp_path)
+    monkeypatch.setattr(dpo.dpo, "load", lambda: (made_up(40), folder))
+    monkeypatch.setattr(dpo, "METHODS", {k: dpo.METHODS[k] for k in ("plain", "worst")})
+    sizes = dpo.Sizes(dpo.Settings(pairs=8, batch=4, adapted_layers=1, lr=0.5), steps=6, test=3)
+    found = dpo.one((0, "worst", sizes))
+    assert found["method"] == "worst" and found["test"].keys() == set(DOMAINS)
+    assert found["test"]["movie"]["spread"] > 0
+    policy = dpo.Policy(folder, sizes.policy, 0)
+    splits = {domain: [t for t in made_up(40) if t.domain == domain] for domain in DOMAINS}
+    dpo.train(policy, splits, 0, dpo.METHODS["plain"], sizes)
+    policy.model.eval()
+    text = "the film was good"
+    ids = policy.tokenizer(dpo.prompt("movie") + text, return_tensors="pt")["input_ids"]
+    ids = torch.cat([ids, torch.tensor([[policy.tokenizer.eos_token_id]])], 1)
+    start = len(policy.tokenizer(dpo.prompt("movie"))["input_ids"])
+
+    def logp():
+        logits = policy.model(ids).logits[0, start - 1 : -1].double()
+        return logits.log_softmax(-1).gather(1, ids[0, start:, None]).sum()
+
+    with torch.no_grad():
+        after = logp()
+        with policy.model.disable_adapter():
+            before = logp()
+    ours = dpo.rewards(policy, 0.1, "movie", [text])
+    assert abs(after - before) > 0.1
+    assert ours.item() == pytest.approx(0.1 * (after - before).item(), rel=0.05)
