@@ -125,6 +125,7 @@ class OneRow:
             model keeps its numbers there; True, wherever two sequences begin alike; False, never.
         longest: the most tokens of a sequence, as far as the model is tried; None is any number.
         notice: told, in a sentence, what becomes of common prompts.
+        padded: what is called in place of the model for a batch that is not laid in a row.
 
     The first row of a model is preceded by a probe: whether it gives sequences in such a row the
     numbers that it gives them alone.
@@ -142,8 +143,10 @@ class OneRow:
         share: bool | str,
         longest: int | None = None,
         notice: Callable[[str], None] = lambda message: None,
+        padded: Any = None,
     ) -> None:
         self.model = model
+        self.padded = model if padded is None else padded
         # Without what wraps it for adapters or for several processes.
         self.base = next(m for m in model.modules() if isinstance(m, PreTrainedModel))
         self.scoring = _head_of(model)
@@ -164,7 +167,7 @@ class OneRow:
         asked = "score" if labels is None else "log_probs"
         found = self._layout(input_ids, attention_mask, asked, kwargs)
         if found is None:
-            return self.model(**given, **labelled, **kwargs)
+            return self.padded(**given, **labelled, **kwargs)
         return self._in_row(found, input_ids, attention_mask, labels, kwargs)
 
     def predictions(self, input_ids: Tensor, attention_mask: Tensor, wanted: Tensor) -> Tensor:

@@ -63,15 +63,21 @@ class OneRowMixin:
         if not self._rows_ready:  # TRL may ask the reference before the trainer is made
             self._prepare_rows(model)
             self._rows_ready = False
+        padded = self._for_padded(model)
         if not self._in_rows:
-            return model
+            return padded
         return layouts.OneRow(
             model,
+            padded=padded,
             packed=self._padding_free,
             share=self._share,
             longest=getattr(self.args, "max_length", None),
             notice=self._notice,
         )
+
+    def _for_padded(self, model: Any) -> Any:
+        """What to call for a batch that is not laid in a row."""
+        return model
 
     def _notice(self, message: str) -> None:
         """Says once what becomes of common prompts."""

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from drrlhf import reward_inputs
 from drrlhf.functional.reward_loss import reward_losses
+from drrlhf.layouts.lengths import TwoParts
 from drrlhf.trl import columns, rows
 from drrlhf.trl.base import AmbiguityMixin
 from drrlhf.trl.seam import Recorder
@@ -70,7 +71,9 @@ class RewardTrainer(AmbiguityMixin, trl.RewardTrainer):
         inputs, nominal, groups, p_chosen = columns.take(inputs)
         originals = [inputs.pop(name, None) for name in rows.ORIGINALS]
         recorder = Recorder(self._runner(model))
-        result = super().compute_loss(recorder, inputs, return_outputs, num_items_in_batch)
+        # A margin is the loss's, and TRL would hand it to the model.
+        asked = {name: value for name, value in inputs.items() if name != "margin"}
+        result = super().compute_loss(recorder, asked, return_outputs, num_items_in_batch)
         chosen, rejected = recorder.output("logits").squeeze(-1).chunk(2)
         losses = self._losses(chosen, rejected, inputs, nominal, p_chosen)
         for reward, original in zip((chosen, rejected), originals, strict=True):
@@ -84,6 +87,12 @@ class RewardTrainer(AmbiguityMixin, trl.RewardTrainer):
             total = chosen.sum() + rejected.sum()
             value = value + share * self.args.batch_sum_coefficient * total.square()
         return (value, result[1]) if return_outputs else value
+
+    def _for_padded(self, model: Any) -> Any:
+        """In two parts, where calls are cheap: see FACTS.md. Several processes may have to call
+        their models as often."""
+        alone = self.accelerator.num_processes == 1 and self.accelerator.device.type == "cpu"
+        return TwoParts(model) if alone and not self.args.torch_compile else model
 
     def _losses(
         self,
