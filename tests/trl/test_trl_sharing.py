@@ -96,6 +96,17 @@ def test_reward(both, options):
     assert_same(*both("reward", max_steps=2, **options))
 
 
+def test_a_margin_does_not_keep_prompts_apart(models, tmp_path, monkeypatch):
+    """It is the loss's, and no input of the model."""
+    found, lay = [], layouts.OneRow._layout
+    monkeypatch.setattr(
+        layouts.OneRow, "_layout", lambda *given: found.append(lay(*given)) or found[-1]
+    )
+    data = tiny_pairs(8, margin=[0.5] * 8)
+    steps.run("reward", models["reward"], str(tmp_path), data=data, share_prompts=True)
+    assert found and all(row is not None and row.saved > 0.1 for row in found)
+
+
 GRPO = {"per_device_train_batch_size": 4, "num_generations": 4, "max_steps": 2, "beta": 0.1}
 
 
