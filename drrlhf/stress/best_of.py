@@ -99,7 +99,7 @@ def best_of_curve(
         "prompts": len(sizes),
         "left_out": left_out,
         "candidates": {"smallest": min(sizes), "largest": max(sizes)},
-        "notes": _notes(len(sizes), left_out),
+        "notes": [*_notes(len(sizes), left_out), *(_cut_short(sizes) if counts is None else ())],
     }
 
 
@@ -517,6 +517,17 @@ def _subsets(
         )
     codes = (int(attribute.codes[one[0]]) for one in groups)
     return [None if code < 0 else attribute.names[code] for code in codes]
+
+
+def _cut_short(sizes: Sequence[int]) -> list[str]:
+    """A note where a tenth of the prompts at most keeps a curve from going on to twice its n."""
+    last, reach = min(sizes), int(np.quantile(sizes, 0.1, method="higher"))
+    if reach < 2 * last:
+        return []
+    return [
+        f"The curve ends at n = {last}: {sum(size < reach for size in sizes):,} of {len(sizes):,} "
+        f"prompts have fewer candidates than the {reach} that it would reach without them."
+    ]
 
 
 def _notes(prompts: int, left_out: int) -> list[str]:

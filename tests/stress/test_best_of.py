@@ -137,6 +137,20 @@ def test_prompts_without_a_score_are_left_out_and_counted():
     assert "1 of 3 prompts are left out" in found["notes"][1]
 
 
+def test_a_prompt_that_cuts_the_curve_short_is_told():
+    many = [np.arange(16.0) for _ in range(39)]
+    (note,) = b.best_of_curve([np.ones(1), *many], [np.ones(1), *many])["notes"]
+    assert note == (
+        "The curve ends at n = 1: 1 of 40 prompts have fewer candidates than the 16 that it would "
+        "reach without them."
+    )
+    halves = [np.arange(9.0), *many]  # no n is twice as many
+    assert b.best_of_curve(halves, halves)["notes"] == []
+    short = [np.ones(1)] * 8 + many[:32]  # a fifth of them
+    assert b.best_of_curve(short, short)["notes"] == []
+    assert b.best_of_curve([np.ones(1), *many], [np.ones(1), *many], [1])["notes"] == []
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
