@@ -96,6 +96,7 @@ def _page(template: str, result: Mapping[str, Any], **more: Any) -> str:
         settings=result["settings"],
         models=models,
         names=list(models),
+        several=len(models) > 1,
         gates=view.gates(models),
         style=Markup(style),
         script=Markup(script),
