@@ -16,6 +16,13 @@ Values = Mapping[str, np.ndarray]  # by method, (seeds,)
 Records = Sequence[Mapping[str, Any]]
 
 
+def kept(path: str) -> list[dict[str, Any]]:
+    """The records of a file of results, given from the folder of the evidence; none before its
+    first run."""
+    file = Path(__file__).parent / path
+    return list(json_lines(file))[1:] if file.is_file() else []
+
+
 def difference(found: Values, base: str, methods: Sequence[str]) -> dict[str, str]:
     """The difference of each method to the base with a 95 % interval, bold where it is sure."""
     tests = {name: paired(found[name] - found[base]) for name in methods}

@@ -25,6 +25,8 @@ from evidence import pays
 from evidence.best_of import summary as best_of
 from evidence.labels import summary as labels
 from evidence.shift import page, summary
+from evidence.tables import kept
+from evidence.views import summary as views
 
 ROOT = Path(__file__).parent.parent
 KEPT = ROOT / "benchmarks" / "results"
@@ -52,10 +54,12 @@ def blocks() -> dict[str, str]:
         "gpu_head": _gpu_head(list(json_lines(_kept("gpu-ops", ".jsonl")))),
         "transformations": _transformations(),
         "attacks": _attacks(),
-        "best_of": best_of.tables(_records("best_of/results/best_of.jsonl")),
-        "labels": labels.tables(_records("labels/results/labels.jsonl")),
+        "best_of": best_of.tables(kept("best_of/results/best_of.jsonl")),
+        "labels": labels.tables(kept("labels/results/labels.jsonl")),
         "pays": pays.table(),
         "stress": _stress(_stressed()),
+        "views_reward": views.tables(kept("views/results/reward.jsonl")),
+        "views_dpo": views.tables(kept("views/results/dpo.jsonl")),
         "stress_findings": _stress_findings(_stressed()),
         **summary.tables(page.HERE / "results"),
     }
@@ -263,11 +267,6 @@ def _stress_findings(models: Mapping[str, Any]) -> str:
     """What the first of the pages begins with, in its words."""
     told = (f"*{finding['text']}*" for finding in next(iter(models.values()))["findings"])
     return " ".join(told)
-
-
-def _records(path: str) -> list[dict[str, Any]]:
-    """Of a file of evidence, without its first line."""
-    return list(json_lines(ROOT / "evidence" / path))[1:]
 
 
 def main() -> None:
