@@ -50,7 +50,7 @@ class TwoParts:
             return self.model(**given)
         found = []
         for part in parts:
-            width = int(mask[part].sum(1).max())
+            width = max(int(mask[part].sum(1).max()), 1)
             cut = {name: given[name][part, :width] for name in tensors}
             found.append(self.model(**given | cut).logits)
         return SequenceClassifierOutput(logits=torch.cat(found)[torch.cat(parts).argsort()])

@@ -129,13 +129,7 @@ def train(
             beta=settings.beta,
             max_length=MAX_TOKENS,
             seed=seed,
-            use_cpu=True,
-            bf16=True,
-            gradient_checkpointing=False,
-            report_to="none",
-            save_strategy="no",
-            logging_strategy="no",
-            disable_tqdm=True,
+            **run.QUIET,
             **method.options,
         )
         data = datasets.Dataset.from_list(rows)

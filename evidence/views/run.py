@@ -30,6 +30,8 @@ HELD_OUT = ["dropped_words", "doubled_words", "punctuation", "quotes", "homoglyp
 HELD_OUT += ["repeated", "handle", "url"]
 CHANGED = (SIDES[:1], SIDES[1:], SIDES)
 BATCH = 24
+QUIET = {"use_cpu": True, "bf16": True, "gradient_checkpointing": False, "report_to": "none"}
+QUIET |= {"save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True}
 SCORED = 64  # texts of one forward pass; of twice as many it takes longer on a CPU
 
 
@@ -115,13 +117,7 @@ def trained(
             learning_rate=sizes.learning_rate,
             warmup_steps=max(1, steps // 10),
             seed=seed,
-            use_cpu=True,
-            bf16=True,
-            gradient_checkpointing=False,
-            report_to="none",
-            save_strategy="no",
-            logging_strategy="no",
-            disable_tqdm=True,
+            **QUIET,
             **method.options,
         )
         data = dataset(pairs, tokenizer)
