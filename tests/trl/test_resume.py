@@ -15,7 +15,7 @@ import pytest
 
 pytest.importorskip("trl")
 
-from trl_fixtures import quiet, tiny_llama_dir, tiny_pairs, tiny_reward_dir  # isort: skip
+from trl_fixtures import quiet, tiny_pairs  # isort: skip
 
 import steps
 import torch
@@ -27,16 +27,6 @@ from drrlhf.cli import rundir
 from drrlhf.trl import prompts, state
 
 SAVED = {"save_strategy": "steps", "save_steps": 1}
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    llama = str(tiny_llama_dir(tmp_path_factory.mktemp("llama")))
-    return {
-        "dpo": llama,
-        "grpo": llama,
-        "reward": str(tiny_reward_dir(tmp_path_factory.mktemp("reward"))),
-    }
 
 
 def names(folder: Path) -> list[str]:

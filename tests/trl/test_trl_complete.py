@@ -25,14 +25,6 @@ from drrlhf.trl import DPOConfig, DPOTrainer
 PARTS = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
 
 
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    return {
-        "dpo": str(tiny_llama_dir(tmp_path_factory.mktemp("llama"))),
-        "reward": str(tiny_reward_dir(tmp_path_factory.mktemp("reward"))),
-    }
-
-
 @pytest.fixture
 def make(models, tmp_path):
     def make(method="dpo", **options):

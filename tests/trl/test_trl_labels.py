@@ -8,19 +8,11 @@ pytest.importorskip("trl")
 
 import steps
 import torch
-from trl_fixtures import quiet, tiny_llama_dir, tiny_pairs, tiny_reward_dir, tiny_tokenizer
+from trl_fixtures import quiet, tiny_pairs, tiny_tokenizer
 
 from drrlhf.trl import RewardConfig, RewardTrainer
 
 METHODS = ["dpo", "reward"]
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    return {
-        "dpo": str(tiny_llama_dir(tmp_path_factory.mktemp("llama"))),
-        "reward": str(tiny_reward_dir(tmp_path_factory.mktemp("reward"))),
-    }
 
 
 @pytest.fixture

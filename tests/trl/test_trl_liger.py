@@ -12,7 +12,7 @@ import pytest
 
 pytest.importorskip("trl")
 
-from trl_fixtures import quiet, tiny_llama_dir, tiny_pairs, tiny_reward_dir, tiny_tokenizer  # isort: skip
+from trl_fixtures import quiet, tiny_pairs, tiny_tokenizer  # isort: skip
 
 import steps
 import torch
@@ -24,14 +24,6 @@ import drrlhf.trl as ours
 from drrlhf.trl.head import TokenLogprobHead
 
 METHODS = ["dpo", "reward", "grpo"]
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    llama = str(tiny_llama_dir(tmp_path_factory.mktemp("llama")))
-    return {"reward": str(tiny_reward_dir(tmp_path_factory.mktemp("reward")))} | dict.fromkeys(
-        ("dpo", "grpo"), llama
-    )
 
 
 class Stop(Exception):

@@ -12,9 +12,7 @@ pytest.importorskip("trl")
 from trl_fixtures import (  # isort: skip
     quiet,
     tiny_encoder_dir,
-    tiny_llama_dir,
     tiny_pairs,
-    tiny_reward_dir,
     tiny_tokenizer,
 )
 
@@ -29,14 +27,6 @@ from drrlhf.layouts import attention, probe
 from drrlhf.layouts import model as layouts
 from drrlhf.layouts.layout import Block
 from drrlhf.trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    return {
-        "dpo": str(tiny_llama_dir(tmp_path_factory.mktemp("llama"))),
-        "reward": str(tiny_reward_dir(tmp_path_factory.mktemp("reward"))),
-    }
 
 
 @pytest.fixture

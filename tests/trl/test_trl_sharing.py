@@ -8,9 +8,7 @@ pytest.importorskip("trl")
 
 from trl_fixtures import (  # isort: skip
     quiet,
-    tiny_llama_dir,
     tiny_pairs,
-    tiny_reward_dir,
     tiny_tokenizer,
 )
 
@@ -24,15 +22,6 @@ from trl.trainer.utils import add_fused_lm_head
 from drrlhf.layouts import attention, layout
 from drrlhf.layouts import model as layouts
 from drrlhf.trl import DPOConfig, DPOTrainer, GRPOConfig, RewardConfig, one_row, prompts
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    return {
-        "dpo": str(tiny_llama_dir(tmp_path_factory.mktemp("llama"))),
-        "grpo": str(tiny_llama_dir(tmp_path_factory.mktemp("grpo"))),
-        "reward": str(tiny_reward_dir(tmp_path_factory.mktemp("reward"))),
-    }
 
 
 @pytest.fixture

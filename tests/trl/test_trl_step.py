@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("trl")
 
-from trl_fixtures import tiny_llama_dir, tiny_pairs, tiny_reward_dir, tiny_tokenizer  # isort: skip
+from trl_fixtures import tiny_pairs, tiny_tokenizer  # isort: skip
 
 import steps
 import torch
@@ -21,15 +21,6 @@ from drrlhf.trl import rows
 SETS = ["tv:0.2", "cvar:0.3", "kl:0.3", "chi2:0.5", "cvar:0.4,trim=0.1", "group:3,step_size=0.5"]
 WHOLE = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}
 PARTS = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    return {
-        "dpo": str(tiny_llama_dir(tmp_path_factory.mktemp("llama"))),
-        "reward": str(tiny_reward_dir(tmp_path_factory.mktemp("reward"))),
-        "dropout": str(tiny_llama_dir(tmp_path_factory.mktemp("drop"), attention_dropout=0.3)),
-    }
 
 
 @pytest.fixture

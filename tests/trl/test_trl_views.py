@@ -15,10 +15,7 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 from trl_fixtures import (
     quiet,
-    tiny_encoder_dir,
-    tiny_llama_dir,
     tiny_pairs,
-    tiny_reward_dir,
     tiny_tokenizer,
 )
 
@@ -29,15 +26,6 @@ from drrlhf.trl.views import _drawn
 METHODS = ["dpo", "reward", "encoder"]
 VIEWS = ["repeated", "handle", "@other"]
 BETA = 0.1
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    return {
-        "dpo": str(tiny_llama_dir(tmp_path_factory.mktemp("llama"))),
-        "reward": str(tiny_reward_dir(tmp_path_factory.mktemp("reward"))),
-        "encoder": str(tiny_encoder_dir(tmp_path_factory.mktemp("encoder"))),
-    }
 
 
 @pytest.fixture
