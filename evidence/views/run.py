@@ -30,7 +30,12 @@ HELD_OUT = ["dropped_words", "doubled_words", "punctuation", "quotes", "homoglyp
 HELD_OUT += ["repeated", "handle", "url"]
 CHANGED = (SIDES[:1], SIDES[1:], SIDES)
 BATCH = 24
-QUIET = {"use_cpu": True, "bf16": True, "gradient_checkpointing": False, "report_to": "none"}
+QUIET: dict[str, Any] = {
+    "use_cpu": True,
+    "bf16": True,
+    "gradient_checkpointing": False,
+    "report_to": "none",
+}
 QUIET |= {"save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True}
 SCORED = 64  # texts of one forward pass; of twice as many it takes longer on a CPU
 
