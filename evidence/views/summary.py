@@ -60,14 +60,14 @@ def values(seeds: Seeds, group: str, measure: str) -> Values:
     }
 
 
-def tables(records: Sequence[Mapping[str, Any]]) -> str:
-    """Markdown: of each group of domains a table, a row a method and base."""
+def tables(records: Sequence[Mapping[str, Any]], needed: int = SEEDS) -> str:
+    """Markdown: of each group of domains a table, a row a method and base; of fewer seeds than are
+    ``needed`` how many there are, and no table that could be taken for a finding."""
     seeds = complete(records)
-    count = f"{len(seeds)} seeds."
-    if len(seeds) < SEEDS:
-        count = f"{len(seeds)} of {SEEDS} seeds so far: nothing is concluded before all are there."
-    parts = [count]
-    for group in DOMAINS if seeds else ():
+    if len(seeds) < needed:
+        return f"{len(seeds)} of {needed} seeds so far; the tables come when all are there."
+    parts = [f"{len(seeds)} seeds."]
+    for group in DOMAINS:
         found = {measure: values(seeds, group, measure) for measure in MEASURES}
         plain = [f"{found[m]['plain'].mean():.{1 if m in POINTS else 3}f}" for m in MEASURES]
         against = {

@@ -99,10 +99,12 @@ def test_the_summary_takes_whole_seeds_and_pairs_them():
     assert len(summary.complete(records)) == 3 and len(summary.complete(records[:-1])) == 2
     without = summary.complete(records[1:])  # a later method that a seed lacks
     assert len(without) == 3 and run.METHODS.keys() - without[0].keys() == {records[0]["method"]}
-    assert f"| {records[0]['method']} over" not in summary.tables(records[1:])
-    assert summary.tables([]).startswith("0 of 10 seeds so far")
+    assert f"| {records[0]['method']} over" not in summary.tables(records[1:], 3)
+    assert summary.tables(records).startswith("3 of 10 seeds so far") and "|" not in summary.tables(
+        []
+    )
     assert summary.DOMAINS == {"seen": ("movie", "amazon"), "rare": ("tweets",), "unseen": ("nyt",)}
-    text = summary.tables(records)
+    text = summary.tables(records, 3)
     assert "| worst over plain | +0.0 [+0.0, +0.0] | **+5.0** [+5.0, +5.0] | **+5.0**" in text
     assert "| worst over augment-long | +0.0 [+0.0, +0.0] | **+4.0**" in text
     assert "| plain | 80.0 | 70.1 | 50.1 | 0.500 | 0.100 |" in text
