@@ -7,14 +7,15 @@ padding, and each sequence the numbers that it has in one.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-# Tensors (n, L) that are cut as the tokens are.
-PER_TOKEN = ("input_ids", "attention_mask", "token_type_ids")
+from drrlhf.layouts.model import PER_TOKEN
+
 # Two calls of a model cost more than one: this part of the batch must be saved.
 WORTH_SPLITTING = 0.1
 
@@ -32,6 +33,18 @@ def split(attention_mask: Tensor) -> tuple[Tensor, Tensor] | None:
     return order[:cut], order[cut:]
 
 
+def on_the_right(attention_mask: Tensor) -> bool:
+    """Whether all padding of a mask (n, L) is there."""
+    return bool((attention_mask[:, 1:] <= attention_mask[:, :-1]).all())
+
+
+def taken(sequences: Mapping[str, Tensor], which: Tensor) -> dict[str, Tensor]:
+    """Some sequences (m,) of several (n, L) that are padded on the right, as wide as the longest of
+    them."""
+    width = max(int(sequences["attention_mask"][which].sum(1).max()), 1)
+    return {name: tensor[which, :width] for name, tensor in sequences.items()}
+
+
 class TwoParts:
     """Stands in for a classifier whose batches are padded on the right, and gives its logits."""
 
@@ -43,14 +56,10 @@ class TwoParts:
 
     def __call__(self, **given: Any) -> Any:
         mask = given["attention_mask"]
-        tensors = {name for name, value in given.items() if isinstance(value, Tensor)}
-        on_the_right = bool((mask[:, 1:] <= mask[:, :-1]).all())
-        parts = split(mask) if tensors <= {*PER_TOKEN} and on_the_right else None
+        tensors = {name: value for name, value in given.items() if isinstance(value, Tensor)}
+        known = tensors.keys() <= {"input_ids", "attention_mask", *PER_TOKEN}
+        parts = split(mask) if known and on_the_right(mask) else None
         if parts is None:
             return self.model(**given)
-        found = []
-        for part in parts:
-            width = max(int(mask[part].sum(1).max()), 1)
-            cut = {name: given[name][part, :width] for name in tensors}
-            found.append(self.model(**given | cut).logits)
+        found = [self.model(**given | taken(tensors, part)).logits for part in parts]
         return SequenceClassifierOutput(logits=torch.cat(found)[torch.cat(parts).argsort()])

@@ -137,7 +137,8 @@ class RewardTrainer(AmbiguityMixin, trl.RewardTrainer):
         losses = self._losses(*rewards, columns, None, columns.get("p_chosen"))
         return losses, rewards[0] - rewards[1]
 
-    def _of_originals(self, chosen: Tensor, rejected: Tensor) -> dict[str, Tensor]:
+    def _of_originals(self, chosen: Tensor, rejected: Tensor, scored: Tensor) -> dict[str, Tensor]:
         if not self.args.view_consistency_coefficient:
             return {}
-        return dict(zip(rows.ORIGINALS, (chosen[:, 0], rejected[:, 0]), strict=True))
+        rewards = (torch.where(scored, side[:, 0], torch.nan) for side in (chosen, rejected))
+        return dict(zip(rows.ORIGINALS, rewards, strict=True))

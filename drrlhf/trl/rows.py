@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from drrlhf.layouts.lengths import on_the_right
 from drrlhf.trl import columns
 
 # Tensors (2n, L).
 SEQUENCES = ("input_ids", "attention_mask", "completion_mask", "token_type_ids")
-# Tensors (n,).
-# Rewards of the answers as they are, of a pair in another form; NaN where none were asked for.
+# Tensors (n,): rewards of the answers of a changed pair as they are, NaN where nobody asked; and
+# all that there are.
 ORIGINALS = ("original_chosen_reward", "original_rejected_reward")
 PAIRS = ("ref_chosen_logps", "ref_rejected_logps", "margin", *ORIGINALS, *columns.PAIR_COLUMNS)
 
@@ -31,8 +32,7 @@ def count(batch: Mapping[str, Any]) -> int:
 def separable(batch: Mapping[str, Any]) -> bool:
     """Whether `select` knows every entry of the batch, and its padding is on the right."""
     known = all(name in SEQUENCES or name in PAIRS for name in batch)
-    mask = batch["attention_mask"]
-    return known and bool((mask[:, 1:] <= mask[:, :-1]).all())
+    return known and on_the_right(batch["attention_mask"])
 
 
 def lengths(batch: Mapping[str, Any]) -> Tensor:
@@ -73,12 +73,6 @@ def below(one: Mapping[str, Any], other: Mapping[str, Any], pad_token_id: int) -
         for name in SEQUENCES
         if name in one
     }
-
-
-def taken(sequences: Mapping[str, Tensor], which: Tensor) -> dict[str, Tensor]:
-    """Some sequences (m,) of several, as wide as the longest of them."""
-    width = int(sequences["attention_mask"][which].sum(1).max())
-    return {name: tensor[which, :width] for name, tensor in sequences.items()}
 
 
 def _filling(name: str, pad_token_id: int) -> int:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from drrlhf.functional.row_sets import solvable
 from drrlhf.functional.worst_view import worst_views
+from drrlhf.layouts.lengths import taken
 from drrlhf.transformations import BY_COLUMN, PROMPT, SIDES
 from drrlhf.trl import rows, view_texts
 from drrlhf.trl.one_row import OneRowMixin
@@ -82,9 +83,9 @@ class ViewsMixin(OneRowMixin):
         """Entries of a batch of what the reference says of its pairs (n,)."""
         raise NotImplementedError
 
-    def _of_originals(self, chosen: Tensor, rejected: Tensor) -> dict[str, Tensor]:
-        """Entries of a batch of what the model says (n, C) of its pairs as they are; NaN of those
-        that are not scored."""
+    def _of_originals(self, chosen: Tensor, rejected: Tensor, scored: Tensor) -> dict[str, Tensor]:
+        """Entries of a batch of what the model says (n, C) of its pairs as they are, of those that
+        are ``scored`` (n,)."""
         return {}
 
     def _check_arguments(self, config: Any) -> None:
@@ -218,21 +219,18 @@ class ViewsMixin(OneRowMixin):
             broken = ~losses[scored].isfinite() & there[scored]  # is trained on, so that it shows
             found = torch.where(broken.any(1, keepdim=True), broken, worst.weights)
             weights[scored] = found.double()
-            unknown = ~scored.unsqueeze(1)
-            as_is = (
-                scores[side[:, 0]].masked_fill(unknown, math.nan) for side in (chosen, rejected)
-            )
-            originals = self._of_originals(*as_is)
+            as_is = scores[chosen[:, 0]], scores[rejected[:, 0]]
+            originals = self._of_originals(*as_is, scored)
             sums = {
                 "views/loss": worst.values.sum(),
                 "views/clean_loss": losses[scored, 0].sum(),
                 "views/pairs_right": ((won > 0) | ~there)[scored].all(1).sum(),
             }
         place = _drawn(weights, views["number"]).unsqueeze(1)
-        taken = torch.cat([chosen.gather(1, place), rejected.gather(1, place)]).squeeze(1)
-        self._log_views(views, taken, sums)
-        picked = batch | rows.taken(every, taken) | originals
-        return picked if known is None else picked | self._known(*known[taken].chunk(2))
+        worst_forms = torch.cat([chosen.gather(1, place), rejected.gather(1, place)]).squeeze(1)
+        self._log_views(views, worst_forms, sums)
+        picked = batch | taken(every, worst_forms) | originals
+        return picked if known is None else picked | self._known(*known[worst_forms].chunk(2))
 
     def _policy_scores(self, every: Mapping[str, Tensor], views: Mapping[str, Any]) -> Tensor:
         """What `_score_sequences` says (m, C) of the forms of the pairs to be scored, as the model
@@ -273,7 +271,7 @@ class ViewsMixin(OneRowMixin):
         for part in parts:
             asked = part if len(part) else part.new_zeros(1)
             with torch.no_grad():
-                scores = score(rows.taken(every, asked))
+                scores = score(taken(every, asked))
             if found is None:
                 found = scores.new_zeros(len(lengths), *scores.shape[1:])
             found[part] = scores[: len(part)]
