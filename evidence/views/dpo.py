@@ -101,7 +101,7 @@ def one(task: tuple[int, str, Sizes]) -> dict[str, Any]:
         )
         for domain in sentiment.DOMAINS
     }
-    return {"seed": seed, "method": method, "test": tests}
+    return {"seed": seed, "method": method, "dtype": run.DTYPE, "test": tests}
 
 
 def train(

@@ -6,7 +6,7 @@ A line a seed and method; a run that was stopped goes on where it stood.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cache, partial
 from random import Random
@@ -19,6 +19,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Prin
 
 from drrlhf import reward_inputs
 from drrlhf.demo import material, sentiment
+from drrlhf.demo.embeddings import fast_dtype
 from drrlhf.transformations import SIDES, TRANSFORMATIONS
 from drrlhf.trl import RewardConfig, RewardTrainer
 from evidence.shift.methods import calibration_error
@@ -30,9 +31,10 @@ HELD_OUT = ["dropped_words", "doubled_words", "punctuation", "quotes", "homoglyp
 HELD_OUT += ["repeated", "handle", "url"]
 CHANGED = (SIDES[:1], SIDES[1:], SIDES)
 BATCH = 24
+DTYPE = str(fast_dtype()).removeprefix("torch.")  # of the products in training
 QUIET: dict[str, Any] = {
     "use_cpu": True,
-    "bf16": True,
+    "bf16": DTYPE == "bfloat16",
     "gradient_checkpointing": False,
     "report_to": "none",
 }
@@ -92,7 +94,7 @@ def one(task: tuple[int, str, Sizes]) -> dict[str, Any]:
         domain: marks(sentiment.make_pairs(splits["test"][domain], sizes.test, seed=seed), score)
         for domain in sentiment.DOMAINS
     }
-    return {"seed": seed, "method": method, "test": tests}
+    return {"seed": seed, "method": method, "dtype": DTYPE, "test": tests}
 
 
 def trained(
@@ -188,11 +190,20 @@ def run_missing(options: Any, sizes: Any, methods: Mapping[str, Method], work: W
     """Run what the file lacks: seed by seed, and then the later methods."""
     told = {name: asdict(method) for name, method in methods.items()}
     own = {"sizes": asdict(sizes), "methods": told, "held_out": HELD_OUT}
-    done = {(record["seed"], record["method"]) for record in done_already(options.output, own)}
-    every = [(seed, method, sizes) for seed in range(options.seeds) for method in methods]
+    todo = missing(done_already(options.output, own), options.seeds, methods)
+    run_tasks(options.output, own, [(*task, sizes) for task in todo], work, options.workers)
+
+
+def missing(
+    records: Sequence[Mapping[str, Any]], seeds: int, methods: Iterable[str]
+) -> list[tuple[int, str]]:
+    """The seeds and methods that no record is of, the later methods last; without seeds that were
+    begun in another precision: methods are compared within a seed."""
+    done = {(record["seed"], record["method"]) for record in records}
+    other = {record["seed"] for record in records if record["dtype"] != DTYPE}
+    every = [(seed, method) for seed in range(seeds) if seed not in other for method in methods]
     every.sort(key=lambda task: task[1] in LATER)
-    todo = [task for task in every if task[:2] not in done]
-    run_tasks(options.output, own, todo, work, options.workers)
+    return [task for task in every if task not in done]
 
 
 def main() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from transformers import AutoModelForSequenceClassification
 from trl_fixtures import WORDS, tiny_encoder_dir, tiny_llama_dir, tiny_tokenizer
 
 from drrlhf.demo.sentiment import DOMAINS, Pair, Text
+from drrlhf.files import json_lines
 from drrlhf.transformations import TRANSFORMATIONS
 from evidence.views import dpo, run, summary
 
@@ -73,6 +75,24 @@ def test_a_run_is_kept_and_goes_on(tmp_path, monkeypatch):
     assert [json.loads(line) for line in path.read_text().splitlines()[1:]] == [
         json.loads(line) for line in first[1:]
     ]
+
+
+def test_a_seed_goes_on_in_the_precision_that_it_began_in(monkeypatch):
+    records = [{"seed": 0, "method": "plain", "dtype": "float32"}]
+    records += [{"seed": 1, "method": "plain", "dtype": "bfloat16"}]
+    methods = ("augment", "plain", "worst")
+    monkeypatch.setattr(run, "DTYPE", "float32")
+    first = [(0, "worst"), (2, "plain"), (2, "worst")]
+    assert run.missing(records, 3, methods) == [*first, (0, "augment"), (2, "augment")]
+    monkeypatch.setattr(run, "DTYPE", "bfloat16")
+    assert {seed for seed, _ in run.missing(records, 2, methods)} == {1}
+
+
+@pytest.mark.parametrize("kept", sorted(Path(run.__file__).parent.glob("results/*.jsonl")), ids=str)
+def test_kept_seeds_are_in_one_precision_each(kept):
+    _, *records = json_lines(kept)
+    found = {(record["seed"], record["dtype"]) for record in records}
+    assert len(found) == len({seed for seed, _ in found})
 
 
 def test_scores_are_those_of_each_text_alone(tmp_path):
