@@ -18,6 +18,7 @@
 #include "cpu/robust_risk.h"
 #include "cpu/row_attention.h"
 #include "cpu/row_worst_case.h"
+#include "cpu/vectorised.h"
 #include "message.h"
 #include "names.h"
 
@@ -224,7 +225,7 @@ pybind11::dict build_info() {
   pybind11::dict info;
   info["torch_version"] = TORCH_VERSION;
   info["compiler"] = __VERSION__;
-  info["isa"] = DRRLHF_ISA;
+  info["isa"] = name(widest_vectors());
 #ifdef DRRLHF_CUDA
   info["mode"] = "cuda";
   info["cuda"] = true;

@@ -75,7 +75,7 @@ DRRLHF_HD Tail upper_tail(const Team& team, const double* l, const double* p, do
   };
   const auto above = [&](double pivot) {
     const Sums<2> m = team.template sum<2>([=](std::int64_t i) {
-      return Sums<2>{{l[i] > pivot ? p[i] : 0.0, l[i] > pivot ? 1.0 : 0.0}};
+      return Sums<2>{{select(l[i] > pivot, p[i], 0.0), l[i] > pivot ? 1.0 : 0.0}};
     });
     return Above{m.v[0], m.v[1]};
   };
@@ -126,7 +126,7 @@ DRRLHF_HD Tail upper_tail(const Team& team, const double* l, const double* p, do
     }
   }
   const Sums<2> masses = team.template sum<2>([=](std::int64_t i) {
-    return Sums<2>{{l[i] > high ? p[i] : 0.0, l[i] == high ? p[i] : 0.0}};
+    return Sums<2>{{select(l[i] > high, p[i], 0.0), select(l[i] == high, p[i], 0.0)}};
   });
   // A part below the rounding of the masses is none: trimming must not leave 1e-17 of a loss behind
   // for the adversary to find.
@@ -235,7 +235,7 @@ DRRLHF_HD double solve_active_set(const Team& team, const Problem& problem, doub
   for (int step = 0; step < kMaxSteps; ++step) {
     const double at = eta;
     const Sums<4> m = team.template sum<4>([=](std::int64_t i) {
-      const double w = d[i] < at ? p[i] : 0.0;
+      const double w = select(d[i] < at, p[i], 0.0);
       return Sums<4>{{w, w * d[i], w * d[i] * d[i], w > 0 ? 1.0 : 0.0}};
     });
     const double candidate = root(m.v[0], m.v[1], m.v[2]);
@@ -257,7 +257,7 @@ DRRLHF_HD void write_linear(const Team& team, const Problem& problem, double eta
   const double *d = problem.d, *p = problem.p;
   double* q = problem.q;
   const double mass =
-      total(team, [=](std::int64_t i) { return d[i] < eta ? p[i] * (eta - d[i]) : 0.0; });
+      total(team, [=](std::int64_t i) { return select(d[i] < eta, p[i] * (eta - d[i]), 0.0); });
   team.each([=](std::int64_t i) { q[i] = d[i] < eta ? p[i] * ((eta - d[i]) / mass) : 0.0; });
 }
 
@@ -285,7 +285,7 @@ DRRLHF_HD Solution solve_cvar_temperature(const Team& team, const Problem& probl
     v = upper_tail(team, l, p, alpha, bottom, top).threshold;
     const double anchor = v;
     const Sums<2> masses = team.template sum<2>([=](std::int64_t i) {
-      return Sums<2>{{l[i] > anchor ? p[i] : 0.0, l[i] <= anchor ? p[i] : 0.0}};
+      return Sums<2>{{select(l[i] > anchor, p[i], 0.0), select(l[i] <= anchor, p[i], 0.0)}};
     });
     const double rest = 1 - masses.v[0] / alpha;
     h = log((rest > 1e-300 ? rest : 1e-300) / masses.v[1] * alpha);
@@ -297,7 +297,7 @@ DRRLHF_HD Solution solve_cvar_temperature(const Team& team, const Problem& probl
     const Sums<2> m2 = team.template sum<2>([=](std::int64_t i) {
       const double z = x[i] + at;
       const double e = p[i] * exp_nonpositive(z < 0 ? z : 0.0);
-      return Sums<2>{{z >= 0 ? p[i] : 0.0, z >= 0 ? 0.0 : e}};
+      return Sums<2>{{select(z >= 0, p[i], 0.0), z >= 0 ? 0.0 : e}};
     });
     const double growth = (alpha - m2.v[0]) / m2.v[1];
     if (!(growth > 1 + 1e-15)) break;
@@ -309,8 +309,8 @@ DRRLHF_HD Solution solve_cvar_temperature(const Team& team, const Problem& probl
   });
   // sum q (l - v - t log(q/p)): a constant where free, l - v + t log(alpha) where capped.
   const double free = -t * (h - log(alpha)), capped = t * log(alpha);
-  const double value =
-      total(team, [=](std::int64_t i) { return q[i] * (x[i] + h < 0 ? free : l[i] - v + capped); });
+  const double value = total(
+      team, [=](std::int64_t i) { return q[i] * select(x[i] + h < 0, free, l[i] - v + capped); });
   return {v + value, v + free};
 }
 
@@ -373,7 +373,7 @@ DRRLHF_HD Solution worst_case(const Team& team, const Problem& problem, Ambiguit
   if (set.kind == Kind::kCvarTemperature) {
     return solve_cvar_temperature(team, problem, a, set.temperature, bottom, top);
   }
-  const double at_top = total(team, [=](std::int64_t i) { return l[i] == top ? p[i] : 0.0; });
+  const double at_top = total(team, [=](std::int64_t i) { return select(l[i] == top, p[i], 0.0); });
   double dual = 0.0, penalty = 0.0;
   if ((set.kind == Kind::kKlRadius && a >= -log(at_top)) ||
       (set.kind == Kind::kChiSquareRadius && a >= (1 / at_top - 1) / 2)) {
@@ -410,7 +410,7 @@ DRRLHF_HD Solution worst_case(const Team& team, const Problem& problem, Ambiguit
     write_linear(team, problem, eta);
     dual = top - span * eta;
     penalty = 0.5 * a * total(team, [=](std::int64_t i) {
-                const double excess = p[i] > 0 ? q[i] / p[i] - 1 : 0.0;
+                const double excess = select(p[i] > 0, q[i] / p[i] - 1, 0.0);
                 return p[i] * excess * excess;
               });
   } else {  // CVaR
@@ -460,7 +460,8 @@ DRRLHF_HD Solution group_step(const Team& team, const Problem& problem, Group gr
   for (int g = 0; g < size; ++g) held += mass[g] > 0 ? w[g] : 0.0;
   team.each(
       [=](std::int64_t i) { q[i] = p[i] > 0 ? w[group(i)] / held / mass[group(i)] * p[i] : 0.0; });
-  const double value = total(team, [=](std::int64_t i) { return p[i] > 0 ? q[i] * l[i] : 0.0; });
+  const double value =
+      total(team, [=](std::int64_t i) { return select(p[i] > 0, q[i] * l[i], 0.0); });
   return {value, 0.0};
 }
 

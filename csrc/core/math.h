@@ -20,6 +20,13 @@ DRRLHF_HD std::uint64_t double_to_bits(double value) {
   return bits;
 }
 
+// One of two numbers that are both there. What a sum reads must not be read under a condition: see
+// FACTS.md.
+template <class T>
+DRRLHF_HD T select(bool first, T one, T other) {
+  return first ? one : other;
+}
+
 // exp(x) = 2^k (1 + tail) with |x - k log 2| <= log(2)/2; tail = expm1 of the remainder.
 template <class T>
 struct ExpPartsOf {

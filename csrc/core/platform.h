@@ -18,15 +18,8 @@
 #define DRRLHF_NO_UNROLL
 #endif
 
-// A hot loop's entry point is compiled once for each of these and chosen at load time by the
-// processor that runs it, so the build serves machines older and newer than the builder.
+// Whether the compiler makes one function for several widths of vectors (cpu/vectorised.h).
 #if !defined(__CUDACC__) && defined(__x86_64__) && defined(__gnu_linux__) && defined(__GNUC__) && \
     !defined(__clang__) && !defined(DRRLHF_NO_MULTIVERSION)
-#define DRRLHF_MULTIVERSION \
-  __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default"), flatten))
 #define DRRLHF_MULTIVERSIONED
-#define DRRLHF_ISA "x86-64, x86-64-v3, x86-64-v4 (chosen at load time)"
-#else
-#define DRRLHF_MULTIVERSION
-#define DRRLHF_ISA "the compiler's default"
 #endif

@@ -8,8 +8,8 @@
 #include <exception>
 #include <vector>
 
-#include "../core/platform.h"
 #include "softmax.h"
+#include "vectorised.h"
 
 namespace drrlhf::cpu {
 
@@ -51,9 +51,18 @@ bool multiplies_packed(const at::Tensor& weight) {
 
 namespace {
 
-DRRLHF_MULTIVERSION void interleave(const std::uint16_t* one, const std::uint16_t* two,
-                                    std::int64_t n, std::uint32_t* out) {
-  for (std::int64_t i = 0; i < n; ++i) out[i] = one[i] | std::uint32_t(two[i]) << 16;
+void interleave(const std::uint16_t* one, const std::uint16_t* two, std::int64_t n,
+                std::uint32_t* out) {
+  vectorised([=] {
+    for (std::int64_t i = 0; i < n; ++i) out[i] = one[i] | std::uint32_t(two[i]) << 16;
+  });
+}
+
+DRRLHF_HD float wide(std::uint16_t x) {
+  const std::uint32_t bits = std::uint32_t(x) << 16;
+  float y;
+  std::memcpy(&y, &bits, sizeof y);
+  return y;
 }
 
 }  // namespace
@@ -89,39 +98,35 @@ const std::uint16_t* words_of(const at::Tensor& x) {
   return reinterpret_cast<const std::uint16_t*>(x.const_data_ptr<at::BFloat16>());
 }
 
-DRRLHF_MULTIVERSION float dot(const std::uint16_t* a, const std::uint16_t* b, std::int64_t n) {
-  constexpr int kLanes = 16;
-  const auto wide = [](std::uint16_t x) {
-    const std::uint32_t bits = std::uint32_t(x) << 16;
-    float y;
-    std::memcpy(&y, &bits, sizeof y);
-    return y;
-  };
-  float sums[kLanes] = {};
-  for (std::int64_t i = 0; i < n; i += kLanes) {
-    for (int k = 0; k < kLanes; ++k) sums[k] += wide(a[i + k]) * wide(b[i + k]);
-  }
-  float sum = 0;
-  for (const float x : sums) sum += x;
-  return sum;
+float dot(const std::uint16_t* a, const std::uint16_t* b, std::int64_t n) {
+  return vectorised([=] {
+    constexpr int kLanes = 16;
+    float sums[kLanes] = {};
+    for (std::int64_t i = 0; i < n; i += kLanes) {
+      for (int k = 0; k < kLanes; ++k) sums[k] += wide(a[i + k]) * wide(b[i + k]);
+    }
+    float sum = 0;
+    for (const float x : sums) sum += x;
+    return sum;
+  });
 }
 
-DRRLHF_MULTIVERSION void scaled(const float* x, std::int64_t n, float factor, float* out) {
-  for (std::int64_t i = 0; i < n; ++i) out[i] = factor * x[i];
+void scaled(const float* x, std::int64_t n, float factor, float* out) {
+  vectorised([=] {
+    for (std::int64_t i = 0; i < n; ++i) out[i] = factor * x[i];
+  });
 }
 
-DRRLHF_MULTIVERSION void add_scaled(const float* x, std::int64_t n, float factor, float* out) {
-  for (std::int64_t i = 0; i < n; ++i) out[i] += factor * x[i];
+void add_scaled(const float* x, std::int64_t n, float factor, float* out) {
+  vectorised([=] {
+    for (std::int64_t i = 0; i < n; ++i) out[i] += factor * x[i];
+  });
 }
 
-DRRLHF_MULTIVERSION void add_scaled_row(const std::uint16_t* x, std::int64_t n, float factor,
-                                        float* out) {
-  for (std::int64_t i = 0; i < n; ++i) {
-    const std::uint32_t bits = std::uint32_t(x[i]) << 16;
-    float y;
-    std::memcpy(&y, &bits, sizeof y);
-    out[i] += factor * y;
-  }
+void add_scaled_row(const std::uint16_t* x, std::int64_t n, float factor, float* out) {
+  vectorised([=] {
+    for (std::int64_t i = 0; i < n; ++i) out[i] += factor * wide(x[i]);
+  });
 }
 
 }  // namespace drrlhf::cpu

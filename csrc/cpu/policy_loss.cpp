@@ -5,6 +5,7 @@
 
 #include "../message.h"
 #include "sequences.h"
+#include "vectorised.h"
 
 namespace drrlhf::cpu {
 namespace {
@@ -60,9 +61,9 @@ DRRLHF_HD double sum(const T* x, const T* counted, std::int64_t n) {
   T lanes[kWidth] = {};
   std::int64_t i = 0;
   for (; i + kWidth <= n; i += kWidth) {
-    for (int j = 0; j < kWidth; ++j) lanes[j] += counted[i + j] != 0 ? x[i + j] : T(0);
+    for (int j = 0; j < kWidth; ++j) lanes[j] += select(counted[i + j] != 0, x[i + j], T(0));
   }
-  for (int j = 0; i < n; ++i, ++j) lanes[j] += counted[i] != 0 ? x[i] : T(0);
+  for (int j = 0; i < n; ++i, ++j) lanes[j] += select(counted[i] != 0, x[i], T(0));
   double total = 0;
   for (int j = 0; j < kWidth; ++j) total += double(lanes[j]);
   return total;
@@ -158,22 +159,11 @@ DRRLHF_HD void sum_sequence(const Tokens<T>& t, std::int64_t n, T advantage,
   }
 }
 
-DRRLHF_MULTIVERSION void one_sequence(const Tokens<float>& t, std::int64_t n, double advantage,
-                                      const PolicyOptions& options, double* sums) {
-  sum_sequence(t, n, float(advantage), options, sums);
-}
-
-DRRLHF_MULTIVERSION void one_sequence(const Tokens<double>& t, std::int64_t n, double advantage,
-                                      const PolicyOptions& options, double* sums) {
-  sum_sequence(t, n, advantage, options, sums);
-}
-
-DRRLHF_MULTIVERSION void scale(const float* x, std::int64_t n, float factor, float* out) {
-  for (std::int64_t i = 0; i < n; ++i) out[i] = factor * x[i];
-}
-
-DRRLHF_MULTIVERSION void scale(const double* x, std::int64_t n, double factor, double* out) {
-  for (std::int64_t i = 0; i < n; ++i) out[i] = factor * x[i];
+template <class T>
+void scale(const T* x, std::int64_t n, T factor, T* out) {
+  vectorised([=] {
+    for (std::int64_t i = 0; i < n; ++i) out[i] = factor * x[i];
+  });
 }
 
 // Calls f(s, begin, n) for each sequence s and its n tokens from `begin` on, in parallel.
@@ -215,7 +205,8 @@ PolicySums sums_of(const PolicyTokens& given, const Tensor& advantages,
     double sums[kSequenceSums];
     const Tokens<T> mine = from(tokens, begin);
     const std::int64_t used = counted_until(mine.mask, n);
-    one_sequence(mine, used, advantage[s], options, sums);
+    vectorised(
+        [=, a = T(advantage[s]), into = &sums[0]] { sum_sequence(mine, used, a, options, into); });
     std::fill(mine.slopes + used, mine.slopes + n, T(0));
     for (int k = 0; k < kSequenceSums; ++k) table[k * sequences.count + s] = sums[k];
   });

@@ -3,6 +3,7 @@
 #include <vector>
 
 #include "robust_risk.h"
+#include "vectorised.h"
 
 namespace drrlhf::cpu {
 namespace {
@@ -17,24 +18,20 @@ struct Group {
   std::int64_t operator()(std::int64_t i) const { return ids[i]; }
 };
 
-DRRLHF_MULTIVERSION Solution solve(const double* losses, std::int64_t n,
-                                   const AdversaryOf<Nominal, Group>& adversary, double* scratch,
-                                   double* q) {
-  return robust_risk(
-      SerialTeam{n}, [=](std::int64_t i) { return losses[i]; }, adversary, scratch, scratch + n,
-      scratch + 2 * n, q);
-}
-
 }  // namespace
 
 Solution robust_risk_cpu(const double* losses, std::int64_t n, const AdversaryArguments& a,
                          double* q) {
-  std::vector<double> scratch(3 * n + 2 * a.num_groups);
-  double* groups = scratch.data() + 3 * n;
+  std::vector<double> room(3 * n + 2 * a.num_groups);
+  double *scratch = room.data(), *groups = scratch + 3 * n;
   const AdversaryOf<Nominal, Group> adversary = {
       a.set,  a.nominal == nullptr,  {a.nominal}, {a.groups}, a.group_weights,
       groups, groups + a.num_groups, a.num_groups};
-  return solve(losses, n, adversary, scratch.data(), q);
+  return vectorised([=] {
+    return robust_risk(
+        SerialTeam{n}, [=](std::int64_t i) { return losses[i]; }, adversary, scratch, scratch + n,
+        scratch + 2 * n, q);
+  });
 }
 
 }  // namespace drrlhf::cpu

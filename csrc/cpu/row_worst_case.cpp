@@ -9,6 +9,7 @@
 
 #include "../core/math.h"
 #include "../message.h"
+#include "vectorised.h"
 
 #if defined(__GNUC__) && !defined(__clang__)
 // What returns vectors is inlined: nobody has another idea of how they are returned.
@@ -109,7 +110,7 @@ DRRLHF_HD void raise_top(Block& b, const Lanes& filled) {
   }
 }
 
-DRRLHF_MULTIVERSION void solve(Block& b, Kind kind, double parameter) {
+DRRLHF_HD void solve(Block& b, Kind kind, double parameter) {
   const std::int64_t width = b.width;
   for (std::int64_t k = 0; k < width; ++k) {
     b.p[k] = where(b.total > 0.0, b.p[k] / b.total, Lanes{});
@@ -166,7 +167,7 @@ void solve_rows(const Tensor& table, const bool* counts, const double* masses, K
     for (std::int64_t i = begin; i < end; ++i) {
       const std::int64_t from = i * kLanes, rows = std::min<std::int64_t>(kLanes, n - from);
       load(b, l, counts, masses, from, rows);
-      solve(b, kind, parameter);
+      vectorised([=, block = &b] { solve(*block, kind, parameter); });
       for (std::int64_t r = 0; r < rows; ++r) {
         value[from + r] = static_cast<T>(b.value[r]);
         for (std::int64_t k = 0; k < width; ++k) {

@@ -1,13 +1,10 @@
 #include "softmax.h"
 
-#include <ATen/Version.h>
-
 #include <cmath>
 #include <cstdint>
-#include <string>
 #include <type_traits>
 
-#include "../core/platform.h"
+#include "vectorised.h"
 
 #ifdef DRRLHF_MULTIVERSIONED
 #include <immintrin.h>
@@ -78,17 +75,16 @@ namespace {
 
 const SoftmaxKernels& softmax_kernels() {
 #ifdef DRRLHF_MULTIVERSIONED
-  static const SoftmaxKernels& best = []() -> const SoftmaxKernels& {
-    const std::string allowed = at::get_cpu_capability();
-    const bool wide = allowed == "AVX512";
-    if (wide && __builtin_cpu_supports("x86-64-v4")) return avx512::kKernels;
-    const bool middle = wide || allowed == "AVX2";
-    return middle && __builtin_cpu_supports("x86-64-v3") ? avx2::kKernels : baseline::kKernels;
-  }();
-  return best;
-#else
-  return baseline::kKernels;
+  switch (widest_vectors()) {
+    case Vectors::kAvx512:
+      return avx512::kKernels;
+    case Vectors::kAvx2:
+      return avx2::kKernels;
+    case Vectors::kBaseline:
+      break;
+  }
 #endif
+  return baseline::kKernels;
 }
 
 TokenStatistics finish(const Others& o, float label_z, std::int64_t label, std::int64_t n) {

@@ -84,11 +84,15 @@ def _reference() -> Tensor:
 
 
 class Policy:
-    """The cut model with fresh adapters; log-probs of completions are of all their tokens."""
+    """The cut model with fresh adapters; log-probs of completions are of all their tokens. It is
+    held in ``dtype``, by default the fast one."""
 
-    def __init__(self, model_dir: Path, settings: Settings, seed: int) -> None:
+    def __init__(
+        self, model_dir: Path, settings: Settings, seed: int, dtype: torch.dtype | None = None
+    ) -> None:
+        self.dtype = dtype or fast_dtype()
         self.tokenizer = AutoTokenizer.from_pretrained(model_dir)
-        base = AutoModelForCausalLM.from_pretrained(model_dir, dtype=fast_dtype())
+        base = AutoModelForCausalLM.from_pretrained(model_dir, dtype=self.dtype)
         layers = base.config.num_hidden_layers
         config = LoraConfig(
             r=settings.rank,
@@ -119,7 +123,7 @@ class Policy:
             for row, i in enumerate(batch):
                 n = len(answers[i].ids)
                 ids[row, :n], mask[row, :n] = torch.tensor(answers[i].ids), 1
-            with torch.autocast("cpu", fast_dtype(), enabled=fast_dtype() != torch.float32):
+            with torch.autocast("cpu", self.dtype, enabled=self.dtype != torch.float32):
                 states = self.model.get_base_model().model(ids, mask).last_hidden_state
             for row, i in enumerate(batch):
                 one = answers[i]

@@ -23,7 +23,7 @@ from evidence.shift import dpo
 from evidence.shift.dpo import Answer, Policy, Settings
 from evidence.shift.tasks import parser
 from evidence.views import run
-from evidence.views.run import WORST, Method, marks
+from evidence.views.run import WORST, Method, Task, marks
 
 MAX_TOKENS = 128
 METHODS = {
@@ -86,33 +86,26 @@ def rewards(policy: Policy, beta: float, domain: str, texts: Sequence[str]) -> T
     return (beta * (policy.logps(answers) - reference)).double()
 
 
-def one(task: tuple[int, str, Sizes]) -> dict[str, Any]:
+def one(task: Task) -> dict[str, Any]:
     """Train by a method and test what comes out."""
-    seed, method, sizes = task
     texts, folder = dpo.load()
-    splits = sentiment.split_texts(texts, seed)
-    policy = Policy(folder, sizes.policy, seed)
-    train(policy, splits["train"], seed, METHODS[method], sizes)
+    splits = sentiment.split_texts(texts, task.seed)
+    policy = Policy(folder, task.sizes.policy, task.seed, task.dtype)
+    train(policy, splits["train"], task)
     policy.model.eval()
     tests = {
         domain: marks(
-            sentiment.make_pairs(splits["test"][domain], sizes.test, seed=seed),
-            partial(rewards, policy, sizes.policy.beta, domain),
+            sentiment.make_pairs(splits["test"][domain], task.sizes.test, seed=task.seed),
+            partial(rewards, policy, task.sizes.policy.beta, domain),
         )
         for domain in sentiment.DOMAINS
     }
-    return {"seed": seed, "method": method, "dtype": run.DTYPE, "test": tests}
+    return run.record(task, tests)
 
 
-def train(
-    policy: Policy,
-    splits: Mapping[str, Sequence[sentiment.Text]],
-    seed: int,
-    method: Method,
-    sizes: Sizes,
-) -> None:
+def train(policy: Policy, splits: Mapping[str, Sequence[sentiment.Text]], task: Task) -> None:
     """Train the policy's adapters by `DPOTrainer`."""
-    settings = sizes.policy
+    settings, seed, method = task.sizes.policy, task.seed, METHODS[task.method]
     rows = [
         {"prompt": prompt(domain), "chosen": pair.chosen, "rejected": pair.rejected}
         for domain, share in run.SHARES.items()
@@ -123,14 +116,12 @@ def train(
         config = DPOConfig(
             out,
             per_device_train_batch_size=settings.batch,
-            max_steps=round(sizes.steps * method.longer),
+            max_steps=round(task.sizes.steps * method.longer),
             learning_rate=settings.lr,
             lr_scheduler_type="constant",
             beta=settings.beta,
             max_length=MAX_TOKENS,
-            seed=seed,
-            **run.QUIET,
-            **method.options,
+            **run.told(task, method),
         )
         data = datasets.Dataset.from_list(rows)
         trainer = DPOTrainer(
@@ -141,9 +132,9 @@ def train(
 
 
 def main() -> None:
-    options = parser(__doc__).parse_args()
+    arguments = parser(__doc__).parse_args()
     dpo.load()  # fetched once, before there are workers to wait for it
-    run.run_missing(options, QUICK if options.quick else Sizes(), METHODS, one)
+    run.run_missing(arguments, QUICK if arguments.quick else Sizes(), METHODS, one)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cache, partial
 from random import Random
-from typing import Any
+from typing import Any, NamedTuple
 
 import datasets
 import torch
@@ -23,7 +23,7 @@ from drrlhf.demo.embeddings import fast_dtype
 from drrlhf.transformations import SIDES, TRANSFORMATIONS
 from drrlhf.trl import RewardConfig, RewardTrainer
 from evidence.shift.methods import calibration_error
-from evidence.shift.tasks import Work, done_already, parser, rounded, run_tasks
+from evidence.shift.tasks import done_already, parser, rounded, run_tasks
 
 SHARES = {"movie": 0.475, "amazon": 0.475, "tweets": 0.05}
 TRAINED = ["typos", "bullets", "sentence", "sentence_order", "bold"]
@@ -31,10 +31,8 @@ HELD_OUT = ["dropped_words", "doubled_words", "punctuation", "quotes", "homoglyp
 HELD_OUT += ["repeated", "handle", "url"]
 CHANGED = (SIDES[:1], SIDES[1:], SIDES)
 BATCH = 24
-DTYPE = str(fast_dtype()).removeprefix("torch.")  # of the products in training
 QUIET: dict[str, Any] = {
     "use_cpu": True,
-    "bf16": DTYPE == "bfloat16",
     "gradient_checkpointing": False,
     "report_to": "none",
 }
@@ -79,28 +77,47 @@ QUICK = Sizes(steps=2, test=6)
 Score = Callable[[Sequence[str]], torch.Tensor]
 
 
+class Task(NamedTuple):
+    """A run: ``dtype`` is that of the products in training."""
+
+    seed: int
+    method: str
+    dtype: torch.dtype
+    sizes: Any
+
+
 @cache
 def texts() -> list[sentiment.Text]:
     return sentiment.load_texts(material.fetch("sentiment"))
 
 
-def one(task: tuple[int, str, Sizes]) -> dict[str, Any]:
+def one(task: Task) -> dict[str, Any]:
     """Train by a method and test what comes out."""
-    seed, method, sizes = task
-    splits = sentiment.split_texts(texts(), seed)
-    model, tokenizer = trained(splits["train"], seed, METHODS[method], sizes)
+    splits = sentiment.split_texts(texts(), task.seed)
+    model, tokenizer = trained(splits["train"], task)
     score = partial(scores, model, tokenizer)
     tests = {
-        domain: marks(sentiment.make_pairs(splits["test"][domain], sizes.test, seed=seed), score)
+        domain: marks(
+            sentiment.make_pairs(splits["test"][domain], task.sizes.test, seed=task.seed), score
+        )
         for domain in sentiment.DOMAINS
     }
-    return {"seed": seed, "method": method, "dtype": DTYPE, "test": tests}
+    return record(task, tests)
 
 
-def trained(
-    splits: Mapping[str, Sequence[sentiment.Text]], seed: int, method: Method, sizes: Sizes
-) -> tuple[Any, Any]:
+def record(task: Task, tests: Mapping[str, Any]) -> dict[str, Any]:
+    """What is kept of a run."""
+    return {"seed": task.seed, "method": task.method, "dtype": str(task.dtype), "test": tests}
+
+
+def told(task: Task, method: Method) -> dict[str, Any]:
+    """What every trainer is told."""
+    return {**QUIET, "bf16": task.dtype == torch.bfloat16, "seed": task.seed, **method.options}
+
+
+def trained(splits: Mapping[str, Sequence[sentiment.Text]], task: Task) -> tuple[Any, Any]:
     """A reward model and its tokenizer."""
+    seed, sizes, method = task.seed, task.sizes, METHODS[task.method]
     folder = material.fetch("minilm")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     torch.manual_seed(seed)
@@ -123,9 +140,7 @@ def trained(
             max_steps=steps,
             learning_rate=sizes.learning_rate,
             warmup_steps=max(1, steps // 10),
-            seed=seed,
-            **QUIET,
-            **method.options,
+            **told(task, method),
         )
         data = dataset(pairs, tokenizer)
         trainer = RewardTrainer(model, config, train_dataset=data, processing_class=tokenizer)
@@ -186,31 +201,40 @@ def changed(name: str, text: str) -> str:
     return TRANSFORMATIONS[name].apply(text, draw=Random(f"{name}/{text}"))
 
 
-def run_missing(options: Any, sizes: Any, methods: Mapping[str, Method], work: Work) -> None:
+def run_missing(
+    arguments: Any, sizes: Any, methods: Mapping[str, Method], work: Callable[[Task], Any]
+) -> None:
     """Run what the file lacks: seed by seed, and then the later methods."""
-    told = {name: asdict(method) for name, method in methods.items()}
-    own = {"sizes": asdict(sizes), "methods": told, "held_out": HELD_OUT}
-    todo = missing(done_already(options.output, own), options.seeds, methods)
-    run_tasks(options.output, own, [(*task, sizes) for task in todo], work, options.workers)
+    described = {name: asdict(method) for name, method in methods.items()}
+    own = {"sizes": asdict(sizes), "methods": described, "held_out": HELD_OUT}
+    records = done_already(arguments.output, own)
+    todo = missing(records, arguments.seeds, methods, sizes)
+    run_tasks(arguments.output, own, todo, work, arguments.workers)
 
 
 def missing(
-    records: Sequence[Mapping[str, Any]], seeds: int, methods: Iterable[str]
-) -> list[tuple[int, str]]:
-    """The seeds and methods that no record is of, the later methods last; without seeds that were
-    begun in another precision: methods are compared within a seed."""
+    records: Sequence[Mapping[str, Any]], seeds: int, methods: Iterable[str], sizes: Any
+) -> list[Task]:
+    """The runs that no record is of, those of the later methods last. A seed goes on in the dtype
+    that it began in, as methods are compared within it; without one that is slow here."""
     done = {(record["seed"], record["method"]) for record in records}
-    other = {record["seed"] for record in records if record["dtype"] != DTYPE}
-    every = [(seed, method) for seed in range(seeds) if seed not in other for method in methods]
-    every.sort(key=lambda task: task[1] in LATER)
-    return [task for task in every if task not in done]
+    fast = fast_dtype()
+    begun = {record["seed"]: getattr(torch, record["dtype"][6:]) for record in records}
+    every = [
+        Task(seed, method, begun.get(seed, fast), sizes)
+        for seed in range(seeds)
+        for method in methods
+    ]
+    every.sort(key=lambda task: task.method in LATER)
+    here = {fast, torch.float32}
+    return [task for task in every if task[:2] not in done and task.dtype in here]
 
 
 def main() -> None:
-    options = parser(__doc__).parse_args()
+    arguments = parser(__doc__).parse_args()
     texts()  # fetched once, before there are workers to wait for it
     material.fetch("minilm")
-    run_missing(options, QUICK if options.quick else Sizes(), METHODS, one)
+    run_missing(arguments, QUICK if arguments.quick else Sizes(), METHODS, one)
 
 
 if __name__ == "__main__":

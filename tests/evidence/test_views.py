@@ -78,14 +78,20 @@ def test_a_run_is_kept_and_goes_on(tmp_path, monkeypatch):
 
 
 def test_a_seed_goes_on_in_the_precision_that_it_began_in(monkeypatch):
-    records = [{"seed": 0, "method": "plain", "dtype": "float32"}]
-    records += [{"seed": 1, "method": "plain", "dtype": "bfloat16"}]
-    methods = ("augment", "plain", "worst")
-    monkeypatch.setattr(run, "DTYPE", "float32")
-    first = [(0, "worst"), (2, "plain"), (2, "worst")]
-    assert run.missing(records, 3, methods) == [*first, (0, "augment"), (2, "augment")]
-    monkeypatch.setattr(run, "DTYPE", "bfloat16")
-    assert {seed for seed, _ in run.missing(records, 2, methods)} == {1}
+    records = [{"seed": 0, "method": "plain", "dtype": "torch.float32"}]
+    records += [{"seed": 1, "method": "plain", "dtype": "torch.bfloat16"}]
+
+    def found(fast):
+        monkeypatch.setattr(run, "fast_dtype", lambda: fast)
+        tasks = run.missing(records, 3, ("augment", "plain", "worst"), None)
+        return [(task.seed, task.method, task.dtype) for task in tasks]
+
+    exact, short = torch.float32, torch.bfloat16
+    first = [(0, "worst", exact), (2, "plain", exact), (2, "worst", exact)]
+    assert found(exact) == [*first, (0, "augment", exact), (2, "augment", exact)]
+    first = [(0, "worst", exact), (1, "worst", short), (2, "plain", short), (2, "worst", short)]
+    later = [(0, "augment", exact), (1, "augment", short), (2, "augment", short)]
+    assert found(short) == [*first, *later]
 
 
 @pytest.mark.parametrize("kept", sorted(Path(run.__file__).parent.glob("results/*.jsonl")), ids=str)
@@ -136,12 +142,12 @@ def test_a_policy_is_trained_and_marked(tmp_path, monkeypatch):
     monkeypatch.setattr(dpo.dpo, "load", lambda: (made_up(40), folder))
     monkeypatch.setattr(dpo, "METHODS", {k: dpo.METHODS[k] for k in ("plain", "worst")})
     sizes = dpo.Sizes(dpo.Settings(pairs=8, batch=4, adapted_layers=1, lr=0.5), steps=6, test=3)
-    found = dpo.one((0, "worst", sizes))
+    found = dpo.one(run.Task(0, "worst", torch.float32, sizes))
     assert found["method"] == "worst" and found["test"].keys() == set(DOMAINS)
     assert found["test"]["movie"]["spread"] > 0
-    policy = dpo.Policy(folder, sizes.policy, 0)
+    policy = dpo.Policy(folder, sizes.policy, 0, torch.float32)
     splits = {domain: [t for t in made_up(40) if t.domain == domain] for domain in DOMAINS}
-    dpo.train(policy, splits, 0, dpo.METHODS["plain"], sizes)
+    dpo.train(policy, splits, run.Task(0, "plain", torch.float32, sizes))
     policy.model.eval()
     text = "the film was good"
     ids = policy.tokenizer(dpo.prompt("movie") + text, return_tensors="pt")["input_ids"]
