@@ -109,8 +109,12 @@ void multiply_by_head(const Tensor& gradient, const Tensor& weight, Tensor resul
 void multiply_by_hidden(const Tensor& gradient, const Tensor& hidden, Tensor result) {
   if (multiplies(hidden.scalar_type())) {
     at::mm_out(result, gradient, hidden);
-  } else {
-    result.copy_(at::mm(gradient.to(at::kFloat), hidden.to(at::kFloat)));
+    return;
+  }
+  const Tensor wide = hidden.to(at::kFloat);
+  for (std::int64_t v = 0; v < gradient.size(0); v += kWidenedRows) {
+    const std::int64_t rows = std::min(kWidenedRows, gradient.size(0) - v);
+    result.narrow(0, v, rows).copy_(at::mm(gradient.narrow(0, v, rows).to(at::kFloat), wide));
   }
 }
 

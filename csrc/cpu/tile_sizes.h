@@ -18,7 +18,7 @@ inline constexpr std::int64_t kTileTokens = 64;
 // Tokens whose logits are made together where none are kept.
 inline constexpr std::int64_t kScoredTokens = 1024;
 // Rows of the head that are widened to float32 at a time where the dtype has no products here.
-inline constexpr std::int64_t kWidenedRows = 1024;
+inline constexpr std::int64_t kWidenedRows = 256;
 
 inline std::int64_t round_up(std::int64_t n, std::int64_t to) { return (n + to - 1) / to * to; }
 
