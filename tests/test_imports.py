@@ -19,6 +19,7 @@ LAYERS = {
     "version": 0,
     "checks": 0,
     "conventions": 0,
+    "precision": 0,
     "batching": 0,
     "ambiguity": 0,
     "files": 0,

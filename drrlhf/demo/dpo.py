@@ -39,10 +39,10 @@ from transformers.utils import logging
 
 from drrlhf import linear_token_logprobs, parse_ambiguity, sequence_logprobs
 from drrlhf.callbacks import MetricsCallback, ProgressCallback
-from drrlhf.demo.embeddings import fast_dtype
 from drrlhf.demo.material import cache_dir, fetch
 from drrlhf.demo.sentiment import DERIVED, preference_rows
 from drrlhf.files import json_lines, write_text
+from drrlhf.precision import fast_dtype
 from drrlhf.report import plot_comparison
 from drrlhf.trl import DPOConfig, DPOTrainer
 

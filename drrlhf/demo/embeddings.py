@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from drrlhf.batching import by_length
 from drrlhf.demo.material import cache_dir, sha256
 from drrlhf.files import write_whole
+from drrlhf.precision import fast_dtype
 
 MAX_TOKENS = 256
 # Batches are cut by tokens, padding included: on a CPU, activations of about this size stay in
@@ -38,6 +39,7 @@ def encode(
 ) -> torch.Tensor:
     """Embeddings (len(texts), hidden size), float32, of ``texts`` by the encoder in ``model_dir``.
 
+    They are made in the CPU's fast precision; in another one they differ by about 1e-4 in cosine.
     They are kept in ``cache`` (default: the demonstration's cache), keyed by the texts, the model's
     sha256 and the precision; a second call with the same texts reads them back.
     """
@@ -49,15 +51,6 @@ def encode(
         found = _encode(texts, model_dir, dtype, console)
         write_whole(path, lambda part: save_file({"embeddings": found}, part))
     return load_file(path)["embeddings"]
-
-
-def fast_dtype() -> torch.dtype:
-    """bfloat16 where the CPU multiplies it natively (twice as fast there), else float32.
-
-    Elsewhere bfloat16 is emulated and slower. The embeddings differ by about 1e-4 in cosine.
-    """
-    native = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-    return torch.bfloat16 if native() else torch.float32
 
 
 def _key(texts: Sequence[str], model_dir: Path, dtype: torch.dtype) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.logging import get_logger
 from accelerate.utils import DistributedType
 from torch import Tensor
 from transformers.trainer import TRAINER_STATE_NAME
@@ -17,9 +18,12 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from drrlhf import ERM, Group, GroupState, NormaliserState, parse_ambiguity, robust_risk
 from drrlhf.functional import RobustRisk
 from drrlhf.groups import Groups, from_data, with_count
+from drrlhf.precision import emulates_bfloat16
 from drrlhf.trl import columns, state, weighted
 from drrlhf.trl.seam import overridden
 from drrlhf.trl.weighted import Weighted
+
+logger = get_logger(__name__)
 
 GROUPS = "groups"  # a checkpoint's fact: what the data call the groups, in order
 
@@ -173,7 +177,13 @@ class SetMixin:
                 )
 
     def _check_setup(self) -> None:
-        """Refuse what is known only when accelerate is set up."""
+        """Refuse what is known only when accelerate is set up; and warn of a slow precision, which
+        is TRL's default."""
+        if self.accelerator.device.type == "cpu" and self.args.bf16 and emulates_bfloat16():
+            logger.warning(
+                "bf16=True on a CPU without products in bfloat16, which PyTorch emulates there, up "
+                "to eight times slower than float32; bf16=False is faster."
+            )
         if not self._reweighing or self.robust_scope != "step":
             return
         deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED

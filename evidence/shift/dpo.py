@@ -22,7 +22,7 @@ import drrlhf as dr
 from drrlhf.batching import by_length
 from drrlhf.demo import material, sentiment
 from drrlhf.demo.dpo import LAYERS, cut_model
-from drrlhf.demo.embeddings import fast_dtype
+from drrlhf.precision import fast_dtype
 from evidence.shift.methods import marks
 from evidence.shift.shifts import DPO_SCENARIOS, Drawn, Scenario, Sizes, Splits, draw
 from evidence.shift.tasks import done_already, parser, rounded, run_tasks

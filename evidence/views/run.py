@@ -19,7 +19,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Prin
 
 from drrlhf import reward_inputs
 from drrlhf.demo import material, sentiment
-from drrlhf.demo.embeddings import fast_dtype
+from drrlhf.precision import fast_dtype
 from drrlhf.transformations import SIDES, TRANSFORMATIONS
 from drrlhf.trl import RewardConfig, RewardTrainer
 from evidence.shift.methods import calibration_error

@@ -507,6 +507,25 @@ def test_the_device_batch_is_named_where_it_is_not_the_steps(llama, tmp_path, ca
     assert "batch of each device" in messages(caplog)[2]
 
 
+def test_a_precision_that_the_cpu_only_emulates_is_named(
+    llama, reward_model, tmp_path, caplog, monkeypatch
+):
+    caplog.set_level(logging.WARNING)
+    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "AVX2")
+    monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: False)
+    dpo(llama, tmp_path, bf16=False)
+    assert messages(caplog) == []
+    dpo(llama, tmp_path, bf16=True)
+    reward(reward_model, tmp_path, bf16=True)
+    assert len(messages(caplog)) == 2 and all("bf16=False" in m for m in messages(caplog))
+    monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: True)
+    dpo(llama, tmp_path, bf16=True)
+    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "DEFAULT")  # Arm, say
+    monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: False)
+    dpo(llama, tmp_path, bf16=True)
+    assert len(messages(caplog)) == 2
+
+
 def test_label_smoothing_is_named(llama, tmp_path, caplog):
     caplog.set_level(logging.WARNING)
     options = {"label_smoothing": 0.1, "max_steps": 2}
