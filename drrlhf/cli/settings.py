@@ -260,6 +260,14 @@ class Settings:
         min=0,
         max=1,
     )
+    views_scored_from: float | None = _option(
+        0.0,
+        "The share of training, below 1, after which views are scored; before it pairs are trained "
+        "on in any of them.",
+        of=_PAIRS,
+        min=0,
+        max=1,
+    )
     view_ambiguity: str | None = _option(
         "max",
         "Which of its views a pair is trained on: max, the worst; mean, any (augmentation); "

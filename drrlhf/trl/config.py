@@ -95,6 +95,13 @@ class _Pairs(_Ambiguous):
             "others are trained on in any one of them."
         },
     )
+    views_scored_from: float = field(
+        default=0.0,
+        metadata={
+            "help": "The share of training, 0 <= s < 1, after which views are scored; before it "
+            "pairs are trained on in any one of their views."
+        },
+    )
     view_ambiguity: str = field(
         default="max",
         metadata={
@@ -133,7 +140,7 @@ class DPOConfig(_Pairs, _TRLDPOConfig):
     trained on in its worst form, the ambiguity set over pairs on top: ``view_ambiguity="max"``, or
     a set of `drrlhf.worst_view` by whose weights one is drawn; ``"mean"`` is augmentation, without
     scores. ``views_scored`` is the share of pairs that are scored, the others are trained on in any
-    of their forms.
+    of their forms, as all are before the share ``views_scored_from`` of training.
     With a column ``p_chosen``, such as the chosen answer's share of votes, losses are over both
     outcomes; ``label_ambiguity="chi2:r"`` takes the worst probability near it (DPO-PRO).
     ``share_prompts`` runs the model on what two answers have in common, their prompt, once: all

@@ -41,6 +41,11 @@ def check_options(config: Any) -> None:
         acts_on(name)
     if not 0 <= config.views_scored <= 1:
         raise ValueError(f"views_scored: expected a share in [0, 1], got {config.views_scored!r}")
+    if not 0 <= config.views_scored_from < 1:
+        raise ValueError(
+            "views_scored_from: expected a share of training in [0, 1), got "
+            f"{config.views_scored_from!r}"
+        )
     if not config.views_per_pair >= 1:
         raise ValueError(f"views_per_pair: expected >= 1, got {config.views_per_pair!r}")
     solvable("view_ambiguity", config.view_ambiguity)
@@ -54,6 +59,7 @@ class ViewsMixin(OneRowMixin):
     data_collator: Any
     _views: Sequence[str] = ()
     accelerator: Any
+    state: Any
     _signature_columns: Any
     _pad_token_id: int
     _view_texts: ViewTexts | None = None
@@ -160,7 +166,7 @@ class ViewsMixin(OneRowMixin):
         facts: dict[str, str] = super()._facts()  # type: ignore[misc]
         if not self._views:
             return facts
-        named = ("views_per_pair", "views_scored", "view_ambiguity")
+        named = ("views_per_pair", "views_scored", "views_scored_from", "view_ambiguity")
         options = (f"{name}={getattr(self.args, name)}" for name in named)
         return facts | {"views": ", ".join([*self._views, *options])}
 
@@ -185,21 +191,13 @@ class ViewsMixin(OneRowMixin):
                 f"got the entries {', '.join(batch)}; use views=None"
             )
         every = rows.below(batch, views["inputs"], self._pad_token_id)
-        # (n, A * B): which form of the chosen answer, which of the rejected one.
-        chosen, rejected = (
-            side.flatten(1)
-            for side in torch.broadcast_tensors(
-                views["chosen"].unsqueeze(2), views["rejected"].unsqueeze(1)
-            )
-        )
-        there = (chosen >= 0) & (rejected >= 0)
-        chosen, rejected = chosen.clamp(min=0), rejected.clamp(min=0)
-        there &= views["prompt"][chosen] == views["prompt"][rejected]
-        # Nothing could lower the loss of two equal answers, which would be the worst of all.
-        there[:, 1:] &= (views["text"][chosen] != views["text"][rejected])[:, 1:]
+        scores_now = self._scores_now()
+        if are_scored(self.args) and not scores_now:
+            views = _any_of(views)
+        chosen, rejected, there = _combinations(views)
         weights, sums, originals = there.double(), {}, {}
         known = self._reference_scores(every, views)
-        if are_scored(self.args):
+        if scores_now:
             scores = self._policy_scores(every, views)
             if known is not None:
                 scores = torch.cat([scores, known.to(scores).unsqueeze(1)], 1)
@@ -232,6 +230,11 @@ class ViewsMixin(OneRowMixin):
         picked = batch | taken(every, worst_forms) | originals
         return picked if known is None else picked | self._known(*known[worst_forms].chunk(2))
 
+    def _scores_now(self) -> bool:
+        """Whether this step asks the model what it says of views; the same on all ranks."""
+        begins = self.args.views_scored_from * self.state.max_steps
+        return are_scored(self.args) and self.state.global_step >= begins
+
     def _policy_scores(self, every: Mapping[str, Tensor], views: Mapping[str, Any]) -> Tensor:
         """What `_score_sequences` says (m, C) of the forms of the pairs to be scored, as the model
         is evaluated; 0 of the other sequences."""
@@ -257,7 +260,7 @@ class ViewsMixin(OneRowMixin):
     ) -> Tensor:
         """The scores (m, ...) of the sequences (m, L) that are forms of some pairs (n,) of a batch,
         0 of the others; as many calls on every rank: models that are shared meet in each."""
-        extra = self.args.views_per_pair * self.args.views_scored if are_scored(self.args) else 0
+        extra = self.args.views_per_pair * self.args.views_scored if self._scores_now() else 0
         count = 1 + math.ceil(extra)  # parts about as long as the batch was
         if self.accelerator.num_processes == 1:
             count = min(count, len(pairs))
@@ -302,6 +305,32 @@ class ViewsMixin(OneRowMixin):
 def are_scored(config: Any) -> bool:
     """Whether the model is asked what it says of views: the set has to know it."""
     return solvable("view_ambiguity", config.view_ambiguity).kind != "erm"
+
+
+def _combinations(views: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+    """Of every combination of the forms of a pair's answers, the pair as it is first, which form of
+    the chosen answer it has and which of the rejected one, and whether it is a view of the pair:
+    (n, A * B)."""
+    chosen, rejected = (
+        side.flatten(1)
+        for side in torch.broadcast_tensors(
+            views["chosen"].unsqueeze(2), views["rejected"].unsqueeze(1)
+        )
+    )
+    there = (chosen >= 0) & (rejected >= 0)
+    chosen, rejected = chosen.clamp(min=0), rejected.clamp(min=0)
+    there &= views["prompt"][chosen] == views["prompt"][rejected]
+    # Nothing could lower the loss of two equal answers, which would be the worst of all.
+    there[:, 1:] &= (views["text"][chosen] != views["text"][rejected])[:, 1:]
+    return chosen, rejected, there
+
+
+def _any_of(views: Mapping[str, Any]) -> dict[str, Any]:
+    """The views with one combination of each pair's, any as likely, none to be scored."""
+    chosen, rejected, there = _combinations(views)
+    place = _drawn(there.double(), views["number"]).unsqueeze(1)
+    picked = {"chosen": chosen.gather(1, place), "rejected": rejected.gather(1, place)}
+    return {**views, **picked, "scored": torch.zeros_like(views["scored"])}
 
 
 def _forms(views: Mapping[str, Any], pairs: Tensor) -> Tensor:

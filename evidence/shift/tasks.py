@@ -57,7 +57,8 @@ def header(**own: Any) -> Record:
 
 
 def done_already(path: Path, own: Mapping[str, Any]) -> list[Record]:
-    """The records of the whole lines in ``path``; a line cut off by a crash is taken away.
+    """The records of the whole lines in ``path``; a line cut off by a crash is taken away, and
+    entries that the tables in ``own`` have gained, such as methods, enter the first line.
 
     Raises:
         ValueError: the file was made with another ``own``, such as other sizes.
@@ -71,8 +72,13 @@ def done_already(path: Path, own: Mapping[str, Any]) -> list[Record]:
         return []
     first, *rest = records
     for name, value in own.items():
-        if first[name] != value:
+        more = isinstance(value, Mapping) and {**value, **first[name]} == value
+        if first[name] != value and not more:
             raise ValueError(f"{path} was made with another {name}; give another --output")
+    gained = {**first, **own}
+    if gained != first:
+        behind = path.read_text(encoding="utf-8").partition("\n")[2]
+        write_text(path, f"{json.dumps(gained)}\n{behind}")
     return rest
 
 

@@ -27,6 +27,9 @@ from evidence.shift.tasks import done_already, parser, rounded, run_tasks
 
 SHARES = {"movie": 0.475, "amazon": 0.475, "tweets": 0.05}
 TRAINED = ["typos", "bullets", "sentence", "sentence_order", "bold"]
+# Of other kinds than those that are held out.
+WIDE = [*TRAINED, "heading", "numbered", "code_fence", "listed", "longer"]
+WIDE += ["opener_flattery", "opener_hedging", "opener_jargon", "authority", "vague", "self_praise"]
 HELD_OUT = ["dropped_words", "doubled_words", "punctuation", "quotes", "homoglyphs"]
 HELD_OUT += ["repeated", "handle", "url"]
 CHANGED = (SIDES[:1], SIDES[1:], SIDES)
@@ -60,8 +63,14 @@ METHODS = {
     # Run after all seeds of those above: they say what fewer scores keep.
     "augment": Method(WORST | {"view_ambiguity": "mean"}),
     "worst-half": Method(WORST | {"views_scored": 0.5}),
+    # Attempts at the compute of `worst`, whose steps cost seven passes: these cost 5, 4, 7 and 3.
+    "worst-late": Method(WORST | {"views_scored_from": 0.5}, longer=7 / 5),
+    "worst-quarter": Method(WORST | {"views_scored": 0.25}, longer=7 / 4),
+    "worst-wide": Method(WORST | {"views": WIDE}),
+    "augment-wide": Method(WORST | {"views": WIDE, "view_ambiguity": "mean"}, longer=7 / 3),
 }
-LATER = ("augment", "worst-half")
+ATTEMPTS = ("worst-late", "worst-quarter", "worst-wide", "augment-wide")
+LATER = ("augment", "worst-half", *ATTEMPTS)  # in this order, after all seeds of the others
 
 
 @dataclass(frozen=True)
@@ -225,7 +234,7 @@ def missing(
         for seed in range(seeds)
         for method in methods
     ]
-    every.sort(key=lambda task: task.method in LATER)
+    every.sort(key=lambda task: LATER.index(task.method) if task.method in LATER else -1)
     here = {fast, torch.float32}
     return [task for task in every if task[:2] not in done and task.dtype in here]
 

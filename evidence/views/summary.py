@@ -24,9 +24,13 @@ MEASURES = (*POINTS, "nll", "ece")
 # What a method is compared with, and which methods are.
 AGAINST = {
     "plain": tuple(name for name in METHODS if name != "plain"),
-    "augment-long": ("worst", "worst-group", "worst-consistent", "worst-half"),
+    "augment-long": (
+        *("worst", "worst-group", "worst-consistent", "worst-half"),
+        *("worst-late", "worst-quarter"),
+    ),
     "augment": ("worst", "worst-half"),
     "worst": ("worst-consistent",),
+    "augment-wide": ("worst-wide",),
 }
 Seeds = Sequence[Mapping[str, Mapping[str, Any]]]
 

@@ -34,7 +34,7 @@ OF_ALL = {
     "save_steps",
     "logging_steps",
 }
-VIEWS = {"views", "views_per_pair", "views_scored", "view_ambiguity"}
+VIEWS = {"views", "views_per_pair", "views_scored", "views_scored_from", "view_ambiguity"}
 OF_ONE = {
     "reward": VIEWS
     | {

@@ -17,6 +17,7 @@ from trl_fixtures import WORDS, tiny_encoder_dir, tiny_llama_dir, tiny_tokenizer
 from drrlhf.demo.sentiment import DOMAINS, Pair, Text
 from drrlhf.files import json_lines
 from drrlhf.transformations import TRANSFORMATIONS
+from evidence.shift import tasks
 from evidence.views import dpo, run, summary
 
 
@@ -32,13 +33,25 @@ def made_up(n=120):
 
 
 def test_what_is_tested_was_not_trained_on():
-    assert not set(run.TRAINED) & set(run.HELD_OUT)
-    for name in (*run.TRAINED, *run.HELD_OUT):
+    assert not set(run.WIDE) & set(run.HELD_OUT) and set(run.TRAINED) < set(run.WIDE)
+    kinds = {
+        name: TRANSFORMATIONS[name].what.partition(":")[0] for name in (*run.WIDE, *run.HELD_OUT)
+    }
+    added = {"length"}  # `repeated` adds what the text has said, `sentence` and `longer` what not
+    assert {kinds[name] for name in run.WIDE} & {kinds[name] for name in run.HELD_OUT} == added
+    for name in (*run.WIDE, *run.HELD_OUT):
         text = "The film was great. We loved it, and so did they!"
         assert name in TRANSFORMATIONS and run.changed(name, text) != text
         assert run.changed(name, text) == run.changed(name, text)
     long = run.METHODS["augment-long"].longer
     assert long == pytest.approx((3 + 1 + run.METHODS["worst"].options["views_per_pair"]) / 3)
+    for name in (*run.ATTEMPTS, "augment-long", "worst"):  # all at one compute
+        method = run.METHODS[name]
+        options = {"views_scored_from": 0.0, "views_scored": 1.0} | method.options
+        share = (1 - options["views_scored_from"]) * options["views_scored"]
+        scored = share if options["view_ambiguity"] == "max" else 0.0
+        passes = 3 + scored * (1 + options["views_per_pair"])
+        assert method.longer * passes == pytest.approx(7)
 
 
 def test_marks_of_a_judge_that_counts_characters():
@@ -75,6 +88,17 @@ def test_a_run_is_kept_and_goes_on(tmp_path, monkeypatch):
     assert [json.loads(line) for line in path.read_text().splitlines()[1:]] == [
         json.loads(line) for line in first[1:]
     ]
+
+
+def test_a_file_gains_methods_but_keeps_those_that_it_has(tmp_path):
+    path = tmp_path / "found.jsonl"
+    path.write_text('{"methods": {"plain": 1}, "date": "d"}\n{"seed": 0}\n')
+    assert tasks.done_already(path, {"methods": {"plain": 1, "new": 2}}) == [{"seed": 0}]
+    first, record = json_lines(path)
+    assert first == {"methods": {"plain": 1, "new": 2}, "date": "d"} and record == {"seed": 0}
+    for methods in ({"plain": 2, "new": 2}, {"new": 2}):
+        with pytest.raises(ValueError, match="another methods"):
+            tasks.done_already(path, {"methods": methods})
 
 
 def test_a_seed_goes_on_in_the_precision_that_it_began_in(monkeypatch):

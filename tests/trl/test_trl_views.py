@@ -289,6 +289,40 @@ def test_a_set_that_spreads_its_weight_draws_by_it(made):
     assert all(one > float(log["views/clean_loss"]) for one, log in zip(worst, logs, strict=True))
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_views_are_scored_from_a_share_of_training_on(made, monkeypatch, method):
+    """The last three of six steps are those of a run that scores from the beginning. Before them no
+    policy scores: a reference alone reads the forms that are taken."""
+    options = {"views": ["handle", "repeated"], "views_per_pair": 2, "learning_rate": 0.0}
+    options |= {"max_steps": 6, "per_device_train_batch_size": 4}
+    expected, _ = trained(made(method, tiny_pairs(8), **options))
+    trainer = made(method, tiny_pairs(8), views_scored_from=0.5, **options)
+    read, in_parts = [], trainer._in_parts
+
+    def counted(every, views, pairs, score):
+        read.append(sum(int((views[side][pairs] >= 0).sum()) for side in ("chosen", "rejected")))
+        return in_parts(every, views, pairs, score)
+
+    monkeypatch.setattr(trainer, "_in_parts", counted)
+    found, logs = trained(trainer)
+    assert_same(found[3:], expected[3:])
+    assert [("views/loss" in log) for log in logs] == [False] * 3 + [True] * 3
+    before, after = (3, 6) if method == "dpo" else (0, 3)
+    assert read[:before] == [8] * before
+    assert len(read[before:]) == after
+    assert min(read[before:]) > 8
+    assert all(float((a - b).abs().max()) > 1e-4 for a, b in zip(found[:3], expected))
+
+
+def test_before_views_are_scored_every_one_is_as_likely(made):
+    options = {"views": ["handle", "repeated"], "views_per_pair": 2, "max_steps": 60}
+    options |= {"learning_rate": 0.0, "per_device_train_batch_size": 8}
+    _, logs = trained(made("reward", tiny_pairs(8), views_scored_from=0.999, **options))
+    for name in ("clean", "handle", "repeated"):
+        share = sum(float(log[f"views/taken/{name}"]) for log in logs) / len(logs)
+        assert share == pytest.approx(1 / 3, abs=0.06)  # of 960 answers: 4 standard errors
+
+
 def test_the_share_of_pairs_that_are_scored(made):
     trainer = made("dpo", tiny_pairs(8), views=["handle"], views_scored=0.25)
     shares = [one.scored for epoch in range(200) for one in drawn(trainer, epoch)]
@@ -425,6 +459,11 @@ def test_views_take_a_rate_and_may_be_biases(made):
         ("reward", {"views": ["@none"]}, "'@none' needs the column 'chosen@none' or"),
         ("reward", {"views": ["prompt@none"]}, "needs the column 'prompt@none', and"),
         ("reward", {"views_per_pair": 0}, "views_per_pair: expected >= 1, got 0"),
+        (
+            "reward",
+            {"views_scored_from": 1.0},
+            r"views_scored_from: expected a share of training in \[0, 1\), got 1.0",
+        ),
         ("reward", {"views_scored": 1.5}, r"views_scored: expected a share in \[0, 1\], got 1.5"),
         ("dpo", {"view_ambiguity": "chi2:1"}, "view_ambiguity: expected 'max', 'mean'"),
         ("dpo", {"precompute_ref_log_probs": True}, "with precompute_ref_log_probs=True"),
