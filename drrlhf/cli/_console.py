@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import typer
 from rich.console import Console
@@ -13,9 +14,28 @@ from rich.text import Text
 USAGE_ERROR = 2
 
 
-def console() -> Console:
+def console(**how: Any) -> Console:
     """Standard output as it is now (tests and callers may have replaced it)."""
-    return Console()
+    return Console(**how)
+
+
+def plain() -> Console:
+    """A `console` for words of users: nothing in them is markup, and no number is coloured."""
+    return console(markup=False, highlight=False)
+
+
+@contextlib.contextmanager
+def progress(console: Console) -> Iterator[Callable[[str, int, int], None]]:
+    """A bar, gone at the end; what is yielded is told (what is done, so much, of so much)."""
+    from rich import progress as of
+
+    columns = (of.TextColumn("{task.description}"), of.BarColumn(20), of.MofNCompleteColumn())
+    left = of.TimeRemainingColumn()
+    with of.Progress(*columns, left, console=console, transient=True) as bars:
+        task = bars.add_task("", total=None)
+        yield lambda what, done, total: bars.update(
+            task, description=what, completed=done, total=total
+        )
 
 
 def fail(message: object) -> typer.Exit:

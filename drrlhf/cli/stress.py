@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import shlex
 import signal
 import sys
 from collections import Counter
-from collections.abc import Callable
 from enum import Enum
 from functools import partial
 from pathlib import Path
@@ -149,25 +147,14 @@ def stress(options: Options) -> None:
 
         drrlhf stress --generate my-policy --reward my_module:score --data prompts.jsonl
     """
-    console = _console.console()
+    console = _console.plain()
+    names: list[str] = []
     try:
         with _console.user_errors():
+            names = _names(options)
             _check_sources(options)
-            if options.generate:
-                names = _names(_directories(options.generate))
-                result = stress_generate.stressed(options, names, console)
-            else:
-                load = _scored if options.model else _read
-                result = _stressed(
-                    partial(load, options, console),
-                    require=options.require or [],
-                    floor=options.floor,
-                    ambiguity=options.ambiguity,
-                    resamples=options.resamples,
-                    min_support=options.min_support,
-                    seed=options.seed,
-                )
-            result |= _made_by()
+            make = stress_generate.stressed if options.generate else _stressed
+            result = make(options, names, console) | _made_by()
             if not options.texts:
                 _leave_out_texts(result)
             from drrlhf.stress import write_junit, write_report
@@ -178,16 +165,15 @@ def stress(options: Options) -> None:
     except KeyboardInterrupt:
         said = "Interrupted; no report was written."
         if options.generate:
-            names = _names(_directories(options.generate))
             said = stress_generate.interrupted(options, names)
-        console.print(said, soft_wrap=True, highlight=False, markup=False)
+        console.print(said, soft_wrap=True)
         raise typer.Exit(INTERRUPTED) from None
     if options.generate:
         stress_generate.show(result, console)
     else:
         _print(result, console)
     _print_gates(result, console)
-    console.print(f"Report: {page}", soft_wrap=True, highlight=False, markup=False)
+    console.print(f"Report: {page}", soft_wrap=True)
     if not result["passed"]:
         raise typer.Exit(FLOOR_MISSED)
 
@@ -244,27 +230,29 @@ def _made_by() -> dict[str, Any]:
     }
 
 
-def _stressed(load: Callable[[], Loaded], **options: Any) -> dict[str, Any]:
+def _stressed(options: Options, names: list[str], console: Console) -> dict[str, Any]:
     from drrlhf.cli.run import require
 
     require()
     from drrlhf.stress import stress_test
     from drrlhf.stress.run import check_options
 
-    check_options(**options)  # before a large file is read
-    scores, candidates = load()
-    return stress_test(scores, best_of=candidates or None, **options)
+    asked = ("floor", "ambiguity", "resamples", "min_support", "seed")
+    given = stress_generate.said(options, *asked)
+    check_options(**given)  # before a large file is read
+    load = _scored if options.model else _read
+    scores, candidates = load(options, names, console)
+    return stress_test(scores, best_of=candidates or None, **given)
 
 
-def _read(options: Options, console: Console) -> Loaded:
+def _read(options: Options, names: list[str], console: Console) -> Loaded:
     from rich.markup import escape
 
     from drrlhf.stress import load_candidates, load_scores
     from drrlhf.stress.private import scores_without_texts
 
-    paths = options.scores or []
     loaded = {}
-    for name, path in zip(_names(paths), paths, strict=True):
+    for name, path in zip(names, options.scores or [], strict=True):
         with console.status(escape(f"Reading {path} ...")):
             scores = load_scores(path, prompt_column=options.prompt_column, max_nan=options.max_nan)
         loaded[name] = scores if options.texts else scores_without_texts(scores)
@@ -272,10 +260,8 @@ def _read(options: Options, console: Console) -> Loaded:
     return loaded, {name: load_candidates(path) for name, path in files}
 
 
-def _scored(options: Options, console: Console) -> Loaded:
+def _scored(options: Options, names: list[str], console: Console) -> Loaded:
     import torch
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-    from rich.progress import Progress as Bars
     from transformers.utils import logging
 
     from drrlhf.stress import from_table, load_candidates, load_judge, score_table
@@ -285,15 +271,14 @@ def _scored(options: Options, console: Console) -> Loaded:
 
     logging.disable_progress_bar()
     _console.ignore_upstream_deprecations()
-    columns = (TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn())
-    models, data, dtype = options.model or [], str(options.data), options.dtype
+    data, dtype = str(options.data), options.dtype
     scored, picked = {}, {}
     if BY_COLUMN not in options.changes:
         chosen_changes(options.changes, ())  # before a model is loaded
     asked = [load_candidates(path) for path in options.best_of or []]
     for candidates in asked:
         candidates.rows()  # it has texts
-    for name, directory in zip(_names(_directories(models)), models, strict=True):
+    for name, directory in zip(names, options.model or [], strict=True):
         judge = load_judge(
             directory,
             reference=options.reference,
@@ -301,12 +286,7 @@ def _scored(options: Options, console: Console) -> Loaded:
             max_length=options.max_length,
             dtype=None if dtype is Dtype.as_saved else getattr(torch, dtype.value),
         )
-        with Bars(*columns, TimeRemainingColumn(), console=console, transient=True) as bars:
-            task = bars.add_task("", total=None)
-
-            def show(what: str, done: int, total: int, bars: Any = bars, task: Any = task) -> None:
-                bars.update(task, description=what, completed=done, total=total)
-
+        with _console.progress(console) as show:
             table = score_table(
                 judge,
                 data,
@@ -328,8 +308,6 @@ def _scored(options: Options, console: Console) -> Loaded:
             console.print(
                 f"{name}: the reference is what its training began with, in {directory}/ref.",
                 soft_wrap=True,
-                highlight=False,
-                markup=False,
             )
         scored[name] = from_table(
             table, data, prompt_column=options.prompt_column, max_nan=options.max_nan
@@ -337,9 +315,7 @@ def _scored(options: Options, console: Console) -> Loaded:
         if judge.cut:
             console.print(
                 f"{name}: {judge.cut} texts were longer than --max-length {options.max_length} "
-                "tokens and were cut.",
-                highlight=False,
-                markup=False,
+                "tokens and were cut."
             )
     return scored, picked
 
@@ -351,19 +327,16 @@ def _keep(options: Options, console: Console, name: str, what: str, table: Any) 
     from drrlhf.files import write_whole
 
     options.output_dir.mkdir(parents=True, exist_ok=True)
-    path = options.output_dir / f"{name.strip(os.sep).replace(os.sep, '_')}.{what}.parquet"
+    path = stress_generate.file_of(options, name, f"{what}.parquet")
     write_whole(path, partial(pq.write_table, table))
-    console.print(f"{what.capitalize()}: {path}", soft_wrap=True, highlight=False, markup=False)
+    console.print(f"{what.capitalize()}: {path}", soft_wrap=True)
 
 
-def _directories(models: list[str]) -> list[Path]:
-    """Where models lie, by the name of the folder itself."""
-    return [Path(one).expanduser().resolve() for one in models]
-
-
-def _names(paths: list[Path]) -> list[str]:
-    """Names of folders, and of files without suffix; whole paths where two would be called the
-    same."""
+def _names(options: Options) -> list[str]:
+    """Of the models: names of folders, and of files without suffix; whole paths where two would be
+    called the same."""
+    models = options.generate or options.model or []
+    paths = options.scores or [Path(one).expanduser().resolve() for one in models]
     short = [
         path.name if path.is_dir() else path.stem.removesuffix(".scores") or str(path)
         for path in paths
@@ -377,7 +350,6 @@ def _names(paths: list[Path]) -> list[str]:
 
 def _print(result: dict[str, Any], console: Console) -> None:
     from rich import box
-    from rich.markup import escape
     from rich.table import Table
 
     from drrlhf.stress.report import COMPARED, format_radius, point
@@ -387,34 +359,18 @@ def _print(result: dict[str, Any], console: Console) -> None:
         table.add_column(title, justify="left" if title == "model" else "right", no_wrap=True)
     for name, model in result["models"].items():
         cells = [point(model, label)["accuracy"] for label in ("tv:0", *COMPARED)]
-        table.add_row(
-            escape(name), f"{model['pairs']:,}", *(f"{100 * one['value']:.1f}" for one in cells)
-        )
+        table.add_row(name, f"{model['pairs']:,}", *(f"{100 * one['value']:.1f}" for one in cells))
     console.print(table)
     floor = result["settings"]["floor"]
     for name, model in result["models"].items():
         if model["dropped"]:
-            console.print(
-                f"{name}: {model['dropped']} pairs without a finite score were left out.",
-                markup=False,
-            )
+            console.print(f"{name}: {model['dropped']} pairs without a finite score were left out.")
         radii = ", ".join(format_radius(*one) for one in model["robustness_radius"].items())
-        console.print(
-            f"{name}: accuracy stays at {floor:.0%} up to {radii}", highlight=False, markup=False
-        )
-        for sentence in [*model["notes"], *model["adversary"]["sentences"]]:
-            console.print(f"  {sentence}", highlight=False, markup=False)
-        for group in [one for one in model["groups"]["single"] if one["below"]][:3]:
-            what = ", ".join(f"{key} = {value}" for key, value in group["group"].items())
-            accuracy = group["accuracy"]
-            console.print(
-                f"  Below the whole: {what}, {accuracy['value']:.1%} "
-                f"[{accuracy['low']:.1%}, {accuracy['high']:.1%}] of {group['pairs']} pairs.",
-                highlight=False,
-                markup=False,
-            )
-        for one in model["findings"]:
-            console.print(f"  {one['text']}", highlight=False, markup=False)
+        console.print(f"{name}: accuracy stays at {floor:.0%} up to {radii}")
+        found = [*model["notes"], *model["adversary"]["sentences"]]
+        found += stress_generate.below(model, "accuracy", ".1%", "pairs")
+        for line in [*found, *(one["text"] for one in model["findings"])]:
+            console.print(f"  {line}")
 
 
 def _print_gates(result: dict[str, Any], console: Console) -> None:
@@ -424,6 +380,4 @@ def _print_gates(result: dict[str, Any], console: Console) -> None:
                 f"{name}: {one['requirement']}: {'met' if one['met'] else 'MISSED'}, "
                 f"{one['found']['value']:.4f}",
                 style="green" if one["met"] else "bold red",
-                highlight=False,
-                markup=False,
             )

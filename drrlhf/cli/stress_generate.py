@@ -44,9 +44,9 @@ def check(options: Options) -> None:
             )
 
 
-def file_of(options: Options, name: str) -> Path:
-    """Where the answers of a policy are kept."""
-    return options.output_dir / f"{name.strip(os.sep).replace(os.sep, '_')}.completions.jsonl"
+def file_of(options: Options, name: str, what: str = "completions.jsonl") -> Path:
+    """Where the answers of a policy, or something else of a model, are kept."""
+    return options.output_dir / f"{name.strip(os.sep).replace(os.sep, '_')}.{what}"
 
 
 def interrupted(options: Options, names: list[str]) -> str:
@@ -60,26 +60,23 @@ def interrupted(options: Options, names: list[str]) -> str:
     )
 
 
+def said(options: Options, *names: str) -> dict[str, Any]:
+    """The gates that were asked for, and the options of these names."""
+    return {"require": options.require or [], **{name: getattr(options, name) for name in names}}
+
+
 def stressed(options: Options, names: list[str], console: Console) -> dict[str, Any]:
     """Answers and rewards of every policy, as the dictionary that the report shows."""
     from drrlhf.cli.run import require
 
     require()
     import torch
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-    from rich.progress import Progress as Bars
     from transformers.utils import logging
 
     from drrlhf.stress import RewardModel, generate_scores, stress_generated
     from drrlhf.stress.generated import check_generated_options
 
-    given: dict[str, Any] = {
-        "require": options.require or [],
-        "resamples": options.resamples,
-        "min_support": options.min_support,
-        "max_nan": options.max_nan,
-        "seed": options.seed,
-    }
+    given = said(options, "resamples", "min_support", "max_nan", "seed")
     check_generated_options(**given)  # before a model is loaded
     logging.disable_progress_bar()
     _console.ignore_upstream_deprecations()
@@ -87,16 +84,10 @@ def stressed(options: Options, names: list[str], console: Console) -> dict[str, 
     reward = reward_function.find(str(options.reward))
     if isinstance(reward, str):
         reward = RewardModel(reward, max_length=options.max_length, dtype=dtype)
-    columns = (TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn())
     found = {}
     for name, directory in zip(names, options.generate or [], strict=True):
         file = file_of(options, name)
-        with Bars(*columns, TimeRemainingColumn(), console=console, transient=True) as bars:
-            task = bars.add_task("", total=None)
-
-            def show(what: str, done: int, total: int, bars: Any = bars, task: Any = task) -> None:
-                bars.update(task, description=what, completed=done, total=total)
-
+        with _console.progress(console) as show:
             found[name] = generate_scores(
                 directory,
                 reward,
@@ -113,8 +104,20 @@ def stressed(options: Options, names: list[str], console: Console) -> dict[str, 
                 file=file,
                 on_progress=show,
             )
-        console.print(f"Answers: {file}", soft_wrap=True, highlight=False, markup=False)
+        console.print(f"Answers: {file}", soft_wrap=True)
     return stress_generated(found, **given)
+
+
+def below(model: dict[str, Any], number: str, digits: str, of: str) -> list[str]:
+    """The worst groups that lie below the whole, in words; ``of`` is what they hold."""
+    from drrlhf.stress.groups import in_words
+
+    found = [(one, one[number]) for one in model["groups"]["single"] if one["below"]]
+    return [
+        f"Below the whole: {in_words(group)}, {one['value']:{digits}} "
+        f"[{one['low']:{digits}}, {one['high']:{digits}}] of {group[of]} {of}."
+        for group, one in found[:3]
+    ]
 
 
 def show(result: dict[str, Any], console: Console) -> None:
@@ -129,14 +132,8 @@ def show(result: dict[str, Any], console: Console) -> None:
         table.add_column(head, justify="left" if head == "policy" else "right", no_wrap=True)
     for name, model in result["models"].items():
         changed = model["worst_change"]
-        cells = [
-            model["reward"],
-            *([changed["reward"]] if changed else []),
-            *model["worst"].values(),
-        ]
-        numbers = [f"{one['value']:.3f}" for one in cells]
-        if not changed:
-            numbers.insert(1, "–")
+        cells = [model["reward"], changed and changed["reward"], *model["worst"].values()]
+        numbers = [f"{one['value']:.3f}" if one else "–" for one in cells]
         table.add_row(name, f"{model['prompts']:,}", *numbers)
     console.print(table)
     for name, model in result["models"].items():
@@ -144,14 +141,6 @@ def show(result: dict[str, Any], console: Console) -> None:
             console.print(
                 f"{name}: {model['dropped']} answers without a finite reward were left out."
             )
-        for sentence in [*model["notes"], *(one["text"] for one in model["findings"])]:
-            console.print(f"  {sentence}", highlight=False, markup=False)
-        for group in [one for one in model["groups"]["single"] if one["below"]][:3]:
-            what = ", ".join(f"{key} = {value}" for key, value in group["group"].items())
-            reward = group["reward"]
-            console.print(
-                f"  Below the whole: {what}, {reward['value']:.3f} [{reward['low']:.3f}, "
-                f"{reward['high']:.3f}] of {group['prompts']} prompts.",
-                highlight=False,
-                markup=False,
-            )
+        findings = [one["text"] for one in model["findings"]]
+        for line in [*model["notes"], *findings, *below(model, "reward", ".3f", "prompts")]:
+            console.print(f"  {line}")

@@ -48,7 +48,7 @@ def suggest_radius(options: Options) -> None:
 
         drrlhf suggest-radius --scores validation.jsonl --group-by domain
     """
-    console = _console.console()
+    console = _console.plain()
     with _console.user_errors():
         from drrlhf.cli.run import require
 
@@ -76,7 +76,7 @@ def suggest_radius(options: Options) -> None:
             _write(found, options.output)
     console.print(_table(found))
     for sentence in _said(found):
-        console.print(sentence, highlight=False, markup=False)
+        console.print(sentence)
 
 
 def _write(found: dict[str, Any], path: Path) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from drrlhf.stress.groups import in_words
 from drrlhf.transformations import ATTACK, FORM
 
 MOST = 3
@@ -60,11 +61,10 @@ def _all(model: Mapping[str, Any]) -> Iterator[Finding]:
         )
     for group in model["groups"]["single"]:
         if group["below"]:
-            name = ", ".join(f"{key} = {value}" for key, value in group["group"].items())
             accuracy = group["accuracy"]["value"]
             yield Finding(
-                f"Where {name}, it ranks {accuracy:.1%} of {group['pairs']:,} pairs right; of all "
-                f"pairs {model['accuracy']:.1%}.",
+                f"Where {in_words(group)}, it ranks {accuracy:.1%} of {group['pairs']:,} pairs "
+                f"right; of all pairs {model['accuracy']:.1%}.",
                 model["accuracy"] - accuracy,
                 "groups",
             )

@@ -384,6 +384,5 @@ def facts(model: Mapping[str, Any]) -> dict[str, dict[str, Mapping[str, float]]]
     if model["worst_change"] is not None:
         found["worst-change"] = {metric: model["worst_change"][metric] for metric in METRICS}
     for group in (*model["groups"]["single"], *model["groups"]["paired"]):
-        name = ", ".join(f"{key}={value}" for key, value in group["group"].items())
-        found[name] = {"reward": group["reward"]}
+        found[groups.in_words(group, "=")] = {"reward": group["reward"]}
     return found

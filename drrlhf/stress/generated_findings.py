@@ -12,6 +12,7 @@ from drrlhf.stress.curves import Array
 from drrlhf.stress.examples import shortened
 from drrlhf.stress.findings import MOST, Finding, of_gates
 from drrlhf.stress.generate import AS_IS, Generated
+from drrlhf.stress.groups import in_words
 
 OF_EACH = 2  # prompts of a change
 WORST = 5  # prompts with the least reward
@@ -107,11 +108,10 @@ def _of_changes(model: Mapping[str, Any]) -> Iterator[Finding]:
 def _of_groups(model: Mapping[str, Any]) -> Iterator[Finding]:
     for group in model["groups"]["single"][:1]:
         if group["below"]:
-            name = ", ".join(f"{key} = {value}" for key, value in group["group"].items())
             reward, overall = group["reward"]["value"], model["reward"]["value"]
             yield Finding(
-                f"Where {name}, the mean reward of {group['prompts']:,} prompts is {reward:.3f}; "
-                f"of all prompts it is {overall:.3f}.",
+                f"Where {in_words(group)}, the mean reward of {group['prompts']:,} prompts is "
+                f"{reward:.3f}; of all prompts it is {overall:.3f}.",
                 overall - reward,
                 "groups",
             )

@@ -51,6 +51,11 @@ def groups_of(scores: Scores, blocks: NDArray[np.int64], min_support: int) -> di
     return ranked(scores.attributes, errors, blocks, min_support, interval, ("accuracy", overall))
 
 
+def in_words(group: Mapping[str, Any], sign: str = " = ") -> str:
+    """A group of a report in words, as "COLUMN = VALUE"."""
+    return ", ".join(f"{key}{sign}{value}" for key, value in group["group"].items())
+
+
 def shown(found: Mapping[str, Any]) -> dict[str, Any]:
     """What a report has of `groups_of`: of pairs of attributes the worst."""
     return {**found, "paired": found["paired"][:SHOWN]}

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from drrlhf.ambiguity import AmbiguitySet, Group, parse_ambiguity
+from drrlhf.stress.groups import in_words
 from drrlhf.transformations import BIAS, TRANSFORMATIONS
 
 # What is judged, and which side of the bound is good.
@@ -197,5 +198,4 @@ def _numbers(model: Mapping[str, Any]) -> Iterator[tuple[str, str, Mapping[str, 
     for bias in model["biases"]:
         yield bias["change"], "preferred", bias["preferred"]
     for group in (*model["groups"]["single"], *model["groups"]["paired"]):
-        name = ", ".join(f"{key}={value}" for key, value in group["group"].items())
-        yield name, "accuracy", group["accuracy"]
+        yield in_words(group, "="), "accuracy", group["accuracy"]
