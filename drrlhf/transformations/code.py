@@ -18,6 +18,8 @@ from collections.abc import Callable, Iterator
 from itertools import accumulate
 from random import Random
 
+from drrlhf.transformations.edits import edited
+
 COMMENT = "This is the code."
 RENAMED = "my_"  # what a variable's new name begins with
 _OPENS = re.compile(r"^(?P<fence>`{3,})(?P<language>[\w+#]+)[^\n`]*\n", re.M)
@@ -69,11 +71,7 @@ def _words(text: str) -> list[str]:
 
 def _in_blocks(text: str, change: Callable[[str, str], str]) -> str:
     """``change(code, language)`` of every block."""
-    parts, end = [], 0
-    for start, behind, language in _blocks(text):
-        parts += [text[end:start], change(text[start:behind], language)]
-        end = behind
-    return "".join([*parts, text[end:]])
+    return edited(text, ((i, j, change(text[i:j], language)) for i, j, language in _blocks(text)))
 
 
 def _blocks(text: str) -> Iterator[tuple[int, int, str]]:
@@ -109,14 +107,9 @@ def _renamed(code: str, said: Counter[str]) -> str:
     inside = Counter(_words(code))
     names = _variables(tree, scopes, tokens, outside=lambda word: said[word] > inside[word])
     lines = [0, *accumulate(map(len, io.StringIO(code)))]  # where they begin
-    parts, end = [], 0
-    for token in tokens:
-        if token.type == tokenize.NAME and token.string in names:
-            row, column = token.start
-            at = lines[row - 1] + column
-            parts += [code[end:at], RENAMED]
-            end = at
-    return "".join([*parts, code[end:]])
+    named = (one for one in tokens if one.type == tokenize.NAME and one.string in names)
+    starts = [lines[one.start[0] - 1] + one.start[1] for one in named]
+    return edited(code, ((at, at, RENAMED) for at in starts))
 
 
 def _variables(

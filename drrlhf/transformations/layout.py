@@ -9,6 +9,8 @@ import re
 from bisect import bisect_left
 from random import Random
 
+from drrlhf.transformations.edits import edited
+
 HEADING = "## Answer\n\n"
 KEY_POINTS = "**Key points**\n\n"
 _SENTENCES = re.compile(r"(?<=[.!?])\s+")
@@ -125,7 +127,7 @@ def _unmarked(line: str) -> str:
         for mark, pattern in _CLOSES.items()
         if mark in shown
     }
-    parts, kept, at = [], 0, 0
+    cuts, at = [], 0
     while found := _OPENS.search(shown, at):
         mark, inside = found.group(), found.end()
         ends = closing[mark]
@@ -134,9 +136,9 @@ def _unmarked(line: str) -> str:
             at = found.start() + 1
         else:
             end = ends[next_end]
-            parts += [line[kept : found.start()], line[inside:end]]
-            kept = at = end + len(mark)
-    return "".join([*parts, line[kept:]])
+            at = end + len(mark)
+            cuts += [(found.start(), inside, ""), (end, at, "")]
+    return edited(line, cuts)
 
 
 def repeated(text: str, draw: Random) -> str:

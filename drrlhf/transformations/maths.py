@@ -9,6 +9,8 @@ from __future__ import annotations
 import re
 from random import Random
 
+from drrlhf.transformations.edits import edited
+
 _BOX = r"\boxed{"
 _BRACE = re.compile(r"\\.|[{}]", re.S)  # or what a backslash makes another sign
 BOXED, HASHES, SAID = "boxed", "hashes", "said"
@@ -48,7 +50,7 @@ def _unboxed(text: str) -> tuple[str, str]:
     """
     value, last = "", -1
     open_braces: list[int] = []  # where those begin that are not closed yet
-    cuts: list[tuple[int, int]] = []
+    cuts: list[tuple[int, int, str]] = []
     for brace in _BRACE.finditer(text):
         at = brace.start()
         if brace.group() == "{":
@@ -57,14 +59,10 @@ def _unboxed(text: str) -> tuple[str, str]:
             opened = open_braces.pop()
             inside = opened + 1
             if text.endswith(_BOX, 0, inside):
-                cuts += [(inside - len(_BOX), inside), (at, at + 1)]
+                cuts += [(inside - len(_BOX), inside, ""), (at, at + 1, "")]
                 if opened > last:
                     value, last = text[inside:at], opened
-    parts, end = [], 0
-    for start, behind in sorted(cuts):
-        parts.append(text[end:start])
-        end = behind
-    return "".join([*parts, text[end:]]), value.strip()
+    return edited(text, sorted(cuts)), value.strip()
 
 
 def _latex(value: str) -> str:

@@ -8,7 +8,10 @@ addresses, tautologies and prefixes of prompts, reWordBench (arXiv 2503.11751).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from random import Random
+
+Change = Callable[[str, Random], str]
 
 # Behind or before an answer; the answer stays what it is.
 SENTENCE = " In short, that is my answer, and there is nothing further to add to it here."
@@ -51,16 +54,16 @@ JAILBREAK = (
 )
 
 
-def before(text: str, draw: Random, words: str) -> str:
+def before(words: str) -> Change:
     """``words``, then the text."""
-    return words + text
+    return lambda text, draw: words + text
 
 
-def behind(text: str, draw: Random, words: str) -> str:
+def behind(words: str) -> Change:
     """The text, then ``words``."""
-    return text + words
+    return lambda text, draw: text + words
 
 
-def instead(text: str, draw: Random, words: str) -> str:
+def instead(words: str) -> Change:
     """``words`` alone."""
-    return words
+    return lambda text, draw: words

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from random import Random
-from typing import Any, Protocol
 
 from drrlhf.transformations import code, layout, maths, sayings, words
+from drrlhf.transformations.sayings import before, behind, instead
 
 ANSWER, PROMPT = "answer", "prompt"
 FORM, BIAS, ATTACK = KINDS = ("form", "bias", "attack")
@@ -26,16 +25,8 @@ _BEHIND = "not where code or a final answer ends it"
 _NAMED = "not where something else reads a variable by its name"
 
 
-class Apply(Protocol):
-    """A function of `words`, `layout`, `sayings`, `maths` or `code`."""
-
-    def __call__(self, text: str, draw: Random) -> str: ...
-
-
-class Put(Protocol):
-    """A function of `sayings` that puts words somewhere."""
-
-    def __call__(self, text: str, draw: Random, words: str) -> str: ...
+# (text, draw), and the rate where there is one: of `words`, `layout`, `sayings`, `maths` or `code`.
+Apply = Callable[..., str]
 
 
 @dataclass(frozen=True)
@@ -58,183 +49,137 @@ class Transformation:
     def at(self, rate: float) -> Transformation:
         """The same at another rate."""
         assert self.rate is not None
-        apply: Any = self.apply  # one that takes a rate
-        return replace(
-            self, what=f"{self.what} ({rate:g})", apply=partial(apply, rate=rate), rate=rate
-        )
+        what, apply = f"{self.what} ({rate:g})", partial(self.apply, rate=rate)
+        return replace(self, what=what, apply=apply, rate=rate)
 
 
-def _added(
-    what: str, put: Put, added: str, keeps: str = _ALWAYS, on: str = ANSWER, kind: str = FORM
-) -> Transformation:
-    return Transformation(what, partial(put, words=added), keeps, on, kind)
+_spelling = partial(Transformation, keeps=_SPELLING, rate=words.TYPOS)
+_bias = partial(Transformation, kind=BIAS)
+_prompt = partial(Transformation, on=PROMPT)
+_attack = partial(Transformation, keeps=_NEVER, kind=ATTACK)
 
-
-def _forms() -> dict[str, Transformation]:
-    """Forms of answers."""
-    spelling = partial(Transformation, keeps=_SPELLING, rate=words.TYPOS)
-    return {
-        "typos": spelling(
-            "typos: letters of some words swapped, mistaken, doubled or left out", words.typos
-        ),
-        "swapped_letters": spelling(
-            "typos: two letters of some words swapped", words.swapped_letters
-        ),
-        "wrong_letters": spelling(
-            "typos: a letter of some words mistaken for its neighbour", words.wrong_letters
-        ),
-        "extra_letters": spelling("typos: a letter more in some words", words.extra_letters),
-        "missing_letters": spelling(
-            "typos: a letter of some words left out", words.missing_letters
-        ),
-        "dropped_words": Transformation(
-            "words: some words left out",
-            words.dropped_words,
-            "mostly: a lost 'not' turns it",
-            rate=words.WORDS,
-        ),
-        "doubled_words": Transformation(
-            "words: some words written twice", words.doubled_words, _CODE, rate=words.WORDS
-        ),
-        "lower_case": Transformation("case: in lower case", layout.lower_case, _CASE),
-        "upper_case": Transformation("case: in capitals", layout.upper_case, _CASE),
-        "whitespace": Transformation(
-            "whitespace: doubled spaces and a blank line behind", layout.whitespace, _LAYOUT
-        ),
-        "paragraphs": Transformation(
-            "whitespace: every sentence a paragraph", layout.paragraphs, _LAYOUT
-        ),
-        "punctuation": Transformation("punctuation: a space before it", layout.punctuation, _CODE),
-        "quotes": Transformation("quotes: around the text", layout.quotes, _CODE),
-        "curly_quotes": Transformation(
-            "quotes: typographic ones and apostrophes", layout.curly_quotes, _CODE
-        ),
-        "bold": Transformation("markdown: the first sentence in bold", layout.bold, _LAYOUT),
-        "heading": Transformation("markdown: a heading above", layout.heading),
-        "bullets": Transformation("markdown: sentences as a list", layout.bullets, _LAYOUT),
-        "numbered": Transformation(
-            "markdown: sentences as a numbered list", layout.numbered, _LAYOUT
-        ),
-        "code_fence": Transformation(
-            "markdown: all of it as a block of code", layout.code_fence, _MARKDOWN
-        ),
-        "no_markdown": Transformation("markdown: taken out", layout.no_markdown, _LAYOUT),
-        "homoglyphs": Transformation(
-            "characters: some words in letters that look alike",
-            words.homoglyphs,
-            _CODE,
-            rate=words.TYPOS,
-        ),
-        "zero_width": Transformation(
-            "characters: some that show nothing", words.zero_width, _CODE, rate=words.TYPOS
-        ),
-        "sentence": _added(
-            "length: an empty closing sentence", sayings.behind, sayings.SENTENCE, _BEHIND
-        ),
-        "repeated": Transformation("length: the last sentence once more", layout.repeated, _BEHIND),
-        "sentence_order": Transformation(
-            "order: the sentences last to first",
-            layout.reversed_sentences,
-            "not where one sentence builds on another",
-        ),
-        "handle": _added("noise: a handle in front", sayings.before, sayings.HANDLE, _BEFORE),
-        "url": _added("noise: an address behind", sayings.behind, sayings.URL, _BEHIND),
-        "true_is_true": _added(
-            "noise: 'and true is true' behind, five times",
-            sayings.behind,
-            sayings.TRUE_IS_TRUE,
-            _BEHIND,
-        ),
-        "math_format": Transformation(
-            r"maths: the final answer in another of `\boxed{}`, `####` and a sentence",
-            maths.math_format,
-            "not where the question asks for a format",
-        ),
-        "code_comments": Transformation(
-            "code: a comment on the first line of blocks",
-            code.code_comments,
-            "not where the answer counts lines",
-        ),
-        "code_renamed": Transformation(
-            "code: variables of Python blocks renamed", code.code_renamed, _NAMED
-        ),
-    }
-
-
-def _biases() -> dict[str, Transformation]:
-    """What is added to answers that biased reward models then like better."""
-    opener = partial(_added, put=sayings.before, keeps=_BEFORE, kind=BIAS)
-    close = partial(_added, put=sayings.behind, keeps=_BEHIND, kind=BIAS)
-    return {
-        "opener_flattery": opener("opener: praise of the question", added=sayings.FLATTERY),
-        "opener_hedging": opener(
-            "opener: hedging",
-            added=sayings.HEDGING,
-            keeps="mostly: it makes an answer less certain",
-        ),
-        "opener_jargon": opener("opener: jargon", added=sayings.JARGON),
-        "authority": opener("opener: an appeal to experts", added=sayings.AUTHORITY),
-        "vague": close("close: a vague sentence", added=sayings.VAGUE),
-        "self_praise": close("close: praise of itself", added=sayings.SELF_PRAISE),
-        "longer": close("length: sentences without substance", added=sayings.LONGER),
-        "listed": Transformation(
-            "structure: a title, and sentences as a list", layout.listed, _LAYOUT, kind=BIAS
-        ),
-    }
-
-
-def _attacks() -> dict[str, Transformation]:
-    """What makes a rejected answer worse, or stands in its place."""
-    attack = partial(Transformation, keeps=_NEVER, kind=ATTACK)
-    added = partial(_added, keeps=_NEVER, kind=ATTACK)
-    return {
-        "empty": added("attack: nothing at all", sayings.instead, ""),
-        "truncated": attack("attack: only the first words", words.truncated, rate=words.KEPT),
-        "shuffled_words": attack("attack: its words in any order", words.shuffled_words),
-        "master_colon": added("attack: a colon alone", sayings.instead, sayings.COLON),
-        "master_thought": added(
-            "attack: 'Thought process:' alone", sayings.instead, sayings.THOUGHT
-        ),
-        "master_solution": added(
-            "attack: the announcement of a solution alone", sayings.instead, sayings.STEP_BY_STEP
-        ),
-        "judge_instruction": added(
-            "attack: an instruction to the judge behind", sayings.behind, sayings.TO_THE_JUDGE
-        ),
-    }
-
-
-def _prompts() -> dict[str, Transformation]:
-    """Forms of prompts."""
-    form = partial(Transformation, on=PROMPT)
-    added = partial(_added, on=PROMPT)
-    return {
-        "prompt_typos": form("prompt: typos", words.typos, _SPELLING, rate=words.TYPOS),
-        "prompt_lower_case": form("prompt: in lower case", layout.lower_case, _CASE),
-        "prompt_upper_case": form("prompt: in capitals", layout.upper_case, _CASE),
-        "prompt_whitespace": form(
-            "prompt: doubled spaces and a blank line behind", layout.whitespace, _LAYOUT
-        ),
-        "prompt_punctuation": form("prompt: a space before punctuation", layout.punctuation, _CODE),
-        "prompt_preamble": added(
-            "prompt: something else said before",
-            sayings.before,
-            sayings.PREAMBLE,
-            keeps="not where the answer refers back",
-        ),
-        "prompt_system": added(
-            "prompt: a neutral instruction to the assistant before", sayings.before, sayings.SYSTEM
-        ),
-        "prompt_jailbreak": added(
-            "prompt: a game without restrictions before",
-            sayings.before,
-            sayings.JAILBREAK,
-            keeps="not quite, yet the answers must be judged alike",
-        ),
-    }
-
-
-TRANSFORMATIONS: Mapping[str, Transformation] = _forms() | _biases() | _prompts() | _attacks()
+TRANSFORMATIONS: Mapping[str, Transformation] = {
+    # Forms of answers.
+    "typos": _spelling(
+        "typos: letters of some words swapped, mistaken, doubled or left out", words.typos
+    ),
+    "swapped_letters": _spelling("typos: two letters of some words swapped", words.swapped_letters),
+    "wrong_letters": _spelling(
+        "typos: a letter of some words mistaken for its neighbour", words.wrong_letters
+    ),
+    "extra_letters": _spelling("typos: a letter more in some words", words.extra_letters),
+    "missing_letters": _spelling("typos: a letter of some words left out", words.missing_letters),
+    "dropped_words": Transformation(
+        "words: some words left out",
+        words.dropped_words,
+        "mostly: a lost 'not' turns it",
+        rate=words.WORDS,
+    ),
+    "doubled_words": Transformation(
+        "words: some words written twice", words.doubled_words, _CODE, rate=words.WORDS
+    ),
+    "lower_case": Transformation("case: in lower case", layout.lower_case, _CASE),
+    "upper_case": Transformation("case: in capitals", layout.upper_case, _CASE),
+    "whitespace": Transformation(
+        "whitespace: doubled spaces and a blank line behind", layout.whitespace, _LAYOUT
+    ),
+    "paragraphs": Transformation(
+        "whitespace: every sentence a paragraph", layout.paragraphs, _LAYOUT
+    ),
+    "punctuation": Transformation("punctuation: a space before it", layout.punctuation, _CODE),
+    "quotes": Transformation("quotes: around the text", layout.quotes, _CODE),
+    "curly_quotes": Transformation(
+        "quotes: typographic ones and apostrophes", layout.curly_quotes, _CODE
+    ),
+    "bold": Transformation("markdown: the first sentence in bold", layout.bold, _LAYOUT),
+    "heading": Transformation("markdown: a heading above", layout.heading),
+    "bullets": Transformation("markdown: sentences as a list", layout.bullets, _LAYOUT),
+    "numbered": Transformation("markdown: sentences as a numbered list", layout.numbered, _LAYOUT),
+    "code_fence": Transformation(
+        "markdown: all of it as a block of code", layout.code_fence, _MARKDOWN
+    ),
+    "no_markdown": Transformation("markdown: taken out", layout.no_markdown, _LAYOUT),
+    "homoglyphs": Transformation(
+        "characters: some words in letters that look alike",
+        words.homoglyphs,
+        _CODE,
+        rate=words.TYPOS,
+    ),
+    "zero_width": Transformation(
+        "characters: some that show nothing", words.zero_width, _CODE, rate=words.TYPOS
+    ),
+    "sentence": Transformation(
+        "length: an empty closing sentence", behind(sayings.SENTENCE), _BEHIND
+    ),
+    "repeated": Transformation("length: the last sentence once more", layout.repeated, _BEHIND),
+    "sentence_order": Transformation(
+        "order: the sentences last to first",
+        layout.reversed_sentences,
+        "not where one sentence builds on another",
+    ),
+    "handle": Transformation("noise: a handle in front", before(sayings.HANDLE), _BEFORE),
+    "url": Transformation("noise: an address behind", behind(sayings.URL), _BEHIND),
+    "true_is_true": Transformation(
+        "noise: 'and true is true' behind, five times", behind(sayings.TRUE_IS_TRUE), _BEHIND
+    ),
+    "math_format": Transformation(
+        r"maths: the final answer in another of `\boxed{}`, `####` and a sentence",
+        maths.math_format,
+        "not where the question asks for a format",
+    ),
+    "code_comments": Transformation(
+        "code: a comment on the first line of blocks",
+        code.code_comments,
+        "not where the answer counts lines",
+    ),
+    "code_renamed": Transformation(
+        "code: variables of Python blocks renamed", code.code_renamed, _NAMED
+    ),
+    # What is added to answers that biased reward models then like better.
+    "opener_flattery": _bias("opener: praise of the question", before(sayings.FLATTERY), _BEFORE),
+    "opener_hedging": _bias(
+        "opener: hedging", before(sayings.HEDGING), "mostly: it makes an answer less certain"
+    ),
+    "opener_jargon": _bias("opener: jargon", before(sayings.JARGON), _BEFORE),
+    "authority": _bias("opener: an appeal to experts", before(sayings.AUTHORITY), _BEFORE),
+    "vague": _bias("close: a vague sentence", behind(sayings.VAGUE), _BEHIND),
+    "self_praise": _bias("close: praise of itself", behind(sayings.SELF_PRAISE), _BEHIND),
+    "longer": _bias("length: sentences without substance", behind(sayings.LONGER), _BEHIND),
+    "listed": _bias("structure: a title, and sentences as a list", layout.listed, _LAYOUT),
+    # Forms of prompts.
+    "prompt_typos": _prompt("prompt: typos", words.typos, _SPELLING, rate=words.TYPOS),
+    "prompt_lower_case": _prompt("prompt: in lower case", layout.lower_case, _CASE),
+    "prompt_upper_case": _prompt("prompt: in capitals", layout.upper_case, _CASE),
+    "prompt_whitespace": _prompt(
+        "prompt: doubled spaces and a blank line behind", layout.whitespace, _LAYOUT
+    ),
+    "prompt_punctuation": _prompt("prompt: a space before punctuation", layout.punctuation, _CODE),
+    "prompt_preamble": _prompt(
+        "prompt: something else said before",
+        before(sayings.PREAMBLE),
+        "not where the answer refers back",
+    ),
+    "prompt_system": _prompt(
+        "prompt: a neutral instruction to the assistant before", before(sayings.SYSTEM)
+    ),
+    "prompt_jailbreak": _prompt(
+        "prompt: a game without restrictions before",
+        before(sayings.JAILBREAK),
+        "not quite, yet the answers must be judged alike",
+    ),
+    # What makes a rejected answer worse, or stands in its place.
+    "empty": _attack("attack: nothing at all", instead("")),
+    "truncated": _attack("attack: only the first words", words.truncated, rate=words.KEPT),
+    "shuffled_words": _attack("attack: its words in any order", words.shuffled_words),
+    "master_colon": _attack("attack: a colon alone", instead(sayings.COLON)),
+    "master_thought": _attack("attack: 'Thought process:' alone", instead(sayings.THOUGHT)),
+    "master_solution": _attack(
+        "attack: the announcement of a solution alone", instead(sayings.STEP_BY_STEP)
+    ),
+    "judge_instruction": _attack(
+        "attack: an instruction to the judge behind", behind(sayings.TO_THE_JUDGE)
+    ),
+}
 
 
 def lookup(

@@ -16,6 +16,8 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from random import Random
 
+from drrlhf.transformations.edits import edited
+
 # Of the words that are long enough, how many a typing error falls into.
 TYPOS = 0.08
 # Of the words that are long enough, how many are left out or written twice.
@@ -75,12 +77,7 @@ def _in_some_words(
     if len(words) < enough:
         return text
     chosen = sorted(draw.sample(range(len(words)), max(1, round(rate * len(words)))))
-    parts, end = [], 0
-    for index in chosen:
-        word = words[index]
-        parts += [text[end : word.start()], change(word.group())]
-        end = word.end()
-    return "".join([*parts, text[end:]])
+    return edited(text, ((*words[i].span(), change(words[i].group())) for i in chosen))
 
 
 # A typing error in a word: at a place behind its first letter, ``near`` a key beside that letter's.
@@ -112,33 +109,21 @@ def _mistyped(word: str, draw: Random, errors: Sequence[_Error]) -> str:
     return draw.choice(errors)(word, at, near)
 
 
-def _misspelt(text: str, draw: Random, rate: float, *errors: _Error) -> str:
+def typos(
+    text: str,
+    draw: Random,
+    rate: float = TYPOS,
+    errors: Sequence[_Error] = (_swapped, _wrong, _extra, _missing),
+) -> str:
+    """Letters swapped, mistaken for their neighbour, doubled or left out."""
     return _in_some_words(text, draw, rate, partial(_mistyped, draw=draw, errors=errors))
 
 
-def typos(text: str, draw: Random, rate: float = TYPOS) -> str:
-    """Letters swapped, mistaken for their neighbour, doubled or left out."""
-    return _misspelt(text, draw, rate, _swapped, _wrong, _extra, _missing)
-
-
-def swapped_letters(text: str, draw: Random, rate: float = TYPOS) -> str:
-    """Two letters of a word in the other order."""
-    return _misspelt(text, draw, rate, _swapped)
-
-
-def wrong_letters(text: str, draw: Random, rate: float = TYPOS) -> str:
-    """A letter of a word mistaken for its neighbour on the keyboard."""
-    return _misspelt(text, draw, rate, _wrong)
-
-
-def extra_letters(text: str, draw: Random, rate: float = TYPOS) -> str:
-    """A letter more in a word, from the key beside."""
-    return _misspelt(text, draw, rate, _extra)
-
-
-def missing_letters(text: str, draw: Random, rate: float = TYPOS) -> str:
-    """A letter of a word left out."""
-    return _misspelt(text, draw, rate, _missing)
+# One kind of typing error alone.
+swapped_letters = partial(typos, errors=(_swapped,))
+wrong_letters = partial(typos, errors=(_wrong,))
+extra_letters = partial(typos, errors=(_extra,))
+missing_letters = partial(typos, errors=(_missing,))
 
 
 def dropped_words(text: str, draw: Random, rate: float = WORDS) -> str:
