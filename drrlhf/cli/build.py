@@ -17,77 +17,52 @@ KEPT_CHECKPOINTS = 2  # so that a broken newest one leaves one to go back to
 
 def build(settings: Settings, data: Any, eval_data: Any, console: Console) -> Any:
     """The trainer and our callbacks on it; loads the model and tokenizes the data."""
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PrinterCallback
 
     from drrlhf import trl
-
-    tokenizer = AutoTokenizer.from_pretrained(settings.model)
-    if settings.kind == "grpo":
-        return _policy(settings, tokenizer, data, eval_data, console)
-    train, held_out = (
-        _tokenized(part.dataset, tokenizer, settings) if part else None
-        for part in (data, eval_data)
-    )
-    arguments = _arguments(settings, eval_data is not None)
-    arguments["max_length"] = _fitting_length(settings, tokenizer, console)
-    config: Any
-    make: Any
-    if settings.kind == "reward":
-        make = trl.RewardTrainer
-        arguments["center_rewards_coefficient"] = settings.center_rewards_coefficient or None
-        config = trl.RewardConfig(**arguments)
-    else:
-        make = trl.DPOTrainer
-        config = trl.DPOConfig(**arguments | {"loss_type": [settings.loss_type]})
-    trainer, callbacks = _made(
-        make,
-        settings,
-        console,
-        args=config,
-        processing_class=tokenizer,
-        train_dataset=train,
-        eval_dataset=held_out,
-    )
-    for what, part, kept in (
-        ("", data, trainer.train_dataset),
-        ("held-out ", eval_data, trainer.eval_dataset),
-    ):
-        if part is not None:
-            _tell_left_out(what, part, kept, config.max_length, console)
-    return trainer, callbacks
-
-
-def _policy(settings: Settings, tokenizer: Any, data: Any, eval_data: Any, console: Console) -> Any:
-    """The trainer and our callbacks, for GRPO."""
-    from drrlhf import trl
-
-    return _made(
-        trl.GRPOTrainer,
-        settings,
-        console,
-        args=trl.GRPOConfig(**_arguments(settings, eval_data is not None)),
-        processing_class=tokenizer,
-        reward_funcs=reward_function.load(settings.reward or ""),
-        train_dataset=data.dataset,
-        eval_dataset=eval_data.dataset if eval_data else None,
-    )
-
-
-def _made(make: Any, settings: Settings, console: Console, **arguments: Any) -> Any:
-    """The trainer with our callbacks on it, and these."""
-    from transformers import PrinterCallback
-
     from drrlhf.callbacks import InterruptCallback, MetricsCallback, ProgressCallback
 
+    tokenizer = AutoTokenizer.from_pretrained(settings.model)
+    of_pairs = settings.kind != "grpo"
+    sets = [part.dataset if part else None for part in (data, eval_data)]
+    arguments = _arguments(settings, eval_data is not None)
+    if of_pairs:
+        sets = [one and _tokenized(one, tokenizer, settings) for one in sets]
+        arguments["max_length"] = _fitting_length(settings, tokenizer, console)
+    make: Any
+    config: Any
+    if settings.kind == "reward":
+        arguments["center_rewards_coefficient"] = settings.center_rewards_coefficient or None
+        make, config = trl.RewardTrainer, trl.RewardConfig(**arguments)
+    elif settings.kind == "dpo":
+        arguments["loss_type"] = [settings.loss_type]
+        make, config = trl.DPOTrainer, trl.DPOConfig(**arguments)
+    else:
+        config = trl.GRPOConfig(**arguments)
+        make = partial(trl.GRPOTrainer, reward_funcs=reward_function.load(settings.reward or ""))
     callbacks = (
         MetricsCallback(Path(settings.output_dir) / rundir.METRICS_FILE),
         InterruptCallback(),
         ProgressCallback(console),
     )
-    # MetricsCallback comes last: it must see that a checkpoint was asked for, whoever asked.
     model, adapters = _start(settings)
-    trainer = make(model=model, callbacks=list(callbacks[::-1]), peft_config=adapters, **arguments)
+    trainer = make(
+        model=model,
+        # MetricsCallback comes last: it must see that a checkpoint was asked for, whoever asked.
+        callbacks=list(callbacks[::-1]),
+        peft_config=adapters,
+        args=config,
+        processing_class=tokenizer,
+        train_dataset=sets[0],
+        eval_dataset=sets[1],
+    )
     trainer.remove_callback(PrinterCallback)
+    for what, part, kept in (
+        ("", data, trainer.train_dataset),
+        ("held-out ", eval_data, trainer.eval_dataset),
+    ):
+        if of_pairs and part is not None:
+            _tell_left_out(what, part, kept, config.max_length, console)
     return trainer, callbacks
 
 
@@ -109,7 +84,6 @@ def _tokenized(dataset: Any, tokenizer: Any, settings: Settings) -> Any:
             f"--model {settings.model}: its tokenizer has no eos_token, so it reads plain text "
             "only, and the data is conversational"
         )
-
     return dataset.map(partial(reward_inputs.pair_ids, tokenizer), desc="Tokenizing")
 
 

@@ -8,6 +8,7 @@ told.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 import types
 import typing
@@ -92,6 +93,13 @@ def _option(
     return dataclasses.field(default=missing, metadata={"option": option})  # type: ignore[call-overload]
 
 
+_input = functools.partial(_option, panel=_IN, to=None, free=True)
+_output = functools.partial(_option, panel=_OUT, free=True)
+_of_grpo = functools.partial(_option, of=("grpo",))
+_of_pairs = functools.partial(_option, of=_PAIRS)
+_of_reward = functools.partial(_option, of=("reward",))
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
     """Everything that decides a run's numbers, after defaults were resolved.
@@ -101,58 +109,35 @@ class Settings:
     """
 
     kind: str
-    data: str = _option(
+    data: str = _input(
         None,
         "Preference pairs: a .jsonl, .json, .csv or .parquet file, or a `datasets` name. "
         "Columns chosen and rejected; optional prompt, group, margin, weight, p_chosen.",
-        panel=_IN,
-        free=True,
         instead={
             "grpo": {
                 "help": "Prompts: a .jsonl, .json, .csv or .parquet file, or a `datasets` name. "
                 "Column prompt; optional group, weight; others go to the reward function."
             }
         },
-        to=None,
     )
-    model: str = _option(
+    model: str = _input(
         None,
         "Model directory, or a hub name. Adapters, as --lora leaves them, are trained on, and "
         "what they were at the start is the reference.",
-        panel=_IN,
-        free=True,
-        to=None,
     )
-    reward: str | None = _option(
+    reward: str | None = _input(
         None,
         "module:function, called as TRL's reward functions (prompts, completions and "
         "columns by name), or the directory of a reward model, whole or as adapters.",
-        panel=_IN,
         of=("grpo",),
-        to=None,
+        free=False,
     )
-    eval_data: str | None = _option(
-        None,
-        "Held-out pairs, evaluated with every checkpoint and at the end.",
-        panel=_IN,
-        free=True,
-        to=None,
+    eval_data: str | None = _input(
+        None, "Held-out pairs, evaluated with every checkpoint and at the end."
     )
-    split: str | None = _option(
-        None,
-        "Split of --data, a `datasets` name.",
-        panel=_IN,
-        free=True,
-        show_default="train",
-        to=None,
-    )
-    eval_split: str | None = _option(
-        None,
-        "Split of --eval-data; without that, of --data.",
-        panel=_IN,
-        free=True,
-        show_default="train of --eval-data",
-        to=None,
+    split: str | None = _input(None, "Split of --data, a `datasets` name.", show_default="train")
+    eval_split: str | None = _input(
+        None, "Split of --eval-data; without that, of --data.", show_default="train of --eval-data"
     )
 
     ambiguity: str = _option(
@@ -179,29 +164,24 @@ class Settings:
     label_smoothing: float | None = _option(
         0.0, "Assumed share of flipped labels.", of=("dpo",), min=0, max=1
     )
-    importance_level: Literal["token", "sequence"] | None = _option(
-        "token", "What an importance ratio is of.", of=("grpo",), to="importance_sampling_level"
+    importance_level: Literal["token", "sequence"] | None = _of_grpo(
+        "token", "What an importance ratio is of.", to="importance_sampling_level"
     )
-    clip_low: float | None = _option(
-        0.2, "Ratios are clipped at 1 minus this.", of=("grpo",), to="epsilon", min=0, max=1
+    clip_low: float | None = _of_grpo(
+        0.2, "Ratios are clipped at 1 minus this.", to="epsilon", min=0, max=1
     )
-    clip_high: float | None = _option(
-        0.2, "Ratios are clipped at 1 plus this.", of=("grpo",), to="epsilon_high", min=0
+    clip_high: float | None = _of_grpo(
+        0.2, "Ratios are clipped at 1 plus this.", to="epsilon_high", min=0
     )
-    num_generations: int | None = _option(8, "Completions of each prompt.", of=("grpo",), min=2)
-    max_completion_length: int | None = _option(
-        256, "Longest completion in tokens.", of=("grpo",), min=1
-    )
-    temperature: float | None = _option(1.0, "Of sampling.", of=("grpo",))
-    group_by: Literal["column", "pass_rate"] | None = _option(
+    num_generations: int | None = _of_grpo(8, "Completions of each prompt.", min=2)
+    max_completion_length: int | None = _of_grpo(256, "Longest completion in tokens.", min=1)
+    temperature: float | None = _of_grpo(1.0, "Of sampling.")
+    group_by: Literal["column", "pass_rate"] | None = _of_grpo(
         "column",
         "Groups of --ambiguity group:G: the column group, or each prompt's running share "
         "of completions that reach --pass-threshold.",
-        of=("grpo",),
     )
-    pass_threshold: float | None = _option(
-        0.5, "The reward from which a completion has passed.", of=("grpo",)
-    )
+    pass_threshold: float | None = _of_grpo(0.5, "The reward from which a completion has passed.")
     epochs: float = _option(1.0, "Passes over the data.", to="num_train_epochs", min=0)
     max_steps: int = _option(
         -1, "Optimizer steps, instead of --epochs; -1: off.", "--max-steps", "--steps"
@@ -226,11 +206,10 @@ class Settings:
         "The worst case is among the pairs of the optimizer step (two passes over its batches "
         "where there are several), or of each batch alone.",
     )
-    padding_free: bool | None = _option(
+    padding_free: bool | None = _of_pairs(
         False,
         "Run the model on one packed row of tokens, without padding (causal decoders).",
         "--padding-free",
-        of=_PAIRS,
     )
     share_prompts: Literal["auto", "true", "false"] = _option(
         "auto",
@@ -238,54 +217,48 @@ class Settings:
         "numbers and enough tokens are saved.",
         free=True,
     )
-    label_ambiguity: str | None = _option(
+    label_ambiguity: str | None = _of_pairs(
         "erm",
         "What is believed of the column p_chosen, the probability of each label: erm, all of it; "
         "chi2:RADIUS, the worst near it.",
-        of=_PAIRS,
     )
-    views: str | None = _option(
+    views: str | None = _of_pairs(
         "",
         "Forms in which a pair must keep its order, as in typos,bullets,sentence, or @NAME for the "
         "columns chosen@NAME and rejected@NAME: each pair is trained on in its worst one.",
-        of=_PAIRS,
     )
-    views_per_pair: int | None = _option(
-        3, "How many views of each answer are drawn in every epoch.", of=_PAIRS, min=1
+    views_per_pair: int | None = _of_pairs(
+        3, "How many views of each answer are drawn in every epoch.", min=1
     )
-    views_scored: float | None = _option(
+    views_scored: float | None = _of_pairs(
         1.0,
         "The share of pairs whose views are scored; the others are trained on in any of them.",
-        of=_PAIRS,
         min=0,
         max=1,
     )
-    views_scored_from: float | None = _option(
+    views_scored_from: float | None = _of_pairs(
         0.0,
         "The share of training, below 1, after which views are scored; before it pairs are trained "
         "on in any of them.",
-        of=_PAIRS,
         min=0,
         max=1,
     )
-    view_ambiguity: str | None = _option(
+    view_ambiguity: str | None = _of_pairs(
         "max",
         "Which of its views a pair is trained on: max, the worst; mean, any (augmentation); "
         "kl:temperature=T, cvar:ALPHA or tv:RADIUS.",
-        of=_PAIRS,
     )
     learning_rate: float = _option(None, "Peak; decays linearly to 0.", show_default=_RATES_TOLD)
-    max_length: int | None = _option(1024, "Longest sequence in tokens.", of=_PAIRS, min=2)
-    center_rewards_coefficient: float | None = _option(
-        0.0, "Pulls the rewards of a pair towards mean 0.", of=("reward",), min=0
+    max_length: int | None = _of_pairs(1024, "Longest sequence in tokens.", min=2)
+    center_rewards_coefficient: float | None = _of_reward(
+        0.0, "Pulls the rewards of a pair towards mean 0.", min=0
     )
-    batch_sum_coefficient: float | None = _option(
-        0.0, "Pulls the sum of the rewards of a batch towards 0 (BSR).", of=("reward",), min=0
+    batch_sum_coefficient: float | None = _of_reward(
+        0.0, "Pulls the sum of the rewards of a batch towards 0 (BSR).", min=0
     )
-    view_consistency_coefficient: float | None = _option(
+    view_consistency_coefficient: float | None = _of_reward(
         0.0,
         "Pulls the reward of an answer in another form towards that of the answer as it is.",
-        of=("reward",),
         min=0,
     )
     seed: int = _option(42, "Decides data order and new weights.", min=0)
@@ -314,11 +287,9 @@ class Settings:
         to="precompute_ref_log_probs",
     )
 
-    output_dir: str = _option(None, "Directory of this run.", panel=_OUT, free=True)
-    save_steps: int = _option(500, "Steps between checkpoints.", panel=_OUT, free=True, min=1)
-    logging_steps: int = _option(
-        1, "Steps that one line of metrics.jsonl averages over.", panel=_OUT, free=True, min=1
-    )
+    output_dir: str = _output(None, "Directory of this run.")
+    save_steps: int = _output(500, "Steps between checkpoints.", min=1)
+    logging_steps: int = _output(1, "Steps that one line of metrics.jsonl averages over.", min=1)
 
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> Settings:

@@ -18,6 +18,12 @@ app = typer.Typer(
     "step's pairs or prompts.",
     no_args_is_help=True,
 )
+# Options that a demonstration takes, and packages that it needs beside those of training.
+_DEMOS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "reward": (("seeds", "quick"), ()),
+    "dpo": (("max_steps", "ambiguity", "seed"), ("peft", "gguf")),
+    "grpo": (("max_steps", "ambiguity", "seeds"), ("peft", "gguf")),
+}
 
 
 @app.command()
@@ -31,13 +37,7 @@ def reward(ctx: typer.Context, **options: Any) -> None:
 
         drrlhf train reward --demo --output-dir demo
     """
-    _console.ignore_upstream_deprecations()
-    if options["demo"]:
-        _only_with_demo(ctx, {"output_dir", "seeds", "quick", "demo"})
-        _reward_demo(Path(options["output_dir"] or "demo"), options["seeds"], options["quick"])
-    else:
-        _never_without_demo(ctx, {"seeds", "quick"})
-        _train(ctx, "reward")
+    _run(ctx, "reward")
 
 
 @app.command()
@@ -51,12 +51,7 @@ def dpo(ctx: typer.Context, **options: Any) -> None:
 
         drrlhf train dpo --demo
     """
-    _console.ignore_upstream_deprecations()
-    if options["demo"]:
-        _only_with_demo(ctx, {"output_dir", "max_steps", "ambiguity", "seed", "demo"})
-        _policy_demo("dpo", options, "seed")
-    else:
-        _train(ctx, "dpo")
+    _run(ctx, "dpo")
 
 
 @app.command()
@@ -70,13 +65,17 @@ def grpo(ctx: typer.Context, **options: Any) -> None:
 
         drrlhf train grpo --demo
     """
+    _run(ctx, "grpo")
+
+
+def _run(ctx: typer.Context, kind: str) -> None:
     _console.ignore_upstream_deprecations()
-    if options["demo"]:
-        _only_with_demo(ctx, {"output_dir", "max_steps", "ambiguity", "seeds", "demo"})
-        _policy_demo("grpo", options, "seeds")
+    if ctx.params["demo"]:
+        _demo(ctx, kind)
+    elif odd := sorted({*_given(ctx)} & {"seeds", "quick"}):
+        raise _console.fail(f"--{odd[0]} belongs to --demo")
     else:
-        _never_without_demo(ctx, {"seeds"})
-        _train(ctx, "grpo")
+        _train(ctx, kind)
 
 
 def _train(ctx: typer.Context, kind: str) -> None:
@@ -92,26 +91,24 @@ def _train(ctx: typer.Context, kind: str) -> None:
     raise typer.Exit(run.run(kind, options, _console.console(), _resume_command(ctx)))
 
 
-def _reward_demo(output_dir: Path, seeds: int, quick: bool) -> None:
+def _demo(ctx: typer.Context, kind: str) -> None:
+    """The demonstration of a kind, which takes few of the options."""
+    own, needed = _DEMOS[kind]
+    if odd := sorted({*_given(ctx)} - {*own, "output_dir", "demo"}):
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in odd)
+        raise _console.fail(f"--demo brings its own data, model and settings: leave out {names}")
     with _console.user_errors():
-        run.require()
-        from drrlhf.demo import material, reward
-    with _console.user_errors(material.MaterialError):
-        reward.run(output_dir, seeds=seeds, quick=quick, console=_console.console())
-
-
-def _policy_demo(kind: str, options: dict[str, Any], own: str) -> None:
-    """The demonstration of dpo or grpo; `own` is the option that only this one takes."""
-    with _console.user_errors():
-        run.require("peft", "gguf")
+        run.require(*needed)
         from drrlhf.demo import material
 
         demo = importlib.import_module(f"drrlhf.demo.{kind}")
-    chosen = {"ambiguity": options["ambiguity"] or DEFAULT_AMBIGUITY, own: options[own]}
-    if options["max_steps"] != -1:
-        chosen["steps"] = options["max_steps"]
+    chosen = {name: ctx.params[name] for name in own}
+    if "ambiguity" in own:
+        chosen["ambiguity"] = chosen["ambiguity"] or DEFAULT_AMBIGUITY
+    if (steps := chosen.pop("max_steps", -1)) != -1:
+        chosen["steps"] = steps
     with _console.user_errors(material.MaterialError):
-        folder = Path(options["output_dir"] or f"demo-{kind}")
+        folder = Path(ctx.params["output_dir"] or ("demo" if kind == "reward" else f"demo-{kind}"))
         demo.run(folder, console=_console.console(), **chosen)
 
 
@@ -123,19 +120,6 @@ def _given(ctx: typer.Context) -> dict[str, Any]:
         if parameter.name and source and source.name == "COMMANDLINE":
             given[parameter.name] = parameter
     return given
-
-
-def _only_with_demo(ctx: typer.Context, allowed: set[str]) -> None:
-    odd = sorted(set(_given(ctx)) - allowed)
-    if odd:
-        names = ", ".join(f"--{name.replace('_', '-')}" for name in odd)
-        raise _console.fail(f"--demo brings its own data, model and settings: leave out {names}")
-
-
-def _never_without_demo(ctx: typer.Context, demo_only: set[str]) -> None:
-    odd = sorted(set(_given(ctx)) & demo_only)
-    if odd:
-        raise _console.fail(f"--{odd[0]} belongs to --demo")
 
 
 def _resume_command(ctx: typer.Context) -> str:
