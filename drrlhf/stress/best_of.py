@@ -19,8 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from drrlhf.stress.curves import Array, band
-from drrlhf.stress.resample import FEW_PROMPTS, blocks_of, resampled
+from drrlhf.stress.resample import FEW_PROMPTS, Array, Bootstrap, band
 from drrlhf.stress.scores import Scores
 
 # How the scores of several models become one, for `drrlhf.robust_reward`.
@@ -459,12 +458,7 @@ def _ties(values: Array) -> int:
 
 def _bootstrap(values: Array, resamples: int, seed: int) -> tuple[Array, Array]:
     """Means (C,) over prompts of values (P, C), and those of resampled prompts (resamples, C)."""
-    blocks = blocks_of(np.arange(len(values)), seed)
-    sizes = np.bincount(blocks).astype(np.float64)
-    sums = np.zeros((len(sizes), values.shape[1]))
-    np.add.at(sums, blocks, values)
-    draws = resampled(len(sizes), resamples, seed)
-    return values.mean(0), draws @ sums / (draws @ sizes)[:, None]
+    return values.mean(0), Bootstrap.of(np.arange(len(values)), resamples, seed).drawn(values)
 
 
 def _right(

@@ -16,12 +16,10 @@ from numpy.typing import NDArray
 
 from drrlhf import ops
 from drrlhf.ambiguity import AmbiguitySet, CVaR, Group, parse_ambiguity
-
-Array = NDArray[np.float64]
+from drrlhf.stress.resample import CONFIDENCE, Array, band
 
 ERRORS = np.array([0.0, 0.5, 1.0])
 ATOMS = 2048
-CONFIDENCE = 0.95
 RADII: Mapping[str, Sequence[float]] = {
     "tv": (0, 0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5),
     "kl": (0, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1),
@@ -96,13 +94,6 @@ class Sample:
         shift = value - worst_case(self.atoms, self.atom_mass, ambiguity)
         drawn = [worst_case(self.atoms, mass, ambiguity) + shift for mass in self.atom_draws]
         return band(value, drawn)
-
-
-def band(value: float, drawn: Sequence[float]) -> dict[str, float]:
-    """A number with the percentile interval of its resamples."""
-    tail = (1 - CONFIDENCE) / 2
-    low, high = np.quantile(np.asarray(drawn), [tail, 1 - tail])
-    return {"value": value, "low": float(low), "high": float(high)}
 
 
 def curves(sample: Sample, families: Sequence[str] = tuple(RADII)) -> dict[str, Any]:

@@ -10,34 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from drrlhf.stress.changes import margins_under, named
-from drrlhf.stress.curves import ERRORS, Array, band, error_codes
-from drrlhf.stress.resample import counts
+from drrlhf.stress.curves import ERRORS, Array, error_codes
+from drrlhf.stress.resample import Bootstrap
 from drrlhf.stress.scores import Scores
 from drrlhf.transformations import ATTACK, BIAS, FORM, PROMPT
 
 NAMED = 5
 AS_IS = "as it is"
-
-
-class Bootstrap(NamedTuple):
-    """The blocks (n,) of prompts that pairs lie in, and how often each is drawn (B, J)."""
-
-    blocks: NDArray[np.int64]
-    draws: Array
-
-    def mean(self, values: Array) -> dict[str, float]:
-        """The mean of values (n,) that are not NaN, with its band; NaN where there are none."""
-        known = np.isfinite(values)
-        if not known.any():
-            return dict.fromkeys(("value", "low", "high"), float("nan"))
-        nowhere = np.zeros(int(known.sum()), dtype=np.int64)
-        sums = np.zeros((2, self.draws.shape[1]))
-        for row, weights in enumerate((None, values[known])):
-            found = counts(self.blocks[known], nowhere, 1, weights)[:, 0]
-            sums[row, : len(found)] = found
-        sizes, totals = self.draws @ sums[0], self.draws @ sums[1]
-        hit = sizes > 0  # a draw without any such pair says nothing of them
-        return band(float(values[known].mean()), (totals[hit] / sizes[hit]).tolist())
 
 
 def effects(scores: Scores, bootstrap: Bootstrap) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,29 +23,30 @@ class Finding:
     subject: str
     example: str = ""
 
+    def told(self, examples: Sequence[Any]) -> dict[str, Any]:
+        """What a report has of it."""
+        about = {"text": self.text, "costs": self.costs, "subject": self.subject}
+        return about | {"examples": list(examples)}
+
 
 def findings(
     model: Mapping[str, Any],
     examples: Mapping[str, list[dict[str, Any]]],
     curve: Mapping[str, Any] | None = None,
-    most: int = MOST,
 ) -> list[dict[str, Any]]:
-    """At most ``most`` findings of different subjects, the gravest first: "text", "costs", and
+    """At most `MOST` findings of different subjects, the gravest first: "text", "costs", and
     "examples", which are none where no texts are at hand."""
-    told: dict[str, Finding] = {}
     every = [*_all(model), *(() if curve is None else _of_pressure(curve))]
+    found = gravest(one for one in every if one.costs >= LEAST)
+    return [one.told(examples.get(one.example, ())) for one in found]
+
+
+def gravest(every: Iterable[Finding]) -> list[Finding]:
+    """At most `MOST` of different subjects, the gravest first."""
+    found: dict[str, Finding] = {}
     for one in sorted(every, key=lambda one: -one.costs):
-        if one.costs >= LEAST:
-            told.setdefault(one.subject, one)
-    return [
-        {
-            "text": one.text,
-            "costs": one.costs,
-            "subject": one.subject,
-            "examples": list(examples.get(one.example, ())),
-        }
-        for one in list(told.values())[:most]
-    ]
+        found.setdefault(one.subject, one)
+    return list(found.values())[:MOST]
 
 
 def _all(model: Mapping[str, Any]) -> Iterator[Finding]:

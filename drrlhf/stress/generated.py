@@ -19,12 +19,12 @@ from drrlhf.ambiguity import AmbiguitySet, parse_ambiguity
 from drrlhf.files.tables import DataError
 from drrlhf.stress import groups, resample
 from drrlhf.stress.changes import named
-from drrlhf.stress.curves import CONFIDENCE, Array, band, worst_case
-from drrlhf.stress.effects import Bootstrap
+from drrlhf.stress.curves import Array, worst_case
 from drrlhf.stress.generate import AS_IS, Generated
 from drrlhf.stress.generated_findings import examples, findings, verdict
 from drrlhf.stress.report import COMPARED, GENERATED
-from drrlhf.stress.require import Requirement, parse_requirement
+from drrlhf.stress.require import Requirement, check, requirements
+from drrlhf.stress.resample import CONFIDENCE, Bootstrap, band
 from drrlhf.stress.scores import Attribute
 from drrlhf.version import __version__
 
@@ -95,10 +95,10 @@ def stress_generated(
     sources = generated if isinstance(generated, Mapping) else {"model": generated}
     if not sources:
         raise ValueError("generated must hold at least one policy; got none")
-    found = {
-        name: _model(one, name, required, resamples, min_support, max_nan, seed)
-        for name, one in sources.items()
-    }
+    found = {}
+    for name, one in sources.items():
+        prompts = prompts_of(one, name, resamples, max_nan, seed)
+        found[name] = _model(one, prompts, required, min_support)
     return {
         "drrlhf": __version__,
         "kind": GENERATED,
@@ -121,15 +121,8 @@ def check_generated_options(
     seed: int,
 ) -> list[Requirement]:
     """The requirements that were asked for; `ValueError` as `stress_generated` says."""
-    for name, value, fine, wanted in (
-        ("resamples", resamples, resamples >= 20, "be at least 20, for a band"),
-        ("min_support", min_support, min_support >= 2, "be at least 2"),
-        ("max_nan", max_nan, 0 <= max_nan < 1, "lie in [0, 1)"),
-        ("seed", seed, seed >= 0, "be at least 0"),
-    ):
-        if not fine:
-            raise ValueError(f"{name} must {wanted}; got {value!r}")
-    found = [parse_requirement(one) if isinstance(one, str) else one for one in require]
+    check("max_nan", max_nan, 0 <= max_nan < 1, "lie in [0, 1)")
+    found = requirements(require, resamples, min_support, seed)
     for one in found:
         if one.metric not in METRICS:
             raise ValueError(
@@ -140,15 +133,8 @@ def check_generated_options(
 
 
 def _model(
-    generated: Generated,
-    name: str,
-    required: Sequence[Requirement],
-    resamples: int,
-    min_support: int,
-    max_nan: float,
-    seed: int,
+    generated: Generated, prompts: Prompts, required: Sequence[Requirement], min_support: int
 ) -> dict[str, Any]:
-    prompts = prompts_of(generated, name, resamples, max_nan, seed)
     plain, cut = generated.rewards[AS_IS], generated.cut[AS_IS]
     reward = prompts.bootstrap.mean(prompts.values)
     model: dict[str, Any] = {
@@ -168,11 +154,11 @@ def _model(
         "notes": _notes(generated, prompts),
         "ignored_columns": dict(generated.ignored),
         "made_with": dict(generated.made_with),
-        "examples": examples(generated, prompts.rows, prompts.values, prompts.changed),
+        "examples": examples(generated, prompts),
     }
     known = facts(model)
     model["requirements"] = [one.judge(prompts, known) for one in required]
-    model["findings"] = findings(model, generated, prompts.rows, prompts.values)
+    model["findings"] = findings(model, generated, prompts)
     model["verdict"] = verdict(model)
     model["groups"] = groups.shown(model["groups"])
     return model
@@ -197,10 +183,8 @@ def prompts_of(
     texts = [json.dumps(one, sort_keys=True, default=str) for one in asked]
     numbers: dict[str, int] = {}  # prompts given twice are one
     codes = np.array([numbers.setdefault(text, len(numbers)) for text in texts])
-    blocks = resample.blocks_of(codes, seed)
-    draws = resample.resampled(int(blocks.max()) + 1, resamples, seed)
     changed = {change: one[rows] for change, one in means.items() if change != AS_IS}
-    return Prompts(rows, means[AS_IS][rows], changed, Bootstrap(blocks, draws))
+    return Prompts(rows, means[AS_IS][rows], changed, Bootstrap.of(codes, resamples, seed))
 
 
 def _means(rewards: Array) -> Array:

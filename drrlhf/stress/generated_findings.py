@@ -3,30 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from drrlhf.stress.curves import Array
 from drrlhf.stress.examples import shortened
-from drrlhf.stress.findings import MOST, Finding, of_gates
+from drrlhf.stress.findings import Finding, gravest, of_gates
 from drrlhf.stress.generate import AS_IS, Generated
 from drrlhf.stress.groups import in_words
+
+if TYPE_CHECKING:
+    from drrlhf.stress.generated import Prompts
 
 OF_EACH = 2  # prompts of a change
 WORST = 5  # prompts with the least reward
 
 
-def examples(
-    generated: Generated, rows: NDArray[np.int64], values: Array, changed: Mapping[str, Array]
-) -> dict[str, list[dict[str, Any]]]:
+def examples(generated: Generated, prompts: Prompts) -> dict[str, list[dict[str, Any]]]:
     """{"": the prompts of least reward as they are, CHANGE: those that lose most under it}. Of the
     answers to a prompt the one is shown whose reward is nearest to their mean."""
-    least = np.argsort(values, kind="stable")[:WORST]
+    rows = prompts.rows
+    least = np.argsort(prompts.values, kind="stable")[:WORST]
     found = {AS_IS: [_example(generated, int(rows[i])) for i in least]}
-    for change, new in changed.items():
-        lost = np.where(np.isfinite(new), values - new, -np.inf)
+    for change, new in prompts.changed.items():
+        lost = np.where(np.isfinite(new), prompts.values - new, -np.inf)
         most = [i for i in np.argsort(-lost, kind="stable")[:OF_EACH] if lost[i] > 0]
         found[change] = [_example(generated, int(rows[i]), change) for i in most]
     return {name: some for name, some in found.items() if some}
@@ -54,28 +55,19 @@ def _usual(generated: Generated, row: int, change: str) -> tuple[str, float, flo
 
 
 def findings(
-    model: Mapping[str, Any],
-    generated: Generated,
-    rows: NDArray[np.int64],
-    values: Array,
-    most: int = MOST,
+    model: Mapping[str, Any], generated: Generated, prompts: Prompts
 ) -> list[dict[str, Any]]:
-    """At most ``most`` findings of different subjects, the gravest first: "text", "costs" (in
+    """At most `MOST` findings of different subjects, the gravest first: "text", "costs" (in
     reward), "subject" and "examples". What may well be chance comes last."""
     every = [*_of_changes(model), *_of_groups(model), *_of_prompts(model), *_of_cuts(model)]
-    told: dict[str, Finding] = {}
-    for one in sorted(every, key=lambda one: -one.costs):
-        told.setdefault(one.subject, one)
     found = []
-    for one in list(told.values())[:most]:
-        shown = list(model["examples"].get(one.example, ()))
+    for one in gravest(every):
+        shown = model["examples"].get(one.example, ())
         if one.subject == "groups":
-            shown = _of_group(generated, rows, values, model["groups"]["single"][0]["group"])
+            shown = _of_group(generated, prompts, model["groups"]["single"][0]["group"])
         elif one.subject == "cut":
-            shown = _cut_one(generated, rows)
-        found.append(
-            {"text": one.text, "costs": one.costs, "subject": one.subject, "examples": shown}
-        )
+            shown = _cut_one(generated, prompts.rows)
+        found.append(one.told(shown))
     return found
 
 
@@ -87,22 +79,17 @@ def _of_changes(model: Mapping[str, Any]) -> Iterator[Finding]:
             f"{change['prompts']:,} prompts"
         )
         if change["beyond_chance"]:
-            yield Finding(
-                f"The mean reward falls by {lost['value']:.3f}, {figures}, when the prompt is "
-                f"changed ({change['what']}).",
-                lost["value"],
-                "changes",
-                change["change"],
-            )
+            costs = lost["value"]
+            text = f"The mean reward falls by {costs:.3f}, {figures}, when the prompt is changed"
         elif lost["value"] > 0:
-            yield Finding(
+            costs = 0.0
+            text = (
                 f"No change of the prompt that was tried costs reward beyond chance; the largest "
-                f"loss is {lost['value']:.3f} [{lost['low']:.3f}, {lost['high']:.3f}], {figures} "
-                f"({change['what']}).",
-                0.0,
-                "changes",
-                change["change"],
+                f"loss is {lost['value']:.3f} [{lost['low']:.3f}, {lost['high']:.3f}], {figures}"
             )
+        else:
+            continue
+        yield Finding(f"{text} ({change['what']}).", costs, "changes", change["change"])
 
 
 def _of_groups(model: Mapping[str, Any]) -> Iterator[Finding]:
@@ -141,14 +128,15 @@ def _of_cuts(model: Mapping[str, Any]) -> Iterator[Finding]:
 
 
 def _of_group(
-    generated: Generated, rows: NDArray[np.int64], values: Array, group: Mapping[str, str]
+    generated: Generated, prompts: Prompts, group: Mapping[str, str]
 ) -> list[dict[str, Any]]:
     """The prompt of least reward in a group."""
-    inside = np.ones(len(rows), dtype=bool)
+    inside = np.ones(len(prompts.rows), dtype=bool)
     for name, value in group.items():
         attribute = generated.attributes[name]
-        inside &= attribute.codes[rows] == attribute.names.index(value)
-    return [_example(generated, int(rows[np.where(inside, values, np.inf).argmin()]))]
+        inside &= attribute.codes[prompts.rows] == attribute.names.index(value)
+    least = np.where(inside, prompts.values, np.inf).argmin()
+    return [_example(generated, int(prompts.rows[least]))]
 
 
 def _cut_one(generated: Generated, rows: NDArray[np.int64]) -> list[dict[str, Any]]:

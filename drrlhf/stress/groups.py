@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from drrlhf.stress.curves import CONFIDENCE, ERRORS, Array, error_codes
-from drrlhf.stress.resample import counts
+from drrlhf.stress.curves import ERRORS, Array, error_codes
+from drrlhf.stress.resample import CONFIDENCE, counts
 from drrlhf.stress.scores import Attribute, Scores
 
 SHOWN = 20

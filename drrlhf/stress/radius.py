@@ -18,11 +18,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from drrlhf.ambiguity import AmbiguitySet, parse_ambiguity
-from drrlhf.stress import resample
 from drrlhf.stress.curves import RADII, SEARCHED, Array, losses_of, set_of, worst_case
+from drrlhf.stress.resample import Bootstrap
 from drrlhf.stress.scores import Scores
 
 WEAKEST = 1e-6
@@ -86,7 +85,8 @@ def suggest_radius(
     if min_support < 2:
         raise ValueError(f"min_support must be at least 2, got {min_support}")
     losses = losses_of(scores.margin)
-    target = _bootstrap_target(losses, scores.prompts, quantile, resamples, seed)
+    drawn = Bootstrap.of(scores.prompts, resamples, seed).drawn(losses)
+    target = float(np.quantile(drawn, quantile))
     return {
         "source": scores.source,
         "pairs": len(scores),
@@ -140,17 +140,6 @@ def _up(strength: float) -> float:
 
 def _text(ambiguity: AmbiguitySet | None) -> str | None:
     return None if ambiguity is None else str(ambiguity)
-
-
-def _bootstrap_target(
-    losses: Array, prompts: NDArray[np.int64], quantile: float, resamples: int, seed: int
-) -> float:
-    blocks = resample.blocks_of(prompts, seed)
-    one = np.zeros(len(losses), dtype=np.int64)
-    draws = resample.resampled(int(blocks.max()) + 1, resamples, seed)
-    total = draws @ resample.counts(blocks, one, 1, losses)
-    means = total / (draws @ resample.counts(blocks, one, 1))
-    return float(np.quantile(means, quantile))
 
 
 def _of_groups(

@@ -6,7 +6,7 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -125,6 +125,22 @@ def parse_requirement(text: str) -> Requirement:
             )
         return Requirement(example_set(name, f"requirement {text!r}"), metric, bound)
     return Requirement(name, metric, bound)
+
+
+def requirements(
+    require: Sequence[str | Requirement], resamples: int, min_support: int, seed: int
+) -> list[Requirement]:
+    """What is required; `ValueError` for what cannot be parsed, and for numbers out of range."""
+    check("resamples", resamples, resamples >= 20, "be at least 20, for a band")
+    check("min_support", min_support, min_support >= 2, "be at least 2")
+    check("seed", seed, seed >= 0, "be at least 0")
+    return [parse_requirement(one) if isinstance(one, str) else one for one in require]
+
+
+def check(name: str, value: Any, fine: bool, wanted: str) -> None:
+    """`ValueError` for an argument that is not ``fine``."""
+    if not fine:
+        raise ValueError(f"{name} must {wanted}; got {value!r}")
 
 
 def _is_set(name: str) -> bool:

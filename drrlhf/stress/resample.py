@@ -7,10 +7,16 @@ to the 2 % that 1024 blocks allow; with up to 1024 prompts every block is one pr
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import numpy as np
 from numpy.typing import NDArray
 
+Array = NDArray[np.float64]
+
 BLOCKS = 1024
+CONFIDENCE = 0.95
 # With fewer different prompts than these a band is rough, and reports say so.
 FEW_PROMPTS = 30
 
@@ -38,3 +44,41 @@ def counts(
     rows = int(blocks.max()) + 1
     flat = np.bincount(blocks * size + codes, weights=values, minlength=rows * size)
     return flat.reshape(rows, size).astype(np.float64)
+
+
+class Bootstrap(NamedTuple):
+    """The blocks (n,) of prompts that pairs lie in, and how often each is drawn (B, J)."""
+
+    blocks: NDArray[np.int64]
+    draws: Array
+
+    @classmethod
+    def of(cls, prompts: NDArray[np.int64], times: int, seed: int) -> Bootstrap:
+        """That of pairs which belong to ``prompts`` (n,)."""
+        blocks = blocks_of(prompts, seed)
+        return cls(blocks, resampled(int(blocks.max()) + 1, times, seed))
+
+    def drawn(self, values: Array) -> Array:
+        """The means of values (n,) or (n, C) in each resample, (B,) or (B, C), over the rows without
+        NaN; resamples that have no such row are left out."""
+        known = np.isfinite(values).reshape(len(values), -1).all(1)
+        blocks, size = self.blocks[known], self.draws.shape[1]
+        sizes = self.draws @ np.bincount(blocks, minlength=size).astype(np.float64)
+        sums = np.zeros((size, *values.shape[1:]))
+        np.add.at(sums, blocks, values[known])
+        hit = sizes > 0
+        return ((self.draws @ sums)[hit].T / sizes[hit]).T
+
+    def mean(self, values: Array) -> dict[str, float]:
+        """The mean of values (n,) that are not NaN, with its band; NaN where there are none."""
+        known = np.isfinite(values)
+        if not known.any():
+            return dict.fromkeys(("value", "low", "high"), float("nan"))
+        return band(float(values[known].mean()), self.drawn(values))
+
+
+def band(value: float, drawn: Sequence[float] | Array) -> dict[str, float]:
+    """A number with the percentile interval of its resamples."""
+    tail = (1 - CONFIDENCE) / 2
+    low, high = np.quantile(np.asarray(drawn), [tail, 1 - tail])
+    return {"value": value, "low": float(low), "high": float(high)}

@@ -12,9 +12,9 @@ from drrlhf.ambiguity import AmbiguitySet
 from drrlhf.stress import adversary, curves, groups, resample
 from drrlhf.stress.best_of import best_of_curves, best_of_right_of_pairs, kendall_tau
 from drrlhf.stress.candidates import Candidates
-from drrlhf.stress.effects import Bootstrap, effects
+from drrlhf.stress.effects import effects
 from drrlhf.stress.findings import findings, verdict
-from drrlhf.stress.require import Requirement, example_set, facts, parse_requirement
+from drrlhf.stress.require import Requirement, check, example_set, facts, requirements
 from drrlhf.stress.resample import FEW_PROMPTS
 from drrlhf.stress.scores import Scores, load_scores
 from drrlhf.stress.styles import styles_of
@@ -64,26 +64,26 @@ def stress_test(
     """
     required, described = check_options(require, floor, ambiguity, resamples, min_support, seed)
     sources = scores if isinstance(scores, Mapping) else {"model": scores}
-    _check("scores", dict(sources), bool(sources), "hold at least one model")
+    check("scores", dict(sources), bool(sources), "hold at least one model")
     pressure = None if best_of is None else _best_of(best_of, list(sources), resamples, seed)
+    settings = {
+        "floor": floor,
+        "ambiguity": str(described),
+        "resamples": resamples,
+        "min_support": min_support,
+        "confidence": resample.CONFIDENCE,
+        "seed": seed,
+    }
     models = {}
     for name, source in sources.items():
         on_progress(f"{name}: reading")
         loaded = source if isinstance(source, Scores) else load_scores(source)
         on_progress(f"{name}: stressing {len(loaded)} pairs")
-        found = _model(loaded, floor, described, resamples, min_support, seed)
-        _judge(found, required, *_under_pressure(pressure, name))
-        models[name] = found
+        of_best = [pressure and pressure[key][name] for key in ("curves", "kendall")]
+        models[name] = _model(loaded, described, settings, required, *of_best)
     return {
         "drrlhf": __version__,
-        "settings": {
-            "floor": floor,
-            "ambiguity": str(described),
-            "resamples": resamples,
-            "min_support": min_support,
-            "confidence": curves.CONFIDENCE,
-            "seed": seed,
-        },
+        "settings": settings,
         "models": models,
         "best_of": pressure,
         "passed": all(one["met"] for model in models.values() for one in model["requirements"]),
@@ -99,17 +99,9 @@ def check_options(
     seed: int,
 ) -> tuple[list[Requirement], AmbiguitySet]:
     """The requirements and the set that was asked for; `ValueError` as `stress_test` says."""
-    _check("floor", floor, 0 <= floor <= 1, "lie in [0, 1]")
-    _check("resamples", resamples, resamples >= 20, "be at least 20, for a band")
-    _check("min_support", min_support, min_support >= 2, "be at least 2")
-    _check("seed", seed, seed >= 0, "be at least 0")
-    required = [parse_requirement(one) if isinstance(one, str) else one for one in require]
+    check("floor", floor, 0 <= floor <= 1, "lie in [0, 1]")
+    required = requirements(require, resamples, min_support, seed)
     return required, example_set(ambiguity, "ambiguity")
-
-
-def _check(name: str, value: Any, fine: bool, wanted: str) -> None:
-    if not fine:
-        raise ValueError(f"{name} must {wanted}; got {value!r}")
 
 
 def _best_of(
@@ -145,44 +137,21 @@ def _best_of(
     return {"source": first.source, "curves": curves_of, "kendall": taus}
 
 
-def _under_pressure(
-    pressure: Mapping[str, Any] | None, name: str
-) -> tuple[Mapping[str, Any] | None, Mapping[str, Any] | None]:
-    """The curve of a model, and how its order agrees with gold's."""
-    if pressure is None:
-        return None, None
-    return pressure["curves"][name], pressure["kendall"][name]
-
-
-def _judge(
-    model: dict[str, Any],
+def _model(
+    scores: Scores,
+    described: AmbiguitySet,
+    settings: Mapping[str, Any],
     required: Sequence[Requirement],
     curve: Mapping[str, Any] | None,
     kendall: Mapping[str, Any] | None,
-) -> None:
-    """Add what is said of all numbers of a model: gates, the verdict, and findings."""
-    sample = model.pop("sample")
-    known = facts(model, curve, kendall)
-    model["requirements"] = [one.judge(sample, known) for one in required]
-    model["groups"] = groups.shown(model["groups"])
-    model["verdict"] = verdict(model)
-    model["findings"] = findings(model, model["examples"], curve)
-
-
-def _model(
-    scores: Scores,
-    floor: float,
-    described: AmbiguitySet,
-    resamples: int,
-    min_support: int,
-    seed: int,
 ) -> dict[str, Any]:
-    blocks = resample.blocks_of(scores.prompts, seed)
-    draws = resample.resampled(int(blocks.max()) + 1, resamples, seed)
+    """Everything of one model; ``curve`` and ``kendall`` are those of its best of n."""
+    resamples, least, seed = (settings[key] for key in ("resamples", "min_support", "seed"))
+    bootstrap = resample.Bootstrap.of(scores.prompts, resamples, seed)
+    blocks = bootstrap.blocks
     sample = curves.Sample(
-        scores.margin, lambda codes, size: resample.counts(blocks, codes, size), draws
+        scores.margin, lambda codes, size: resample.counts(blocks, codes, size), bootstrap.draws
     )
-    bootstrap = Bootstrap(blocks, draws)
     prompts, alone = len(np.unique(scores.prompts)), scores.without_prompt
     notes, best_answer = _notes(len(scores), prompts, alone), None
     if scores.answers is not None:
@@ -190,8 +159,7 @@ def _model(
             best_answer = best_of_right_of_pairs(scores, resamples=resamples, seed=seed)
         except ValueError as error:  # columns of that name that are something else
             notes.append(f"Which answer comes first is not told: {error}.")
-    return {
-        "sample": sample,
+    model = {
         "source": scores.source,
         "pairs": len(scores),
         "prompts": prompts,
@@ -203,15 +171,22 @@ def _model(
         "ignored_columns": dict(scores.ignored),
         "curves": curves.curves(sample),
         "robustness_radius": {
-            family: curves.robustness_radius(sample, family, floor) for family in curves.RADII
+            family: curves.robustness_radius(sample, family, settings["floor"])
+            for family in curves.RADII
         },
-        "groups": groups.groups_of(scores, blocks, min_support),
+        "groups": groups.groups_of(scores, blocks, least),
         **effects(scores, bootstrap),
         "styles": styles_of(scores, bootstrap),
-        "adversary": adversary.adversary_of(scores, described, min_support),
+        "adversary": adversary.adversary_of(scores, described, least),
         "best_answer": best_answer,
         "examples": dict(scores.examples),
     }
+    known = facts(model, curve, kendall)
+    model["requirements"] = [one.judge(sample, known) for one in required]
+    model["groups"] = groups.shown(model["groups"])
+    model["verdict"] = verdict(model)
+    model["findings"] = findings(model, model["examples"], curve)
+    return model
 
 
 def _notes(pairs: int, prompts: int, alone: int) -> list[str]:

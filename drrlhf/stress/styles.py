@@ -11,23 +11,21 @@ from typing import Any
 
 import numpy as np
 
+from drrlhf.stress.answers import STYLED, STYLES
 from drrlhf.stress.curves import ERRORS, error_codes
-from drrlhf.stress.effects import Bootstrap
+from drrlhf.stress.resample import Bootstrap
 from drrlhf.stress.scores import Scores
-
-COLUMNS = ("chosen_style", "rejected_style")
-PLAIN_FIRST = ("concise", "detailed", "markdown")
 
 
 def styles_of(scores: Scores, bootstrap: Bootstrap) -> dict[str, Any] | None:
     """Accuracy by the style of the chosen answer (rows) and of the rejected one ("matrix"), NaN
     where there is no pair; "easy", "normal" and "hard" where the order of all styles is known."""
-    if not all(name in scores.attributes for name in COLUMNS):
+    if not all(name in scores.attributes for name in STYLED):
         return None
-    found = [scores.attributes[name] for name in COLUMNS]
+    found = [scores.attributes[name] for name in STYLED]
     names = {name for attribute in found for name in attribute.names}
-    known = names <= {*PLAIN_FIRST}
-    order = [name for name in PLAIN_FIRST if name in names] if known else sorted(names)
+    known = names <= {*STYLES}
+    order = [name for name in STYLES if name in names] if known else sorted(names)
     of_answer = []
     for attribute in found:
         place = np.array([*(order.index(name) for name in attribute.names), -1])
