@@ -59,7 +59,7 @@ class Bootstrap(NamedTuple):
         return cls(blocks, resampled(int(blocks.max()) + 1, times, seed))
 
     def drawn(self, values: Array) -> Array:
-        """The means of values (n,) or (n, C) in each resample, (B,) or (B, C), over the rows without
+        """The means of values (n,) or (n, C) in each resample, (B,) or (B, C), over rows without
         NaN; resamples that have no such row are left out."""
         known = np.isfinite(values).reshape(len(values), -1).all(1)
         blocks, size = self.blocks[known], self.draws.shape[1]
