@@ -71,6 +71,13 @@ class PreferenceData:
     dataset: datasets.Dataset
     group_names: list[str] | None = None
 
+    def columns(self, names: Sequence[str]) -> dict[str, list[Any]]:
+        """The values of columns; groups by what they are called."""
+        found = {name: self.dataset[name][:] for name in names}
+        if self.group_names is not None and "group" in found:
+            found["group"] = [self.group_names[group] for group in found["group"]]
+        return found
+
 
 def load_preference_data(
     source: str | Path,

@@ -30,24 +30,21 @@ from drrlhf.stress.answers import ANSWERS, CANDIDATES, STYLED, STYLES, prompt_id
 logger = logging.getLogger(__name__)
 
 IDS = ("prompt_id", "pair_id", "id")
-LABELS = {"A>B": (0, 1), "B>A": (1, 0)}
+LABELS = {"A>B": 0, "B>A": 1}
 COUNTS = ("num_correct", "num_incorrect", "total_completions")
 _SIDES = ("chosen", "rejected")
 _SCALARS = (str, int, float, bool)
 _PLAIN = "give every pair as a row with prompt, chosen and rejected"
 
 Complain = Callable[[str], DataError]
-# (place among the answers of the prompt, the answer)
-Answer = tuple[int, str]
 
 
 @dataclass(frozen=True)
 class _Form:
-    """A benchmark: the columns that each of its rows must have, of which ``prompt`` is the prompt's
+    """A benchmark: the columns that each of its rows must have, of which the first is the prompt's
     text, those that its pairs are made of, and how."""
 
     name: str
-    prompt: str
     needed: tuple[str, ...]
     used: tuple[str, ...]
     pairs: Callable[[Row, Complain], Iterator[Row]]
@@ -126,7 +123,7 @@ class _Expanded:
         """What all pairs of a row have."""
         key = next((name for name in IDS if row.get(name) is not None), None)
         name = prompt_id(row.get(key or ""), f"{self.unit} {number}", self.ids)
-        more = {"prompt": row[self.form.prompt], "prompt_id": name}
+        more = {"prompt": row[self.form.needed[0]], "prompt_id": name}
         for name, value in row.items():
             if name in more or name == key or name in self.form.used:
                 continue
@@ -220,13 +217,12 @@ def _check_row(row: Any, form: _Form, complain: Complain) -> None:
 # ---- pairs of a row ------------------------------------------------------------------------------
 
 
-def _every_pair(right: Sequence[Answer], wrong: Sequence[Answer]) -> Iterator[Row]:
-    for (chosen, better), (rejected, worse) in itertools.product(right, wrong):
-        yield {
-            "chosen": better,
-            "rejected": worse,
-            **dict(zip(ANSWERS, (chosen, rejected), strict=True)),
-        }
+def _every_pair(texts: Sequence[str], right: Sequence[int]) -> Iterator[Row]:
+    """Each answer that is right with each that is not; ``right`` are their places."""
+    wrong = [place for place in range(len(texts)) if place not in right]
+    for places in itertools.product(right, wrong):
+        chosen, rejected = (texts[place] for place in places)
+        yield {"chosen": chosen, "rejected": rejected, **dict(zip(ANSWERS, places, strict=True))}
 
 
 def _texts(row: Row, name: str, complain: Complain) -> list[str]:
@@ -249,8 +245,7 @@ def _reward_bench_2(row: Row, complain: Complain) -> Iterator[Row]:
                 f"{name!r} is {short(said)}, but there are {sizes[0]} chosen and {sizes[1]} "
                 f"rejected answers; expected {size}; mend the number or the lists"
             )
-    numbered = list(enumerate([*right, *wrong]))
-    return _every_pair(numbered[: len(right)], numbered[len(right) :])
+    return _every_pair([*right, *wrong], range(len(right)))
 
 
 def _rm_bench(row: Row, complain: Complain) -> Iterator[Row]:
@@ -261,10 +256,8 @@ def _rm_bench(row: Row, complain: Complain) -> Iterator[Row]:
                 f"{name!r} holds {len(texts)} answers; expected {len(STYLES)}, one of each style: "
                 f"{', '.join(STYLES)}; mend or drop the row"
             )
-    numbered = list(enumerate([*right, *wrong]))
-    styles = itertools.product(STYLES, STYLES)
-    pairs = _every_pair(numbered[: len(STYLES)], numbered[len(STYLES) :])
-    for pair, both in zip(pairs, styles, strict=True):
+    pairs = _every_pair([*right, *wrong], range(len(STYLES)))
+    for pair, both in zip(pairs, itertools.product(STYLES, STYLES), strict=True):
         yield pair | dict(zip(STYLED, both, strict=True))
 
 
@@ -278,8 +271,8 @@ def _judge_bench(row: Row, complain: Complain) -> Iterator[Row]:
     answers = [row["response_A"], row["response_B"]]
     if not all(isinstance(one, str) for one in answers):
         raise complain(f"'response_A' and 'response_B' must be strings; got {short(answers)}")
-    chosen, rejected = LABELS[label]
-    (pair,) = _every_pair([(chosen, answers[chosen])], [(rejected, answers[rejected])])
+    chosen = LABELS[label]
+    (pair,) = _every_pair(answers, [chosen])
     yield pair | {"chosen_position": "second" if chosen else "first"}
 
 
@@ -292,10 +285,7 @@ def _hhh(row: Row, complain: Complain) -> Iterator[Row]:
             f"expected at least one right (1) and one wrong (0) answer; got labels {short(labels)};"
             " drop the row"
         )
-    numbered = list(enumerate(texts))
-    return _every_pair(
-        [one for one in numbered if labels[one[0]]], [one for one in numbered if not labels[one[0]]]
-    )
+    return _every_pair(texts, [place for place, label in enumerate(labels) if label])
 
 
 def _choices(row: Row, complain: Complain) -> tuple[list[str], list[Any]]:
@@ -324,19 +314,11 @@ def _choices(row: Row, complain: Complain) -> tuple[list[str], list[Any]]:
 
 REWARD_BENCH_2 = _Form(
     "RewardBench 2",
-    "prompt",
     ("prompt", "chosen", "rejected", "num_correct"),
     (*_SIDES, *COUNTS),
     _reward_bench_2,
 )
-RM_BENCH = _Form(
-    "RM-Bench", "prompt", ("prompt", "chosen", "rejected", "domain"), _SIDES, _rm_bench
-)
-JUDGE_BENCH = _Form(
-    "JudgeBench",
-    "question",
-    ("question", "response_A", "response_B", "label"),
-    ("question", "response_A", "response_B", "label"),
-    _judge_bench,
-)
-HHH = _Form("HHH", "input", ("input",), ("input", "targets", "target_scores"), _hhh)
+RM_BENCH = _Form("RM-Bench", ("prompt", "chosen", "rejected", "domain"), _SIDES, _rm_bench)
+_JUDGED = ("question", "response_A", "response_B", "label")
+JUDGE_BENCH = _Form("JudgeBench", _JUDGED, _JUDGED, _judge_bench)
+HHH = _Form("HHH", ("input",), ("input", "targets", "target_scores"), _hhh)

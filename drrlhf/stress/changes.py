@@ -127,13 +127,13 @@ def scored(
     """
     jobs: list[Row] = list(rows)
     found: dict[str, Array] = {}
-    places: list[tuple[str, int, int]] = []  # change, pair, side
+    places: list[tuple[str, int, int, int]] = []  # change, pair, side, the job that scores it
     for name in names:
         for pair in pairs.tolist():
             new = changed(rows[pair], name, pair)
             sides = [side for side in (0, 1) if _differs(rows[pair], new, side)]
             if sides:
-                places += [(name, pair, side) for side in sides]
+                places += [(name, pair, side, len(jobs)) for side in sides]
                 jobs.append(new)
     idle = [name for name in names if name not in {place[0] for place in places}]
     if each and idle:
@@ -142,13 +142,10 @@ def scored(
             "leave out what does not apply to these texts, or ask for all"
         )
     rewards = score(jobs)
-    number, before = len(rows) - 1, ("", -1)
     lost, asked = Counter[str](), Counter[str]()
-    for name, pair, side in places:
-        number += (name, pair) != before
-        before = (name, pair)
+    for name, pair, side, job in places:
         new_form = found.setdefault(name, np.full((len(rows), 2), np.nan))
-        reward = rewards[number, side]
+        reward = rewards[job, side]
         new_form[pair, side] = reward if np.isfinite(reward) else np.nan
         if np.isfinite(rewards[pair]).all():
             asked[name] += 1

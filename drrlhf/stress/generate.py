@@ -14,7 +14,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -22,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 
 from drrlhf import models, reward_inputs
-from drrlhf.data import TEMPLATE, load_prompt_data
+from drrlhf.data import TEMPLATE, PreferenceData, load_prompt_data
 from drrlhf.files import json_lines, tables
 from drrlhf.files.tables import DataError
 from drrlhf.stress.changes import ALL, CHANGED_PAIRS, Row, changed, chosen_changes, drawn_pairs
@@ -165,7 +165,10 @@ def generate_scores(
         ids = answerer.read(asked, missing)
         for change, numbers in missing:
             drawn = answerer.answers([ids[change, i] for i in numbers], (seed, change, numbers[0]))
-            kept.add(_records(reward, rows, asked[change], change, numbers, drawn, completions))
+            rewards = _rewards(
+                reward, [rows[i] for i in numbers for _ in range(completions)], drawn
+            )
+            kept.add(_records(change, numbers, asked[change], drawn, rewards))
             done += completions * len(numbers)
             on_progress("Answering", done, total)
     attributes, ignored = _attributes(loaded)
@@ -202,16 +205,14 @@ def chosen_prompt_changes(names: str | Sequence[str], columns: Sequence[str]) ->
 def _check_range(
     completions: int, max_new_tokens: int, temperature: float, batch_size: int, seed: int
 ) -> None:
-    counts = {
-        "completions": completions,
-        "max_new_tokens": max_new_tokens,
-        "batch_size": batch_size,
-    }
-    for name, value in counts.items():
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1; got {value}")
-    if seed < 0:
-        raise ValueError(f"seed must be at least 0; got {seed}")
+    for name, value, least in (
+        ("completions", completions, 1),
+        ("max_new_tokens", max_new_tokens, 1),
+        ("batch_size", batch_size, 1),
+        ("seed", seed, 0),
+    ):
+        if value < least:
+            raise ValueError(f"{name} must be at least {least}; got {value}")
     if not 0 <= temperature < float("inf"):
         raise ValueError(f"temperature must be a finite number of at least 0; got {temperature}")
     if temperature == 0 and completions > 1:
@@ -249,26 +250,25 @@ def _batches(asked: Mapping[str, Sequence[Any]], size: int) -> list[tuple[str, l
     return found
 
 
-def _attributes(loaded: Any) -> tuple[dict[str, Attribute], dict[str, str]]:
-    columns = {
-        name: loaded.dataset[name][:]
+def _attributes(loaded: PreferenceData) -> tuple[dict[str, Attribute], dict[str, str]]:
+    names = [
+        name
         for name in loaded.dataset.column_names
         if name not in (PROMPT, *TEMPLATE) and not name.startswith(PROMPT + BY_COLUMN)
-    }
-    if loaded.group_names is not None:
-        columns["group"] = [loaded.group_names[group] for group in columns["group"]]
-    table = pa.table({name: tables.array(values) for name, values in columns.items()})
-    return attributes_of(table, set())
+    ]
+    columns = {name: tables.array(values) for name, values in loaded.columns(names).items()}
+    return attributes_of(pa.table(columns), set())
 
 
 # ---- answers and rewards -------------------------------------------------------------------------
 
 
-class _Drawn:
+class _Drawn(NamedTuple):
     """The answers of a batch, one after another: their texts, their tokens, and which were cut."""
 
-    def __init__(self, texts: list[str], ids: list[list[int]], cut: list[bool]) -> None:
-        self.texts, self.ids, self.cut = texts, ids, cut
+    texts: list[str]
+    ids: list[list[int]]
+    cut: list[bool]
 
 
 class _Answerer:
@@ -354,25 +354,21 @@ class _Answerer:
 
 
 def _records(
-    reward: Reward,
-    rows: Sequence[Row],
-    asked: Sequence[Any],
     change: str,
     numbers: Sequence[int],
+    prompts: Sequence[Any],
     drawn: _Drawn,
-    completions: int,
+    rewards: Sequence[float],
 ) -> list[dict[str, Any]]:
-    """A line of the file for every prompt of a batch."""
-    repeated = [rows[number] for number in numbers for _ in range(completions)]
-    rewards = _rewards(reward, repeated, drawn)
-    found = []
+    """A line of the file for every prompt of a batch, whose answers come one after another."""
+    found, size = [], len(rewards) // len(numbers)
     for place, number in enumerate(numbers):
-        own = slice(place * completions, (place + 1) * completions)
+        own = slice(place * size, (place + 1) * size)
         found.append(
             {
                 "change": change,
                 "number": number,
-                "prompt": asked[number],
+                "prompt": prompts[number],
                 "completions": drawn.texts[own],
                 "rewards": [one if np.isfinite(one) else None for one in rewards[own]],
                 "cut": drawn.cut[own],
@@ -424,7 +420,7 @@ class _Kept:
         self.path, self.made_with, self.open = path, made_with, False
         self.found: dict[tuple[str, int], dict[str, Any]] = {}
         lines = [] if path is None else json_lines(path)
-        if path is None or not lines:
+        if not lines:
             return
         first = lines[0].get("made_with") if isinstance(lines[0], dict) else None
         if first is None:
@@ -457,9 +453,7 @@ class _Kept:
         if self.path is None:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        lines: list[dict[str, Any]] = new
-        if not self.open:
-            lines = self._opened() + new
+        lines = new if self.open else self._opened() + new
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         with self.path.open("ab") as file:
             file.write(text.encode())
@@ -476,21 +470,17 @@ class _Kept:
 
     def tables(self, changes: Sequence[str], prompts: int, completions: int) -> dict[str, Any]:
         """Rewards, answers and which were cut, of every change."""
-        rewards: dict[str, Array] = {}
-        texts: dict[str, list[list[str]]] = {}
-        cut: dict[str, NDArray[np.bool_]] = {}
-        for change in changes:
-            rewards[change] = np.full((prompts, completions), np.nan)
-            cut[change] = np.zeros((prompts, completions), dtype=bool)
-            texts[change] = [[] for _ in range(prompts)]
-            for number in range(prompts):
-                line = self.found.get((change, number))
-                if line is not None:
-                    rewards[change][number] = [
-                        np.nan if one is None else one for one in line["rewards"]
-                    ]
-                    cut[change][number] = line["cut"]
-                    texts[change][number] = line["completions"]
+        shape = prompts, completions
+        rewards = {change: np.full(shape, np.nan) for change in changes}
+        cut = {change: np.zeros(shape, dtype=bool) for change in changes}
+        texts: dict[str, list[list[str]]] = {
+            change: [[] for _ in range(prompts)] for change in changes
+        }
+        for (change, number), line in self.found.items():
+            if change in rewards:
+                rewards[change][number] = np.array(line["rewards"], dtype=float)  # None is NaN
+                cut[change][number] = line["cut"]
+                texts[change][number] = line["completions"]
         return {"rewards": rewards, "completions": texts, "cut": cut}
 
 

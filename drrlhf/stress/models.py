@@ -36,6 +36,8 @@ class Text(NamedTuple):
 class Scorer:
     """A model that gives texts a reward; ``cut`` counts those longer than ``max_length`` tokens."""
 
+    kind: str  # of `drrlhf.models`
+    called: str  # in words
     batch_tokens: int
 
     def __init__(
@@ -77,8 +79,12 @@ class Scorer:
         """Rewards (texts,), float64."""
         raise NotImplementedError
 
+    def _check_kind(self, directory: str | Path) -> None:
+        if models.kind_of(directory) != self.kind:
+            raise ValueError(f"{directory}: expected a {self.called} model")
+
     def _loaded(self, directory: str | Path, dtype: Any) -> Any:
-        raise NotImplementedError
+        return models.load(directory, self.kind, dtype).to(self.device).eval()
 
     def _ids(self, row: Row, side: str) -> list[int]:
         template = reward_inputs.template_arguments(row)
@@ -97,7 +103,7 @@ class RewardModel(Scorer):
         ValueError: no model of that kind there, or not one label.
     """
 
-    batch_tokens = 4096
+    kind, called, batch_tokens = models.REWARD, "sequence-classification", 4096
 
     def __init__(
         self,
@@ -107,22 +113,19 @@ class RewardModel(Scorer):
         device: str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        if models.kind_of(directory) != models.REWARD:
-            raise ValueError(f"{directory}: expected a sequence-classification model")
+        self._check_kind(directory)
         super().__init__(directory, max_length, device, dtype)
         labels = self.model.config.num_labels
         if labels != 1:
             raise ValueError(f"{directory}: expected a reward model of one label, got {labels}")
 
-    def _loaded(self, directory: str | Path, dtype: Any) -> Any:
-        return models.load(directory, models.REWARD, dtype).to(self.device).eval()
-
     def _texts(self, row: Row) -> tuple[Text, Text]:
-        return self._text(row, "chosen"), self._text(row, "rejected")
-
-    def _text(self, row: Row, side: str) -> Text:
-        ids = self._ids(row, side)
-        return Text(tuple(ids[-self.max_length :]), 0, len(ids) > self.max_length)
+        most = self.max_length
+        chosen, rejected = (
+            Text(tuple(ids[-most:]), 0, len(ids) > most)
+            for ids in (self._ids(row, side) for side in ("chosen", "rejected"))
+        )
+        return chosen, rejected
 
     def _score(self, batch: Sequence[Text]) -> Array:
         ids = [text.ids for text in batch]
@@ -145,7 +148,7 @@ class Policy(Scorer):
         ValueError: no model of that kind there, or a whole model without a reference.
     """
 
-    batch_tokens = 1024
+    kind, called, batch_tokens = models.POLICY, "causal language", 1024
 
     def __init__(
         self,
@@ -157,8 +160,7 @@ class Policy(Scorer):
         device: str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        if models.kind_of(directory) != models.POLICY:
-            raise ValueError(f"{directory}: expected a causal language model")
+        self._check_kind(directory)
         if reference is None and models.adapters_of(directory) is None:
             raise ValueError(
                 f"{directory}: a policy's reward is its log-ratio to the model that it was trained "
@@ -176,9 +178,6 @@ class Policy(Scorer):
             self.model.load_adapter(str(Path(directory) / models.REFERENCE), models.REFERENCE)
             self.model.to(self.device).eval()
         self.beta = beta
-
-    def _loaded(self, directory: str | Path, dtype: Any) -> Any:
-        return models.load(directory, models.POLICY, dtype).to(self.device).eval()
 
     def _texts(self, row: Row) -> tuple[Text, Text]:
         prompt, template = row.get("prompt") or "", reward_inputs.template_arguments(row)

@@ -101,9 +101,7 @@ def score_table(
         for name in loaded.dataset.column_names
         if name not in DROPPED and BY_COLUMN not in name
     ]
-    columns = {name: loaded.dataset[name][:] for name in kept}
-    if loaded.group_names is not None:
-        columns["group"] = [loaded.group_names[group] for group in columns["group"]]
+    columns = loaded.columns(kept)
     if any(isinstance(prompt, list) for prompt in columns.get("prompt", ())):
         # Text: messages that call tools have no common fields.
         columns["prompt"] = [json.dumps(prompt, ensure_ascii=False) for prompt in columns["prompt"]]
