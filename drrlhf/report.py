@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 import os
 import re
@@ -15,22 +16,21 @@ from drrlhf.seeds import mean_and_error
 BLUE, ORANGE, GREEN, VERMILION = "#0072B2", "#E69F00", "#009E73", "#D55E00"
 PALETTE = (BLUE, ORANGE, GREEN, VERMILION, "#CC79A7", "#56B4E9", "#F0E442", "#000000")
 _MARKERS = "osD^vP*X"
-_STYLES = ("-", "--", "-.", ":")
+LINE_STYLES = ("-", "--", "-.", ":")
 
 Line = dict[str, Any]
 
 
-def figure_of(width: float, height: float) -> Any:
-    """An empty figure that needs no display.
+def figure_of(width: float, height: float, backend: str = "agg") -> Any:
+    """An empty figure that needs no display; ``backend`` is matplotlib's, agg or svg.
 
     Raises:
         ImportError: matplotlib is missing.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
+    importlib.import_module(f"matplotlib.backends.backend_{backend}").FigureCanvas(figure)
     return figure
 
 
@@ -39,6 +39,12 @@ def save(figure: Any, output_png: str | os.PathLike[str], dpi: int = 130, **more
     path = Path(output_png)
     write_whole(path, lambda part: figure.savefig(part, format="png", dpi=dpi, **more))
     return path
+
+
+def light(axis: Any) -> None:
+    """A pale grid, and no frame at the top and the right."""
+    axis.grid(alpha=0.25)
+    axis.spines[["top", "right"]].set_visible(False)
 
 
 def plot_training(
@@ -81,8 +87,7 @@ def plot_training(
     axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
     for axis, draw in zip(axes, panels, strict=True):
         draw(axis, train, evaluations, groups)
-        axis.grid(alpha=0.25)
-        axis.spines[["top", "right"]].set_visible(False)
+        light(axis)
     axes[-1].set_xlabel("optimizer step")
     axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.suptitle(title, fontsize="medium")
@@ -102,13 +107,12 @@ def plot_comparison(result: dict[str, Any], output_png: str | os.PathLike[str]) 
             found = [(score[column], score[f"{column}_error"]) for score in scores]
             _bars(axis, found, number, len(runs), run["ambiguity"])
         axis.axhline(0.5 if column == "accuracy" else 0, color="black", linewidth=1, linestyle="--")
-        ticks = [f"{name}\n{result['domains'][name]}" for name in domains]
-        axis.set_xticks(range(len(domains)), ticks, fontsize="small")
+        _name_domains(axis, result["domains"])
         axis.spines[["top", "right"]].set_visible(False)
     accuracy, margin = figure.axes
     accuracy.set_ylabel("held-out preference accuracy")
     margin.set_ylabel("mean held-out margin")
-    _legend(accuracy, accuracy.get_legend_handles_labels()[0])
+    _legend(accuracy)
     steps = result["settings"]["steps"]
     figure.suptitle(
         f"DPO on {result['model']}, {steps} steps, one seed\n{result['data']}", fontsize=9
@@ -131,21 +135,20 @@ def plot_rewards(result: dict[str, Any], output_png: str | os.PathLike[str]) -> 
             over.plot(range(1, len(seed) + 1), seed, color=color, alpha=0.25, linewidth=1)
         mean = [fmean(step) for step in zip(*run["training"], strict=True)]
         over.plot(
-            range(1, len(mean) + 1), mean, color=color, label=label, linestyle=_STYLES[number]
+            range(1, len(mean) + 1), mean, color=color, label=label, linestyle=LINE_STYLES[number]
         )
         rewards = [mean_and_error(run["rewards"][name]) for name in domains]
         _bars(bars, rewards, number, len(runs), label)
     for place, name in enumerate(domains):
         start = fmean(result["start"][name])
         bars.hlines(start, place - 0.42, place + 0.42, color="black", linestyle="--", linewidth=1)
-    ticks = [f"{name}\n{result['domains'][name]}" for name in domains]
-    bars.set_xticks(range(len(domains)), ticks, fontsize="small")
+    _name_domains(bars, result["domains"])
     bars.set_ylabel("held-out reward (dashed: start)")
     over.set_xlabel("optimizer step")
     over.set_ylabel("mean reward of the step")
     for axis in (over, bars):
         axis.spines[["top", "right"]].set_visible(False)
-    _legend(bars, bars.get_legend_handles_labels()[0])
+    _legend(bars)
     settings = result["settings"]
     figure.suptitle(
         f"GRPO on {result['model']}, {settings['steps']} steps, {settings['seeds']} seeds\n"
@@ -169,6 +172,11 @@ def _bars(axis: Any, found: list[tuple[float, float]], number: int, runs: int, l
         hatch=("", "//")[number % 2],
         edgecolor="white",
     )
+
+
+def _name_domains(axis: Any, domains: dict[str, str]) -> None:
+    ticks = [f"{name}\n{what}" for name, what in domains.items()]
+    axis.set_xticks(range(len(domains)), ticks, fontsize="small")
 
 
 def group_columns(
@@ -211,14 +219,11 @@ def _trailing_mean(numbers: list[float], window: int) -> list[float]:
     return [sum(part) / len(part) for part in parts]
 
 
-def _legend(axis: Any, handles: list[Any]) -> None:
-    """Above the panel, where no curve can run under it."""
+def _legend(axis: Any, *others: Any) -> None:
+    """Of this panel and others, above it, where no curve can run under it."""
+    handles = [one for each in (axis, *others) for one in each.get_legend_handles_labels()[0]]
     place = {"loc": "lower left", "bbox_to_anchor": (0, 1), "ncols": min(len(handles), 6)}
     axis.legend(handles=handles, frameon=False, fontsize="small", borderaxespad=0.2, **place)
-
-
-def _labelled(axis: Any) -> list[Any]:
-    return [line for line in axis.get_lines() if not line.get_label().startswith("_")]
 
 
 def _draw_loss(axis: Any, train: list[Line], evaluations: list[Line], *_: Any) -> None:
@@ -231,7 +236,7 @@ def _draw_loss(axis: Any, train: list[Line], evaluations: list[Line], *_: Any) -
     _curve(axis, train, "robust/mean_loss", "plain mean of each step", GREEN, linestyle=":")
     _curve(axis, evaluations, "eval_loss", "evaluation loss", VERMILION, marker="D")
     axis.set_ylabel("loss")
-    _legend(axis, _labelled(axis))
+    _legend(axis)
 
 
 def _draw_rewards(axis: Any, train: list[Line], evaluations: list[Line], *_: Any) -> None:
@@ -239,7 +244,7 @@ def _draw_rewards(axis: Any, train: list[Line], evaluations: list[Line], *_: Any
     _curve(axis, train, "robust/worst_case_reward", "worst case of each step", ORANGE)
     _curve(axis, evaluations, "eval_reward", "held out", VERMILION, marker="D")
     axis.set_ylabel("reward of\ncompletions")
-    _legend(axis, _labelled(axis))
+    _legend(axis)
 
 
 def _draw_weights(axis: Any, train: list[Line], *_: Any) -> None:
@@ -252,7 +257,7 @@ def _draw_weights(axis: Any, train: list[Line], *_: Any) -> None:
     other.set_ylabel("largest weight\n(1 = uniform)")
     other.set_ylim(bottom=0)
     other.spines["top"].set_visible(False)
-    _legend(axis, _labelled(axis) + _labelled(other))
+    _legend(axis, other)
 
 
 def _draw_groups(
@@ -278,8 +283,8 @@ def _group_curves(axis: Any, train: list[Line], columns: dict[str, str]) -> None
             column,
             label,
             PALETTE[number % len(PALETTE)],
-            linestyle=_STYLES[number // len(PALETTE) % len(_STYLES)],
+            linestyle=LINE_STYLES[number // len(PALETTE) % len(LINE_STYLES)],
             marker=_MARKERS[number % len(_MARKERS)],
             markevery=max(1, len(train) // 8),
         )
-    _legend(axis, _labelled(axis))
+    _legend(axis)

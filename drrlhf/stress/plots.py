@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from drrlhf.report import PALETTE
+from drrlhf.report import LINE_STYLES, PALETTE, figure_of, light
 
 _TITLES = {
     "tv": "total variation: share of weight moved",
@@ -21,7 +21,6 @@ _TITLES = {
     "cvar": "CVaR: 1 - alpha, the share set aside",
 }
 _INK = "#010203"  # stands for the text's colour: no data has it
-_LINES = ("-", "--", "-.", ":")
 # As matplotlib draws it, and as the legend of the page shows it.
 _MARKERS = (("o", "●"), ("s", "■"), ("D", "◆"), ("^", "▲"), ("v", "▼"), ("*", "★"))
 
@@ -46,7 +45,7 @@ def legend(names: Sequence[str]) -> list[dict[str, str]]:
 def curves_plot(result: Mapping[str, Any]) -> str:
     """Worst cases over the radius: a column a family; accuracy above, loss below."""
     with _style():
-        figure = _figure(11.5, 5.6)
+        figure = figure_of(11.5, 5.6, "svg")
         axes = figure.subplots(2, len(_TITLES), sharex="col", sharey="row")
         for column, (family, title) in enumerate(_TITLES.items()):
             for row, metric in enumerate(("accuracy", "loss")):
@@ -68,7 +67,7 @@ def best_of_plot(section: Mapping[str, Any]) -> str:
     from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter
 
     with _style():
-        figure = _figure(8.0, 4.2)
+        figure = figure_of(8.0, 4.2, "svg")
         axis = figure.subplots()
         for number, curve in enumerate(section["curves"].values()):
             points = curve["points"]
@@ -100,15 +99,6 @@ def _style() -> Any:
     return matplotlib.rc_context(settings)
 
 
-def _figure(width: float, height: float) -> Any:
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasSVG(figure)
-    return figure
-
-
 def _line(axis: Any, x: Sequence[float], found: Sequence[Mapping[str, float]], number: int) -> None:
     """A line with its band; what is not known leaves a gap."""
     color = PALETTE[number % len(PALETTE)]
@@ -123,15 +113,14 @@ def _line(axis: Any, x: Sequence[float], found: Sequence[Mapping[str, float]], n
         color=color,
         marker=_MARKERS[number % len(_MARKERS)][0],
         markersize=4,
-        linestyle=_LINES[number // len(PALETTE) % len(_LINES)],
+        linestyle=LINE_STYLES[number // len(PALETTE) % len(LINE_STYLES)],
     )
 
 
 def _svg(figure: Any, axes: Any) -> str:
     """The figure as an element for a page: no prolog, no metadata, no ids that two plots share."""
     for axis in axes:
-        axis.grid(alpha=0.25)
-        axis.spines[["top", "right"]].set_visible(False)
+        light(axis)
     written = io.StringIO()
     figure.savefig(written, format="svg", metadata={"Date": None, "Creator": None})
     text = written.getvalue()

@@ -30,6 +30,7 @@ from numpy.typing import NDArray
 from drrlhf.files import tables
 from drrlhf.files.tables import DataError, is_text, short
 from drrlhf.stress.answers import ANSWERS, STYLED, STYLES, Both, answers_in, every_pair
+from drrlhf.transformations import SIDES
 
 CHOSEN = (
     *("chosen_reward", "scores_chosen", "chosen_score"),
@@ -254,21 +255,18 @@ def _margins(
     """chosen minus rejected (n,), the row of the table (n,) that each pair is of, the columns that
     they came from, and the answers (n,) that a row of several pairs has them of."""
     names, rows = set(table.column_names), np.arange(table.num_rows)
-    for chosen, rejected in zip(CHOSEN, REJECTED, strict=True):
-        if {chosen, rejected} <= names:
-            used = {chosen, rejected, *(names & {*MARGIN})}
-            if _are_styles(table[chosen], table[rejected]):
-                margin, rows, answers = _each_style(table, chosen, rejected, source)
-                return margin, rows, used, answers
-            return _difference(table, chosen, rejected, source), rows, used, None
-    for name in MARGIN:
-        if name in names:
-            return _numbers(table[name], name, source), rows, {name}, None
-    if {"chosen", "rejected"} <= names and _are_scores(table["chosen"].type):
-        if _are_styles(table["chosen"], table["rejected"]):
-            margin, rows, answers = _each_style(table, "chosen", "rejected", source)
-            return margin, rows, {"chosen"}, answers
-        return _difference(table, "chosen", "rejected", source), rows, set(), None
+    both = next((two for two in zip(CHOSEN, REJECTED) if {*two} <= names), None)
+    alone = next((name for name in MARGIN if name in names), None)
+    if both is None and alone is None and {*SIDES} <= names and _are_scores(table[SIDES[0]].type):
+        both = SIDES
+    if both is not None:
+        used = {*both, *(names & {*MARGIN})}
+        if _are_styles(*(table[name] for name in both)):
+            margin, rows, answers = _each_style(table, *both, source)
+            return margin, rows, used, answers
+        return _difference(table, *both, source), rows, used, None
+    if alone is not None:
+        return _numbers(table[alone], alone, source), rows, {alone}, None
     if SCORES in names:
         margin, rows, answers = _each_with_each(table, source)
         return margin, rows, {SCORES}, answers
@@ -288,13 +286,8 @@ def _each_with_each(
 ) -> tuple[NDArray[np.float64], NDArray[np.int64], Both]:
     """Of every row each right answer with each wrong one: margins (n,), rows (n,) and answers. A
     row without scores is one pair whose margin is not known."""
-    if not _is_list(table[SCORES].type):
-        row = _first(table[SCORES], lambda value: not _reads_as_numbers(value))
-        raise DataError(
-            f"{source}: row {row + 1}: column {SCORES!r} must hold a list of numbers for each "
-            f"prompt, but holds {short(table[SCORES][row].as_py())}; call single scores "
-            "chosen_reward and rejected_reward"
-        )
+    mend = "call single scores chosen_reward and rejected_reward"
+    _check_lists(table, SCORES, source, "a list of numbers for each prompt", mend)
     sizes, flat = _lists(table[SCORES])
     scores = _numbers(flat, SCORES, source, np.arange(len(sizes)).repeat(sizes))
     starts = np.cumsum(sizes) - sizes
@@ -315,6 +308,16 @@ def _each_with_each(
     return _pairs(alike, np.flatnonzero(sizes == 0))
 
 
+def _check_lists(table: pa.Table, name: str, source: str, wanted: str, mend: str) -> None:
+    """`DataError` that names the first value, where a column does not hold lists."""
+    if not _is_list(table[name].type):
+        row = _first(table[name], lambda value: not _reads_as_numbers(value))
+        raise DataError(
+            f"{source}: row {row + 1}: column {name!r} must hold {wanted}, but holds "
+            f"{short(table[name][row].as_py())}; {mend}"
+        )
+
+
 def _are_styles(chosen: pa.ChunkedArray, rejected: pa.ChunkedArray) -> bool:
     """Whether scores come in lists of several."""
     lists = (one for one in (chosen, rejected) if _is_list(one.type))
@@ -326,14 +329,9 @@ def _each_style(
 ) -> tuple[NDArray[np.float64], NDArray[np.int64], Both]:
     """As `_each_with_each`, for three scores of right answers beside three of wrong ones."""
     sizes, numbers = [], []
+    wanted = f"a list of {len(STYLES)} numbers, as its other side does"
     for name in (chosen, rejected):
-        if not _is_list(table[name].type):
-            row = _first(table[name], lambda value: not _reads_as_numbers(value))
-            raise DataError(
-                f"{source}: row {row + 1}: column {name!r} must hold a list of {len(STYLES)} "
-                f"numbers, as its other side does, but holds {short(table[name][row].as_py())}; "
-                "score that row again, or drop it"
-            )
+        _check_lists(table, name, source, wanted, "score that row again, or drop it")
         of_row, flat = _lists(table[name])
         sizes.append(of_row)
         numbers.append(_numbers(flat, name, source, np.arange(len(of_row)).repeat(of_row)))
@@ -513,11 +511,9 @@ def _longer(table: pa.Table, source: str) -> NDArray[np.float64] | None:
     names = set(table.column_names)
     if {*LENGTHS} <= names:
         return _difference(table, *LENGTHS, source)
-    if not {"chosen", "rejected"} <= names:
+    if not {*SIDES} <= names or not all(is_text(table[name].type) for name in SIDES):
         return None
-    if not all(is_text(table[name].type) for name in ("chosen", "rejected")):
-        return None
-    sizes = [pc.utf8_length(table[name]).cast(pa.float64()) for name in ("chosen", "rejected")]
+    sizes = [pc.utf8_length(table[name]).cast(pa.float64()) for name in SIDES]
     return pc.subtract(*sizes).to_numpy()
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from markupsafe import Markup
@@ -37,22 +37,22 @@ def percent(share: float | None) -> str:
 
 def band(found: Mapping[str, float] | None) -> Markup:
     """A share in percent with its band in brackets, or a dash."""
-    if found is None or not known(found["value"]):
-        return Markup("–")
-    text = Markup("{} ").format(percent(found["value"]))
-    return text + _brackets(*(f"{100 * found[end]:.1f}" for end in ("low", "high")))
+    return _band(found, percent, lambda share: f"{100 * share:.1f}")
 
 
 def number_band(found: Mapping[str, float] | None, digits: int = 4) -> Markup:
     """A number with its band in brackets, or a dash."""
+    shown = f"{{:.{digits}f}}".format
+    return _band(found, shown, shown)
+
+
+def _band(
+    found: Mapping[str, float] | None, shown: Callable[[float], str], end: Callable[[float], str]
+) -> Markup:
     if found is None or not known(found["value"]):
         return Markup("–")
-    text = Markup("{} ").format(f"{found['value']:.{digits}f}")
-    return text + _brackets(*(f"{found[end]:.{digits}f}" for end in ("low", "high")))
-
-
-def _brackets(low: str, high: str) -> Markup:
-    return Markup('<span class="dim">[{}, {}]</span>').format(low, high)
+    ends = end(found["low"]), end(found["high"])
+    return Markup('{} <span class="dim">[{}, {}]</span>').format(shown(found["value"]), *ends)
 
 
 def sort_key(number: float | None) -> str:
