@@ -36,7 +36,6 @@ logger = logging.getLogger(__name__)
 
 REQUIRED = ("chosen", "rejected")
 OPTIONAL = ("prompt", "group", "margin", "weight", "p_chosen")
-PROMPT_REQUIRED, PROMPT_OPTIONAL = ("prompt",), ("group", "weight")
 # Columns of numbers: the least, the most, and the words for it.
 NUMBERS = {
     "margin": (-math.inf, math.inf, "a finite number"),
@@ -125,11 +124,8 @@ def preference_data_of(
 ) -> PreferenceData:
     """`load_preference_data` for rows that come with their numbers: errors name ``name`` and, as
     "``unit`` number", the row."""
-    columns = _Columns(
-        name, unit, skip={"margin"} if kind == "dpo" else set(), keeps_more=keep_columns
-    )
-    for number, row in rows:
-        columns.add(number, row)
+    skip = {"margin"} if kind == "dpo" else set()
+    columns = _Columns(name, unit, skip, keeps_more=keep_columns).read(rows)
     return columns.finish(group_names, new_groups)
 
 
@@ -143,12 +139,8 @@ def load_prompt_data(
     """Read and check prompts for GRPO: as `load_preference_data`, with ``prompt`` (a string, or
     messages) in place of a pair, and with every other column kept as it is."""
     name, unit, rows = open_rows(str(source), split)
-    columns = _Columns(
-        name, unit, set(), required=PROMPT_REQUIRED, optional=PROMPT_OPTIONAL, keeps_more=True
-    )
-    for number, row in rows:
-        columns.add(number, row)
-    if columns.tools:
+    columns = _Columns(name, unit, set(), ("prompt",), ("group", "weight"), keeps_more=True)
+    if columns.read(rows).tools:
         logger.warning(
             "%s: column 'tools' goes to the reward function alone: GRPO writes prompts without it",
             name,
@@ -231,16 +223,6 @@ def _with_name(row: Row, names: Sequence[str] | None) -> Row:
 # ---- what rows must hold -------------------------------------------------------------------------
 
 
-def _missing_column(
-    where: str, found: Sequence[str], required: Sequence[str], optional: Sequence[str]
-) -> DataError:
-    missing = next(name for name in required if name not in found)
-    return DataError(
-        f"{where}: missing column {missing!r}; found: {', '.join(sorted(found)) or 'none'}; "
-        f"needed: {', '.join(required)} (optional: {', '.join(optional)})"
-    )
-
-
 @dataclass
 class _Columns:
     """Checks rows one by one and collects the columns that are kept."""
@@ -268,6 +250,12 @@ class _Columns:
     def error(self, number: int, message: str) -> DataError:
         return DataError(f"{self.where(number)}: {message}")
 
+    def read(self, rows: Rows) -> _Columns:
+        """All of the rows; itself."""
+        for number, row in rows:
+            self.add(number, row)
+        return self
+
     def add(self, number: int, row: Row) -> None:
         if not isinstance(row, dict):
             wanted = f"expected an object with {' and '.join(self.required)}"
@@ -291,7 +279,7 @@ class _Columns:
             self.left_out |= {key for key in more if not FORM.fullmatch(key)}
             more = {key: more[key] for key in more if FORM.fullmatch(key)}
             more = {key: self.check_value(number, key, value) for key, value in more.items()}
-        self.add_more(more)
+        self.add_sparse(self.more, more)
         if "chosen" in kept:
             self.identical += self.columns["chosen"][-1] == self.columns["rejected"][-1]
 
@@ -329,15 +317,13 @@ class _Columns:
         if self.required != REQUIRED:
             return
         checks = {"tools": self.check_tools, "chat_template_kwargs": self.check_template_kwargs}
-        for key, check in checks.items():
-            value = row.get(key)
-            found = None if value is None or key in self.skip else check(number, value)
-            if found is not None and not self.conversational:
-                self.left_out.add(f"{key} (the rows are plain text)")
-            elif found is not None or key in self.template:
-                values = self.template.setdefault(key, [])
-                values += [None] * (len(self.numbers) - 1 - len(values))
-                values.append(found)
+        there = [key for key in checks if row.get(key) is not None]
+        checked = {key: checks[key](number, row[key]) for key in there}
+        given = {key: value for key, value in checked.items() if value is not None}
+        if self.conversational:
+            self.add_sparse(self.template, given)
+        else:
+            self.left_out |= {f"{key} (the rows are plain text)" for key in given}
 
     def check_tools(self, number: int, value: Any) -> str | None:
         found = _json(value) if isinstance(value, str) else self.without_nulls(value)
@@ -365,17 +351,21 @@ class _Columns:
             return {k: self.without_nulls(v) for k, v in value.items() if v is not None}
         return [self.without_nulls(v) for v in value] if isinstance(value, list) else value
 
-    def add_more(self, row: Row) -> None:
-        """Columns of the user's own; None in rows that lack one."""
+    def add_sparse(self, columns: dict[str, list[Any]], row: Row) -> None:
+        """A row of columns that a row may lack, which has None then."""
         for key in row:
-            self.more.setdefault(key, [None] * (len(self.numbers) - 1))
-        for key, values in self.more.items():
+            columns.setdefault(key, [None] * (len(self.numbers) - 1))
+        for key, values in columns.items():
             values.append(row.get(key))
 
     def check_columns(self, number: int, kept: list[str], row: Row) -> None:
-        if not set(self.required) <= set(kept):
-            present = [key for key in row if row[key] is not None]
-            raise _missing_column(self.where(number), present, self.required, self.optional)
+        missing = next((name for name in self.required if name not in kept), None)
+        if missing is not None:
+            found = ", ".join(sorted(key for key in row if row[key] is not None)) or "none"
+            needed = f"{', '.join(self.required)} (optional: {', '.join(self.optional)})"
+            raise self.error(
+                number, f"missing column {missing!r}; found: {found}; needed: {needed}"
+            )
         if not self.columns:
             self.columns = {key: [] for key in kept}
             self.conversational = not isinstance(row[self.required[0]], str)
@@ -490,7 +480,6 @@ class _Columns:
     def finish_template(self) -> dict[str, Any]:
         """Puts the columns for the chat template among the others; their types."""
         for key, values in self.template.items():
-            values += [None] * (len(self.numbers) - len(values))
             # TRL unpacks the arguments of every row, and None is no mapping.
             empty: Any = {} if key == "chat_template_kwargs" else None
             self.columns[key] = [empty if value is None else value for value in values]

@@ -6,8 +6,9 @@ import dataclasses
 import importlib.util
 import itertools
 import signal
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import typer
 
@@ -189,15 +190,11 @@ class _Keeper:
     """The result file, if one is asked for: whole after every case."""
 
     def __init__(self, suite: str, output: Path | None) -> None:
-        self.suite, self.output = suite, output
-        self._taken_on: dict[str, Any] | None = None
-
-    def _collected(self, outcomes: list[Outcome]) -> dict[str, Any]:
         from drrlhf.bench import results
 
-        if self._taken_on is None:  # the file keeps the day that its run began on
-            self._taken_on = results.background(self.suite)
-        return results.collect(self.suite, outcomes, self._taken_on)
+        self.output = output
+        # The file keeps the day that its run began on.
+        self.collected = partial(results.collect, suite, taken_on=results.background(suite))
 
     def records(self, outcomes: list[Outcome]) -> Path | None:
         """Write what there is."""
@@ -205,7 +202,7 @@ class _Keeper:
 
         if not outcomes or self.output is None:
             return None
-        return results.write(self._collected(outcomes), self.output)
+        return results.write(self.collected(outcomes), self.output)
 
     def everything(self, outcomes: list[Outcome], plot: bool) -> list[Path]:
         """Write the result file and the pictures that were asked for; their paths."""
@@ -216,6 +213,6 @@ class _Keeper:
         if plot and outcomes:
             from drrlhf.bench import plots
 
-            result = self._collected(outcomes) if path is None else results.read(path)
+            result = self.collected(outcomes) if path is None else results.read(path)
             written += plots.plot(result, self.output or Path(), results.stem(result))
         return written

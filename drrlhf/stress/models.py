@@ -120,12 +120,11 @@ class RewardModel(Scorer):
             raise ValueError(f"{directory}: expected a reward model of one label, got {labels}")
 
     def _texts(self, row: Row) -> tuple[Text, Text]:
-        most = self.max_length
-        chosen, rejected = (
-            Text(tuple(ids[-most:]), 0, len(ids) > most)
-            for ids in (self._ids(row, side) for side in ("chosen", "rejected"))
-        )
-        return chosen, rejected
+        return self._text(row, "chosen"), self._text(row, "rejected")
+
+    def _text(self, row: Row, side: str) -> Text:
+        ids = self._ids(row, side)
+        return Text(tuple(ids[-self.max_length :]), 0, len(ids) > self.max_length)
 
     def _score(self, batch: Sequence[Text]) -> Array:
         ids = [text.ids for text in batch]
