@@ -70,16 +70,15 @@ def plot_training(
             f"{metrics_path}: no training step was logged, so there is nothing to plot"
         )
     evaluations = [line for line in lines if line["event"] == "eval"]
-    panels: list[Any] = [_draw_loss]
-    if any("reward" in line for line in train):
-        panels = [_draw_rewards, _draw_loss]
-    if any("robust/effective_sample_size" in line for line in train):
-        panels.append(_draw_weights)
-    groups = group_columns(train)
-    if groups:
-        panels.append(_draw_groups)
-    if group_columns(train, ("reward",)):
-        panels.append(_draw_group_rewards)
+    logged, groups = {name for line in train for name in line}, group_columns(train)
+    wanted = {
+        _draw_rewards: "reward" in logged,
+        _draw_loss: True,
+        _draw_weights: "robust/effective_sample_size" in logged,
+        _draw_groups: groups,
+        _draw_group_rewards: group_columns(train, ("reward",)),
+    }
+    panels: list[Any] = [draw for draw, there in wanted.items() if there]
 
     from matplotlib.ticker import MaxNLocator
 

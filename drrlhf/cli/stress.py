@@ -266,7 +266,6 @@ def _scored(options: Options, names: list[str], console: Console) -> Loaded:
 
     from drrlhf.stress import from_table, load_candidates, load_judge, score_table
     from drrlhf.stress.changes import chosen_changes
-    from drrlhf.stress.private import table_without_texts
     from drrlhf.stress.scoring import score_candidates
 
     logging.disable_progress_bar()
@@ -297,13 +296,10 @@ def _scored(options: Options, names: list[str], console: Console) -> Loaded:
                 on_progress=show,
             )
             # What took minutes is kept, whatever may be wrong behind it: --scores reads it again.
-            table = table if options.texts else table_without_texts(table)
-            _keep(options, console, name, "scores", table)
+            table = _keep(options, console, name, "scores", table)
             for one in asked:
                 picked[name] = score_candidates(judge, one, on_progress=show)
-                found = picked[name].table()
-                found = found if options.texts else table_without_texts(found)
-                _keep(options, console, name, "candidates", found)
+                _keep(options, console, name, "candidates", picked[name].table())
         if getattr(judge, "began_with_adapters", False):
             console.print(
                 f"{name}: the reference is what its training began with, in {directory}/ref.",
@@ -320,16 +316,19 @@ def _scored(options: Options, names: list[str], console: Console) -> Loaded:
     return scored, picked
 
 
-def _keep(options: Options, console: Console, name: str, what: str, table: Any) -> None:
-    """Write what was scored, whole at any time, and say where."""
+def _keep(options: Options, console: Console, name: str, what: str, table: Any) -> Any:
+    """Write what was scored, whole at any time, and say where; what was written."""
     import pyarrow.parquet as pq
 
     from drrlhf.files import write_whole
+    from drrlhf.stress.private import table_without_texts
 
+    table = table if options.texts else table_without_texts(table)
     options.output_dir.mkdir(parents=True, exist_ok=True)
     path = stress_generate.file_of(options, name, f"{what}.parquet")
     write_whole(path, partial(pq.write_table, table))
     console.print(f"{what.capitalize()}: {path}", soft_wrap=True)
+    return table
 
 
 def _names(options: Options) -> list[str]:

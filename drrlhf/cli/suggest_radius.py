@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from drrlhf.cli import _console
 from drrlhf.cli._options import MAX_NAN, PROMPT_COLUMN, RESAMPLES, option, taken_from
+from drrlhf.files import write_text
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -73,18 +74,11 @@ def suggest_radius(options: Options) -> None:
                 seed=options.seed,
             )
         if options.output is not None:
-            _write(found, options.output)
+            options.output.parent.mkdir(parents=True, exist_ok=True)
+            write_text(options.output, json.dumps(found, indent=1, allow_nan=False) + "\n")
     console.print(_table(found))
     for sentence in _said(found):
         console.print(sentence)
-
-
-def _write(found: dict[str, Any], path: Path) -> None:
-    from drrlhf.files import write_text
-
-    text = json.dumps(found, indent=1, allow_nan=False) + "\n"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, text)
 
 
 def _table(found: dict[str, Any]) -> Table:

@@ -260,8 +260,13 @@ def _csv_rows(path: Path) -> Rows:
             _no_doubles(f"{path}: line 1", header)
             start = reader.line_num + 1
             for cells in reader:
+                if cells and len(cells) != len(header):
+                    raise DataError(
+                        f"{path}: line {start}: {len(cells)} fields, but the header names "
+                        f"{len(header)} columns; quote fields that hold commas or line breaks"
+                    )
                 if cells:
-                    yield start, _csv_row(f"{path}: line {start}", header, cells)
+                    yield start, dict(zip(header, cells, strict=True))
                 start = reader.line_num + 1  # a quoted cell may hold line breaks
     except csv.Error as error:
         raise DataError(f"{path}: line {start}: broken CSV: {error}") from error
@@ -272,15 +277,6 @@ def _csv_rows(path: Path) -> Rows:
         raise
     finally:
         csv.field_size_limit(limit)
-
-
-def _csv_row(where: str, header: list[str], cells: list[str]) -> Row:
-    if len(cells) != len(header):
-        raise DataError(
-            f"{where}: {len(cells)} fields, but the header names {len(header)} "
-            "columns; quote fields that hold commas or line breaks"
-        )
-    return dict(zip(header, cells, strict=True))
 
 
 def _no_doubles(where: str, names: Sequence[str]) -> None:

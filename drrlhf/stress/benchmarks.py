@@ -19,7 +19,7 @@ import itertools
 import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ IDS = ("prompt_id", "pair_id", "id")
 LABELS = {"A>B": 0, "B>A": 1}
 COUNTS = ("num_correct", "num_incorrect", "total_completions")
 _SIDES = ("chosen", "rejected")
-_SCALARS = (str, int, float, bool)
+SCALARS = (str, int, float, bool)
 _PLAIN = "give every pair as a row with prompt, chosen and rejected"
 
 Complain = Callable[[str], DataError]
@@ -89,49 +89,36 @@ def read_pairs(source: str | Path, split: str = "train") -> PreferenceData:
         return preference_data_of(name, unit, rows, keep_columns=True)
     # Not the line: an array of JSON may stand in one.
     unit = unit if unit == "example" else "row"
-    expanded = _Expanded(name, unit, form)
-    loaded = preference_data_of(name, unit, expanded.rows(rows), keep_columns=True)
-    if expanded.left_out:
-        logger.warning("%s: columns left out: %s", name, ", ".join(sorted(expanded.left_out)))
+    left_out: set[str] = set()
+    pairs = _expanded(rows, form, name, unit, left_out)
+    loaded = preference_data_of(name, unit, pairs, keep_columns=True)
+    if left_out:
+        logger.warning("%s: columns left out: %s", name, ", ".join(sorted(left_out)))
     return loaded
 
 
-@dataclass
-class _Expanded:
-    """The pairs of rows of a benchmark."""
+def _expanded(rows: Rows, form: _Form, name: str, unit: str, left_out: set[str]) -> Rows:
+    """The pairs of rows of a benchmark, each with the number of its row; ``left_out`` is given the
+    columns that no attribute can be made of."""
+    ids: set[str] = set()
+    for number, (_, row) in enumerate(rows, 1):
 
-    name: str
-    unit: str
-    form: _Form
-    left_out: set[str] = field(default_factory=set)
-    ids: set[str] = field(default_factory=set)
+        def complain(message: str, number: int = number) -> DataError:
+            return DataError(f"{name}: {unit} {number}: not as {form.name} has it: {message}")
 
-    def rows(self, rows: Rows) -> Rows:
-        """Each pair with the number of the row that it is of."""
-        for number, (_, row) in enumerate(rows, 1):
-
-            def complain(message: str, number: int = number) -> DataError:
-                where = f"{self.name}: {self.unit} {number}"
-                return DataError(f"{where}: not as {self.form.name} has it: {message}")
-
-            _check_row(row, self.form, complain)
-            more = self.attributes(number, row)
-            for pair in self.form.pairs(row, complain):
-                yield number, more | pair
-
-    def attributes(self, number: int, row: Row) -> Row:
-        """What all pairs of a row have."""
-        key = next((name for name in IDS if row.get(name) is not None), None)
-        name = prompt_id(row.get(key or ""), f"{self.unit} {number}", self.ids)
-        more = {"prompt": row[self.form.needed[0]], "prompt_id": name}
-        for name, value in row.items():
-            if name in more or name == key or name in self.form.used:
+        _check_row(row, form, complain)
+        key = next((one for one in IDS if row.get(one) is not None), None)
+        more = {"prompt": row[form.needed[0]]}
+        more["prompt_id"] = prompt_id(row.get(key or ""), f"{unit} {number}", ids)
+        for column, value in row.items():
+            if column in (*more, key, *form.used):
                 continue
-            if value is None or isinstance(value, _SCALARS):
-                more[name] = value
+            if value is None or isinstance(value, SCALARS):
+                more[column] = value
             else:
-                self.left_out.add(name)
-        return more
+                left_out.add(column)
+        for pair in form.pairs(row, complain):
+            yield number, more | pair
 
 
 # ---- which format it is --------------------------------------------------------------------------
@@ -278,7 +265,7 @@ def _judge_bench(row: Row, complain: Complain) -> Iterator[Row]:
 
 def _hhh(row: Row, complain: Complain) -> Iterator[Row]:
     texts, labels = _choices(row, complain)
-    if not all(isinstance(one, _SCALARS) and one in (0, 1) for one in labels):
+    if not all(isinstance(one, SCALARS) and one in (0, 1) for one in labels):
         raise complain(f"labels must be 1 (right) or 0 (wrong); got {short(labels)}; mend the row")
     if not {0, 1} <= {*labels}:
         raise complain(

@@ -24,12 +24,11 @@ from drrlhf.data import open_rows
 from drrlhf.files import tables
 from drrlhf.files.tables import DataError, Row, short
 from drrlhf.stress.answers import CANDIDATES, prompt_id
-from drrlhf.stress.benchmarks import IDS, Complain
+from drrlhf.stress.benchmarks import IDS, SCALARS, Complain
 from drrlhf.stress.curves import Array
 
 SCORES = ("scores", "model_scores", "rewards")
 GOLD = ("gold", "gold_scores", "gold_rewards", "ratings")
-_SCALARS = (str, int, float, bool)
 
 
 @dataclass(frozen=True)
@@ -205,7 +204,7 @@ def _checked(row: Row, columns: Mapping[str, str], complain: Complain) -> dict[s
         "others": {
             name: value
             for name, value in row.items()
-            if name not in used and (value is None or isinstance(value, _SCALARS))
+            if name not in used and (value is None or isinstance(value, SCALARS))
         },
     }
     if "scores" in columns:

@@ -43,12 +43,8 @@ def groups_of(scores: Scores, blocks: NDArray[np.int64], min_support: int) -> di
     interval lies wholly below the accuracy of all pairs.
     """
     errors = ERRORS[error_codes(scores.margin)]
-    overall = 1 - float(errors.mean())
-
-    def interval(column: Column, index: int, level: float) -> dict[str, float]:
-        return _interval(column, index, NormalDist().inv_cdf(1 - level / 2))
-
-    return ranked(scores.attributes, errors, blocks, min_support, interval, ("accuracy", overall))
+    measured = "accuracy", 1 - float(errors.mean())
+    return ranked(scores.attributes, errors, blocks, min_support, _interval, measured)
 
 
 def in_words(group: Mapping[str, Any], sign: str = " = ") -> str:
@@ -79,7 +75,7 @@ def ranked(
     level = (1 - CONFIDENCE) / max(looked_at, 1)
     name, overall = measured
     found: dict[int, list[dict[str, Any]]] = {1: [], 2: []}
-    small = []
+    small, small_pairs = [], 0
     for column, enough in zip(columns, large, strict=True):
         for index in np.flatnonzero(column.pairs).tolist():
             group = {
@@ -93,6 +89,8 @@ def ranked(
                 found[len(column.attributes)].append(group)
             elif len(column.attributes) == 1:
                 small.append(group)
+            else:
+                small_pairs += 1
     for some in found.values():
         some.sort(key=lambda group: (group[name]["high"], -group[of]))
     return {
@@ -101,11 +99,7 @@ def ranked(
         "single": found[1],
         "paired": found[2],
         "too_small": sorted(small, key=lambda group: -group[of]),
-        "too_small_pairs_of_attributes": sum(
-            int(((column.pairs > 0) & ~enough).sum())
-            for column, enough in zip(columns, large, strict=True)
-            if len(column.attributes) == 2
-        ),
+        "too_small_pairs_of_attributes": small_pairs,
     }
 
 
@@ -149,14 +143,14 @@ def _column(
     return Column(attributes, [names[i] for i in there], pairs, support, mean, variance)
 
 
-def _interval(column: Column, index: int, z: float) -> dict[str, float]:
+def _interval(column: Column, index: int, level: float) -> dict[str, float]:
     accuracy = 1 - float(column.means[index])
     size, variance = float(column.pairs[index]), float(column.variance[index])
     if variance > 0:
         size *= min(accuracy * (1 - accuracy) / size / variance, 1.0)
     else:  # all pairs alike: they tell no more than their prompts
         size = float(column.support[index])
-    low, high = wilson(accuracy, size, z)
+    low, high = wilson(accuracy, size, NormalDist().inv_cdf(1 - level / 2))
     return {"value": accuracy, "low": low, "high": high}
 
 

@@ -82,13 +82,8 @@ def _page(template: str, result: Mapping[str, Any], **more: Any) -> str:
     pages = Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, loader=FileSystemLoader(PAGE)
     )
-    pages.filters |= {
-        "percent": view.percent,
-        "band": view.band,
-        "number_band": view.number_band,
-        "sort_key": view.sort_key,
-        "heat": view.heat,
-    }
+    filters = (view.percent, view.band, view.number_band, view.sort_key, view.heat)
+    pages.filters |= {one.__name__: one for one in filters}
     style, script = ((PAGE / f"page.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
     models = result["models"]
     return pages.get_template(template).render(

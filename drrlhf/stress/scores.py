@@ -155,20 +155,21 @@ def from_table(
             "again, drop them, or raise --max-nan"
         )
     lost, read, margin, rows = rows[~finite], len(margin), margin[finite], rows[finite]
-    changed = any(name.startswith((CHANGED, *_FORM_BEGINNINGS)) for name in table.column_names)
-    _check_margins(margin, source, all_right or changed)  # what a change does is worth telling
+    after = [name for name in table.column_names if name.startswith((CHANGED, *_FORM_BEGINNINGS))]
+    # What a change does is worth telling.
+    _check_margins(margin, source, all_right or bool(after))
     prompt = _prompt_column(table, source, prompt_column)
     prompts, missing = _prompts(table, prompt)
     if dropped or read != table.num_rows:
         table = table.take(pa.array(rows))
     named = answers_in(table)
     longer = _longer(table, source)
-    after = [name for name in table.column_names if name.startswith(CHANGED)]
     counterfactuals = {
-        name.removeprefix(CHANGED): _numbers(table[name], name, source) for name in after
+        name.removeprefix(CHANGED): _numbers(table[name], name, source)
+        for name in after
+        if name.startswith(CHANGED)
     }
     rewards, forms = _forms(table, source)
-    after += [name for name in table.column_names if name.startswith(_FORM_BEGINNINGS)]
     attributes, ignored = attributes_of(
         table,
         {
@@ -216,8 +217,8 @@ def _forms(
 ) -> tuple[NDArray[np.float64] | None, dict[str, NDArray[np.float64]]]:
     """The rewards (n, 2) of the two answers, and of their forms by the name of the change."""
     both = {*FORMS} <= {*table.column_names}
+    apart = [name for name in table.column_names if name.startswith(_FORM_BEGINNINGS)]
     if not both or _are_styles(*(table[name] for name in FORMS)):
-        apart = [name for name in table.column_names if name.startswith(_FORM_BEGINNINGS)]
         if apart:
             raise DataError(
                 f"{source}: column {apart[0]!r} is the reward of a changed form, and of the "
@@ -225,14 +226,8 @@ def _forms(
             )
         return None, {}
     rewards = np.column_stack([_numbers(table[name], name, source) for name in FORMS])
-    names = [
-        name.removeprefix(beginning)
-        for name in table.column_names
-        for beginning in _FORM_BEGINNINGS
-        if name.startswith(beginning)
-    ]
     forms = {}
-    for change in dict.fromkeys(names):
+    for change in dict.fromkeys(name.partition("@")[2] for name in apart):
         columns = [
             _numbers(table[name], name, source)
             if (name := f"{side}@{change}") in table.column_names
