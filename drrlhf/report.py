@@ -208,14 +208,10 @@ def _curve(axis: Any, lines: list[Line], column: str, label: str, color: str, **
     window = len(numbers) // 25
     if window > 1 and "marker" not in style:
         axis.plot(steps, numbers, color=color, alpha=0.3, linewidth=1)
-        numbers = _trailing_mean(numbers, window)
+        parts = (numbers[max(0, end - window) : end] for end in range(1, len(numbers) + 1))
+        numbers = [sum(part) / len(part) for part in parts]
     style.setdefault("marker", "o" if len(points) < 3 else None)
     axis.plot(steps, numbers, label=label, color=color, markersize=4, **style)
-
-
-def _trailing_mean(numbers: list[float], window: int) -> list[float]:
-    parts = (numbers[max(0, end - window) : end] for end in range(1, len(numbers) + 1))
-    return [sum(part) / len(part) for part in parts]
 
 
 def _legend(axis: Any, *others: Any) -> None:

@@ -8,7 +8,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import typer
+from rich import box
 from rich.console import Console
+from rich.table import Table
 from rich.text import Text
 
 USAGE_ERROR = 2
@@ -22,6 +24,14 @@ def console(**how: Any) -> Console:
 def plain() -> Console:
     """A `console` for words of users: nothing in them is markup, and no number is coloured."""
     return console(markup=False, highlight=False)
+
+
+def table(title: str, *heads: str) -> Table:
+    """A table of names in the first column and numbers in the others."""
+    made = Table(box=box.SIMPLE_HEAD, title=title)
+    for place, head in enumerate(heads):
+        made.add_column(head, justify="right" if place else "left", no_wrap=True)
+    return made
 
 
 @contextlib.contextmanager

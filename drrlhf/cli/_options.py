@@ -23,6 +23,11 @@ MAX_NAN = "Share of scores that may be NaN, infinite or missing."
 RESAMPLES = "Bootstrap samples of prompts."
 
 
+def chosen(options: Any, *names: str) -> dict[str, Any]:
+    """The options of these names, for what knows them by the same ones."""
+    return {name: getattr(options, name) for name in names}
+
+
 def option(default: Any, help: str, *names: str, **rules: Any) -> Any:
     """A field of a dataclass for `taken_from`; a default of ... asks for a value."""
     said = typer.Option(*names, help=help, **rules)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import platform
 from importlib import metadata
@@ -85,7 +86,8 @@ def _show(report: dict[str, Any], console: Console) -> None:
     table = Table(title="ops", title_justify="left")
     for head in ("op", "device", "served by", "not served by, because"):
         table.add_column(head)
-    for (op, device), rows in _by_op(report["ops"]).items():
+    of_one = itertools.groupby(report["ops"], key=lambda row: (row["op"], row["device"]))
+    for (op, device), rows in ((key, list(found)) for key, found in of_one):
         chosen = ", ".join(row["backend"] for row in rows if row["chosen"]) or "nothing"
         table.add_row(op, device, chosen, Text(_reasons(rows)))
     console.print(table)
@@ -98,10 +100,3 @@ def _reasons(rows: list[dict[str, Any]]) -> str:
         if row["reason"]:  # of the one that serves: what it serves
             backends.setdefault(row["reason"], []).append(row["backend"])
     return "\n".join(f"{', '.join(names)}: {reason}" for reason, names in backends.items())
-
-
-def _by_op(rows: list[dict[str, Any]]) -> dict[tuple[str, str], list[dict[str, Any]]]:
-    grouped: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for row in rows:
-        grouped.setdefault((row["op"], row["device"]), []).append(row)
-    return grouped

@@ -27,7 +27,16 @@ def find(reward: str) -> Any:
         if not path.is_dir() and models.is_path(reward):
             raise ValueError(f"--reward {reward}: no such directory")
         name = str(path) if path.is_dir() else reward  # else a hub name
-        _check_model(reward, models.describe(name))
+        described = models.describe(name)
+        if described.kind != models.REWARD:
+            raise ValueError(
+                f"--reward {reward}: expected a reward model (sequence classification), got "
+                f"{described.found}; train one with drrlhf train reward, or give module:function"
+            )
+        if described.labels not in (None, 1):
+            raise ValueError(
+                f"--reward {reward}: expected a reward model of one label, got {described.labels}"
+            )
         return name
     if str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
@@ -57,15 +66,3 @@ def load(reward: str) -> Any:
     model = models.load(found, models.REWARD).merge_and_unload().eval()
     model.config._name_or_path = found  # where TRL looks for the tokenizer
     return model
-
-
-def _check_model(reward: str, described: models.Description) -> None:
-    if described.kind != models.REWARD:
-        raise ValueError(
-            f"--reward {reward}: expected a reward model (sequence classification), got "
-            f"{described.found}; train one with drrlhf train reward, or give module:function"
-        )
-    if described.labels not in (None, 1):
-        raise ValueError(
-            f"--reward {reward}: expected a reward model of one label, got {described.labels}"
-        )

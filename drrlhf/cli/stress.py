@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from drrlhf.cli import _console, stress_generate
-from drrlhf.cli._options import MAX_NAN, PROMPT_COLUMN, RESAMPLES, option, taken_from
+from drrlhf.cli._options import MAX_NAN, PROMPT_COLUMN, RESAMPLES, chosen, option, taken_from
 from drrlhf.transformations import BY_COLUMN
 
 if TYPE_CHECKING:
@@ -238,7 +238,7 @@ def _stressed(options: Options, names: list[str], console: Console) -> dict[str,
     from drrlhf.stress.run import check_options
 
     asked = ("floor", "ambiguity", "resamples", "min_support", "seed")
-    given = stress_generate.said(options, *asked)
+    given = chosen(options, *asked) | {"require": options.require or []}
     check_options(**given)  # before a large file is read
     load = _scored if options.model else _read
     scores, candidates = load(options, names, console)
@@ -254,7 +254,7 @@ def _read(options: Options, names: list[str], console: Console) -> Loaded:
     loaded = {}
     for name, path in zip(names, options.scores or [], strict=True):
         with console.status(escape(f"Reading {path} ...")):
-            scores = load_scores(path, prompt_column=options.prompt_column, max_nan=options.max_nan)
+            scores = load_scores(path, **chosen(options, "prompt_column", "max_nan"))
         loaded[name] = scores if options.texts else scores_without_texts(scores)
     files = zip(loaded, options.best_of or [])
     return loaded, {name: load_candidates(path) for name, path in files}
@@ -280,20 +280,16 @@ def _scored(options: Options, names: list[str], console: Console) -> Loaded:
     for name, directory in zip(names, options.model or [], strict=True):
         judge = load_judge(
             directory,
-            reference=options.reference,
-            beta=options.beta,
-            max_length=options.max_length,
             dtype=None if dtype is Dtype.as_saved else getattr(torch, dtype.value),
+            **chosen(options, "reference", "beta", "max_length"),
         )
         with _console.progress(console) as show:
             table = score_table(
                 judge,
                 data,
                 split=options.split or "train",
-                changes=options.changes,
-                changed_pairs=options.changed_pairs,
-                seed=options.seed,
                 on_progress=show,
+                **chosen(options, "changes", "changed_pairs", "seed"),
             )
             # What took minutes is kept, whatever may be wrong behind it: --scores reads it again.
             table = _keep(options, console, name, "scores", table)
@@ -305,9 +301,7 @@ def _scored(options: Options, names: list[str], console: Console) -> Loaded:
                 f"{name}: the reference is what its training began with, in {directory}/ref.",
                 soft_wrap=True,
             )
-        scored[name] = from_table(
-            table, data, prompt_column=options.prompt_column, max_nan=options.max_nan
-        )
+        scored[name] = from_table(table, data, **chosen(options, "prompt_column", "max_nan"))
         if judge.cut:
             console.print(
                 f"{name}: {judge.cut} texts were longer than --max-length {options.max_length} "
@@ -348,14 +342,10 @@ def _names(options: Options) -> list[str]:
 
 
 def _print(result: dict[str, Any], console: Console) -> None:
-    from rich import box
-    from rich.table import Table
-
     from drrlhf.stress.report import COMPARED, format_radius, point
 
-    table = Table(box=box.SIMPLE_HEAD, title="Ranking accuracy, and its worst case near the data")
-    for title in ("model", "pairs", "plain", *COMPARED):
-        table.add_column(title, justify="left" if title == "model" else "right", no_wrap=True)
+    title = "Ranking accuracy, and its worst case near the data"
+    table = _console.table(title, "model", "pairs", "plain", *COMPARED)
     for name, model in result["models"].items():
         cells = [point(model, label)["accuracy"] for label in ("tv:0", *COMPARED)]
         table.add_row(name, f"{model['pairs']:,}", *(f"{100 * one['value']:.1f}" for one in cells))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from drrlhf import models
 from drrlhf.cli import _console, reward_function
+from drrlhf.cli._options import chosen
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -60,11 +61,6 @@ def interrupted(options: Options, names: list[str]) -> str:
     )
 
 
-def said(options: Options, *names: str) -> dict[str, Any]:
-    """The gates that were asked for, and the options of these names."""
-    return {"require": options.require or [], **{name: getattr(options, name) for name in names}}
-
-
 def stressed(options: Options, names: list[str], console: Console) -> dict[str, Any]:
     """Answers and rewards of every policy, as the dictionary that the report shows."""
     from drrlhf.cli.run import require
@@ -76,7 +72,8 @@ def stressed(options: Options, names: list[str], console: Console) -> dict[str, 
     from drrlhf.stress import RewardModel, generate_scores, stress_generated
     from drrlhf.stress.generated import check_generated_options
 
-    given = said(options, "resamples", "min_support", "max_nan", "seed")
+    given = chosen(options, "resamples", "min_support", "max_nan", "seed")
+    given["require"] = options.require or []
     check_generated_options(**given)  # before a model is loaded
     logging.disable_progress_bar()
     _console.ignore_upstream_deprecations()
@@ -84,7 +81,7 @@ def stressed(options: Options, names: list[str], console: Console) -> dict[str, 
     reward = reward_function.find(str(options.reward))
     if isinstance(reward, str):
         reward = RewardModel(reward, max_length=options.max_length, dtype=dtype)
-    found = {}
+    asked, found = ("completions", "max_new_tokens", "temperature"), {}
     for name, directory in zip(names, options.generate or [], strict=True):
         file = file_of(options, name)
         with _console.progress(console) as show:
@@ -93,16 +90,11 @@ def stressed(options: Options, names: list[str], console: Console) -> dict[str, 
                 reward,
                 str(options.data),
                 split=options.split or "train",
-                completions=options.completions,
-                max_new_tokens=options.max_new_tokens,
-                temperature=options.temperature,
-                changes=options.changes,
                 changed_prompts=options.changed_pairs,
-                batch_size=options.batch_size,
-                seed=options.seed,
                 dtype=dtype,
                 file=file,
                 on_progress=show,
+                **chosen(options, *asked, "changes", "batch_size", "seed"),
             )
         console.print(f"Answers: {file}", soft_wrap=True)
     return stress_generated(found, **given)
@@ -122,14 +114,9 @@ def below(model: dict[str, Any], number: str, digits: str, of: str) -> list[str]
 
 def show(result: dict[str, Any], console: Console) -> None:
     """The numbers at a glance, findings and gates."""
-    from rich import box
-    from rich.table import Table
-
     title = "Mean reward of own answers, under the worst change of prompts, and the worst case"
-    table = Table(box=box.SIMPLE_HEAD, title=title)
     worst = next(iter(result["models"].values()))["worst"]
-    for head in ("policy", "prompts", "reward", "changed", *worst):
-        table.add_column(head, justify="left" if head == "policy" else "right", no_wrap=True)
+    table = _console.table(title, "policy", "prompts", "reward", "changed", *worst)
     for name, model in result["models"].items():
         changed = model["worst_change"]
         cells = [model["reward"], changed and changed["reward"], *model["worst"].values()]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from drrlhf.cli import _console
-from drrlhf.cli._options import MAX_NAN, PROMPT_COLUMN, RESAMPLES, option, taken_from
+from drrlhf.cli._options import MAX_NAN, PROMPT_COLUMN, RESAMPLES, chosen, option, taken_from
 from drrlhf.files import write_text
 
 if TYPE_CHECKING:
@@ -58,21 +58,11 @@ def suggest_radius(options: Options) -> None:
         from drrlhf.stress.radius import suggest_radius as suggest
 
         with console.status(f"Reading {options.scores} ..."):
-            loaded = load_scores(
-                options.scores,
-                prompt_column=options.prompt_column,
-                max_nan=options.max_nan,
-                all_right=True,
-            )
+            given = chosen(options, "prompt_column", "max_nan")
+            loaded = load_scores(options.scores, **given, all_right=True)
         with console.status("Searching ..."):
-            found = suggest(
-                loaded,
-                group_by=options.group_by,
-                quantile=options.quantile,
-                resamples=options.resamples,
-                min_support=options.min_support,
-                seed=options.seed,
-            )
+            asked = ("group_by", "quantile", "resamples", "min_support", "seed")
+            found = suggest(loaded, **chosen(options, *asked))
         if options.output is not None:
             options.output.parent.mkdir(parents=True, exist_ok=True)
             write_text(options.output, json.dumps(found, indent=1, allow_nan=False) + "\n")

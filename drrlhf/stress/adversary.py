@@ -38,7 +38,7 @@ def adversary_of(scores: Scores, ambiguity: AmbiguitySet, min_support: int) -> d
 
 def _piled(scores: Scores, weights: Array, min_support: int) -> list[dict[str, Any]]:
     """The groups whose share of the weight rises most, among those with enough pairs."""
-    found: list[tuple[float, dict[str, Any]]] = []
+    found: list[dict[str, Any]] = []
     squares = weights**2
     for name, attribute in scores.attributes.items():
         known = attribute.codes >= 0
@@ -53,16 +53,10 @@ def _piled(scores: Scores, weights: Array, min_support: int) -> list[dict[str, A
             spread = (1 - share) ** 2 * inside[index] + share**2 * (squares.sum() - inside[index])
             sure = share - before > STANDARD_ERRORS * spread**0.5
             if share >= LIFT * before and sure:
-                row = {
-                    "attribute": name,
-                    "value": attribute.names[index],
-                    "before": float(before),
-                    "after": float(share),
-                    "lift": float(share / before),
-                }
-                found.append((share - before, row))
-    found.sort(key=lambda one: -one[0])
-    return [row for _, row in found[:NAMED]]
+                lift = float(share / before)
+                row = {"before": float(before), "after": float(share), "lift": lift}
+                found.append({"attribute": name, "value": attribute.names[index], **row})
+    return sorted(found, key=lambda row: row["before"] - row["after"])[:NAMED]
 
 
 def _length(scores: Scores, weights: Array) -> dict[str, float] | None:

@@ -146,24 +146,19 @@ def _columns(row: Row, complain: Complain) -> dict[str, str]:
     """Which columns hold the "texts", the "gold" and the "scores", by the first row."""
     there = [key for key, value in row.items() if value is not None]
     columns: dict[str, str] = {}
-    for what, names in (("texts", CANDIDATES), ("gold", GOLD)):
+    for what, names in (("texts", CANDIDATES), ("gold", GOLD), ("scores", SCORES)):
         known = [key for key in there if key in names]
+        if what == "scores" and [*columns] == ["texts"] and SCORES[0] in known:
+            columns["gold"] = SCORES[0]
+            known.remove(SCORES[0])
         if len(known) > 1:
+            told = "a model's scores" if what == "scores" else what
             raise complain(
-                f"expected one column for {what}, got {' and '.join(map(repr, known))}; leave all "
+                f"expected one column for {told}, got {' and '.join(map(repr, known))}; leave all "
                 "but one out"
             )
-        columns |= dict.fromkeys([what], known[0]) if known else {}
-    scores = [key for key in there if key in SCORES]
-    if "gold" not in columns and "texts" in columns and SCORES[0] in scores:
-        columns["gold"] = SCORES[0]
-        scores.remove(SCORES[0])
-    if len(scores) > 1:
-        raise complain(
-            f"expected one column for a model's scores, got {' and '.join(map(repr, scores))}; "
-            "leave all but one out"
-        )
-    columns |= dict.fromkeys(["scores"], scores[0]) if scores else {}
+        if known:
+            columns[what] = known[0]
     found = ", ".join(sorted(there)) or "none"
     if "gold" not in columns:
         raise complain(

@@ -28,10 +28,12 @@ def chosen(
     found = {"": [_pair(rows[i], margin[i]) for i in _largest(-margin, WRONG)]}
     for change, side, new in margins_under(margin, rewards, forms, {}):
         turned = np.where((margin > 0) & (new < 0), margin - new, np.nan)
-        found[f"{change.name}/{side}"] = [
-            _pair(rows[i], margin[i], _under(rows[i], change.name, side, i), new[i])
-            for i in _largest(turned, OF_EACH)
-        ]
+        shown = found[f"{change.name}/{side}"] = []
+        for i in _largest(turned, OF_EACH):
+            after = changed(rows[i], change.name, i)
+            if side in SIDES:
+                after = {**rows[i], side: after[side]}
+            shown.append(_pair(rows[i], margin[i], after, new[i]))
     for name, form in forms.items():
         if named(name).kind == BIAS:
             gain = form - rewards
@@ -52,13 +54,6 @@ def _largest(values: Array, most: int) -> list[int]:
     """The places of the largest values above 0."""
     known = np.flatnonzero(np.nan_to_num(values, nan=0.0) > 0)
     return known[np.argsort(-values[known], kind="stable")][:most].tolist()
-
-
-def _under(row: Row, name: str, side: str, number: int) -> Row:
-    new = changed(row, name, number)
-    if side in SIDES:
-        return {**row, side: new[side]}
-    return new
 
 
 def _pair(

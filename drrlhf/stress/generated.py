@@ -231,9 +231,8 @@ def _above_zero(values: Array, blocks: NDArray[np.int64], tests: int) -> bool:
     """Whether Student's interval of the mean of what is known of (n,) lies above 0, at a level
     divided by the number of ``tests``: the largest of several losses is large by chance too."""
     known = np.isfinite(values)
-    nowhere = np.zeros(int(known.sum()), dtype=np.int64)
-    counted = resample.counts(blocks[known], nowhere, 1)[:, 0]
-    sums = resample.counts(blocks[known], nowhere, 1, values[known])[:, 0]
+    counted = np.bincount(blocks[known])
+    sums = np.bincount(blocks[known], weights=values[known])
     there = int((counted > 0).sum())
     if there < 2:
         return False
