@@ -36,6 +36,13 @@ def option(default: Any, help: str, *names: str, **rules: Any) -> Any:
     return dataclasses.field(default=default, metadata={"option": said})
 
 
+def parameter(name: str, default: Any, hint: Any, said: Any) -> inspect.Parameter:
+    """An option of a command, of which typer is ``said`` the rest."""
+    default = inspect.Parameter.empty if default is dataclasses.MISSING else default
+    kind = inspect.Parameter.KEYWORD_ONLY
+    return inspect.Parameter(name, kind, default=default, annotation=Annotated[hint, said])
+
+
 def with_parameters(function: Function, parameters: Sequence[inspect.Parameter]) -> Function:
     """``function``, which takes any options, with the signature that typer makes a command from."""
     described: Any = function
@@ -49,14 +56,7 @@ def taken_from(listed: type) -> Callable[[Callable[[Any], None]], Callable[..., 
     that takes these options."""
     hints = typing.get_type_hints(listed)
     parameters = [
-        inspect.Parameter(
-            field.name,
-            inspect.Parameter.KEYWORD_ONLY,
-            default=inspect.Parameter.empty
-            if field.default is dataclasses.MISSING
-            else field.default,
-            annotation=Annotated[hints[field.name], field.metadata["option"]],
-        )
+        parameter(field.name, field.default, hints[field.name], field.metadata["option"])
         for field in dataclasses.fields(listed)
     ]
 

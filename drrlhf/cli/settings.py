@@ -13,11 +13,11 @@ import inspect
 import types
 import typing
 from collections.abc import Callable, Mapping
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import typer
 
-from drrlhf.cli._options import with_parameters
+from drrlhf.cli._options import parameter, with_parameters
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -67,12 +67,7 @@ class Option:
             (hint,) = (one for one in typing.get_args(hint) if one is not type(None))
         if default is None:
             hint = hint | None
-        return inspect.Parameter(
-            name,
-            inspect.Parameter.KEYWORD_ONLY,
-            default=default,
-            annotation=Annotated[hint, typer.Option(*self.names, **said)],
-        )
+        return parameter(name, default, hint, typer.Option(*self.names, **said))
 
 
 def _option(
