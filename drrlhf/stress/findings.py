@@ -132,20 +132,20 @@ def _of_changes(model: Mapping[str, Any]) -> Iterator[Finding]:
 def verdict(model: Mapping[str, Any]) -> str:
     """One sentence: whether the gates are met, and where there are none, what the worst change
     leaves of accuracy."""
-    if model["requirements"]:
-        return of_gates(model["requirements"])
     plain = f"It ranks {model['accuracy']:.1%} of {model['pairs']:,} pairs right"
     worst = model["worst_change"]
-    if worst is None:
+    if worst is not None:
+        plain += (
+            f", and {worst['accuracy']['value']:.1%} whatever change of form is chosen for each of "
+            f"{worst['pairs']:,} pairs"
+        )
+    return of_gates(model["requirements"], plain)
+
+
+def of_gates(required: Sequence[Mapping[str, Any]], plain: str) -> str:
+    """How many gates are met, as a sentence; ``plain`` where none was set."""
+    if not required:
         return f"{plain}. No gate was set."
-    return (
-        f"{plain}, and {worst['accuracy']['value']:.1%} whatever change of form is chosen for each "
-        f"of {worst['pairs']:,} pairs. No gate was set."
-    )
-
-
-def of_gates(required: Sequence[Mapping[str, Any]]) -> str:
-    """How many gates are met, as a sentence."""
     missed = sum(not one["met"] for one in required)
     met = f"{len(required) - missed} of {len(required)} gates are met"
     return f"{met}." if not missed else f"{met}; {missed} missed."

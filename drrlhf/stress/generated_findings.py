@@ -155,16 +155,12 @@ def _cut_one(generated: Generated, rows: NDArray[np.int64]) -> list[dict[str, An
 
 def verdict(model: Mapping[str, Any]) -> str:
     """One sentence: whether the gates are met, and without any, how much reward is left."""
-    if model["requirements"]:
-        return of_gates(model["requirements"])
     plain = (
         f"Its answers to {model['prompts']:,} prompts have a mean reward of "
         f"{model['reward']['value']:.3f}, and of {model['worst']['tv:0.1']['value']:.3f} at tv:0.1"
     )
     worst = model["worst_change"]
-    if worst is None:
-        return f"{plain}. No gate was set."
-    return (
-        f"{plain}; under the worst change of each prompt it is {worst['reward']['value']:.3f}. No "
-        "gate was set."
-    )
+    if worst is not None:
+        reward = worst["reward"]["value"]
+        plain += f"; under the worst change of each prompt it is {reward:.3f}"
+    return of_gates(model["requirements"], plain)
