@@ -210,14 +210,10 @@ def _read_datasets(source: str, path: Path, split: str) -> Rows:
         rows: Rows = iter(enumerate(data, 1))
     else:
         rows = tables.rows_of(source, data.with_format("arrow").iter(1000))
-    yield from ((number, _with_name(row, names)) for number, row in rows)
-
-
-def _with_name(row: Row, names: Sequence[str] | None) -> Row:
-    """The row with its group's name in place of the number, where these have ``names``."""
-    if not names or row["group"] is None:
-        return row
-    return row | {"group": names[row["group"]]}
+    for number, row in rows:
+        if names and row["group"] is not None:  # by its name, as in other sources
+            row = row | {"group": names[row["group"]]}
+        yield number, row
 
 
 # ---- what rows must hold -------------------------------------------------------------------------
