@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import re
 from functools import partial
 from itertools import groupby
@@ -246,6 +247,12 @@ def test_every_transformation_has_a_property():
     assert {name for name, one in TRANSFORMATIONS.items() if one.on == PROMPT} == {
         name for name in KEEPS if name.startswith("prompt_")
     }
+
+
+def test_a_transformation_can_be_sent_to_another_process():
+    for name, one in TRANSFORMATIONS.items():
+        sent = pickle.loads(pickle.dumps(one))
+        assert sent.apply(TEXTS[0], draw=Random(1)) == one.apply(TEXTS[0], draw=Random(1)), name
 
 
 @pytest.mark.parametrize("name", KEEPS)

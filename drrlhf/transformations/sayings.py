@@ -9,6 +9,7 @@ addresses, tautologies and prefixes of prompts, reWordBench (arXiv 2503.11751).
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from random import Random
 
 Change = Callable[[str, Random], str]
@@ -54,16 +55,24 @@ JAILBREAK = (
 )
 
 
+def _put(text: str, draw: Random, before: str = "", behind: str = "") -> str:
+    return before + text + behind
+
+
+def _said(text: str, draw: Random, words: str) -> str:
+    return words
+
+
 def before(words: str) -> Change:
     """``words``, then the text."""
-    return lambda text, draw: words + text
+    return partial(_put, before=words)
 
 
 def behind(words: str) -> Change:
     """The text, then ``words``."""
-    return lambda text, draw: text + words
+    return partial(_put, behind=words)
 
 
 def instead(words: str) -> Change:
     """``words`` alone."""
-    return lambda text, draw: words
+    return partial(_said, words=words)
