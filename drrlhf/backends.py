@@ -23,7 +23,6 @@ from typing import Any, NamedTuple
 
 import torch
 
-from drrlhf import reference
 from drrlhf.conventions import FUSED_PAIR_LOSS
 
 logger = logging.getLogger(__name__)
@@ -56,7 +55,8 @@ SERVED: dict[str, frozenset[str]] = {
 # parts measured add up to 4.2. Rows of logits are CUDA's: 2493 GB/s against 1819, and a call of the
 # pair losses takes 70 to 110 µs against 185 to 300.
 TRITON_FIRST = frozenset(op for op in OPS if op.startswith("linear_"))
-# The torch.library that holds a backend's ops.
+# The folder that has a file for each op and its backward, or the torch.library that holds the ops.
+FOLDERS = {"triton": "kernels", "reference": "reference"}
 LIBRARIES = {"cpp": "drrlhf_cpp", "cuda": "drrlhf_cpp"}
 # What a row of `explain` adds to the choice.
 NOTES = {
@@ -195,11 +195,9 @@ def _obstacle(op: str, backend: str, device: str, float64: bool = False) -> str:
 
 
 def _implementation(op: str, backend: str) -> Callable[..., Any]:
-    if backend == "reference":
-        return getattr(reference, op)
-    if backend == "triton":  # a file of its own for each op and its backward
-        module = importlib.import_module(f"drrlhf.kernels.{op.split('_backward')[0]}")
-        return getattr(module, op)
+    if backend in FOLDERS:
+        file = op.split("_backward")[0]
+        return getattr(importlib.import_module(f"drrlhf.{FOLDERS[backend]}.{file}"), op)
     return getattr(getattr(torch.ops, LIBRARIES[backend]), op).default
 
 
