@@ -19,20 +19,14 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 
-def _number(owner: str, name: str, value: object, domain: str, inside) -> float:
-    """`value` as a float inside `domain`, or a ValueError that says what was expected."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise ValueError(
-            f"{owner}: {name} must be a number in {domain}, got {value!r} "
-            f"({type(value).__name__}); pass a Python float"
-        )
-    if not (math.isfinite(value) and inside(value)):
-        raise ValueError(f"{owner}: {name} must lie in {domain}, got {value!r}")
-    return float(value)
+def _in(domain: str, inside: Callable[[Any], bool]) -> dict[str, Any]:
+    """What a field says of its values, None excepted where that is its default."""
+    return {"domain": domain, "inside": inside}
 
 
 def _exactly_one(owner: str, **options: float | None) -> None:
@@ -62,19 +56,26 @@ class Encoded(NamedTuple):
 class AmbiguitySet:
     """Base of all sets. `trim` in [0, 1) sets the top nominal mass of losses aside first."""
 
-    trim: float = field(default=0.0, kw_only=True)
+    trim: float = field(default=0.0, kw_only=True, metadata=_in("[0, 1)", lambda e: 0 <= e < 1))
 
     #: name in strings, and the field that a bare number after the colon fills
     name: ClassVar[str]
     positional: ClassVar[str | None] = None
 
     def __post_init__(self) -> None:
-        trim = _number(type(self).__name__, "trim", self.trim, "[0, 1)", lambda e: 0 <= e < 1)
-        object.__setattr__(self, "trim", trim)
-
-    def _check(self, name: str, domain: str, inside) -> None:
-        value = _number(type(self).__name__, name, getattr(self, name), domain, inside)
-        object.__setattr__(self, name, value)
+        owner = type(self).__name__
+        for f in dataclasses.fields(self):
+            value, domain = getattr(self, f.name), f.metadata["domain"]
+            if value is None and f.default is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise ValueError(
+                    f"{owner}: {f.name} must be a number in {domain}, got {value!r} "
+                    f"({type(value).__name__}); pass a Python float"
+                )
+            if not (math.isfinite(value) and f.metadata["inside"](value)):
+                raise ValueError(f"{owner}: {f.name} must lie in {domain}, got {value!r}")
+            object.__setattr__(self, f.name, float(value))
 
     def encode(self, update: bool = True) -> Encoded:
         """What the ops are told; whether to step group weights is the caller's choice."""
@@ -129,26 +130,22 @@ class KL(AmbiguitySet):
     temperature finite and not 0, momentum (with a temperature alone) in [0, 1).
     """
 
-    radius: float | None = None
-    temperature: float | None = None
-    momentum: float | None = None
+    radius: float | None = field(default=None, metadata=_in("[0, inf)", lambda r: r >= 0))
+    temperature: float | None = field(
+        default=None, metadata=_in("(-inf, inf) without 0", lambda t: t != 0)
+    )
+    momentum: float | None = field(default=None, metadata=_in("[0, 1)", lambda m: 0 <= m < 1))
     name: ClassVar[str] = "kl"
     positional: ClassVar[str | None] = "radius"
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         _exactly_one("KL", radius=self.radius, temperature=self.temperature)
-        if self.radius is not None:
-            self._check("radius", "[0, inf)", lambda r: r >= 0)
-        else:
-            self._check("temperature", "(-inf, inf) without 0", lambda t: t != 0)
-        if self.momentum is not None:
-            if self.temperature is None:
-                raise ValueError(
-                    "KL: momentum needs temperature=, a radius has no running normaliser; drop it "
-                    "or write KL(temperature=..., momentum=...)"
-                )
-            self._check("momentum", "[0, 1)", lambda m: 0 <= m < 1)
+        if self.momentum is not None and self.temperature is None:
+            raise ValueError(
+                "KL: momentum needs temperature=, a radius has no running normaliser; drop it "
+                "or write KL(temperature=..., momentum=...)"
+            )
+        super().__post_init__()
 
     def _encoded(self) -> Encoded:
         if self.radius is not None:
@@ -169,13 +166,9 @@ class TV(AmbiguitySet):
     Raises ValueError unless radius lies in [0, 1].
     """
 
-    radius: float
+    radius: float = field(metadata=_in("[0, 1]", lambda r: 0 <= r <= 1))
     name: ClassVar[str] = "tv"
     positional: ClassVar[str | None] = "radius"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._check("radius", "[0, 1]", lambda r: 0 <= r <= 1)
 
     def _encoded(self) -> Encoded:
         return Encoded("tv", self.radius)
@@ -195,18 +188,14 @@ class ChiSquare(AmbiguitySet):
     Raises ValueError unless exactly one is given, radius in [0, inf), penalty in (0, inf).
     """
 
-    radius: float | None = None
-    penalty: float | None = None
+    radius: float | None = field(default=None, metadata=_in("[0, inf)", lambda r: r >= 0))
+    penalty: float | None = field(default=None, metadata=_in("(0, inf)", lambda c: c > 0))
     name: ClassVar[str] = "chi2"
     positional: ClassVar[str | None] = "radius"
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         _exactly_one("ChiSquare", radius=self.radius, penalty=self.penalty)
-        if self.radius is not None:
-            self._check("radius", "[0, inf)", lambda r: r >= 0)
-        else:
-            self._check("penalty", "(0, inf)", lambda c: c > 0)
+        super().__post_init__()
 
     def _encoded(self) -> Encoded:
         if self.radius is not None:
@@ -229,16 +218,10 @@ class CVaR(AmbiguitySet):
     Raises ValueError unless alpha lies in (0, 1] and temperature, where given, in (0, inf).
     """
 
-    alpha: float
-    temperature: float | None = None
+    alpha: float = field(metadata=_in("(0, 1]", lambda a: 0 < a <= 1))
+    temperature: float | None = field(default=None, metadata=_in("(0, inf)", lambda t: t > 0))
     name: ClassVar[str] = "cvar"
     positional: ClassVar[str | None] = "alpha"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._check("alpha", "(0, 1]", lambda a: 0 < a <= 1)
-        if self.temperature is not None:
-            self._check("temperature", "(0, inf)", lambda t: t > 0)
 
     def _encoded(self) -> Encoded:
         if self.temperature is None:
@@ -259,16 +242,16 @@ class Group(AmbiguitySet):
     Raises ValueError unless num_groups is an integer >= 1 and step_size lies in [0, inf).
     """
 
-    num_groups: int
-    step_size: float = 0.01
+    num_groups: int = field(
+        metadata=_in("the integers >= 1", lambda g: g >= 1 and float(g).is_integer())
+    )
+    step_size: float = field(default=0.01, metadata=_in("[0, inf)", lambda s: s >= 0))
     name: ClassVar[str] = "group"
     positional: ClassVar[str | None] = "num_groups"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._check("num_groups", "the integers >= 1", lambda g: g >= 1 and float(g).is_integer())
         object.__setattr__(self, "num_groups", int(self.num_groups))
-        self._check("step_size", "[0, inf)", lambda s: s >= 0)
 
     def _encoded(self) -> Encoded:
         return Encoded("group", self.step_size)
