@@ -25,10 +25,10 @@ def constant_in_graphs(function: F) -> F:
     return function
 
 
-def check_value(
-    holds: Callable[[], Tensor], message: Callable[[], str], on: Tensor, wanted: bool = False
+def check_none(
+    bad: Callable[[], Tensor], message: Callable[..., str], on: Tensor, wanted: bool = False
 ) -> None:
-    """ValueError with `message` where `holds`, a 0-d bool tensor when called, is false.
+    """ValueError where `bad`, a bool tensor when called, holds; `message` is told its first place.
 
     On the CPU it raises at once; a graph compiled for it asserts in the graph. On other devices
     reading the answer would synchronise, and asking costs launches: what is wrong gives NaN there,
@@ -38,10 +38,12 @@ def check_value(
     """
     cpu, compiling = on.device.type == "cpu", torch.compiler.is_compiling()
     if not compiling and (cpu or (wanted and _readable(on))):
-        if not bool(holds()):
-            raise ValueError(message())
+        if bool((found := bad()).any()):
+            raise ValueError(message(*found.nonzero()[0].tolist()))
     elif cpu or DEBUG:
-        torch._assert_async(holds(), "drrlhf: an argument check failed; run on the CPU for more")
+        torch._assert_async(
+            ~bad().any(), "drrlhf: an argument check failed; run on the CPU for more"
+        )
 
 
 def _readable(on: Tensor) -> bool:

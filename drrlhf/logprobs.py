@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from drrlhf import head_memory, ops
-from drrlhf.checks import check_choice, check_device, check_floating, check_integer, check_value
+from drrlhf.checks import check_choice, check_device, check_floating, check_integer, check_none
 from drrlhf.conventions import ENTROPY, IS_TOP1, LOG_SUM_SQ_PROBS, MEAN_LOGIT
 
 if TYPE_CHECKING:
@@ -24,15 +24,11 @@ def _check_labels(
         raise ValueError(
             f"labels: expected shape {lead}, one label for each row, got {tuple(labels.shape)}"
         )
-
-    def outside() -> Tensor:
-        return (labels != ignore_index) & ((labels < 0) | (labels >= vocabulary))
-
-    check_value(
-        lambda: ~outside().any(),
-        lambda: (
+    check_none(
+        lambda: (labels != ignore_index) & ((labels < 0) | (labels >= vocabulary)),
+        lambda *place: (
             f"labels: expected values in [0, {vocabulary}) or ignore_index={ignore_index}, got "
-            f"{int(labels[outside()][0])} at position {tuple(outside().nonzero()[0].tolist())}"
+            f"{int(labels[place])} at position {place}"
         ),
         labels,
     )
@@ -318,36 +314,45 @@ def sequence_logprobs(
             f"labels: expected shape {tuple(logps.shape)} as logps, got {tuple(labels.shape)}"
         )
     check_device("labels", labels, "logps", logps)
-    check_device("cu_seqlens", cu_seqlens, "logps", logps)
     if reduction not in ("sum", "mean"):
         raise ValueError(f"reduction: expected 'sum' or 'mean', got {reduction!r}")
-    if cu_seqlens is None:
-        if logps.dim() != 2:
-            raise ValueError(
-                f"logps: expected padded (B, L), got {tuple(logps.shape)}; packed (T,) needs "
-                "cu_seqlens"
-            )
-    elif logps.dim() != 1:
-        raise ValueError(f"logps: expected packed (T,) with cu_seqlens, got {tuple(logps.shape)}")
-    else:
-        check_boundaries(cu_seqlens, logps.numel())
+    check_layout("logps", logps, cu_seqlens)
     return ops.sequence_logprobs(logps, labels, cu_seqlens, ignore_index, reduction == "mean")
 
 
-def check_boundaries(cu_seqlens: Tensor, tokens: int) -> None:
-    """ValueError unless `cu_seqlens` (S+1,) runs from 0 to `tokens` and never decreases."""
+def check_layout(
+    name: str, x: Tensor, cu_seqlens: Tensor | None, padded: str = "(B, L)", hint: str = ""
+) -> int:
+    """The number of sequences that x, called `name`, has the tokens of.
+
+    ValueError unless it is padded (B, L), which messages call `padded`, or packed (T,) with
+    `cu_seqlens` (S+1,) that run from 0 to T and never decrease; `hint`: what else to do.
+    """
+    if cu_seqlens is None:
+        if x.dim() != 2:
+            raise ValueError(
+                f"{name}: expected padded {padded}, got {tuple(x.shape)}; packed (T,) needs "
+                "cu_seqlens"
+            )
+        return x.shape[0]
+    if x.dim() != 1:
+        raise ValueError(
+            f"{name}: expected packed (T,) with cu_seqlens, got {tuple(x.shape)}{hint}"
+        )
+    check_device("cu_seqlens", cu_seqlens, name, x)
     check_integer("cu_seqlens", cu_seqlens)
     if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1:
         raise ValueError(f"cu_seqlens: expected shape (S+1,), got {tuple(cu_seqlens.shape)}")
-    check_value(
+    check_none(
         lambda: (
-            (cu_seqlens[0] == 0)
-            & (cu_seqlens[-1] == tokens)
-            & (cu_seqlens[1:] >= cu_seqlens[:-1]).all()
+            (cu_seqlens[0] != 0)
+            | (cu_seqlens[-1] != x.shape[0])
+            | (cu_seqlens[1:] < cu_seqlens[:-1]).any()
         ),
         lambda: (
-            f"cu_seqlens: expected boundaries from 0 to {tokens}, not decreasing, got "
+            f"cu_seqlens: expected boundaries from 0 to {x.shape[0]}, not decreasing, got "
             f"{cu_seqlens.tolist()[:8]}{'...' if cu_seqlens.numel() > 8 else ''}"
         ),
         cu_seqlens,
     )
+    return cu_seqlens.shape[0] - 1

@@ -12,7 +12,7 @@ from drrlhf.ambiguity import ChiSquare, parse_ambiguity
 from drrlhf.checks import (
     check_device,
     check_floating,
-    check_value,
+    check_none,
     check_vector,
     constant_in_graphs,
 )
@@ -65,9 +65,9 @@ def check_labels(options: Mapping[str, Any], n: int, like: str, on: Tensor) -> N
     check_vector("label_probs", probs, n, like)
     check_floating("label_probs", probs)
     check_device("label_probs", probs, like, on)
-    check_value(
-        lambda: ((probs >= 0) & (probs <= 1)).all(),
-        lambda: f"label_probs: expected probabilities in [0, 1], got {probs.tolist()}",
+    check_none(
+        lambda: ~((probs >= 0) & (probs <= 1)),
+        lambda _: f"label_probs: expected probabilities in [0, 1], got {probs.tolist()}",
         probs,
     )
 

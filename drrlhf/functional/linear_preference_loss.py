@@ -13,8 +13,8 @@ from drrlhf.conventions import FUSED_PAIR_LOSS
 from drrlhf.functional.options import take
 from drrlhf.functional.pair_losses import PAIR_LOSS_OPTIONS, CheckedPairs, read_options
 from drrlhf.functional.preference_loss import PreferenceLossOptions, reduced
-from drrlhf.functional.robust_risk import RISK_OPTIONS, Options, require_finite, solver
-from drrlhf.logprobs import HeadOptions, check_boundaries, linear_token_logprobs, sequence_logprobs
+from drrlhf.functional.robust_risk import RISK_OPTIONS, Options, solver
+from drrlhf.logprobs import HeadOptions, check_layout, linear_token_logprobs, sequence_logprobs
 from drrlhf.reference.pair_losses import PAIR_LOSSES, PairOptions
 
 if TYPE_CHECKING:
@@ -152,10 +152,7 @@ def _in_one_op(
         loss.label_smoothing,
         *problem.encoded,
     )
-    if risk.check_finite:
-        require_finite(out.losses, problem.nominal)
-    problem.keep(out.stepped)
-    value, weights = problem.reweigh(out.value, out.weights)
+    value, weights = problem.settle(out, out.losses)
     rewards = (out.chosen_rewards, out.rejected_rewards)
     return LinearPreferenceLoss(value, weights.detach(), out.losses, *rewards, out.dual, out.sums)
 
@@ -187,21 +184,7 @@ def _halves(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def _check_sequences(labels: Tensor, cu_seqlens: Tensor | None) -> int:
     """The number of stacked sequences; ValueError where they are not stacked pairs."""
-    if cu_seqlens is None:
-        if labels.dim() != 2:
-            raise ValueError(
-                f"labels: expected padded (2n, L), got {tuple(labels.shape)}; packed (T,) needs "
-                "cu_seqlens"
-            )
-        count = labels.shape[0]
-    else:
-        if labels.dim() != 1:
-            raise ValueError(
-                f"labels: expected packed (T,) with cu_seqlens, got {tuple(labels.shape)}"
-            )
-        check_device("cu_seqlens", cu_seqlens, "labels", labels)
-        check_boundaries(cu_seqlens, labels.shape[0])
-        count = cu_seqlens.shape[0] - 1
+    count = check_layout("labels", labels, cu_seqlens, "(2n, L)")
     if count % 2:
         raise ValueError(
             f"labels: expected an even number of sequences, stacked [chosen…, rejected…], got "

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from drrlhf.checks import check_choice, check_device, check_floating, check_vector
+from drrlhf.conventions import FUSED_PAIR_LOSS
 from drrlhf.functional.label_probs import (
     LABEL_OPTIONS,
     LabelOptions,
@@ -59,21 +60,13 @@ PAIR_LOSS_OPTIONS = frozenset(PairLossOptions.__annotations__)
 
 
 def read_options(
-    references: Optionals,
-    dtype_of: Tensor,
-    *,
-    beta: float = 0.1,
-    loss_type: str = "sigmoid",
-    label_smoothing: float = 0.0,
-    f_divergence: str = "reverse_kl",
-    f_alpha_divergence_coef: float = 0.5,
-    simpo_gamma: float = 0.5,
-    discopop_tau: float = 0.05,
+    references: Optionals, dtype_of: Tensor, loss_type: str = FUSED_PAIR_LOSS, **options: Any
 ) -> tuple[str, PairOptions]:
-    """The loss type and its options; ValueError where they, or the references that it gets, do not
-    go together."""
+    """The loss type and its `PairLossOptions`; ValueError where they, or the references that it
+    gets, do not go together."""
     check_choice("loss_type", loss_type, tuple(PAIR_LOSSES))
-    check_choice("f_divergence", f_divergence, F_DIVERGENCES)
+    o = PairOptions(**options, exponent_limit=alpha_exponent_limit(dtype_of.dtype))
+    check_choice("f_divergence", o.f_divergence, F_DIVERGENCES)
     loss = PAIR_LOSSES[loss_type]
     if not loss.reference:
         if references != (None, None):
@@ -85,40 +78,28 @@ def read_options(
             f"ref_chosen_logps, ref_rejected_logps: {loss_type} needs both, got "
             f"{'None' if references == (None, None) else 'one'}; pass zeros for no reference"
         )
-    if f_divergence != "reverse_kl" and not loss.divergences:
+    if o.f_divergence != "reverse_kl" and not loss.divergences:
         raise ValueError(
-            f"f_divergence: {f_divergence} holds only for losses of the reward difference "
+            f"f_divergence: {o.f_divergence} holds only for losses of the reward difference "
             f"({', '.join(names(divergences=True))}), got loss_type={loss_type!r}; use 'reverse_kl'"
         )
     if loss.smoothing is None:
-        if label_smoothing != 0:
+        if o.label_smoothing != 0:
             raise ValueError(
-                f"label_smoothing: {loss_type} takes none, got {label_smoothing!r}; leave it at 0 "
-                f"or use one of {', '.join(names(smoothing=True))}"
+                f"label_smoothing: {loss_type} takes none, got {o.label_smoothing!r}; leave it at "
+                f"0 or use one of {', '.join(names(smoothing=True))}"
             )
     else:
         limit = float(loss.smoothing.rstrip(")").split(",")[1])
-        zero = label_smoothing == 0 and loss.smoothing.startswith("(")
-        if zero or not 0 <= label_smoothing < limit:
+        zero = o.label_smoothing == 0 and loss.smoothing.startswith("(")
+        if zero or not 0 <= o.label_smoothing < limit:
             raise ValueError(
-                f"label_smoothing: {loss_type} expects {loss.smoothing}, got {label_smoothing!r}"
+                f"label_smoothing: {loss_type} expects {loss.smoothing}, got {o.label_smoothing!r}"
             )
-    for name, number in (("beta", beta), ("discopop_tau", discopop_tau)):
-        if not number > 0:
-            raise ValueError(f"{name}: expected a number > 0, got {number!r}")
-    if not f_alpha_divergence_coef > 0:
-        raise ValueError(
-            f"f_alpha_divergence_coef: expected a number > 0, got {f_alpha_divergence_coef!r}"
-        )
-    return loss_type, PairOptions(
-        beta,
-        label_smoothing,
-        simpo_gamma,
-        discopop_tau,
-        f_divergence,
-        f_alpha_divergence_coef,
-        alpha_exponent_limit(dtype_of.dtype),
-    )
+    for name in ("beta", "discopop_tau", "f_alpha_divergence_coef"):
+        if not getattr(o, name) > 0:
+            raise ValueError(f"{name}: expected a number > 0, got {getattr(o, name)!r}")
+    return loss_type, o
 
 
 Optionals: TypeAlias = tuple[Tensor | None, Tensor | None]

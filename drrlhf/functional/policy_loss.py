@@ -14,7 +14,7 @@ from drrlhf.checks import (
     check_device,
     check_floating,
     check_integer,
-    check_value,
+    check_none,
     check_vector,
 )
 from drrlhf.conventions import (
@@ -32,7 +32,7 @@ from drrlhf.functional.robust_risk import (
     weighted_sum,
     worst_case,
 )
-from drrlhf.logprobs import check_boundaries
+from drrlhf.logprobs import check_layout
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -244,15 +244,9 @@ def policy_loss(
     if risk.process_group is not None:
         everyone = distributed.total(loss.reshape(1), risk.process_group)[0] / ranks
         loss = WithGradientOf.apply(everyone, loss)
-    results = (loss, weights, losses, value.detach(), dual)
-    return _result(results, statistics_dtype(logps), found.sequences)
-
-
-def _result(
-    numbers: tuple[Tensor, ...], dtype: torch.dtype, sequences: SequenceStatistics
-) -> PolicyLoss:
-    loss, weights, losses, risk, dual = (x.to(dtype) for x in numbers)
-    return PolicyLoss(loss, weights, losses, risk, dual, sequences)
+    numbers, dtype = (loss, weights, losses, value.detach(), dual), statistics_dtype(logps)
+    loss, weights, losses, value, dual = (x.to(dtype) for x in numbers)
+    return PolicyLoss(loss, weights, losses, value, dual, found.sequences)
 
 
 def _shares(
@@ -308,27 +302,20 @@ class Prompts:
     def check(self, wanted: bool) -> None:
         """ValueError unless every prompt of 0 ... m - 1 has a sequence, and no other has."""
         ids, count = self.ids, self.count
-
-        def outside() -> Tensor:
-            return (ids < 0) | (ids >= count)
-
-        def missing() -> Tensor:
-            return self.sums(torch.ones_like(ids)) == 0
-
-        check_value(
-            lambda: ~outside().any(),
-            lambda: (
-                f"prompt_ids: expected ids in [0, {count}), got {int(ids[outside()][0])} at index "
-                f"{int(outside().nonzero()[0])}; number the prompts from 0 or raise num_prompts"
+        check_none(
+            lambda: (ids < 0) | (ids >= count),
+            lambda i: (
+                f"prompt_ids: expected ids in [0, {count}), got {int(ids[i])} at index {i}; number "
+                "the prompts from 0 or raise num_prompts"
             ),
             ids,
             wanted,
         )
-        check_value(
-            lambda: ~missing().any(),
-            lambda: (
+        check_none(
+            lambda: self.sums(torch.ones_like(ids)) == 0,
+            lambda prompt: (
                 f"prompt_ids: expected every prompt of 0 to {count - 1}, got none of prompt "
-                f"{int(missing().nonzero()[0])}; number the prompts without gaps"
+                f"{prompt}; number the prompts without gaps"
             ),
             ids,
             wanted,
@@ -367,18 +354,8 @@ def _check_tokens(
     if not isinstance(logps, Tensor):
         raise ValueError(f"logps: expected a torch.Tensor, got {type(logps).__name__}")
     check_floating("logps", logps)
-    if cu_seqlens is None and logps.dim() != 2:
-        raise ValueError(
-            f"logps: expected padded (S, L), got {tuple(logps.shape)}; packed (T,) needs cu_seqlens"
-        )
-    if cu_seqlens is not None:
-        if logps.dim() != 1:
-            raise ValueError(
-                f"logps: expected packed (T,) with cu_seqlens, got {tuple(logps.shape)}; flatten "
-                "it, or leave cu_seqlens out"
-            )
-        check_device("cu_seqlens", cu_seqlens, "logps", logps)
-        check_boundaries(cu_seqlens, logps.numel())
+    hint = "; flatten it, or leave cu_seqlens out"
+    sequences = check_layout("logps", logps, cu_seqlens, "(S, L)", hint)
     tokens = {"old_logps": old_logps, "ref_logps": ref_logps, "entropy": entropy, "mask": mask}
     for name, value in tokens.items():
         if value is None:
@@ -390,7 +367,6 @@ def _check_tokens(
         check_device(name, value, "logps", logps)
         if name != "mask":
             check_floating(name, value)
-    sequences = logps.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
     check_vector("advantages", advantages)
     check_floating("advantages", advantages)
     check_device("advantages", advantages, "logps", logps)
@@ -442,12 +418,11 @@ def _check_rewards(rewards: Tensor, prompts: Prompts, nominal: Tensor | None, wa
             found = found & (prompts.spread(nominal, 0) != 0)
         return found
 
-    check_value(
-        lambda: ~bad().any(),
-        lambda: (
-            f"rewards: expected finite numbers, got {rewards[bad()][0].item()} at index "
-            f"{int(bad().nonzero()[0])} (prompt {int(prompts.ids[bad()][0])}); drop that "
-            "completion, or mask the prompt with nominal=0"
+    check_none(
+        bad,
+        lambda i: (
+            f"rewards: expected finite numbers, got {rewards[i].item()} at index {i} (prompt "
+            f"{int(prompts.ids[i])}); drop that completion, or mask the prompt with nominal=0"
         ),
         rewards,
         wanted,
@@ -455,15 +430,11 @@ def _check_rewards(rewards: Tensor, prompts: Prompts, nominal: Tensor | None, wa
 
 
 def _check_prompts_have_tokens(tokens: Tensor, prompts: Prompts) -> None:
-    def total() -> Tensor:
-        return prompts.sums(tokens)
-
-    check_value(
-        lambda: (total() > 0).all(),
-        lambda: (
-            f"mask: expected a counted token for every prompt, got none for prompt "
-            f"{int((total() == 0).nonzero()[0])}; drop the prompt, or check how its completions "
-            "were masked"
+    check_none(
+        lambda: ~(prompts.sums(tokens) > 0),
+        lambda prompt: (
+            f"mask: expected a counted token for every prompt, got none for prompt {prompt}; drop "
+            "the prompt, or check how its completions were masked"
         ),
         tokens,
     )

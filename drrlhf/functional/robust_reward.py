@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from drrlhf import ops
-from drrlhf.checks import check_device, check_floating, check_value, check_vector
+from drrlhf.checks import check_device, check_floating, check_none, check_vector
 from drrlhf.conventions import statistics_dtype
 from drrlhf.functional.row_sets import solvable
 
@@ -73,9 +73,9 @@ def _checked(weights: Tensor, table: Tensor) -> Tensor:
     w = weights.detach().to(table.dtype)
     check_vector("weights", w, table.shape[1], "rewards")
     check_device("weights", weights, "rewards", table)
-    check_value(
-        lambda: ((w >= 0) & w.isfinite()).all(),
-        lambda: f"weights: expected numbers >= 0, got {w.tolist()}",
+    check_none(
+        lambda: ~((w >= 0) & w.isfinite()),
+        lambda _: f"weights: expected numbers >= 0, got {w.tolist()}",
         w,
     )
     return w

@@ -15,7 +15,7 @@ from drrlhf.checks import (
     check_device,
     check_floating,
     check_integer,
-    check_value,
+    check_none,
     check_vector,
     constant_in_graphs,
 )
@@ -138,18 +138,20 @@ class Solver(NamedTuple):
         """Nominal weights, groups and group weights as the ops take them."""
         return summable(self.nominal), self.groups, self.group_weights
 
-    def reweigh(self, value: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """An op's value () and weights (n,); with momentum those of the running normaliser."""
-        if self.momentum is None:
-            return value, weights
-        running, scale = _stream(value.detach(), weights, self)
-        return WithGradientOf.apply(running, value * scale), weights * scale
-
-    def keep(self, stepped: Tensor) -> None:
-        """Store the group weights that an op hands back: stepped, or as they were."""
-        if self.options.group_state is not None and stepped.numel():
+    def settle(
+        self, out: Any, losses: Tensor, place: Callable[[int], str] = "index {}".format
+    ) -> tuple[Tensor, Tensor]:
+        """Value () and weights (n,) of an op's results for these losses; with momentum those of the
+        running normaliser. Group weights, stepped or as they were, are stored."""
+        if self.options.check_finite:
+            require_finite(losses, self.nominal, place)
+        if self.options.group_state is not None and out.stepped.numel():
             with torch.no_grad():
-                self.options.group_state.weights.copy_(stepped)
+                self.options.group_state.weights.copy_(out.stepped)
+        if self.momentum is None:
+            return out.value, out.weights
+        running, scale = _stream(out.value.detach(), out.weights, self)
+        return WithGradientOf.apply(running, out.value * scale), out.weights * scale
 
 
 def solver(n: int, on: Tensor, like: str, options: Options) -> Solver:
@@ -216,10 +218,7 @@ def worst_case(losses: Tensor, like: str, options: Options) -> RobustRisk:
         return _across_ranks(losses, like, options)
     problem = solver(losses.numel(), losses, like, options)
     out = ops.robust_risk(losses, *problem.given(), *problem.encoded)
-    if options.check_finite:
-        require_finite(losses, problem.nominal)
-    problem.keep(out.stepped)
-    value, weights = problem.reweigh(out.value, out.weights)
+    value, weights = problem.settle(out, losses)
     return RobustRisk(value, weights.detach(), out.dual.detach())
 
 
@@ -240,13 +239,9 @@ def _across_ranks(losses: Tensor, like: str, options: Options) -> RobustRisk:
     pairs = distributed.gather(
         losses, problem.nominal, problem.groups, options.process_group, facts
     )
-    if options.check_finite:
-        require_finite(pairs.losses, pairs.nominal, pairs.place)
-    solved = ops.robust_risk(
-        pairs.losses, summable(pairs.nominal), pairs.groups, state, *problem.encoded
-    )
-    problem.keep(solved.stepped)
-    value, weights = problem.reweigh(solved.value, solved.weights)
+    whole = problem._replace(nominal=pairs.nominal, groups=pairs.groups)
+    solved = ops.robust_risk(pairs.losses, *whole.given(), *whole.encoded)
+    value, weights = whole.settle(solved, pairs.losses, pairs.place)
     mine = pairs.mine(weights)
     local = weighted_sum(mine, losses) * len(pairs.sizes)  # gradients will be averaged
     return RobustRisk(WithGradientOf.apply(value, local), mine, solved.dual)
@@ -305,19 +300,16 @@ def _stream(value: Tensor, weights: Tensor, problem: Solver) -> tuple[Tensor, Te
     return running.to(value.dtype), scale.to(value.dtype)
 
 
-def require_finite(
-    losses: Tensor, nominal: Tensor | None, place: Callable[[int], str] = "index {}".format
-) -> None:
+def require_finite(losses: Tensor, nominal: Tensor | None, place: Callable[[int], str]) -> None:
     """ValueError that names the first unmasked non-finite entry of `losses` (n,)."""
     bad = ~torch.isfinite(losses.detach())
     if nominal is not None:
         bad = bad & (nominal != 0)
-    check_value(
-        lambda: ~bad.any(),
-        lambda: (
-            f"losses: expected finite numbers (check_finite=True), got "
-            f"{losses[bad][0].item()} at {place(int(bad.nonzero()[0]))}; mask the pair with "
-            "nominal=0 or find where it overflowed"
+    check_none(
+        lambda: bad,
+        lambda i: (
+            f"losses: expected finite numbers (check_finite=True), got {losses[i].item()} at "
+            f"{place(i)}; mask the pair with nominal=0 or find where it overflowed"
         ),
         losses,
         wanted=True,

@@ -24,7 +24,7 @@ class PairOptions(NamedTuple):
     simpo_gamma: float = 0.5
     discopop_tau: float = 0.05
     f_divergence: str = "reverse_kl"
-    f_alpha: float = 0.5
+    f_alpha_divergence_coef: float = 0.5
     exponent_limit: float = 80.0
 
 
@@ -53,8 +53,9 @@ def divergence_score(u: Tensor, o: PairOptions) -> Tensor:
         return 1 - torch.exp(-u)
     if o.f_divergence == "js_divergence":
         return math.log(2) + F.logsigmoid(u)
-    if o.f_divergence == "alpha_divergence" and abs(o.f_alpha - 1) >= 1e-6:
-        return (torch.exp(((o.f_alpha - 1) * u).clamp(max=o.exponent_limit)) - 1) / (o.f_alpha - 1)
+    power = o.f_alpha_divergence_coef - 1
+    if o.f_divergence == "alpha_divergence" and abs(power) >= 1e-6:
+        return (torch.exp((power * u).clamp(max=o.exponent_limit)) - 1) / power
     return u
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from drrlhf.ambiguity import Encoded
-from drrlhf.checks import check_value
+from drrlhf.checks import check_none
 from drrlhf.conventions import statistics_dtype
 
 _MASS_ROUNDING = 1e-14
@@ -198,11 +198,11 @@ def normalised(nominal: Tensor | None, n: int, like: Tensor) -> Tensor:
         return torch.full((n,), 1.0 / max(n, 1), dtype=torch.float64, device=like.device)
     p = nominal.double()
     legal = torch.isfinite(p) & (p >= 0)
-    check_value(
-        legal.all,
-        lambda: (
-            "nominal: expected finite weights >= 0 (0 masks a pair), got "
-            f"{p[~legal][0].item()} at index {int((~legal).nonzero()[0])}; drop or clamp it"
+    check_none(
+        lambda: ~legal,
+        lambda i: (
+            f"nominal: expected finite weights >= 0 (0 masks a pair), got {p[i].item()} at index "
+            f"{i}; drop or clamp it"
         ),
         p,
     )
@@ -216,12 +216,11 @@ def check_groups(groups: Tensor | None, group_weights: Tensor | None) -> Tensor:
     assert groups is not None and group_weights is not None, "Group needs groups and state"
     size = group_weights.numel()
     outside = (groups < 0) | (groups >= size)
-    check_value(
-        lambda: ~outside.any(),
-        lambda: (
+    check_none(
+        lambda: outside,
+        lambda i: (
             f"groups: expected ids in [0, {size}) for Group(num_groups={size}), got "
-            f"{int(groups[outside][0])} at index {int(outside.nonzero()[0])}; "
-            f"raise num_groups or fix the column"
+            f"{int(groups[i])} at index {i}; raise num_groups or fix the column"
         ),
         groups,
     )

@@ -30,7 +30,7 @@ KEEPS = {"triton": (0, 1, 3), "cuda": (0, 1, 4), "reference": (0, 1, 2, 3, 4)}
 def backend(request, monkeypatch):
     for module in ("reference.robust_risk", "functional.policy_loss", "logprobs"):  # as on a device
         module = importlib.import_module(f"drrlhf.{module}")
-        monkeypatch.setattr(module, "check_value", lambda *_, **__: None)
+        monkeypatch.setattr(module, "check_none", lambda *_, **__: None)
     with backends.use(request.param):
         yield request.param
 
@@ -206,7 +206,7 @@ def test_a_check_on_a_device_does_nothing_unless_it_is_wanted(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
 
     def check(device, wanted=False):
-        checks.check_value(lambda: torch.tensor(False), lambda: "wrong", on(device), wanted)
+        checks.check_none(lambda: torch.tensor(True), lambda: "wrong", on(device), wanted)
 
     with pytest.raises(ValueError, match="wrong"):
         check("cpu")
