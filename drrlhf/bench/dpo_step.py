@@ -68,7 +68,7 @@ def cases(suite: str) -> Iterator[Case]:
 
 def _contest(suite: str, sequences: int, length: int) -> Contest:
     device = SUITES[suite]
-    model = _with_adapters(policy_model(suite, device))
+    model = with_adapters(policy_model(suite, device))
     vocabulary = model.get_base_model().config.vocab_size
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(vocabulary, (sequences, length), generator=generator).to(device)
@@ -140,13 +140,16 @@ def _ours(ambiguity: str) -> Step:
     return step
 
 
+def token_logps(model: Any, ids: Tensor, attention: Tensor) -> Tensor:
+    """Log-probs (B, L - 1) of all tokens but the first, from full logits in plain PyTorch."""
+    logits = model(input_ids=ids, attention_mask=attention, use_cache=False).logits[:, :-1]
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    return logits.log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
+
+
 def _plain_step(ambiguity: str) -> Step:
     def step(model: Any, ids: Tensor, labels: Tensor, reference: Tensor) -> Tensor:
-        outputs = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
-        logits = outputs.logits[:, :-1]
-        if logits.dtype != torch.float64:
-            logits = logits.float()
-        logps = logits.log_softmax(-1).gather(-1, labels[:, :-1, None]).squeeze(-1).sum(1)
+        logps = token_logps(model, ids, torch.ones_like(ids)).sum(1)
         if ambiguity == "erm":
             return linear_preference_loss.dpo_loss(logps - reference)
         return linear_preference_loss.robust_dpo_loss(logps - reference, ambiguity)
@@ -207,5 +210,5 @@ def lora() -> Any:
     )
 
 
-def _with_adapters(model: Any) -> Any:
+def with_adapters(model: Any) -> Any:
     return peers.load("peft", "peft").get_peft_model(model, lora()).train()

@@ -7,7 +7,7 @@ gradients for a given gradient of each log-prob.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -71,10 +71,6 @@ class Problem:
     trained: bool
     backward: bool = True
     extras: bool = False
-    hidden: Tensor = field(init=False)
-    weight: Tensor = field(init=False)
-    labels: Tensor = field(init=False)
-    upstream: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
         torch.manual_seed(0)
@@ -167,10 +163,7 @@ class Problem:
 
         def by_plain() -> Mapping[str, Tensor]:
             if self.trained:
-                work = self.work(self.plain, upstream)
-                work.once()
-                assert work.outputs is not None
-                return work.outputs()
+                return self.work(self.plain, upstream).result()
             # No row's result depends on another's: the checked ones are enough.
             hidden = self.hidden.detach()[self.rows].requires_grad_(self.backward)
             made = self.plain(hidden, self.weight, self.labels[self.rows])
@@ -265,11 +258,6 @@ def trl_extras() -> Head:
     return extras
 
 
-def ours(**options: Any) -> Head:
-    """`linear_token_logprobs` with options."""
-    return partial(dr.linear_token_logprobs, **options)
-
-
 def trl(extras: tuple[str, ...] = ()) -> Head:
     """TRL's chunked log-probs, called as its `add_fused_lm_head` does; or `Unavailable`. With
     `extras` what it gives in full: log-probs, entropy, log_sum_sq_probs, mean_logits, is_top1."""
@@ -320,7 +308,7 @@ def everyone(problem: Problem, suite: str) -> tuple[dict[str, Callable[[], Work]
         return Work(lambda: torch.mm(hidden, head))
 
     def of_ours(**options: Any) -> Callable[[], Work]:
-        return lambda: problem.work(ours(**options))
+        return lambda: problem.work(partial(dr.linear_token_logprobs, **options))
 
     trained = problem.trained and problem.backward
     mine = {OURS: (lambda: problem.work(ours_extras)) if problem.extras else of_ours()}

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
+import drrlhf as dr
 from drrlhf.bench import heads, memory
 from drrlhf.bench.heads import COMPILED, GEMM, PLAIN, TRL, Problem
 from drrlhf.bench.registry import OURS, SUITES, Case, Contest, Unavailable, Work
@@ -107,8 +108,8 @@ def _sparse(suite: str, shape: tuple[int, int, int], dtype: torch.dtype) -> Case
         upstream = problem.upstream.masked_fill(zero, 0.0)
         return Contest(
             {
-                sparse: lambda: problem.backward_work(heads.ours(), upstream),
-                dense: lambda: problem.backward_work(heads.ours(), problem.upstream),
+                sparse: lambda: problem.backward_work(dr.linear_token_logprobs, upstream),
+                dense: lambda: problem.backward_work(dr.linear_token_logprobs, problem.upstream),
             },
             ours=(sparse, dense),
             baseline=(dense,),

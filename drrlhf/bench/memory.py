@@ -51,9 +51,9 @@ def peak_extra_bytes(run: Callable[[], object], device: str = "cpu") -> int:
     # A collection of garbage from before, in the middle of the run, would hide what it holds.
     with no_collection():
         _CLEAR.write_text("5")  # the peak (VmHWM) starts again from what is resident now
-        held = _resident("VmRSS")
+        held = _kib(_STATUS, "VmRSS")
         run()
-    return max(0, _resident("VmHWM") - held)
+    return max(0, _kib(_STATUS, "VmHWM") - held)
 
 
 def available_bytes(device: str) -> int | None:
@@ -63,10 +63,6 @@ def available_bytes(device: str) -> int | None:
         return torch.cuda.mem_get_info()[0] + held_free
     info = Path("/proc/meminfo")
     return _kib(info, "MemAvailable") if info.exists() else None
-
-
-def _resident(field: str) -> int:
-    return _kib(_STATUS, field)
 
 
 def _kib(path: Path, field: str) -> int:

@@ -14,7 +14,7 @@ from drrlhf import backends
 from drrlhf.bench import heads
 from drrlhf.bench.gate import Gate
 from drrlhf.bench.heads import TRL, Problem
-from drrlhf.bench.registry import OURS, SUITES, Case, Contest, Work, with_gradients
+from drrlhf.bench.registry import OURS, SUITES, Case, Contest, Work, of_leaves, with_gradients
 from drrlhf.bench.trl_policy import trl_policy_loss
 
 # Prompts, completions of each, tokens of a completion.
@@ -97,23 +97,10 @@ def _from_logps(suite: str, options: Mapping[str, Any]) -> Contest:
 
     def work(loss: Callable[..., Tensor], mine: Mapping[str, Tensor] = batch) -> Work:
         leaf = mine["logps"].clone().requires_grad_()
-
-        def clear() -> None:
-            leaf.grad = None
-
-        def gradient() -> Mapping[str, Tensor]:
-            assert leaf.grad is not None
-            return {"d log-probs": leaf.grad}
-
-        return with_gradients(lambda: loss({**mine, "logps": leaf}, **options), clear, gradient)
+        return of_leaves(lambda: loss({**mine, "logps": leaf}, **options), {"d log-probs": leaf})
 
     def of_ours(ambiguity: str) -> Callable[..., Tensor]:
         return lambda batch, **rest: _ours(batch, prompts, ambiguity, **rest)
-
-    def made_by(maker: Work) -> Mapping[str, Tensor]:
-        maker.once()
-        assert maker.outputs is not None
-        return maker.outputs()
 
     def gate(ambiguity: str) -> Gate:
         wide = {k: v.double() if v.is_floating_point() else v for k, v in batch.items()}
@@ -121,12 +108,12 @@ def _from_logps(suite: str, options: Mapping[str, Any]) -> Contest:
         @cache
         def truth() -> Mapping[str, Tensor]:
             with backends.use("reference"):
-                return made_by(work(of_ours(ambiguity), wide))
+                return work(of_ours(ambiguity), wide).result()
 
         def plain() -> Mapping[str, Tensor]:
             """TRL's gradient in float32, with an adversary weighed sequence by sequence. TRL has no
             such loss: there the floor is the standard."""
-            whole = made_by(work(_theirs))
+            whole = work(_theirs).result()
             values = wide["rewards"].view(prompts, each).mean(1)
             with backends.use("reference"):
                 weights = dr.robust_risk(-values, ambiguity).weights

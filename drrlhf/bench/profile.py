@@ -22,8 +22,7 @@ def of(work: Work, device: str, most: int = MOST_ROWS) -> Profile:
     """
     activity = ProfilerActivity.CUDA if device == "cuda" else ProfilerActivity.CPU
     work.once()
-    if work.before is not None:
-        work.before()
+    work.before()
     with torch.profiler.profile(activities=[activity]) as profiled:
         work.run()
         if device == "cuda":

@@ -69,14 +69,18 @@ class Work:
     """
 
     run: Callable[[], object]
-    before: Callable[[], object] | None = None
-    outputs: Callable[[], Mapping[str, Tensor]] | None = None
+    before: Callable[[], object] = lambda: None
+    outputs: Callable[[], Mapping[str, Tensor]] = dict
 
     def once(self) -> None:
         """One untimed run."""
-        if self.before is not None:
-            self.before()
+        self.before()
         self.run()
+
+    def result(self) -> Mapping[str, Tensor]:
+        """What one untimed run computes."""
+        self.once()
+        return self.outputs()
 
 
 def with_gradients(
@@ -94,6 +98,19 @@ def with_gradients(
         found[name] = value.detach()
 
     return Work(run, clear, lambda: {**found, **gradients()})
+
+
+def of_leaves(loss: Callable[[], Tensor], leaves: Mapping[str, Tensor], name: str = "loss") -> Work:
+    """`with_gradients` whose gradients are those of some leaves, by their names."""
+
+    def clear() -> None:
+        for leaf in leaves.values():
+            leaf.grad = None
+
+    def gradients() -> Mapping[str, Tensor]:
+        return {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
+
+    return with_gradients(loss, clear, gradients, name)
 
 
 @dataclass(frozen=True)
@@ -173,8 +190,7 @@ def on_backend(backend: str, make: Callable[[], Work]) -> Callable[[], Work]:
 
     def made() -> Work:
         work = guarded(make)()
-        others = (None if f is None else guarded(f) for f in (work.before, work.outputs))
-        return Work(guarded(work.run), *others)
+        return Work(guarded(work.run), guarded(work.before), guarded(work.outputs))
 
     return made
 

@@ -72,21 +72,16 @@ def collect(suite: str, outcomes: Iterable[Outcome], taken_on: Result | None = N
     }
 
 
+# By which a case is told apart from others.
+_CASE = ("op", "metric", "dtype", "shape", "head", "axis")
+
+
 def _about(outcome: Outcome) -> dict[str, Any]:
-    case = outcome.case
-    return {
-        "op": case.op,
-        "metric": case.metric,
-        "dtype": case.dtype,
-        "shape": list(case.shape),
-        "head": case.head,
-        "axis": case.axis,
-    }
+    return {key: getattr(outcome.case, key) for key in _CASE} | {"shape": list(outcome.case.shape)}
 
 
 def _case(entry: dict[str, Any]) -> tuple[Any, ...]:
-    shape = tuple(entry.get("shape") or ())
-    return (*(entry.get(key) for key in ("op", "metric", "dtype", "head", "axis")), shape)
+    return (*(entry.get(key) for key in _CASE if key != "shape"), *(entry.get("shape") or ()))
 
 
 def write(result: Result, folder: str | os.PathLike[str]) -> Path:

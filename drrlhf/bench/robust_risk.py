@@ -12,7 +12,7 @@ import drrlhf as dr
 from drrlhf import backends
 from drrlhf.bench import peers
 from drrlhf.bench.gate import Gate
-from drrlhf.bench.registry import OURS, SUITES, Case, Contest, Work, with_gradients
+from drrlhf.bench.registry import OURS, SUITES, Case, Contest, Work, of_leaves
 
 SETS = (
     "erm",
@@ -81,23 +81,12 @@ def reductions(
     generator = torch.Generator().manual_seed(0)
     losses = torch.randn(shape, generator=generator).to(device).requires_grad_()
 
-    def work(reduce: Reduce) -> Work:
-        def clear() -> None:
-            losses.grad = None
-
-        def weights() -> Mapping[str, Tensor]:
-            assert losses.grad is not None
-            return {"weights": losses.grad}
-
-        return with_gradients(lambda: reduce(losses).sum(), clear, weights, "value")
+    def work(reduce: Reduce, losses: Tensor = losses) -> Work:
+        return of_leaves(lambda: reduce(losses).sum(), {"weights": losses}, "value")
 
     def by_reference(dtype: torch.dtype) -> Mapping[str, Tensor]:
-        leaf = losses.detach().to(dtype).requires_grad_()
         with backends.use("reference"):
-            value = ours(leaf).sum()
-            value.backward()
-        assert leaf.grad is not None
-        return {"value": value.detach(), "weights": leaf.grad}
+            return work(ours, losses.detach().to(dtype).requires_grad_()).result()
 
     gate = Gate(lambda: by_reference(torch.float64), lambda: by_reference(torch.float32))
     implementations: dict[str, Callable[[], Work]] = {

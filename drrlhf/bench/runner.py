@@ -156,12 +156,9 @@ class _Running:
             ours = name in self.contest.ours
             if name not in self.works or (self.case.unit == "MiB" and not ours):
                 continue
-            work = self.works[name]
             with self.turn_of(name):
                 self.in_time()  # whoever has not been judged is not timed
-                work.once()
-                assert work.outputs is not None, f"{self.case}: {name} has a gate but no outputs"
-                verdicts = gate.judge(work.outputs())
+                verdicts = gate.judge(self.works[name].result())
                 errors[name] = max(verdicts, key=lambda verdict: verdict.rms)
                 if ours:
                     self.outcome.verdicts[name] = verdicts
@@ -241,8 +238,7 @@ class _Running:
 
 def _peak(work: Work, device: str) -> float:
     """MiB that one run holds at most beyond what its inputs hold."""
-    if work.before is not None:
-        work.before()
+    work.before()
     return memory.peak_extra_bytes(work.run, device) / memory.MIB
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -117,41 +117,46 @@ def _head_markdown(result: results.Result) -> str:
         (heads.COMPILED, "torch.compile"),
         (heads.TRL, _trl(result)),
     )
-    found = _records(result, op="linear_token_logprobs", axis=None, baseline=heads.GEMM)
-    measured = [record for record in found if record["contender"] != heads.GEMM]
-    works = {(r["dtype"], r["metric"], r["head"]): r["shape"] for r in measured}
+    works: dict[tuple[str, str, str], list[Record]] = {}
+    for r in _records(result, op="linear_token_logprobs", axis=None, baseline=heads.GEMM):
+        if r["contender"] != heads.GEMM:
+            works.setdefault((r["dtype"], r["metric"], r["head"]), []).append(r)
     rows = []
-    for dtype, metric, head in works:
-        work = (dtype, metric, head)
-        same = [r for r in measured if (r["dtype"], r["metric"], r["head"]) == work]
-        ours = [r for r in same if _mine(r)]
+    for (dtype, metric, head), same in works.items():
         by_name = {r["contender"]: f"{r['ratio']:.1f}" for r in same}
-        cells = [", ".join(_our_cell(r) for r in ours)]
+        cells = [", ".join(_our_cell(r) for r in same if _mine(r))]
         cells += [by_name.get(name, "–") for name, _ in others]
         direction = "scoring (forward only)" if metric == "forward" else f"head {head}"
         rows.append((f"{dtype}, {direction}", *cells))
     if not rows:
         return ""
-    n, v, d = next(iter(works.values()))
+    n, v, d = next(iter(works.values()))[-1]["shape"]
     unit = f"time of forward + backward, in products hidden·weightᵀ ({n}×{d} by {v}×{d})"
     return markdown((unit, "ours", *(title for _, title in others)), rows)
 
 
 def _trainer_step_markdown(result: results.Result) -> str:
     """Rows: how a step is cut. Cells: median time over that of our own plain step."""
-    implementations = [*trainer_step.SET_IMPLEMENTATIONS, heads.TRL]
-    rows = []
-    for metric, title in (
-        ("step in accumulated batches", "{} accumulated batches of {} pairs, sequences of {}"),
-        ("step in one forward", "{} batch of {} pairs, sequences of {}"),
-    ):
-        same = _by_implementation(result, op="trainer_step", metric=metric)
-        if same:
-            shape = next(iter(same.values()))["shape"]
-            cells = [f"{same[c]['ratio']:.2f}" if c in same else "–" for c in implementations]
-            rows.append((title.format(*shape), *cells))
+    works = {
+        "step in accumulated batches": "{} accumulated batches of {} pairs, sequences of {}",
+        "step in one forward": "{} batch of {} pairs, sequences of {}",
+    }
+    names = (*trainer_step.SET_IMPLEMENTATIONS, heads.TRL)
+    rows = [(work, *cells) for work, _, cells in _ratios(result, "trainer_step", works, names)]
     sets = [f"`{text}`" for text in trainer_step.SETS]
     return markdown(("time of one step, relative to our own plain one", *sets, _trl(result)), rows)
+
+
+def _ratios(
+    result: results.Result, op: str, works: Mapping[str, str], names: Sequence[str]
+) -> Iterator[tuple[str, Record, list[str]]]:
+    """Of each metric that the first of `names` has a record of, in `works` with words for its
+    shape: these words, that record, and everyone's time over the baseline's."""
+    for metric, work in works.items():
+        same = _by_implementation(result, op=op, metric=metric, axis=None)
+        if first := same.get(names[0]):
+            cells = [f"{same[name]['ratio']:.2f}" if name in same else "–" for name in names]
+            yield work.format(*first["shape"]), first, cells
 
 
 def _records(result: results.Result, **wanted: Any) -> list[Record]:
@@ -234,37 +239,25 @@ def _amount(record: Record | None, key: str) -> str:
 
 def _policy_loss_markdown(result: results.Result) -> str:
     """Rows: a form of the loss. Cells: median time over that of TRL's own loss."""
-    rows = []
-    for metric, work in (
-        (
-            "log-probs to gradients, dapo",
-            "from log-probs ({} prompts × {} completions × {} tokens)",
-        ),
-        ("log-probs to gradients, grpo with a reference", "the same with a reference policy"),
-        ("log-probs to gradients, grpo by sequence", "the same with sequence-level ratios"),
-        ("hidden states to gradients", "from hidden states ({}×{}×{} tokens, head {}×{})"),
-    ):
-        same = _by_implementation(result, op="policy_loss", metric=metric, axis=None)
-        if OURS in same:
-            cells = [
-                f"{same[n]['ratio']:.2f}" if n in same else "–" for n in _POLICY_IMPLEMENTATIONS
-            ]
-            rows.append((work.format(*same[OURS]["shape"]), same[OURS]["dtype"], *cells))
+    works = {
+        "log-probs to gradients, dapo": "from log-probs ({} prompts × {} completions × {} tokens)",
+        "log-probs to gradients, grpo with a reference": "the same with a reference policy",
+        "log-probs to gradients, grpo by sequence": "the same with sequence-level ratios",
+        "hidden states to gradients": "from hidden states ({}×{}×{} tokens, head {}×{})",
+    }
+    found = _ratios(result, "policy_loss", works, (OURS, variant("erm"), heads.TRL))
+    rows = [(work, record["dtype"], *cells) for work, record, cells in found]
     return markdown(("loss with its gradient", "dtype", "`tv:0.1`", "`erm`", _trl(result)), rows)
-
-
-_POLICY_IMPLEMENTATIONS = (OURS, variant("erm"), heads.TRL)
 
 
 def _packing_markdown(result: results.Result) -> str:
     """Rows: padded and packed. Cells: tokens per second, and over the padded step's."""
-    found = _records(result, op="trainer_step", metric="step of mixed lengths")
-    speeds = {record["contender"]: record["tokens_per_s"] for record in found}
-    padded, packed = variant("padded"), variant("packed")
+    same = _by_implementation(result, op="trainer_step", metric="step of mixed lengths")
+    layouts = trainer_step.LAYOUTS if trainer_step.LAYOUTS.keys() <= same.keys() else {}
+    speeds = [(options, same[name]["tokens_per_s"]) for name, options in layouts.items()]
     rows = [
-        (f"`padding_free={value}`", _number(speeds[name]), f"{speeds[name] / speeds[padded]:.2f}")
-        for value, name in (("False", padded), ("True", packed))
-        if padded in speeds and packed in speeds
+        (f"`padding_free={options['padding_free']}`", _number(speed), f"{speed / speeds[0][1]:.2f}")
+        for options, speed in speeds
     ]
     return markdown(("step of mixed lengths", "tokens/s", "relative"), rows)
 

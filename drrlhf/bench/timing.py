@@ -134,7 +134,6 @@ def interleave(
 def _sample(work: Work, clock: Clock, calls: int) -> float:
     total = 0.0
     for _ in range(calls):
-        if work.before is not None:
-            work.before()
+        work.before()
         total += clock(work.run)
     return total

@@ -96,42 +96,34 @@ def cases(suite: str) -> Iterator[Case]:
         ("step of mixed lengths", LENGTHS, LAYOUTS),
     )
     trained = (True,) if suite == "cpu" else (True, False)
+    step = partial(Case, "trainer_step", dtype="bfloat16", memory=True, kernels=dpo_step.KERNELS)
+    of_adapters = f"adapters N(0, {SPREAD[suite]:g}²)"
     for adapters, (metric, shapes, implementations) in product(trained, steps):
         batches, pairs, length = shape = shapes[suite]
         mixed = shapes is LENGTHS
         spread = _spread(pairs, length) if mixed else [length] * (2 * pairs)
-        yield Case(
-            op="trainer_step",
+        yield step(
             metric=metric if adapters else f"full {metric}",
-            dtype="bfloat16",
             shape=shape,
             head="frozen" if adapters else "trained",
-            memory=True,
-            kernels=dpo_step.KERNELS,
             tokens=batches * sum(spread),
             order=7 if not adapters else 0 if shapes is WHOLE else 6,
             seconds=30.0 if suite == "gpu" else 1.0,
-            note=f"adapters N(0, {SPREAD[suite]:g}²)"
-            if adapters
-            else f"norms 1 + N(0, {SPREAD_OF_NORMS:g}²)",
+            note=of_adapters if adapters else f"norms 1 + N(0, {SPREAD_OF_NORMS:g}²)",
             build=partial(
                 _contest, suite, shape, implementations, mixed, adapters, shapes is WHOLE
             ),
         )
     for pairs, prompt, answer in PROMPTS[suite]:
         shape = 1, pairs, prompt + answer
-        yield Case(
-            op="trainer_step",
+        yield step(
             metric=of_prompts(prompt, answer),
-            dtype="bfloat16",
             shape=shape,
             head="frozen",
-            memory=True,
-            kernels=dpo_step.KERNELS,
             tokens=2 * pairs * (prompt + answer),
             order=0,
             seconds=30.0 if suite == "gpu" else 20.0,
-            note=f"adapters N(0, {SPREAD[suite]:g}²)",
+            note=of_adapters,
             build=partial(_contest, suite, shape, SHARING, False, True, False, prompt),
         )
 
@@ -262,7 +254,7 @@ class Layers:
 def _moved(base: Any, adapters: bool, spread: float) -> Any:
     """The policy, off its start: the same in every copy."""
     if adapters:
-        base = peers.load("peft", "peft").get_peft_model(base, dpo_step.lora())
+        base = dpo_step.with_adapters(base)
     _move(base, adapters, spread)
     return base.train()
 
@@ -375,10 +367,7 @@ def _apart(start: Any, policy: Any, device: str, shared: bool) -> list[dict[str,
 
 def _logps(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
     """Log-probs (2n,) of the completions, from full logits in plain PyTorch."""
-    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-    logits = model(**inputs, use_cache=False).logits[:, :-1]
-    logits = logits if logits.dtype == torch.float64 else logits.float()
-    tokens = logits.log_softmax(-1).gather(-1, batch["input_ids"][:, 1:, None]).squeeze(-1)
+    tokens = dpo_step.token_logps(model, batch["input_ids"], batch["attention_mask"])
     return (tokens * batch["completion_mask"][:, 1:]).sum(1)
 
 

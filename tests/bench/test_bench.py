@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import json
 from functools import partial
 
@@ -12,7 +13,7 @@ from contests import RECORD, bench, case, contest
 from transformers.models.llama import modeling_llama
 
 import drrlhf as dr
-from drrlhf import backends, reference
+from drrlhf import backends
 from drrlhf.bench import (
     dpo_step,
     heads,
@@ -187,17 +188,18 @@ def test_a_profile_that_fails_costs_no_times(monkeypatch):
 
 def test_a_backend_by_name_does_the_backward_too(monkeypatch):
     called = []
+    plain = importlib.import_module("drrlhf.reference.linear_token_logprobs")
     for name in ("linear_token_logprobs", "linear_token_logprobs_backward"):
-        right = getattr(reference, name)
+        right = getattr(plain, name)
         monkeypatch.setattr(
-            reference, name, lambda *a, name=name, right=right: called.append(name) or right(*a)
+            plain, name, lambda *a, name=name, right=right: called.append(name) or right(*a)
         )
     problem = heads.Problem(6, 11, 8, torch.float32, "cpu", trained=True)
-    work = registry.on_backend("reference", lambda: problem.work(heads.ours()))()
+    work = registry.on_backend("reference", lambda: problem.work(dr.linear_token_logprobs))()
     work.once()
     assert called == ["linear_token_logprobs", "linear_token_logprobs_backward"]
     with pytest.raises(Unavailable, match="triton"):
-        registry.on_backend("triton", lambda: problem.work(heads.ours()))().once()
+        registry.on_backend("triton", lambda: problem.work(dr.linear_token_logprobs))().once()
 
 
 def test_no_backend_is_measured_twice(monkeypatch):
