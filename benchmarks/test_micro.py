@@ -11,16 +11,15 @@ import pytest
 import torch
 
 import drrlhf as dr
+from drrlhf.threads import threads
 
 PAIRS = (8, 256, 4096)
 
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+    with threads(1):
+        yield
 
 
 def leaf(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:

@@ -81,20 +81,8 @@ __all__ = [
     "worst_view",
 ]
 
-_HOME = {
-    "ambiguity": "ERM KL TV AmbiguitySet ChiSquare CVaR Group parse_ambiguity",
-    "functional": (
-        "GroupState LinearPreferenceLoss NormaliserState PolicyLoss PreferenceLoss RewardLoss "
-        "RobustRisk linear_preference_loss pair_losses policy_loss preference_loss reward_loss "
-        "robust_reward robust_risk worst_view"
-    ),
-    "logprobs": "TokenLogprobs linear_token_logprobs sequence_logprobs token_logprobs",
-    "modules": (
-        "LinearPreferenceLossModule PolicyLossModule PreferenceLossModule RewardLossModule "
-        "RobustRiskModule"
-    ),
-}
-_MODULE_OF = {name: module for module, names in _HOME.items() for name in names.split()}
+# Where the names are, the least to import first.
+_HOMES = ("ambiguity", "logprobs", "functional", "modules")
 
 
 def _find_kernels() -> None:
@@ -117,11 +105,12 @@ _find_kernels()
 def __getattr__(name: str) -> Any:
     if name == "backends":
         return import_module("drrlhf.backends")
-    if name not in _MODULE_OF:
-        raise AttributeError(f"module 'drrlhf' has no attribute {name!r}")
-    value = getattr(import_module(f"drrlhf.{_MODULE_OF[name]}"), name)
-    globals()[name] = value
-    return value
+    for home in _HOMES if name in __all__ else ():
+        module = import_module(f"drrlhf.{home}")
+        if hasattr(module, name):
+            globals()[name] = value = getattr(module, name)
+            return value
+    raise AttributeError(f"module 'drrlhf' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

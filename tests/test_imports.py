@@ -24,6 +24,7 @@ LAYERS = {
     "ambiguity": 0,
     "files": 0,
     "seeds": 0,
+    "threads": 0,
     "transformations": 0,
     "reward_inputs": 0,
     "models": 0,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
@@ -77,6 +78,7 @@ def _errors(result: Tensor, truth: Tensor, scale: float) -> tuple[float, float]:
     return float(error.square().mean().sqrt()), float(error.abs().max())
 
 
+@dataclass(eq=False)
 class Gate:
     """The truth of one computation, and plain PyTorch's result of it; made once, when asked for.
 
@@ -85,25 +87,20 @@ class Gate:
     error of plain's that is still a standard.
     """
 
-    def __init__(
-        self,
-        truth: Callable[[], Mapping[str, Tensor]],
-        plain: Callable[[], Mapping[str, Tensor]],
-        floors: Callable[[], Mapping[str, float]] = dict,
-        most: float = math.inf,
-    ) -> None:
-        self._make = truth, plain, floors
-        self._most = most
+    truth: Callable[[], Mapping[str, Tensor]]
+    plain: Callable[[], Mapping[str, Tensor]]
+    floors: Callable[[], Mapping[str, float]] = dict
+    most: float = math.inf
 
     @cached_property
     def _known(self) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor], Mapping[str, float]]:
-        truth, plain, floors = self._make
-        return truth(), {k: v.detach().clone() for k, v in plain().items()}, floors()
+        truth = self.truth()
+        return truth, {k: v.detach().clone() for k, v in self.plain().items()}, self.floors()
 
     def judge(self, outputs: Mapping[str, Tensor]) -> list[Verdict]:
         """One verdict for each quantity of the truth."""
         truth, plain, floors = self._known
         return [
-            judge(name, outputs[name], plain[name], truth[name], floors.get(name, 0.0), self._most)
+            judge(name, outputs[name], plain[name], truth[name], floors.get(name, 0.0), self.most)
             for name in truth
         ]

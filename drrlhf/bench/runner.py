@@ -16,6 +16,7 @@ from drrlhf.bench.budget import LEFT_OUT, Budget
 from drrlhf.bench.gate import Verdict
 from drrlhf.bench.peers import reason
 from drrlhf.bench.registry import SUITES, Case, Contest, Unavailable, Work
+from drrlhf.threads import threads
 
 DEFAULT_ROUNDS = 15
 _PER_SECOND = {"ms": 1e3, "us": 1e6}
@@ -63,7 +64,7 @@ def run(
         return outcome
     gc.collect(1)  # what an earlier case left in cycles; the oldest generation takes too long
     device = SUITES[suite]
-    with _threads(case.threads):
+    with threads(case.threads):
         try:
             if (case.memory or case.unit == "MiB") and (obstacle := memory.obstacle(device)):
                 outcome.skipped["peak memory"] = obstacle
@@ -75,17 +76,6 @@ def run(
             return outcome
         _Running(case, contest, outcome, device, budget).measure(rounds, seconds)
     return outcome
-
-
-@contextlib.contextmanager
-def _threads(count: int | None) -> Iterator[None]:
-    before = torch.get_num_threads()
-    try:
-        if count is not None:
-            torch.set_num_threads(count)
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 @dataclass

@@ -40,15 +40,20 @@ from transformers.utils import logging
 from drrlhf import linear_token_logprobs, parse_ambiguity, sequence_logprobs
 from drrlhf.callbacks import MetricsCallback, ProgressCallback
 from drrlhf.demo.material import cache_dir, fetch
-from drrlhf.demo.sentiment import DERIVED, preference_rows
+from drrlhf.demo.sentiment import (
+    DERIVED,
+    MAIN,
+    RARE,
+    RARE_SHARE,
+    TESTED,
+    mixture_sizes,
+    preference_rows,
+)
 from drrlhf.files import json_lines, write_text
 from drrlhf.precision import fast_dtype
 from drrlhf.report import plot_comparison
 from drrlhf.trl import DPOConfig, DPOTrainer
 
-SEEN, RARE, UNSEEN = "movie", "tweets", ("amazon", "nyt")
-DOMAINS = (SEEN, RARE, *UNSEEN)
-RARE_SHARE = 0.05
 LAYERS = 8
 BATCH = 8
 HELD_OUT = 96  # pairs a domain
@@ -86,12 +91,13 @@ def run(
 
 def mixture(n: int, seed: int) -> list[dict[str, Any]]:
     """n training pairs of the two domains."""
-    return mixed(n, lambda domain, k: preference_rows("train", [domain], k, seed))
+    found = (preference_rows("train", [d], k, seed) for d, k in mixture_sizes(n).items())
+    return [row for rows in found for row in rows]
 
 
 def held_out_rows(n: int, seed: int) -> dict[str, list[dict[str, Any]]]:
     """n test pairs of every domain: the frequent one, the rare one, and those never trained on."""
-    return {name: preference_rows("test", [name], n, seed) for name in DOMAINS}
+    return {name: preference_rows("test", [name], n, seed) for name in TESTED}
 
 
 def cut_model(layers: int, console: Console) -> Path:
@@ -293,13 +299,6 @@ def quiet() -> None:
     disable_progress_bars()
 
 
-def mixed(n: int, draw: Callable[[str, int], list[Any]]) -> list[Any]:
-    """n rows as ``draw(domain, number)`` gives them, `RARE_SHARE` (at least one) of the rare
-    domain."""
-    rare = max(1, round(RARE_SHARE * n))
-    return draw(SEEN, n - rare) + draw(RARE, rare)
-
-
 def machine() -> dict[str, Any]:
     """Arguments of a trainer that this machine and a demonstration ask for."""
     accelerated = torch.cuda.is_available()
@@ -339,11 +338,11 @@ def finish(
     console: Console,
 ) -> dict[str, Any]:
     """The result with what it was found on; written, drawn and printed."""
-    shares = {SEEN: f"{1 - RARE_SHARE:.0%} of training", RARE: f"{RARE_SHARE:.0%} of training"}
+    shares = {MAIN: f"{1 - RARE_SHARE:.0%} of training", RARE: f"{RARE_SHARE:.0%} of training"}
     result |= {
         "data": data,
         "model": f"the first {LAYERS} layers of SmolLM2-135M-Instruct, LoRA",
-        "domains": {domain: shares.get(domain, "unseen") for domain in DOMAINS},
+        "domains": {domain: shares.get(domain, "unseen") for domain in TESTED},
     }
     as_json, picture = folder / f"{name}.json", folder / f"{name}.png"
     write_text(as_json, json.dumps(result, indent=2) + "\n")

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from drrlhf.batching import by_length
 from drrlhf.demo.material import cache_dir, sha256
 from drrlhf.files import write_whole
 from drrlhf.precision import fast_dtype
+from drrlhf.threads import threads
 
 MAX_TOKENS = 256
 # Batches are cut by tokens, padding included: on a CPU, activations of about this size stay in
@@ -79,22 +79,11 @@ def _encode(
     # of their time when another program runs beside, and numbers would depend on how many there
     # are.
     cores = torch.get_num_threads()
-    with one_thread(), ThreadPoolExecutor(cores) as pool, _progress(console) as progress:
+    with threads(1), ThreadPoolExecutor(cores) as pool, progress_bar(console) as progress:
         task = progress.add_task("Encoding texts", total=len(texts))
         for done in pool.map(fill, by_length([len(i) for i in ids], BATCH_TOKENS)):
             progress.advance(task, done)
     return result
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Within, torch computes every operation on one thread."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 @torch.inference_mode()
@@ -104,6 +93,7 @@ def _pooled(model: Any, batch: Any) -> torch.Tensor:
     return (hidden * real).sum(1) / real.sum(1)
 
 
-def _progress(console: Console | None) -> Progress:
+def progress_bar(console: Console | None) -> Progress:
+    """How many of all are done, and when the rest will be."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     return Progress(*columns, TimeRemainingColumn(), console=console)

@@ -30,7 +30,7 @@ from drrlhf import parse_ambiguity
 from drrlhf.callbacks import MetricsCallback, ProgressCallback
 from drrlhf.demo import dpo
 from drrlhf.demo.material import fetch
-from drrlhf.demo.sentiment import load_split, preference_rows
+from drrlhf.demo.sentiment import TESTED, load_split, mixture_sizes, preference_rows
 from drrlhf.files import json_lines
 from drrlhf.report import plot_rewards
 from drrlhf.seeds import mean_and_error
@@ -72,7 +72,7 @@ def run(
     dpo.quiet()
     folder = Path(output_dir)
     models = dpo.cut_model(dpo.LAYERS, console), str(reward_model(folder / "reward", console))
-    held_out = {domain: beginnings("test", domain, HELD_OUT, 0) for domain in dpo.DOMAINS}
+    held_out = {domain: beginnings("test", domain, HELD_OUT, 0) for domain in TESTED}
     options: dict[str, Any] = {"ambiguity": ambiguity, "steps": steps, "seeds": seeds}
     result = compare(
         *models,
@@ -95,7 +95,8 @@ def beginnings(split: str, domain: str, n: int, seed: int) -> list[dict[str, Any
 
 def mixture(n: int, seed: int) -> list[dict[str, Any]]:
     """n training prompts of the two domains."""
-    return dpo.mixed(n, lambda domain, k: beginnings("train", domain, k, seed))
+    found = (beginnings("train", domain, k, seed) for domain, k in mixture_sizes(n).items())
+    return [row for rows in found for row in rows]
 
 
 def reward_model(folder: Path, console: Console) -> Path:

