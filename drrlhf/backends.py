@@ -87,13 +87,10 @@ def _load_extension() -> tuple[ModuleType | None, str]:
     try:
         return importlib.import_module("drrlhf._C"), ""
     except ImportError as error:  # not built, or built against another torch: the reason is kept
-        recorded = build_record().get("reason")
-        if isinstance(error, ModuleNotFoundError):
-            return (
-                None,
-                recorded or "the C++ extension is not built here, and no build is on record",
-            )
-        return None, f"the C++ extension does not load: {error}"
+        if not isinstance(error, ModuleNotFoundError):
+            return None, f"the C++ extension does not load: {error}"
+        unknown = "the C++ extension is not built here, and no build is on record"
+        return None, build_record().get("reason") or unknown
 
 
 def build_record() -> dict[str, Any]:
@@ -115,6 +112,10 @@ OLDEST_TRITON = (3, 6)
 OLDEST_CAPABILITY = (8, 0)  # of an NVIDIA GPU
 
 
+def _dotted(version: tuple[int, ...]) -> str:
+    return ".".join(map(str, version))
+
+
 @functools.cache
 def _no_triton() -> str:
     """Why this process cannot run Triton kernels; empty when it can."""
@@ -123,15 +124,12 @@ def _no_triton() -> str:
     except importlib.metadata.PackageNotFoundError:
         return "triton is not installed; a GPU build of torch brings it, as pip install triton does"
     if tuple(int(part) for part in version.split(".")[:2]) < OLDEST_TRITON:
-        oldest = ".".join(map(str, OLDEST_TRITON))
-        return f"triton {version} is too old; install triton>={oldest}"
+        return f"triton {version} is too old; install triton>={_dotted(OLDEST_TRITON)}"
     if torch.cuda.is_available() and torch.version.hip is None:
         capability = torch.cuda.get_device_capability()
         if capability < OLDEST_CAPABILITY:
-            return (
-                f"needs compute capability {'.'.join(map(str, OLDEST_CAPABILITY))}, this GPU has "
-                f"{'.'.join(map(str, capability))}"
-            )
+            oldest, own = _dotted(OLDEST_CAPABILITY), _dotted(capability)
+            return f"needs compute capability {oldest}, this GPU has {own}"
     return ""
 
 
@@ -161,10 +159,10 @@ def _no_cuda() -> str:
     if torch.cuda.is_available():
         capability, built = torch.cuda.get_device_capability(), info["cuda_architectures"]
         if not _runs_on(capability, built):
+            own = _dotted(capability)
             return (
-                f"has kernels for compute capability {', '.join(built)}, this GPU has "
-                f"{'.'.join(map(str, capability))}; rebuild with TORCH_CUDA_ARCH_LIST="
-                f"{'.'.join(map(str, capability))}"
+                f"has kernels for compute capability {', '.join(built)}, this GPU has {own}; "
+                f"rebuild with TORCH_CUDA_ARCH_LIST={own}"
             )
     return ""
 

@@ -47,9 +47,7 @@ class MetricsCallback(TrainerCallback):
         self._tokens_before = 0.0
         self._start = 0.0
 
-    def on_train_begin(
-        self, args: Any, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, *_: Any, **__: Any) -> None:
         self._start = time.perf_counter()
         lines = [line for line in json_lines(self.path) if line["step"] <= state.global_step]
         if lines:
@@ -67,9 +65,7 @@ class MetricsCallback(TrainerCallback):
             control.should_log = True
         return control
 
-    def on_log(
-        self, args: Any, state: TrainerState, control: Any, logs: Any = None, **_: Any
-    ) -> None:
+    def on_log(self, args: Any, state: TrainerState, *_: Any, logs: Any = None, **__: Any) -> None:
         logs = dict(logs or {})
         if "train_runtime" in logs:  # the closing summary of this call, not a step of the run
             self.summary = logs
@@ -154,30 +150,22 @@ class ProgressCallback(TrainerCallback):
         self._steps: Any = None
         self._evaluation: Any = None
 
-    def on_train_begin(
-        self, args: Any, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, *_: Any, **__: Any) -> None:
         if state.is_world_process_zero:
             self._steps = self._progress.add_task(
                 self._title, total=state.max_steps, completed=state.global_step, note=""
             )
             self._progress.start()
 
-    def on_step_end(
-        self, args: Any, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, *_: Any, **__: Any) -> None:
         if self._steps is not None:
             self._progress.update(self._steps, completed=state.global_step)
 
-    def on_log(
-        self, args: Any, state: TrainerState, control: Any, logs: Any = None, **_: Any
-    ) -> None:
+    def on_log(self, args: Any, state: TrainerState, *_: Any, logs: Any = None, **__: Any) -> None:
         if self._steps is not None and logs and "loss" in logs:
             self._progress.update(self._steps, note=f"loss {logs['loss']:.4f}")
 
-    def on_prediction_step(
-        self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **_: Any
-    ) -> None:
+    def on_prediction_step(self, *_: Any, eval_dataloader: Any = None, **__: Any) -> None:
         if self._steps is None:
             return
         if self._evaluation is None:
@@ -186,9 +174,7 @@ class ProgressCallback(TrainerCallback):
             )
         self._progress.advance(self._evaluation)
 
-    def on_evaluate(
-        self, args: Any, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
+    def on_evaluate(self, args: Any, state: TrainerState, *_: Any, **__: Any) -> None:
         if self._evaluation is not None:
             self._progress.remove_task(self._evaluation)
             self._evaluation = None

@@ -61,8 +61,10 @@ def check_device(name: str, value: Tensor | None, like: str, on: Tensor) -> None
         )
 
 
-def check_vector(name: str, value: Tensor, n: int | None = None, like: str = "losses") -> None:
-    """ValueError unless `value` is a tensor of shape (n,)."""
+def check_vector(
+    name: str, value: Any, n: int | None = None, like: str = "losses", on: Tensor | None = None
+) -> None:
+    """ValueError unless `value` is a tensor of shape (n,) as `like`, and on the device of `on`."""
     if not isinstance(value, Tensor):
         raise ValueError(
             f"{name}: expected a torch.Tensor of shape (n,), got {type(value).__name__}"
@@ -73,6 +75,8 @@ def check_vector(name: str, value: Tensor, n: int | None = None, like: str = "lo
         )
     if n is not None and value.numel() != n:
         raise ValueError(f"{name}: expected shape ({n},) as {like}, got {tuple(value.shape)}")
+    if on is not None:
+        check_device(name, value, like, on)
 
 
 def check_floating(name: str, value: Tensor) -> None:

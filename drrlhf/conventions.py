@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +16,23 @@ def statistics_dtype(x: Tensor) -> torch.dtype:
 
 # Bits of `outputs`: which statistics of a token are wanted besides its log-prob.
 ENTROPY, MEAN_LOGIT, IS_TOP1, LOG_SUM_SQ_PROBS = 1, 2, 4, 8
+OPTIONAL = (ENTROPY, MEAN_LOGIT, IS_TOP1, LOG_SUM_SQ_PROBS)  # in the order of the results
+
+
+def empty_statistics(like: Tensor, shape: Any, outputs: int) -> list[Tensor]:
+    """The seven statistics of tokens (...) without their contents: log-prob, log-sum-exp and what
+    of it one number cannot hold, and the optional ones, (0,) where `outputs` does not ask."""
+    dtype = statistics_dtype(like)
+    found = [like.new_empty(shape, dtype=dtype) for _ in range(3)]
+    for bit in OPTIONAL:
+        kind = torch.bool if bit == IS_TOP1 else dtype
+        found.append(like.new_empty(shape if outputs & bit else (0,), dtype=kind))
+    return found
+
+
+def count_of(labels: Tensor, cu_seqlens: Tensor | None) -> Any:
+    """How many sequences there are, padded or packed."""
+    return labels.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
 
 
 class Keep(enum.IntEnum):

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -63,7 +64,7 @@ def _agreement(process_group: Any, on: Any) -> Iterator[None]:
         yield
     except Exception as error:
         device = on.device if isinstance(on, Tensor) else torch.device("cpu")
-        _headers(_Header(process_group, device, refusal=f"{type(error).__name__}: {error}"))
+        _headers(process_group, device, refusal=f"{type(error).__name__}: {error}")
         raise
 
 
@@ -89,8 +90,7 @@ def gather(
         "nominal weights": "none" if nominal is None else str(nominal.dtype),
         "groups": "given" if groups is not None else "none",
     }
-    header = _Header(process_group, losses.device, n=losses.numel(), facts=facts)
-    sizes = _headers(header)
+    sizes = _headers(process_group, losses.device, losses.numel(), facts)
     # float64 holds every narrower dtype, and ids below 2^53, exactly.
     columns = [losses.detach(), *(x for x in (nominal, groups) if x is not None)]
     local = torch.zeros(max(sizes), len(columns), dtype=torch.float64, device=losses.device)
@@ -113,33 +113,28 @@ def total(numbers: Tensor, process_group: Any) -> Tensor:
     return torch.stack(_all_gather(numbers.detach().double(), process_group)).sum(0)
 
 
-class _Header(NamedTuple):
-    """What a rank tells the others before anything else."""
-
-    process_group: Any
-    device: torch.device
-    n: int = 0
-    facts: dict[str, str] = {}  # noqa: RUF012 - never changed
-    refusal: str | None = None
-
-    def encode(self) -> Tensor:
-        text = repr(sorted(self.facts.items())).encode()
-        digest = int.from_bytes(hashlib.blake2b(text, digest_size=7).digest(), "big")
-        numbers = [0 if self.refusal is None else 1, self.n, digest]
-        return torch.tensor(numbers, dtype=torch.int64, device=self.device)
-
-
-def _headers(own: _Header) -> tuple[int, ...]:
-    """The pairs of each rank; RuntimeError on every rank that did not refuse, where they differ."""
-    table = torch.stack(_all_gather(own.encode(), own.process_group)).tolist()
+def _headers(
+    process_group: Any,
+    device: torch.device,
+    n: int = 0,
+    facts: Mapping[str, str] = MappingProxyType({}),
+    refusal: str | None = None,
+) -> tuple[int, ...]:
+    """The pairs of each rank, which all tell each other before anything else; RuntimeError on every
+    rank that did not refuse, where their facts differ or one refused."""
+    text = repr(sorted(facts.items())).encode()
+    digest = int.from_bytes(hashlib.blake2b(text, digest_size=7).digest(), "big")
+    numbers = [0 if refusal is None else 1, n, digest]
+    own = torch.tensor(numbers, dtype=torch.int64, device=device)
+    table = torch.stack(_all_gather(own, process_group)).tolist()
     if any(row[0] for row in table) or len({row[2] for row in table}) > 1:
         # All ranks read the same table, so all come here, to hear it in words.
         told: list[Any] = [None] * len(table)
         _guarded(
-            own.process_group,
-            lambda: dist.all_gather_object(told, (own.refusal, own.facts), own.process_group),
+            process_group,
+            lambda: dist.all_gather_object(told, (refusal, dict(facts)), process_group),
         )
-        if own.refusal is None:
+        if refusal is None:
             raise RuntimeError(_difference(told, [row[1] for row in table]))
     return tuple(row[1] for row in table)
 

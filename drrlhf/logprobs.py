@@ -56,12 +56,13 @@ class TokenLogprobs(NamedTuple):
     log_sum_sq_probs: Tensor | None
 
 
-_OUTPUT_BITS = {
-    "entropy": ENTROPY,
-    "logsumexp": 0,
-    "mean_logit": MEAN_LOGIT,
-    "is_top1": IS_TOP1,
-    "log_sum_sq_probs": LOG_SUM_SQ_PROBS,
+# Of each output, what the ops are asked for it, and what they call it.
+_OUTPUTS = {
+    "entropy": (ENTROPY, "entropy"),
+    "logsumexp": (0, "lse"),
+    "mean_logit": (MEAN_LOGIT, "mean_logit"),
+    "is_top1": (IS_TOP1, "is_top1"),
+    "log_sum_sq_probs": (LOG_SUM_SQ_PROBS, "log_sum_sq_probs"),
 }
 
 
@@ -72,24 +73,19 @@ def _check_outputs(outputs: Sequence[str]) -> int:
         )
     bits = 0
     for name in outputs:
-        check_choice("outputs", name, tuple(_OUTPUT_BITS))
-        bits |= _OUTPUT_BITS[name]
+        check_choice("outputs", name, tuple(_OUTPUTS))
+        bits |= _OUTPUTS[name][0]
     return bits
 
 
 def _result(found: Any, outputs: Sequence[str]) -> Tensor | TokenLogprobs:
     if not outputs:
         return found.logp
-    values = {
-        "entropy": found.entropy,
-        "logsumexp": found.lse,
-        "mean_logit": found.mean_logit,
-        "is_top1": found.is_top1,
-        "log_sum_sq_probs": found.log_sum_sq_probs,
+    wanted = {
+        name: getattr(found, op_name) if name in outputs else None
+        for name, (_, op_name) in _OUTPUTS.items()
     }
-    return TokenLogprobs(
-        found.logp, **{name: x if name in outputs else None for name, x in values.items()}
-    )
+    return TokenLogprobs(found.logp, **wanted)
 
 
 class LogitOptions(TypedDict, total=False):

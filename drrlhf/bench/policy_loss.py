@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -79,7 +79,7 @@ def _batch(prompts: int, each: int, length: int, device: str) -> dict[str, Tenso
     return {name: tensor.to(device) for name, tensor in found.items()}
 
 
-def _ours(batch: Mapping[str, Tensor], prompts: int, ambiguity: str, **options: Any) -> Tensor:
+def _ours(prompts: int, ambiguity: str, batch: Mapping[str, Tensor], **options: Any) -> Tensor:
     mine: Any = {**batch, **options}
     return dr.policy_loss(**mine, num_prompts=prompts, ambiguity=ambiguity).loss
 
@@ -99,16 +99,13 @@ def _from_logps(suite: str, options: Mapping[str, Any]) -> Contest:
         leaf = mine["logps"].clone().requires_grad_()
         return of_leaves(lambda: loss({**mine, "logps": leaf}, **options), {"d log-probs": leaf})
 
-    def of_ours(ambiguity: str) -> Callable[..., Tensor]:
-        return lambda batch, **rest: _ours(batch, prompts, ambiguity, **rest)
-
     def gate(ambiguity: str) -> Gate:
         wide = {k: v.double() if v.is_floating_point() else v for k, v in batch.items()}
 
         @cache
         def truth() -> Mapping[str, Tensor]:
             with backends.use("reference"):
-                return work(of_ours(ambiguity), wide).result()
+                return work(partial(_ours, prompts, ambiguity), wide).result()
 
         def plain() -> Mapping[str, Tensor]:
             """TRL's gradient in float32, with an adversary weighed sequence by sequence. TRL has no
@@ -134,8 +131,8 @@ def _from_logps(suite: str, options: Mapping[str, Any]) -> Contest:
     robust, erm = gate(SET), gate("erm")
     return Contest(
         {
-            OURS: lambda: work(of_ours(SET)),
-            ERM: lambda: work(of_ours("erm")),
+            OURS: lambda: work(partial(_ours, prompts, SET)),
+            ERM: lambda: work(partial(_ours, prompts, "erm")),
             TRL: lambda: work(_theirs),
         },
         ours=(OURS, ERM),
@@ -164,11 +161,11 @@ def _from_hidden(suite: str) -> Contest:
             out = dr.linear_token_logprobs(*given, outputs=("entropy",))
             return out.logps, out.entropy
 
-        return work(head, lambda mine: _ours(mine, prompts, SET, loss_type="dapo"))
+        return work(head, partial(_ours, prompts, SET, loss_type="dapo"))
 
     def theirs() -> Work:
         head = heads.trl(("entropy",))
-        return work(lambda *given: head(*given)[:2], lambda mine: _theirs(mine, loss_type="dapo"))
+        return work(lambda *given: head(*given)[:2], partial(_theirs, loss_type="dapo"))
 
     advantages, rewards, ids = (
         batch[name].cpu() for name in ("advantages", "rewards", "prompt_ids")

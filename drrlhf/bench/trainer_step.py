@@ -51,35 +51,28 @@ SPREAD_OF_NORMS = 0.1
 TRL_LIGER = f"{heads.TRL} with liger"
 LIGER_OPTION = "use_liger_kernel"
 SETS = ("erm", "tv:0.1", "cvar:0.3")
-SET_IMPLEMENTATIONS: dict[str, dict[str, Any]] = {
-    variant(text): {"ambiguity": text} for text in SETS
-}
+Options = dict[str, dict[str, Any]]  # of a trainer, by implementation
+SET_IMPLEMENTATIONS: Options = {variant(text): {"ambiguity": text} for text in SETS}
 # Ours with Liger's layers, beside TRL's with them.
-LIGER_IMPLEMENTATIONS: dict[str, dict[str, Any]] = {
+LIGER_IMPLEMENTATIONS: Options = {
     variant(text, "liger"): {"ambiguity": text, LIGER_OPTION: True} for text in SETS[:2]
 }
 PADDED, PACKED = variant("padded"), variant("packed")
-LAYOUTS: dict[str, dict[str, Any]] = {
-    PADDED: {"padding_free": False},
-    PACKED: {"padding_free": True},
-}
+LAYOUTS: Options = {PADDED: {"padding_free": False}, PACKED: {"padding_free": True}}
 APART, SHARED, SHARED_TV = variant("apart"), variant("shared"), variant("shared", "tv:0.1")
-SHARING: dict[str, dict[str, Any]] = {
-    APART: {"share_prompts": False},
-    SHARED: {"share_prompts": "auto"},
-    SHARED_TV: {"share_prompts": "auto", "ambiguity": "tv:0.1"},
-}
 # Forms of each answer beside the original: in the worst of them a pair is trained on.
 VIEWS = 3
 VIEWED, VIEWED_HALF = variant("shared", "views"), variant("shared", "views of half")
-_VIEWS_OPTIONS = {"share_prompts": "auto", "views": ["typos"], "views_per_pair": VIEWS}
-SHARING |= {
-    VIEWED: _VIEWS_OPTIONS,
-    VIEWED_HALF: {**_VIEWS_OPTIONS, "views_scored": 0.5},
+_SHARE = {"share_prompts": "auto"}
+_VIEW = {**_SHARE, "views": ["typos"], "views_per_pair": VIEWS}
+SHARING: Options = {
+    APART: {"share_prompts": False},
+    SHARED: _SHARE,
+    SHARED_TV: {**_SHARE, "ambiguity": "tv:0.1"},
+    VIEWED: _VIEW,
+    VIEWED_HALF: {**_VIEW, "views_scored": 0.5},
 }
-SHARING_LIGER: dict[str, dict[str, Any]] = {
-    variant("shared", "liger"): {"share_prompts": "auto", LIGER_OPTION: True},
-}
+SHARING_LIGER: Options = {variant("shared", "liger"): {**_SHARE, LIGER_OPTION: True}}
 CHECKPOINTING = "gradient_checkpointing"
 
 
@@ -156,7 +149,7 @@ def _contest(
     if suite != "cpu":
         with_liger = SHARING_LIGER if prompt else LIGER_IMPLEMENTATIONS if whole else {}
         implementations = {**implementations, **(with_liger if adapters else {})}
-    theirs: dict[str, dict[str, Any]] = {heads.TRL: {}, TRL_LIGER: {LIGER_OPTION: True}}
+    theirs: Options = {heads.TRL: {}, TRL_LIGER: {LIGER_OPTION: True}}
     # Long prompts on a GPU: without sharing, what the layers keep would not fit into 80 GB.
     common: dict[str, Any] = {CHECKPOINTING: suite == "gpu" and prompt is not None}
 
@@ -205,22 +198,20 @@ def _contest(
     names = [*implementations] if ours_alone else [*implementations, heads.TRL]
     names += [TRL_LIGER] * (suite != "cpu")
     gates = {text: gate(text) for text in SETS}
+    first = next(iter(implementations))
+    # Whose time is looked into: where the whole batch is one forward, and with shared prompts.
+    profiled = (first, heads.TRL) if whole else ()
+    if prompt is not None and suite == "gpu":
+        profiled = SHARED, heads.TRL
     return Contest(
         {name: work(name) for name in names},
         ours=tuple(implementations),
-        baseline=(next(iter(implementations)),),
+        baseline=(first,),
         gates={
             name: gates[implementations.get(name, {}).get("ambiguity", "erm")] for name in names
         },
-        profiled=_profiled(implementations, whole, prompt is not None and suite == "gpu"),
+        profiled=profiled,
     )
-
-
-def _profiled(implementations: Mapping[str, Any], whole: bool, prompts: bool) -> tuple[str, ...]:
-    """Whose time is looked into: where the whole batch is one forward, and with shared prompts."""
-    if prompts:
-        return SHARED, heads.TRL
-    return (next(iter(implementations)), heads.TRL) if whole else ()
 
 
 class Layers:

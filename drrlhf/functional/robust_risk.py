@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from drrlhf import checks, distributed, ops
 from drrlhf.ambiguity import ERM, AmbiguitySet, Encoded, Group, parse_ambiguity
 from drrlhf.checks import (
-    check_device,
     check_floating,
     check_integer,
     check_none,
@@ -162,8 +161,7 @@ def solver(n: int, on: Tensor, like: str, options: Options) -> Solver:
     parsed = _parse(options.ambiguity)
     nominal, groups, group_state = options.nominal, options.groups, options.group_state
     if nominal is not None:
-        check_vector("nominal", nominal, n, like)
-        check_device("nominal", nominal, like, on)
+        check_vector("nominal", nominal, n, like, on)
         if checks.DEBUG:  # not every kernel asserts; the CPU's raise by themselves
             normalised(nominal, n, on)
     if parsed.momentum is not None and options.normaliser_state is not None:
@@ -178,8 +176,7 @@ def solver(n: int, on: Tensor, like: str, options: Options) -> Solver:
             f"groups: {options.ambiguity} needs the group id of every pair, expected an integer "
             f"tensor of shape ({n},), got None"
         )
-    check_vector("groups", groups, n, like)
-    check_device("groups", groups, like, on)
+    check_vector("groups", groups, n, like, on)
     check_integer("groups", groups)
     if group_state is None:
         weights = on.new_full((parsed.num_groups,), 1 / parsed.num_groups, dtype=torch.float64)

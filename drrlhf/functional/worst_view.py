@@ -41,23 +41,17 @@ def worst_view(losses: Tensor, ambiguity: str = "max", mask: Tensor | None = Non
 def worst_views(losses: Tensor, ambiguity: str = "max", mask: Tensor | None = None) -> Any:
     """As `worst_view`, named: values (n,), and weights (n, K) of the views, detached, which sum to
     1 by row."""
-    _check(losses, mask)
-    encoded = solvable("ambiguity", ambiguity)
-    return ops.row_worst_case(losses, mask, None, encoded.kind, encoded.parameter)
-
-
-def _check(losses: Tensor, mask: Tensor | None) -> None:
     check_floating("losses", losses)
     if losses.ndim != 2:
         raise ValueError(
             f"losses: expected shape (n, K), a row of views for each pair, got "
             f"{tuple(losses.shape)}; add a dimension with .unsqueeze(1)"
         )
-    if mask is None:
-        return
     check_device("mask", mask, "losses", losses)
-    if mask.shape != losses.shape or mask.dtype != torch.bool:
+    if mask is not None and (mask.shape != losses.shape or mask.dtype != torch.bool):
         raise ValueError(
             f"mask: expected bool of shape {tuple(losses.shape)} as losses, got {mask.dtype} of "
             f"{tuple(mask.shape)}"
         )
+    encoded = solvable("ambiguity", ambiguity)
+    return ops.row_worst_case(losses, mask, None, encoded.kind, encoded.parameter)

@@ -7,15 +7,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from drrlhf.conventions import Keep
+from drrlhf.conventions import Keep, empty_statistics
 from drrlhf.ops.library import Op, first_order_only
-from drrlhf.ops.token_logprobs import STATISTICS, UPSTREAM, fake_statistics, mark_statistics
+from drrlhf.ops.token_logprobs import STATISTICS, UPSTREAM, mark_statistics
 
 
 def _fake(hidden, weight, bias, labels, *options):
     *_, outputs, keep, _ = options
     kept = hidden.new_empty(Keep(keep).shape(hidden, weight.shape[0]))
-    return (*fake_statistics(hidden, labels.shape, outputs), kept)
+    return (*empty_statistics(hidden, labels.shape, outputs), kept)
 
 
 def _fake_backward(hidden, weight, bias, *rest):

@@ -4,15 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
-
-from drrlhf.conventions import statistics_dtype
+from drrlhf.conventions import count_of, statistics_dtype
 from drrlhf.ops.library import Op
-
-
-def count_of(labels: Tensor, cu_seqlens: Tensor | None) -> Any:
-    """How many sequences there are."""
-    return labels.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
 
 
 def _fake(logps, labels, cu_seqlens, ignore_index, mean):

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from drrlhf.conventions import statistics_dtype
+from drrlhf.conventions import count_of, statistics_dtype
 from drrlhf.ops.library import Op, first_order_only
 from drrlhf.ops.robust_risk import ADVERSARY, SET, fake_group_weights
-from drrlhf.ops.sequence_logprobs import count_of, sequence_logprobs_backward
+from drrlhf.ops.sequence_logprobs import sequence_logprobs_backward
 
 
 def _fake(logps, labels, cu_seqlens, ref_logps, nominal, groups, group_weights, *rest):

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from drrlhf.conventions import ENTROPY, IS_TOP1, LOG_SUM_SQ_PROBS, MEAN_LOGIT, statistics_dtype
+from drrlhf.conventions import ENTROPY, empty_statistics
 from drrlhf.ops.library import Op, first_order_only
 
 # What a forward gives by token, in the order of every op over the vocabulary.
@@ -19,22 +19,6 @@ STATISTICS = (
 UPSTREAM = (
     "Tensor? grad, Tensor? grad_entropy, Tensor logp, Tensor lse, Tensor lse_tail, Tensor entropy"
 )
-OPTIONAL = (ENTROPY, MEAN_LOGIT, IS_TOP1, LOG_SUM_SQ_PROBS)  # the last four of STATISTICS
-
-
-def fake_statistics(like: Tensor, shape: Any, outputs: int) -> tuple[Tensor, ...]:
-    """The seven statistics of tokens (...) without their contents."""
-    dtype = statistics_dtype(like)
-    always = [like.new_empty(shape, dtype=dtype) for _ in range(3)]
-    return (
-        *always,
-        *(
-            like.new_empty(
-                shape if outputs & bit else (0,), dtype=torch.bool if bit == IS_TOP1 else dtype
-            )
-            for bit in OPTIONAL
-        ),
-    )
 
 
 def mark_statistics(ctx: Any, outputs: int, results: Any) -> None:
@@ -46,7 +30,7 @@ def mark_statistics(ctx: Any, outputs: int, results: Any) -> None:
 
 
 def _fake(logits, labels, ignore_index, temperature, softcap, outputs):
-    return fake_statistics(logits, logits.shape[:-1], outputs)
+    return tuple(empty_statistics(logits, logits.shape[:-1], outputs))
 
 
 def _fake_backward(logits, *rest):
@@ -59,12 +43,16 @@ def _setup(ctx: Any, a: Any, r: Any) -> None:
     mark_statistics(ctx, a.outputs, r)
 
 
-def _backward(ctx: Any, grads: Any) -> tuple:
+def _backward(ctx: Any, grads: Any, in_place: bool = False) -> tuple:
     grad, grad_entropy = grads.logp, grads.entropy
     if grad is None and grad_entropy is None:
         return token_logprobs.gradients()
     logits, labels, *statistics = ctx.saved_tensors
-    found = token_logprobs_backward(logits, labels, grad, grad_entropy, *statistics, *ctx.options)
+    arguments = (logits, labels, grad, grad_entropy, *statistics, *ctx.options)
+    if in_place:
+        token_logprobs_backward_(*arguments)
+        torch.autograd.graph.increment_version(logits)  # which the C++ kernel does not do
+    found = logits.detach() if in_place else token_logprobs_backward(*arguments)
     (only,) = first_order_only("token_logprobs", (found,), logits, grad, grad_entropy)
     return token_logprobs.gradients(logits=only)
 
@@ -99,16 +87,7 @@ class InPlace(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple:  # type: ignore[override]
-        upstream = token_logprobs.Results(*grads)
-        grad, grad_entropy = upstream.logp, upstream.entropy
-        if grad is None and grad_entropy is None:
-            return tuple(token_logprobs.gradients())
-        logits, labels, *statistics = ctx.saved_tensors
-        token_logprobs_backward_(logits, labels, grad, grad_entropy, *statistics, *ctx.options)
-        torch.autograd.graph.increment_version(logits)  # which the C++ kernel does not do
-        gradients = (logits.detach(),)
-        (only,) = first_order_only("token_logprobs", gradients, logits, grad, grad_entropy)
-        return tuple(token_logprobs.gradients(logits=only))
+        return tuple(_backward(ctx, token_logprobs.Results(*grads), in_place=True))
 
 
 def token_logprobs_in_place(*arguments: Any) -> Any:
