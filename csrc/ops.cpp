@@ -103,12 +103,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> robust_risk(
   return {scalar(s.value, dtype), q.to(dtype), scalar(s.dual, dtype), adversary.group_weights};
 }
 
-std::tuple<Tensor, Tensor> row_worst_case(const Tensor& table, const OptionalTensor& mask,
-                                          const OptionalTensor& nominal, std::string_view kind,
-                                          double parameter) {
-  return cpu::row_worst_case(table, mask, nominal, by_name<Kind>("kind", kind, kKinds), parameter);
-}
-
 NineTensors sequence_preference_loss(const Tensor& logps, const Tensor& labels,
                                      const OptionalTensor& cu_seqlens, const Tensor& ref_logps,
                                      const OptionalTensor& nominal, const OptionalTensor& groups,

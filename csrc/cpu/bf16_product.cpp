@@ -111,12 +111,6 @@ float dot(const std::uint16_t* a, const std::uint16_t* b, std::int64_t n) {
   });
 }
 
-void scaled(const float* x, std::int64_t n, float factor, float* out) {
-  vectorised([=] {
-    for (std::int64_t i = 0; i < n; ++i) out[i] = factor * x[i];
-  });
-}
-
 void add_scaled(const float* x, std::int64_t n, float factor, float* out) {
   vectorised([=] {
     for (std::int64_t i = 0; i < n; ++i) out[i] += factor * x[i];

@@ -37,9 +37,6 @@ const std::uint16_t* words_of(const at::Tensor& x);
 // The sum of a b, both bfloat16; n is a multiple of 16.
 float dot(const std::uint16_t* a, const std::uint16_t* b, std::int64_t n);
 
-// out = factor x.
-void scaled(const float* x, std::int64_t n, float factor, float* out);
-
 // out += factor x, x in float32 or in bfloat16.
 void add_scaled(const float* x, std::int64_t n, float factor, float* out);
 void add_scaled_row(const std::uint16_t* x, std::int64_t n, float factor, float* out);

@@ -1,6 +1,7 @@
 #include "head_products.h"
 
 #include "memory.h"
+#include "vectorised.h"
 
 namespace drrlhf::cpu {
 

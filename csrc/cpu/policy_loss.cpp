@@ -159,13 +159,6 @@ DRRLHF_HD void sum_sequence(const Tokens<T>& t, std::int64_t n, T advantage,
   }
 }
 
-template <class T>
-void scale(const T* x, std::int64_t n, T factor, T* out) {
-  vectorised([=] {
-    for (std::int64_t i = 0; i < n; ++i) out[i] = factor * x[i];
-  });
-}
-
 // Calls f(s, begin, n) for each sequence s and its n tokens from `begin` on, in parallel.
 template <class F>
 void each_sequence(const Sequences& sequences, std::int64_t tokens, const F& f) {
@@ -214,7 +207,7 @@ PolicySums sums_of(const PolicyTokens& given, const Tensor& advantages,
 }
 
 template <class T>
-Tensor scaled(const Tensor& slopes, const Tensor& factors, const Sequences& sequences) {
+Tensor scaled_slopes(const Tensor& slopes, const Tensor& factors, const Sequences& sequences) {
   Tensor out = at::empty(slopes.sizes(), slopes.options());
   const T *from = slopes.const_data_ptr<T>(), *factor = factors.const_data_ptr<T>();
   T* to = out.mutable_data_ptr<T>();
@@ -222,7 +215,7 @@ Tensor scaled(const Tensor& slopes, const Tensor& factors, const Sequences& sequ
     if (factor[s] == 0) {
       std::fill_n(to + begin, n, T(0));
     } else {
-      scale(from + begin, n, factor[s], to + begin);
+      scaled(from + begin, n, factor[s], to + begin);
     }
   });
   return out;
@@ -254,9 +247,9 @@ Tensor policy_loss_backward(const Tensor& grad, const Tensor& slopes,
                      "grad: expected shape (", sequences.count, "), got ", grad.sizes());
   const Tensor factors = grad.to(slopes.scalar_type()).contiguous();
   if (slopes.scalar_type() == at::kDouble) {
-    return scaled<double>(slopes.contiguous(), factors, sequences);
+    return scaled_slopes<double>(slopes.contiguous(), factors, sequences);
   }
-  return scaled<float>(slopes.contiguous(), factors, sequences);
+  return scaled_slopes<float>(slopes.contiguous(), factors, sequences);
 }
 
 }  // namespace drrlhf::cpu

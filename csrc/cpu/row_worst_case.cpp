@@ -9,6 +9,7 @@
 
 #include "../core/math.h"
 #include "../message.h"
+#include "../names.h"
 #include "vectorised.h"
 
 #if defined(__GNUC__) && !defined(__clang__)
@@ -181,7 +182,7 @@ void solve_rows(const Tensor& table, const bool* counts, const double* masses, K
 }  // namespace
 
 std::tuple<Tensor, Tensor> row_worst_case(const Tensor& table, const OptionalTensor& mask,
-                                          const OptionalTensor& nominal, Kind kind,
+                                          const OptionalTensor& nominal, std::string_view kind,
                                           double parameter) {
   DRRLHF_CHECK_VALUE(table.dim() == 2, "table: expected shape (n, K), got ", table.sizes());
   const std::int64_t n = table.size(0);
@@ -192,8 +193,9 @@ std::tuple<Tensor, Tensor> row_worst_case(const Tensor& table, const OptionalTen
   const bool* counts = mask.has_value() ? counted.const_data_ptr<bool>() : nullptr;
   const double* masses = nominal.has_value() ? mass.const_data_ptr<double>() : nullptr;
   const Tensor values = at::empty({n}, losses.options()), weights = at::empty_like(losses);
-  (dtype == at::kDouble ? solve_rows<double> : solve_rows<float>)(losses, counts, masses, kind,
-                                                                  parameter, values, weights);
+  (dtype == at::kDouble ? solve_rows<double> : solve_rows<float>)(losses, counts, masses,
+                                                                  kind_of(kind), parameter, values,
+                                                                  weights);
   return {values, weights};
 }
 

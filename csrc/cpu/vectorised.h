@@ -46,4 +46,12 @@ auto vectorised(F f) {
   return with_baseline(f);
 }
 
+// out = factor x.
+template <class T>
+void scaled(const T* x, std::int64_t n, T factor, T* out) {
+  vectorised([=] {
+    for (std::int64_t i = 0; i < n; ++i) out[i] = factor * x[i];
+  });
+}
+
 }  // namespace drrlhf::cpu
