@@ -31,13 +31,9 @@ class Gathered(NamedTuple):
     sizes: tuple[int, ...]
     rank: int
 
-    def split(self, of_all: Tensor) -> tuple[Tensor, ...]:
-        """What belongs to each rank of a tensor (N, ...) over the pairs of all."""
-        return of_all.split(self.sizes)
-
     def mine(self, of_all: Tensor) -> Tensor:
         """This rank's part of a tensor (N, ...) over the pairs of all."""
-        return self.split(of_all)[self.rank]
+        return of_all.split(self.sizes)[self.rank]
 
     def place(self, index: int) -> str:
         """In words, where pair `index` of all came from."""

@@ -64,9 +64,8 @@ def _table(records: Sequence[Record]) -> Table:
 
 
 def _time(record: Record) -> str:
-    if "spread" not in record:
-        return f"{_number(record['value'])} {record['unit']}"
-    return f"{_number(record['value'])} ± {_number(record['spread'])} {record['unit']}"
+    spread = f" ± {_number(record['spread'])}" if "spread" in record else ""
+    return f"{_number(record['value'])}{spread} {record['unit']}"
 
 
 def _error(value: float | None) -> str:

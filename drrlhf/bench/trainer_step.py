@@ -17,7 +17,7 @@ import contextlib
 import copy
 import importlib
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from itertools import product
 from typing import Any
@@ -153,34 +153,30 @@ def _contest(
     # Long prompts on a GPU: without sharing, what the layers keep would not fit into 80 GB.
     common: dict[str, Any] = {CHECKPOINTING: suite == "gpu" and prompt is not None}
 
-    def work(name: str) -> Callable[[], Work]:
+    def work(name: str) -> Work:
         options = {**implementations, **theirs}[name] | common
         with_liger = options.get(LIGER_OPTION, False)
+        if with_liger and device == "cpu":
+            raise Unavailable("Liger's kernels are a GPU's")
+        trainer = _trainer(name, base, options, device, adapters, SPREAD[suite])
+        layers = Layers(trainer) if with_liger else contextlib.nullcontext()
 
-        def make() -> Work:
-            if with_liger and device == "cpu":
-                raise Unavailable("Liger's kernels are a GPU's")
-            trainer = _trainer(name, base, options, device, adapters, SPREAD[suite])
-            layers = Layers(trainer) if with_liger else contextlib.nullcontext()
+        mine = step if not options.get("views") else _with_views(step, trainer.args)
 
-            mine = step if not options.get("views") else _with_views(step, trainer.args)
+        def run() -> None:
+            with layers:
+                _step(trainer, mine)
 
-            def run() -> None:
-                with layers:
-                    _step(trainer, mine)
+        def before() -> None:
+            trainer.model.zero_grad(set_to_none=True)
 
-            def before() -> None:
-                trainer.model.zero_grad(set_to_none=True)
+        def outputs() -> Mapping[str, Tensor]:
+            before()
+            with layers:
+                _step(trainer, checked)
+            return _gradient(trainer.model)
 
-            def outputs() -> Mapping[str, Tensor]:
-                before()
-                with layers:
-                    _step(trainer, checked)
-                return _gradient(trainer.model)
-
-            return Work(run, before, outputs)
-
-        return make
+        return Work(run, before, outputs)
 
     def gate(ambiguity: str) -> Gate:
         def plain(dtype: torch.dtype) -> dict[str, Tensor]:
@@ -204,7 +200,7 @@ def _contest(
     if prompt is not None and suite == "gpu":
         profiled = SHARED, heads.TRL
     return Contest(
-        {name: work(name) for name in names},
+        {name: partial(work, name) for name in names},
         ours=tuple(implementations),
         baseline=(first,),
         gates={
