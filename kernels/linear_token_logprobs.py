@@ -38,7 +38,6 @@ from drrlhf.kernels.tiles import (
     processors_of,
     tile_for,
 )
-from drrlhf.kernels.token_logprobs import OPTIONAL
 from torch import Tensor
 
 from drrlhf.conventions import (
@@ -48,6 +47,7 @@ from drrlhf.conventions import (
     MEAN_LOGIT,
     HeadGradient,
     Keep,
+    empty_statistics,
     row_width,
 )
 
@@ -399,10 +399,7 @@ def linear_token_logprobs(
     head = _head(hidden, weight, bias, labels, ignore_index, temperature, softcap, logit_scale)
     h, vocabulary = head.hidden, weight.shape[0]
     n = h.shape[0]
-    results = [h.new_zeros(labels.shape, dtype=torch.float32) for _ in range(3)]
-    for bit in OPTIONAL:
-        dtype = torch.bool if bit == IS_TOP1 else torch.float32
-        results.append(h.new_zeros(labels.shape if outputs & bit else (0,), dtype=dtype))
+    results = [x.zero_() for x in empty_statistics(h, labels.shape, outputs)]
     # float16 holds no ratios: its rows are made from the logits, once these are summed.
     half = h.dtype == torch.float16
     kept = h.new_empty(0)

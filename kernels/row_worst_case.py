@@ -20,18 +20,11 @@ INFINITY = tl.constexpr(float("inf"))
 
 @triton.jit
 def column(
-    table_ptr,
-    mask_ptr,
-    nominal_ptr,
-    row,
-    k,
-    there,
-    width,
-    MASKED: tl.constexpr,
-    NOMINAL: tl.constexpr,
+    table_ptr, mask_ptr, nominal_ptr, row, k, n, width, MASKED: tl.constexpr, NOMINAL: tl.constexpr
 ):
     """Losses at (row, k) and the mass that they count with, in float64; 0 where they do not."""
     o = row * width + k
+    there = (row < n) & (k < width)
     mass = tl.where(there, 1.0, 0.0).to(tl.float64)
     if NOMINAL:
         mass *= tl.load(nominal_ptr + k, mask=k < width, other=0.0).to(tl.float64)
@@ -50,8 +43,7 @@ def row_worst_case_kernel(
     parameter = number(parameters, 0)
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     row, k = rows[:, None], tl.arange(0, WIDTH)[None, :]
-    there = (row < n) & (k < width)
-    l, mass = column(table_ptr, mask_ptr, nominal_ptr, row, k, there, width, MASKED, NOMINAL)
+    l, mass = column(table_ptr, mask_ptr, nominal_ptr, row, k, n, width, MASKED, NOMINAL)
     total = tl.sum(mass, 1)[:, None]
     counts = mass > 0
     p = mass / tl.where(total > 0, total, 1.0)
@@ -80,16 +72,9 @@ def row_worst_case_kernel(
             above = tl.zeros([ROWS, WIDTH], tl.float64)
             beside = above
             for j in range(0, width):
+                at_j = tl.full([1, 1], j, tl.int32)
                 other, m = column(
-                    table_ptr,
-                    mask_ptr,
-                    nominal_ptr,
-                    row,
-                    tl.full([1, 1], j, tl.int32),
-                    row < n,
-                    width,
-                    MASKED,
-                    NOMINAL,
+                    table_ptr, mask_ptr, nominal_ptr, row, at_j, n, width, MASKED, NOMINAL
                 )
                 other = tl.where(other != other, INFINITY, other)
                 above += tl.where(other > rank, m, 0.0)
@@ -111,7 +96,7 @@ def row_worst_case_kernel(
     value = tl.where(nan, float("nan"), value)
     value = tl.where(total > 0, value, 0.0)
     put(values_ptr + row, value, row < n)
-    put(weights_ptr + row * width + k, q, there)
+    put(weights_ptr + row * width + k, q, (row < n) & (k < width))
 
 
 def row_worst_case(

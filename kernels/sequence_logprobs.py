@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -9,7 +11,7 @@ from drrlhf.kernels.launch import DEBUG, on
 from drrlhf.kernels.numerics import put
 from torch import Tensor
 
-from drrlhf.conventions import statistics_dtype
+from drrlhf.conventions import count_of, statistics_dtype
 
 TOKENS, WARPS = 1024, 4  # that a program takes at a time
 
@@ -104,62 +106,54 @@ def sequence_logprobs_backward_kernel(
         put(out_ptr + o, tl.where(label != ignore_index, g, 0.0), o < end)
 
 
-def count_of(labels: Tensor, cu_seqlens: Tensor | None) -> int:
-    """How many sequences there are."""
-    return labels.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+def _launch(
+    kernel: Any,
+    x: Tensor,
+    labels: Tensor,
+    cu_seqlens: Tensor | None,
+    out: Tensor,
+    ignore_index: int,
+    **options: Any,
+) -> Tensor:
+    """`out`, of one of the kernels above, a program for each sequence."""
+    sequences = count_of(labels, cu_seqlens)
+    if sequences:
+        with on(x):
+            kernel[(sequences,)](
+                x.contiguous(),
+                labels.contiguous(),
+                contiguous(cu_seqlens),
+                out,
+                sequences,
+                labels.numel(),
+                labels.shape[-1],
+                ignore_index,
+                PACKED=cu_seqlens is not None,
+                TOKENS=TOKENS,
+                num_warps=WARPS,
+                **options,
+            )
+    return out
 
 
 def sequence_logprobs(
     logps: Tensor, labels: Tensor, cu_seqlens: Tensor | None, ignore_index: int, mean: bool
 ) -> Tensor:
     """As `drrlhf.reference.sequence_logprobs`; boundaries that are none give NaN."""
-    sequences = count_of(labels, cu_seqlens)
-    out = logps.new_empty(sequences, dtype=statistics_dtype(logps))
-    if sequences:
-        with on(logps):
-            sequence_logprobs_kernel[(sequences,)](
-                logps.contiguous(),
-                labels.contiguous(),
-                contiguous(cu_seqlens),
-                out,
-                sequences,
-                labels.numel(),
-                labels.shape[-1],
-                ignore_index,
-                PACKED=cu_seqlens is not None,
-                MEAN=mean,
-                TOKENS=TOKENS,
-                DEBUG=DEBUG,
-                num_warps=WARPS,
-            )
-    return out
+    out = logps.new_empty(count_of(labels, cu_seqlens), dtype=statistics_dtype(logps))
+    given = (logps, labels, cu_seqlens, out, ignore_index)
+    return _launch(sequence_logprobs_kernel, *given, MEAN=mean, DEBUG=DEBUG)
 
 
 def sequence_logprobs_backward(
     grad: Tensor, labels: Tensor, cu_seqlens: Tensor | None, ignore_index: int, mean: bool
 ) -> Tensor:
     """As `drrlhf.reference.sequence_logprobs_backward`."""
-    sequences = count_of(labels, cu_seqlens)
     # Zeros, for tokens that wrong boundaries leave out.
     make = torch.empty if cu_seqlens is None else torch.zeros
     out = make(labels.shape, dtype=grad.dtype, device=grad.device)
-    if sequences:
-        with on(grad):
-            sequence_logprobs_backward_kernel[(sequences,)](
-                grad.contiguous(),
-                labels.contiguous(),
-                contiguous(cu_seqlens),
-                out,
-                sequences,
-                labels.numel(),
-                labels.shape[-1],
-                ignore_index,
-                PACKED=cu_seqlens is not None,
-                MEAN=mean,
-                TOKENS=TOKENS,
-                num_warps=WARPS,
-            )
-    return out
+    given = (grad, labels, cu_seqlens, out, ignore_index)
+    return _launch(sequence_logprobs_backward_kernel, *given, MEAN=mean)
 
 
 def contiguous(x: Tensor | None) -> Tensor | None:

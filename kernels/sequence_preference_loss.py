@@ -15,19 +15,12 @@ import triton.language as tl
 from drrlhf.kernels.launch import DEBUG, numbers, on
 from drrlhf.kernels.numerics import number, put, sigmoid, softplus
 from drrlhf.kernels.robust_risk import solver_arguments, unchanged
-from drrlhf.kernels.sequence_logprobs import (
-    TOKENS,
-    WARPS,
-    contiguous,
-    count_of,
-    limits,
-    sequence_sum,
-)
+from drrlhf.kernels.sequence_logprobs import TOKENS, WARPS, contiguous, limits, sequence_sum
 from drrlhf.kernels.worst_case import solve
 from torch import Tensor
 
 from drrlhf.ambiguity import Encoded
-from drrlhf.conventions import statistics_dtype
+from drrlhf.conventions import count_of, statistics_dtype
 
 ONE_LAUNCH = 8192  # pairs
 SCRATCH = 5  # rows: the search's four, and the slope of each loss

@@ -24,10 +24,8 @@ from drrlhf.kernels.softmax import (
 )
 from torch import Tensor
 
-from drrlhf.conventions import ENTROPY, IS_TOP1, LOG_SUM_SQ_PROBS, MEAN_LOGIT
+from drrlhf.conventions import OPTIONAL, empty_statistics
 
-# What `outputs` of the op asks for, in the order of its results.
-OPTIONAL = (ENTROPY, MEAN_LOGIT, IS_TOP1, LOG_SUM_SQ_PROBS)
 # Entries of 16 bytes at most: rows are read from where such a group begins.
 GROUP = tl.constexpr(16)
 # Little: the entropy is a difference that an exponent far from 0 would coarsen.
@@ -252,22 +250,14 @@ def token_logprobs(
     """As `drrlhf.reference.token_logprobs`; a label outside [0, V) gives NaN."""
     x, y = as_rows(logits), labels.reshape(-1).contiguous()
     n, vocabulary = x.shape
-    always = [x.new_empty(labels.shape, dtype=torch.float32) for _ in range(3)]
-    asked = [
-        x.new_empty(
-            labels.shape if outputs & bit else (0,),
-            dtype=torch.bool if bit == IS_TOP1 else torch.float32,
-        )
-        for bit in OPTIONAL
-    ]
+    results = empty_statistics(x, labels.shape, outputs)
     rows, block, warps = configuration(vocabulary)
     if n:
         with on(x):
             token_logprobs_kernel[(triton.cdiv(n, rows),)](
                 x,
                 y,
-                *always,
-                *asked,
+                *results,
                 n,
                 vocabulary,
                 x.stride(0),
@@ -283,7 +273,7 @@ def token_logprobs(
                 DEBUG=DEBUG,
                 num_warps=warps,
             )
-    return (*always, *asked)
+    return tuple(results)
 
 
 def _backward_into(out: Tensor, x: Tensor, labels: Tensor, *rest: Any) -> None:
