@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import triton
 import triton.language as tl
 from drrlhf.kernels.launch import INTERPRETED
@@ -11,7 +9,6 @@ from drrlhf.kernels.launch import INTERPRETED
 ROUNDS = tl.constexpr(INTERPRETED)
 
 
-INVERSE_FACTORIALS = tl.constexpr(tuple(1 / math.factorial(k) for k in range(14)))
 LOG2E = tl.constexpr(1.4426950408889634)
 # ln 2 in two float32: a multiple of the first by a small integer is exact.
 LN2_HIGH, LN2_LOW = tl.constexpr(0.693359375), tl.constexpr(-2.12194440e-4)
@@ -70,15 +67,6 @@ def expm1(x):
     plain = (d == 0) | (d == -1) | (d != d) | (u == float("inf"))
     log_u = tl.log(tl.where(plain, 2, u))
     return tl.where(d == 0, x, tl.where(plain, d, d * (x / log_u)))
-
-
-@triton.jit
-def exp_series(x, MOST: tl.constexpr):
-    """(exp(x) - 1 - x) / x^2 by its series to x^(MOST - 2) / MOST!."""
-    s = tl.zeros_like(x) + INVERSE_FACTORIALS[MOST]
-    for i in tl.static_range(1, MOST - 1):
-        s = s * x + INVERSE_FACTORIALS[MOST - i]
-    return s
 
 
 @triton.jit

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from drrlhf.kernels.numerics import LOG2E, exp_series, expm1, log1p, rounded_product
+from drrlhf.kernels.numerics import LOG2E, expm1, log1p, rounded_product
 
 LARGEST = tl.constexpr(3.4028234663852886e38)
 # log2(e) minus the float32 next to it.
@@ -43,8 +43,18 @@ def tangent(u):
     x = tl.where(x < -80.0, -80.0, x)
     e = tl.exp(x)
     # -expm1(x) / -x by its series where 1 - e would cancel.
+    s = 1.0 / 39916800
+    s = s * x + 1.0 / 3628800
+    s = s * x + 1.0 / 362880
+    s = s * x + 1.0 / 40320
+    s = s * x + 1.0 / 5040
+    s = s * x + 1.0 / 720
+    s = s * x + 1.0 / 120
+    s = s * x + 1.0 / 24
+    s = s * x + 1.0 / 6
+    s = s * x + 0.5
     small = x > -1.0
-    quotient = tl.where(small, -(x + x * x * exp_series(x, 11)), 2.0 * e) / (1.0 + e)
+    quotient = tl.where(small, -(x + x * x * s), 2.0 * e) / (1.0 + e)
     value = tl.where(small, quotient, 1.0 - quotient)
     slope = tl.where(small, (1.0 - quotient) * (1.0 + quotient), quotient * (2.0 - quotient))
     return tl.where(u < 0, -value, value), slope
