@@ -5,7 +5,6 @@ In eval mode a module leaves the weights of groups and the running normaliser as
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,10 +15,6 @@ from drrlhf.functional import GroupState, NormaliserState
 
 
 class _RobustModule(nn.Module):
-    """Called with the tensors of `function`, and with keyword arguments beside the options."""
-
-    function: Callable[..., Any]
-
     def __init__(self, ambiguity: str | AmbiguitySet = ERM(), **options: Any) -> None:  # noqa: B008
         super().__init__()
         self.ambiguity = parse_ambiguity(ambiguity)
@@ -29,9 +24,8 @@ class _RobustModule(nn.Module):
         streaming = getattr(self.ambiguity, "momentum", None) is not None
         self.normaliser_state = NormaliserState() if streaming else None
 
-    def forward(self, *inputs: Tensor | None, **keywords: Any) -> Any:
-        """What `function` returns."""
-        return self.function(
+    def _call(self, function: Any, *inputs: Tensor | None, **keywords: Any) -> Any:
+        return function(
             *inputs,
             ambiguity=self.ambiguity,
             group_state=self.group_state,
@@ -48,28 +42,60 @@ class _RobustModule(nn.Module):
 class RobustRiskModule(_RobustModule):
     """`drrlhf.robust_risk` as a module: ``RobustRiskModule("tv:0.1")(losses)``."""
 
-    function = staticmethod(functional.robust_risk)
+    def forward(self, losses: Tensor, **keywords: Any) -> functional.RobustRisk:
+        return self._call(functional.robust_risk, losses, **keywords)
 
 
 class PreferenceLossModule(_RobustModule):
     """`drrlhf.preference_loss` as a module; options are its keyword arguments."""
 
-    function = staticmethod(functional.preference_loss)
+    def forward(
+        self,
+        chosen_logps: Tensor,
+        rejected_logps: Tensor,
+        ref_chosen_logps: Tensor | None = None,
+        ref_rejected_logps: Tensor | None = None,
+        **keywords: Any,
+    ) -> functional.PreferenceLoss:
+        inputs = (chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps)
+        return self._call(functional.preference_loss, *inputs, **keywords)
 
 
 class LinearPreferenceLossModule(_RobustModule):
     """`drrlhf.linear_preference_loss` as a module; options are its keyword arguments."""
 
-    function = staticmethod(functional.linear_preference_loss)
+    def forward(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        ref_logps: Tensor | None = None,
+        **keywords: Any,
+    ) -> functional.LinearPreferenceLoss:
+        inputs = (hidden, weight, labels, ref_logps)
+        return self._call(functional.linear_preference_loss, *inputs, **keywords)
 
 
 class RewardLossModule(_RobustModule):
     """`drrlhf.reward_loss` as a module; options are its keyword arguments."""
 
-    function = staticmethod(functional.reward_loss)
+    def forward(
+        self, chosen_rewards: Tensor, rejected_rewards: Tensor, **keywords: Any
+    ) -> functional.RewardLoss:
+        return self._call(functional.reward_loss, chosen_rewards, rejected_rewards, **keywords)
 
 
 class PolicyLossModule(_RobustModule):
     """`drrlhf.policy_loss` as a module; options are its keyword arguments."""
 
-    function = staticmethod(functional.policy_loss)
+    def forward(
+        self,
+        logps: Tensor,
+        old_logps: Tensor | None,
+        advantages: Tensor,
+        rewards: Tensor,
+        prompt_ids: Tensor,
+        **keywords: Any,
+    ) -> functional.PolicyLoss:
+        inputs = (logps, old_logps, advantages, rewards, prompt_ids)
+        return self._call(functional.policy_loss, *inputs, **keywords)
