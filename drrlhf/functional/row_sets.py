@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 from drrlhf.ambiguity import CVaR, Encoded, parse_ambiguity
 from drrlhf.checks import constant_in_graphs
 from drrlhf.ops.row_worst_case import KINDS
@@ -17,6 +19,11 @@ def solvable(option: str, ambiguity: str) -> Encoded:
     Raises:
         ValueError: it has none, or there is no such set.
     """
+    return _solvable(option, ambiguity)
+
+
+@functools.lru_cache  # reading a string takes longer than a small table
+def _solvable(option: str, ambiguity: str) -> Encoded:
     found = parse_ambiguity(NAMES.get(ambiguity.strip().lower(), ambiguity))
     encoded = found.encode()
     if encoded.kind not in KINDS or encoded.trim or (isinstance(found, CVaR) and found.temperature):

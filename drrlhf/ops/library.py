@@ -8,7 +8,7 @@ arguments and results: nobody counts positions.
 from __future__ import annotations
 
 from collections import namedtuple
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -45,6 +45,7 @@ class Op:
         LIBRARY.impl(name, run, "CompositeExplicitAutograd")
         torch.library.register_fake(f"drrlhf::{name}", fake, lib=LIBRARY)
         self.name = name
+        self.run = run
         self.overload = getattr(torch.ops.drrlhf, name).default
         parsed = self.overload._schema
         self.Arguments = _named(f"{name}_arguments", [a.name for a in parsed.arguments])
@@ -78,12 +79,12 @@ class Op:
         def from_named(ctx: Any, *grads: Any) -> tuple:
             return tuple(backward(ctx, results(*grads)))
 
-        op = self.overload
+        op, run = self.overload, self.run
         torch.library.register_autograd(op, from_named, setup_context=by_name, lib=LIBRARY)
 
         def forward(ctx: Any, *arguments: Any) -> Any:
             with torch._C._AutoDispatchBelowAutograd():
-                output = op(*arguments)
+                output = (run if unobserved(arguments) else op)(*arguments)
             by_name(ctx, arguments, output)
             return output
 
@@ -109,6 +110,17 @@ class Op:
 def transformed() -> bool:
     """Whether `torch.func` transforms what runs: grad, vjp, jacrev, vmap ..."""
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def unobserved(arguments: Sequence[Any]) -> bool:
+    """Whether a backend may be called without the dispatcher, which takes longer than a small op:
+    no mode, no tensor of a class of its own or without values would meet another op there."""
+    return not torch._C._len_torch_dispatch_stack() and all(
+        type(x) in _PLAIN and not x.is_meta for x in arguments if isinstance(x, Tensor)
+    )
 
 
 def first_order_only(op: str, gradients: tuple, *sources: Tensor | None) -> tuple:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from three_ways import BACKENDS
 from torch.func import grad, jacrev, vjp, vmap
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import drrlhf as dr
 from drrlhf import backends
@@ -236,3 +237,24 @@ def test_every_field_on_meta_is_shaped_as_on_the_cpu():
     for here, there in zip(results("cpu"), results("meta"), strict=True):
         assert [(x.shape, x.dtype) for x in here] == [(x.shape, x.dtype) for x in there]
         assert all(x.is_meta for x in there)
+
+
+class _Seen(TorchDispatchMode):
+    """The names of all ops that run within."""
+
+    def __enter__(self):
+        self.names = set()
+        return super().__enter__()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.add(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("learns", [True, False])
+def test_a_mode_sees_the_op(learns):
+    """What looks at ops, or puts others in their place, knows the library's ops by their names."""
+    table = torch.randn(3, 2, requires_grad=learns)
+    with _Seen() as seen:
+        dr.worst_view(table)
+    assert "drrlhf.row_worst_case.default" in seen.names
