@@ -16,7 +16,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import importlib
+import shutil
 import tempfile
+import weakref
 from collections.abc import Iterator, Mapping
 from functools import partial
 from itertools import product
@@ -380,8 +382,9 @@ def _trainer(
         if name.startswith(OURS)
         else (trl.DPOConfig, trl.DPOTrainer)
     )
+    folder = tempfile.mkdtemp(prefix="drrlhf-bench-")
     arguments = config(
-        tempfile.mkdtemp(prefix="drrlhf-bench-"),
+        folder,
         use_cpu=device == "cpu",
         bf16=True,
         beta=BETA,
@@ -399,6 +402,7 @@ def _trainer(
         ),
         peft_config=dpo_step.lora() if adapters else None,
     )
+    weakref.finalize(trainer, shutil.rmtree, folder)
     _move(trainer.model, adapters, spread)
     # As `train` does: without it there is no autocast, and adapters multiply in float32.
     if arguments.gradient_checkpointing:

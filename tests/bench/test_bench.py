@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import importlib
 import json
+import tempfile
 from functools import partial
 
 import pytest
@@ -269,6 +271,16 @@ def test_the_gate_of_a_step_sees_a_wrong_beta_and_its_standard_is_small():
         patch.setattr(trainer_step, "BETA", 0.2)
         (wrong,) = gate.judge(made.implementations["drrlhf (erm)"]().outputs())
     assert not wrong.ok and wrong.rms > 5 * wrong.allowed_rms
+
+
+def test_a_measured_trainer_leaves_no_folder_behind(monkeypatch, tmp_path):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    step = registry.select("quick", ["trainer_step"])[0].build()
+    work = step.implementations["drrlhf (erm)"]()
+    assert list(tmp_path.iterdir())
+    del work, step
+    gc.collect()
+    assert not list(tmp_path.iterdir())
 
 
 def test_records_of_a_step_say_where_it_started_and_what_was_allowed(quick):
