@@ -10,11 +10,11 @@ import numpy as np
 
 from drrlhf.bench.table import markdown
 from evidence.tables import Values, compared, print_tables
-from evidence.views.run import LATER, METHODS, SHARES
+from evidence.views.run import FIRST, LATER, METHODS, SEEN, SHARES, ended
 
 DOMAINS = {
-    "seen": tuple(domain for domain, share in SHARES.items() if share > 0.1),
-    "rare": tuple(domain for domain, share in SHARES.items() if share <= 0.1),
+    "seen": SEEN,
+    "rare": tuple(domain for domain in SHARES if domain not in SEEN),
     "unseen": ("nyt",),
 }
 SEEDS = 10  # of the protocol
@@ -35,16 +35,25 @@ AGAINST = {
 Seeds = Sequence[Mapping[str, Mapping[str, Any]]]
 
 
+def by_seed(records: Sequence[Mapping[str, Any]]) -> dict[int, dict[str, Mapping[str, Any]]]:
+    """{seed: {method: test}}, seeds in order."""
+    found: dict[int, dict[str, Mapping[str, Any]]] = {}
+    for record in sorted(records, key=lambda record: record["seed"]):
+        found.setdefault(record["seed"], {})[record["method"]] = record["test"]
+    return found
+
+
+def shared(seeds: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The seeds with the methods that all of them have."""
+    names = set.intersection(*(set(seed) for seed in seeds)) if seeds else set()
+    return [{name: seed[name] for name in METHODS if name in names} for seed in seeds]
+
+
 def complete(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Mapping[str, Any]]]:
     """{method: test} of every seed of which all methods are there, in order; those that run later
     than all others are left out until all seeds have them."""
-    by_seed: dict[int, dict[str, Mapping[str, Any]]] = {}
-    for record in records:
-        by_seed.setdefault(record["seed"], {})[record["method"]] = record["test"]
     needed = {record["method"] for record in records} - set(LATER)
-    whole = [by_seed[seed] for seed in sorted(by_seed) if needed <= by_seed[seed].keys()]
-    shared = set.intersection(*(set(seed) for seed in whole)) if whole else set()
-    return [{name: seed[name] for name in METHODS if name in shared} for seed in whole]
+    return shared([seed for seed in by_seed(records).values() if needed <= seed.keys()])
 
 
 def measured(test: Mapping[str, Any], domains: Sequence[str], measure: str) -> float:
@@ -70,18 +79,25 @@ def tables(records: Sequence[Mapping[str, Any]], needed: int = SEEDS) -> str:
     seeds = complete(records)
     if len(seeds) < needed:
         return f"{len(seeds)} of {needed} seeds so far; the tables come when all are there."
-    parts = [f"{len(seeds)} seeds."]
-    for group in DOMAINS:
-        found = {measure: values(seeds, group, measure) for measure in MEASURES}
-        plain = [f"{found[m]['plain'].mean():.{1 if m in POINTS else 3}f}" for m in MEASURES]
-        against = {
-            base: [name for name in methods if name in seeds[0]]
-            for base, methods in AGAINST.items()
-            if base in seeds[0]
-        }
-        rows = [("plain", *plain), *compared(found, against)]
-        parts.append(markdown((group, *MEASURES), rows))
+    parts = [f"{len(seeds)} seeds.", *(_table(seeds, group, tuple(METHODS)) for group in DOMAINS)]
+    if over := ended(records):
+        tests = by_seed(records)
+        seeds = shared([tests[seed] for seed in FIRST])
+        parts += [f"Of {len(seeds)} seeds, after which they ended:"]
+        parts += [_table(seeds, group, tuple(over)) for group in DOMAINS]
     return "\n\n".join(parts)
+
+
+def _table(seeds: Seeds, group: str, methods: Sequence[str]) -> str:
+    """What `plain` reached, and the differences of methods to what they are compared with."""
+    found = {measure: values(seeds, group, measure) for measure in MEASURES}
+    plain = [f"{found[m]['plain'].mean():.{1 if m in POINTS else 3}f}" for m in MEASURES]
+    against = {
+        base: [name for name in others if name in seeds[0] and name in methods]
+        for base, others in AGAINST.items()
+        if base in seeds[0]
+    }
+    return markdown((group, *MEASURES), [("plain", *plain), *compared(found, against)])
 
 
 def main() -> None:

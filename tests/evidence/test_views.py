@@ -45,7 +45,7 @@ def test_what_is_tested_was_not_trained_on():
         assert run.changed(name, text) == run.changed(name, text)
     long = run.METHODS["augment-long"].longer
     assert long == pytest.approx((3 + 1 + run.METHODS["worst"].options["views_per_pair"]) / 3)
-    for name in (*run.ATTEMPTS, "augment-long", "worst"):  # all at one compute
+    for name in (*run.ATTEMPTS, *run.BASES, "augment-long", "worst"):  # all at one compute
         method = run.METHODS[name]
         options = {"views_scored_from": 0.0, "views_scored": 1.0} | method.options
         share = (1 - options["views_scored_from"]) * options["views_scored"]
@@ -112,10 +112,51 @@ def test_a_seed_goes_on_in_the_precision_that_it_began_in(monkeypatch):
 
     exact, short = torch.float32, torch.bfloat16
     first = [(0, "worst", exact), (2, "plain", exact), (2, "worst", exact)]
-    assert found(exact) == [*first, (0, "augment", exact), (2, "augment", exact)]
-    first = [(0, "worst", exact), (1, "worst", short), (2, "plain", short), (2, "worst", short)]
-    later = [(0, "augment", exact), (1, "augment", short), (2, "augment", short)]
-    assert found(short) == [*first, *later]
+    assert found(exact) == first
+    between = [(0, "worst", exact), (1, "worst", short), (2, "plain", short), (2, "worst", short)]
+    assert found(short) == between
+    records += [
+        {"seed": seed, "method": method, "dtype": str(dtype)} for seed, method, dtype in first
+    ]
+    assert found(exact) == [(0, "augment", exact), (2, "augment", exact)]
+
+
+def made_records(gains, seeds=10):
+    """Records of seeds whose `right` is above that of `plain` by a method's gain, give or take."""
+    return [
+        {
+            "seed": seed,
+            "method": name,
+            "dtype": "torch.float32",
+            "test": {
+                domain: {"clean": 0.9, "right": 0.5 + gain + 0.001 * (seed % 3) * (gain > 0)}
+                | {"nll": 0.3, "ece": 0.1, "changes": {"a": 0.7}}
+                for domain in DOMAINS
+            },
+        }
+        for name, gain in gains.items()
+        for seed in range(seeds)
+    ]
+
+
+def test_attempts_run_on_five_seeds_first_and_those_below_the_aim_end():
+    core = {name: 0.0 if name == "plain" else 0.02 for name in run.METHODS if name not in run.LATER}
+
+    def stage(records):
+        return [task[:2] for task in run.missing(records, 10, run.METHODS, None)]
+
+    records = made_records(core)
+    first = [(seed, name) for name in run.ATTEMPTS for seed in range(3, 8)]
+    assert stage(records) == first and not run.ended(records)
+    tried = made_records({"worst-late": 0.02, "worst-quarter": 0.05, "worst-wide": 0.03}, 8)
+    records += [record for record in tried if record["seed"] >= 3]
+    assert run.ended(records) == {"worst-late", "worst-wide"}
+    assert {name for _, name in stage(records)} == {"augment", "worst-half", "worst-quarter"}
+    assert [s for s, name in stage(records) if name == "worst-quarter"] == [0, 1, 2, 8, 9]
+    text = summary.tables(records)
+    whole, of_first = text.split("Of 5 seeds, after which they ended:")
+    assert "worst-late" not in whole and "worst-quarter" not in of_first
+    assert "| worst-late over plain | +0.0 [+0.0, +0.0] | +0.0 [+0.0, +0.0] | **+2.1**" in of_first
 
 
 @pytest.mark.parametrize("kept", sorted(Path(run.__file__).parent.glob("results/*.jsonl")), ids=str)
