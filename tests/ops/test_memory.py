@@ -9,11 +9,16 @@ from drrlhf import backends
 from drrlhf.bench import memory
 
 SCRIPT = """
+import ctypes
 import sys
 import torch
 import drrlhf as dr
 from drrlhf.bench.memory import peak_extra_bytes
 
+# Large blocks return to the system when they are freed, so that what is held is what is resident:
+# otherwise some processes, by where their heap lies, kept 8 MiB of freed ones between others.
+M_MMAP_THRESHOLD = -3
+assert ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 17)
 N, V, D = 512, 32064, 256
 kind, budget = sys.argv[1], int(sys.argv[2]) or None
 generator = torch.Generator().manual_seed(0)
