@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cache, partial
 from random import Random
-from statistics import fmean
 from typing import Any, NamedTuple
 
 import datasets
@@ -27,6 +26,7 @@ from drrlhf.trl import RewardConfig, RewardTrainer
 from evidence.shift.findings import paired
 from evidence.shift.methods import calibration_error
 from evidence.shift.tasks import done_already, parser, rounded, run_tasks
+from evidence.views.measures import by_seed, measured
 
 SHARES = {"movie": 0.475, "amazon": 0.475, "tweets": 0.05}
 SEEN = tuple(domain for domain, share in SHARES.items() if share > 0.1)
@@ -258,24 +258,19 @@ def missing(
 def ended(records: Sequence[Mapping[str, Any]]) -> set[str]:
     """The attempts that have all of the first seeds, and a gain over `plain` whose 95 % interval
     lies below the aim."""
-    right = {
-        (record["seed"], record["method"]): seen_right(record["test"])
-        for record in records
-        if record["seed"] in FIRST
-    }
+    tests = by_seed([record for record in records if record["seed"] in FIRST])
+
+    def right(seed: int, name: str) -> float:
+        return measured(tests[seed][name], SEEN, "right")
+
     over = set()
     for name in ATTEMPTS:
-        if all((seed, name) in right for seed in FIRST):
-            gains = np.array([right[seed, name] - right[seed, "plain"] for seed in FIRST])
+        if all(name in tests.get(seed, ()) for seed in FIRST):
+            gains = np.array([right(seed, name) - right(seed, "plain") for seed in FIRST])
             _, (_, high) = paired(gains)
             if high < AIM:
                 over.add(name)
     return over
-
-
-def seen_right(test: Mapping[str, Any]) -> float:
-    """Points of `right`, the mean of the seen domains."""
-    return 100 * fmean(test[domain]["right"] for domain in SEEN)
 
 
 def main() -> None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from statistics import fmean
 from typing import Any
 
 import numpy as np
 
 from drrlhf.bench.table import markdown
 from evidence.tables import Values, compared, print_tables
+from evidence.views.measures import MEASURES, POINTS, by_seed, measured
 from evidence.views.run import FIRST, LATER, METHODS, SEEN, SHARES, ended
 
 DOMAINS = {
@@ -18,9 +18,6 @@ DOMAINS = {
     "unseen": ("nyt",),
 }
 SEEDS = 10  # of the protocol
-# Measures in points; of the last two, less is better.
-POINTS = ("clean", "worst change", "right")
-MEASURES = (*POINTS, "nll", "ece")
 # What a method is compared with, and which methods are.
 AGAINST = {
     "plain": tuple(name for name in METHODS if name != "plain"),
@@ -35,14 +32,6 @@ AGAINST = {
 Seeds = Sequence[Mapping[str, Mapping[str, Any]]]
 
 
-def by_seed(records: Sequence[Mapping[str, Any]]) -> dict[int, dict[str, Mapping[str, Any]]]:
-    """{seed: {method: test}}, seeds in order."""
-    found: dict[int, dict[str, Mapping[str, Any]]] = {}
-    for record in sorted(records, key=lambda record: record["seed"]):
-        found.setdefault(record["seed"], {})[record["method"]] = record["test"]
-    return found
-
-
 def shared(seeds: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The seeds with the methods that all of them have."""
     names = set.intersection(*(set(seed) for seed in seeds)) if seeds else set()
@@ -54,15 +43,6 @@ def complete(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Mapping[str
     than all others are left out until all seeds have them."""
     needed = {record["method"] for record in records} - set(LATER)
     return shared([seed for seed in by_seed(records).values() if needed <= seed.keys()])
-
-
-def measured(test: Mapping[str, Any], domains: Sequence[str], measure: str) -> float:
-    """A measure of one model, its mean over domains."""
-    if measure == "worst change":
-        changes = [test[domain]["changes"] for domain in domains]
-        return 100 * min(fmean(one[name] for one in changes) for name in changes[0])
-    found = fmean(test[domain][measure] for domain in domains)
-    return 100 * found if measure in POINTS else found
 
 
 def values(seeds: Seeds, group: str, measure: str) -> Values:
