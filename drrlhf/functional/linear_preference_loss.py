@@ -10,6 +10,7 @@ from torch import Tensor
 from drrlhf import distributed, ops
 from drrlhf.checks import check_device, check_vector
 from drrlhf.conventions import FUSED_PAIR_LOSS
+from drrlhf.functional.label_probs import LABEL_OPTIONS, check_labels
 from drrlhf.functional.options import take
 from drrlhf.functional.pair_losses import PAIR_LOSS_OPTIONS, CheckedPairs, read_options
 from drrlhf.functional.preference_loss import PreferenceLossOptions, reduced
@@ -38,7 +39,7 @@ class LinearPreferenceLoss(NamedTuple):
 
 
 class LinearPreferenceLossOptions(HeadOptions, PreferenceLossOptions, total=False):
-    """The options of `linear_token_logprobs`, `pair_losses` and `robust_risk`."""
+    """The options of `linear_token_logprobs` and `preference_loss`."""
 
 
 HEAD_OPTIONS = frozenset(HeadOptions.__annotations__)
@@ -58,8 +59,8 @@ def linear_preference_loss(
     **options: Unpack[LinearPreferenceLossOptions],
 ) -> LinearPreferenceLoss:
     """Worst case of a direct preference loss, from hidden states: `preference_loss` of the sums of
-    `linear_token_logprobs` by sequence. For DPO's loss (sigmoid, without an f-divergence, and with
-    no process group) everything after the token log-probs is one op.
+    `linear_token_logprobs` by sequence. For DPO's loss (sigmoid, without an f-divergence, certain
+    labels, no process group) everything after the token log-probs is one op.
 
     Sequences are stacked [chosen…, rejected…]: of 2n, sequence i and sequence n + i are pair i.
 
@@ -74,7 +75,8 @@ def linear_preference_loss(
         cu_seqlens: (2n+1,) integer boundaries of packed sequences: 0, ..., T.
         ignore_index, temperature, softcap, logit_scale, memory_budget: `linear_token_logprobs`.
         beta, loss_type, label_smoothing, f_divergence, f_alpha_divergence_coef, simpo_gamma,
-            discopop_tau: `preference_loss`; the lengths that some loss types need are counted.
+            discopop_tau, label_probs, label_ambiguity: `preference_loss`; the lengths that some
+            loss types need are counted.
         ambiguity, nominal, groups, group_state, normaliser_state, update, process_group,
             check_finite: `robust_risk`.
 
@@ -84,9 +86,8 @@ def linear_preference_loss(
     Raises:
         ValueError: an odd number of sequences, and whatever the functions named above refuse.
     """
-    about_head, about_loss, about_risk = take(
-        "linear_preference_loss", options, HEAD_OPTIONS, PAIR_LOSS_OPTIONS, RISK_OPTIONS
-    )
+    kinds = HEAD_OPTIONS, PAIR_LOSS_OPTIONS, LABEL_OPTIONS, RISK_OPTIONS
+    about_head, about_loss, labelled, about_risk = take("linear_preference_loss", options, *kinds)
     ignore_index, risk = about_head.get("ignore_index", -100), Options(**about_risk)
     sequences = Sequences(labels, cu_seqlens, ignore_index)
     with distributed.agreement(risk.process_group, hidden):
@@ -114,13 +115,14 @@ def linear_preference_loss(
         if ref_logps is not None:
             check_vector("ref_logps", ref_logps, count, "the stacked sequences")
             check_device("ref_logps", ref_logps, "hidden", hidden)
+        check_labels(labelled, count // 2, "the pairs", hidden)
         loss_type, loss = read_options((ref_logps, ref_logps), hidden, **about_loss)
         logps = linear_token_logprobs(hidden, weight, labels, bias=bias, **about_head)
     plain = loss_type == FUSED_PAIR_LOSS and loss.f_divergence == "reverse_kl"
-    if plain and risk.process_group is None:
+    if plain and risk.process_group is None and labelled.get("label_probs") is None:
         assert ref_logps is not None
         return _in_one_op(logps, sequences, ref_logps, loss, risk)
-    return _composed(logps, sequences, ref_logps, about_loss, risk)
+    return _composed(logps, sequences, ref_logps, about_loss, labelled, risk)
 
 
 class Sequences(NamedTuple):
@@ -167,6 +169,7 @@ def _composed(
     sequences: Sequences,
     ref_logps: Tensor | None,
     about_loss: dict[str, Any],
+    labelled: dict[str, Any],
     risk: Options,
 ) -> LinearPreferenceLoss:
     """Sums of sequences, pair losses, worst case, one after another. In float64 up to the losses:
@@ -176,7 +179,7 @@ def _composed(
     by_length = PAIR_LOSSES[about_loss.get("loss_type", FUSED_PAIR_LOSS)].lengths
     lengths = _halves(sequences.lengths()) if by_length else (None, None)
     pairs = CheckedPairs(_halves(sums), references, lengths, **about_loss)
-    out = reduced(pairs, *pairs.log_ratios(), "the pairs", risk)
+    out = reduced(pairs, *pairs.log_ratios(), "the pairs", risk, labelled)
     found = LinearPreferenceLoss(*out, sums.detach())
     return LinearPreferenceLoss(*(x.to(logps.dtype) for x in found))
 

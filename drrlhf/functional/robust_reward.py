@@ -6,16 +6,18 @@ import torch
 from torch import Tensor
 
 from drrlhf import ops
+from drrlhf.ambiguity import AmbiguitySet
 from drrlhf.checks import check_device, check_floating, check_none, check_vector
 from drrlhf.conventions import statistics_dtype
 from drrlhf.functional.row_sets import solvable
 
 UWO = "uwo"
-# "min" is the worst of rewards as "max" is of losses.
 WORST = "min"
 
 
-def robust_reward(rewards: Tensor, ambiguity: str = WORST, weights: Tensor | None = None) -> Tensor:
+def robust_reward(
+    rewards: Tensor, ambiguity: str | AmbiguitySet = WORST, weights: Tensor | None = None
+) -> Tensor:
     """The worst case of each completion over K reward functions, (n, K) -> (n,).
 
     With the nominal distribution p in proportion to ``weights``, for every row
@@ -32,7 +34,8 @@ def robust_reward(rewards: Tensor, ambiguity: str = WORST, weights: Tensor | Non
         ambiguity: ``"min"``, the least reward; ``"mean"``; ``"kl:temperature=t"``,
             -t log sum_k p_k exp(-r_k / t); ``"tv:r"``, a share r of the weight moved to the least;
             ``"cvar:a"``, the mean of the least share a; ``"uwo:c"``, the mean minus c times the
-            variance over functions (Coste et al., arXiv 2310.02743, equation 5).
+            variance over functions (Coste et al., arXiv 2310.02743, equation 5); or a set such as
+            `drrlhf.CVaR`.
         weights: (K,) >= 0, TRL's ``reward_weights``, constants; 1 each unless given.
 
     Returns:
@@ -51,12 +54,11 @@ def robust_reward(rewards: Tensor, ambiguity: str = WORST, weights: Tensor | Non
     table = rewards.to(statistics_dtype(rewards))
     w = table.new_ones(table.shape[1]) if weights is None else _checked(weights, table)
     scored = ~table.isnan()
-    penalty = uncertainty(ambiguity)
+    penalty = uncertainty("ambiguity", ambiguity)
     # As nansum leaves them out where a function did not score: `mean` is TRL's number.
     total = scored.to(w.dtype) @ w
     if penalty is None:
-        text = "max" if ambiguity.strip().lower() == WORST else ambiguity
-        encoded = solvable("ambiguity", text)
+        encoded = solvable("ambiguity", ambiguity, WORST)
         found = ops.row_worst_case(-table, scored, w, encoded.kind, encoded.parameter)
         values = -total * found.values
     else:
@@ -81,13 +83,13 @@ def _checked(weights: Tensor, table: Tensor) -> Tensor:
     return w
 
 
-def uncertainty(ambiguity: str) -> float | None:
+def uncertainty(option: str, ambiguity: str | AmbiguitySet) -> float | None:
     """c of ``"uwo:c"``; None of any other set.
 
     Raises:
         ValueError: c is no finite number >= 0.
     """
-    name, _, value = ambiguity.strip().lower().partition(":")
+    name, _, value = str(ambiguity).strip().lower().partition(":")
     if name != UWO:
         return None
     try:
@@ -95,5 +97,5 @@ def uncertainty(ambiguity: str) -> float | None:
     except ValueError:
         found = float("nan")
     if not 0 <= found < float("inf"):
-        raise ValueError(f"ambiguity: expected uwo:c with a finite c >= 0, got {ambiguity!r}")
+        raise ValueError(f"{option}: expected uwo:c with a finite c >= 0, got {ambiguity!r}")
     return found

@@ -4,31 +4,55 @@ from __future__ import annotations
 
 import functools
 
-from drrlhf.ambiguity import CVaR, Encoded, parse_ambiguity
+from drrlhf.ambiguity import AmbiguitySet, CVaR, Encoded, parse_ambiguity
 from drrlhf.checks import constant_in_graphs
 from drrlhf.ops.row_worst_case import KINDS
 
-# "max" is TV with all of the mass: it goes to the largest entries.
-NAMES = {"max": "tv:1", "mean": "erm"}
+MEAN = "mean"
+# The worst of losses is the largest, the worst of rewards the least: each has its own name.
+EXTREMES = ("max", "min")
 
 
-@constant_in_graphs
-def solvable(option: str, ambiguity: str) -> Encoded:
-    """The set that a string names, encoded, if its worst case has a closed form by rows.
+def solvable(option: str, ambiguity: str | AmbiguitySet, worst: str) -> Encoded:
+    """The set, or the one that a string names, encoded, if its worst case has a closed form by
+    rows. ``worst`` is the name of the worst entry alone, "max" or "min".
 
     Raises:
         ValueError: it has none, or there is no such set.
     """
-    return _solvable(option, ambiguity)
+    if isinstance(ambiguity, AmbiguitySet):
+        encoded = _closed(ambiguity)
+    else:
+        encoded = _named(option, ambiguity, worst)
+    if encoded is None:
+        raise ValueError(
+            f"{option}: expected {worst!r}, 'mean', 'tv:r', 'kl:temperature=t' or 'cvar:a', "
+            f"without trim, got {str(ambiguity)!r}; another set has no closed form for the few "
+            "entries of a row"
+        )
+    return encoded
+
+
+@constant_in_graphs
+def _named(option: str, ambiguity: str, worst: str) -> Encoded | None:
+    return _read(option, ambiguity, worst)
 
 
 @functools.lru_cache  # reading a string takes longer than a small table
-def _solvable(option: str, ambiguity: str) -> Encoded:
-    found = parse_ambiguity(NAMES.get(ambiguity.strip().lower(), ambiguity))
-    encoded = found.encode()
-    if encoded.kind not in KINDS or encoded.trim or (isinstance(found, CVaR) and found.temperature):
-        raise ValueError(
-            f"{option}: expected 'max', 'mean', 'tv:r', 'kl:temperature=t' or 'cvar:a', without "
-            f"trim, got {ambiguity!r}; another set has no closed form for the few entries of a row"
-        )
-    return encoded
+def _read(option: str, ambiguity: str, worst: str) -> Encoded | None:
+    name = ambiguity.strip().lower() if isinstance(ambiguity, str) else ambiguity
+    # TV with all of the mass, which goes to the worst entries.
+    name = {worst: "tv:1", MEAN: "erm"}.get(name, name)
+    if name in EXTREMES:
+        return None
+    try:
+        return _closed(parse_ambiguity(name))
+    except ValueError as error:
+        raise ValueError(f"{option}: {error}") from error
+
+
+def _closed(ambiguity: AmbiguitySet) -> Encoded | None:
+    """The set encoded, None if it has no closed form for rows."""
+    encoded = ambiguity.encode()
+    smooth = isinstance(ambiguity, CVaR) and ambiguity.temperature
+    return None if encoded.kind not in KINDS or encoded.trim or smooth else encoded

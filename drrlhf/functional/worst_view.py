@@ -8,11 +8,16 @@ import torch
 from torch import Tensor
 
 from drrlhf import ops
+from drrlhf.ambiguity import AmbiguitySet
 from drrlhf.checks import check_device, check_floating
 from drrlhf.functional.row_sets import solvable
 
+WORST = "max"
 
-def worst_view(losses: Tensor, ambiguity: str = "max", mask: Tensor | None = None) -> Tensor:
+
+def worst_view(
+    losses: Tensor, ambiguity: str | AmbiguitySet = WORST, mask: Tensor | None = None
+) -> Tensor:
     """The worst case of each pair over its K views, (n, K) -> (n,).
 
     A view is the same pair in another form that must not change the preference. For every row,
@@ -26,7 +31,8 @@ def worst_view(losses: Tensor, ambiguity: str = "max", mask: Tensor | None = Non
         losses: (n, K), floating, any sign.
         ambiguity: ``"max"``, the worst view; ``"mean"``, all alike (augmentation);
             ``"kl:temperature=t"``, t log mean_k exp(l_k / t); ``"cvar:a"``, the mean of the worst
-            share a; ``"tv:r"``, a share r of the weight moved to the worst.
+            share a; ``"tv:r"``, a share r of the weight moved to the worst; or such a set, as
+            `drrlhf.CVaR` is one.
         mask: (n, K) bool, False where a pair has no such view: that entry never matters, even NaN.
 
     Returns:
@@ -38,7 +44,9 @@ def worst_view(losses: Tensor, ambiguity: str = "max", mask: Tensor | None = Non
     return worst_views(losses, ambiguity, mask).values
 
 
-def worst_views(losses: Tensor, ambiguity: str = "max", mask: Tensor | None = None) -> Any:
+def worst_views(
+    losses: Tensor, ambiguity: str | AmbiguitySet = WORST, mask: Tensor | None = None
+) -> Any:
     """As `worst_view`, named: values (n,), and weights (n, K) of the views, detached, which sum to
     1 by row."""
     check_floating("losses", losses)
@@ -53,5 +61,5 @@ def worst_views(losses: Tensor, ambiguity: str = "max", mask: Tensor | None = No
             f"mask: expected bool of shape {tuple(losses.shape)} as losses, got {mask.dtype} of "
             f"{tuple(mask.shape)}"
         )
-    encoded = solvable("ambiguity", ambiguity)
+    encoded = solvable("ambiguity", ambiguity, WORST)
     return ops.row_worst_case(losses, mask, None, encoded.kind, encoded.parameter)

@@ -13,17 +13,18 @@ from trl import RewardConfig as _TRLRewardConfig
 from drrlhf import parse_ambiguity
 from drrlhf.checks import check_choice
 from drrlhf.functional.label_probs import label_radius
+from drrlhf.functional.row_sets import MEAN
 from drrlhf.groups import from_data, with_count
 from drrlhf.trl import views
 from drrlhf.trl.head import HEADS
-from drrlhf.trl.rewards import MEAN, check_ambiguity
+from drrlhf.trl.rewards import check_ambiguity
 
 SCOPES = ("step", "microbatch")
 SHARING = {"auto": "auto", "true": True, "false": False}  # as a shell spells them
 GROUPINGS = ("column", "pass_rate")
 _HELP = (
-    "The ambiguity set around the pairs of a step: erm (TRL's own objective), kl:RADIUS, "
-    "kl:temperature=T (also with ,momentum=M), tv:RADIUS, chi2:RADIUS, chi2:penalty=C, "
+    "The ambiguity set around the pairs, or prompts, of a step: erm (TRL's own objective), "
+    "kl:RADIUS, kl:temperature=T (also with ,momentum=M), tv:RADIUS, chi2:RADIUS, chi2:penalty=C, "
     "cvar:ALPHA or group:NUM_GROUPS, each optionally with ,trim=E; group alone takes the number of "
     "groups from the training data."
 )
@@ -31,14 +32,15 @@ _HELP = (
 
 @dataclass
 class _Ambiguous:
-    """The field that both configurations get, and its check before theirs."""
+    """What all three configurations get, and its checks before theirs."""
 
     ambiguity: str = field(default="erm", metadata={"help": _HELP})
     robust_scope: str = field(
         default="step",
         metadata={
-            "help": "What the adversary sees: step, all pairs of the optimizer step, over all "
-            "processes and accumulated batches; or microbatch, those of one device's batch."
+            "help": "What the adversary sees: step, all pairs (in GRPO, prompts) of the optimizer "
+            "step, over all processes and accumulated batches; or microbatch, those of one "
+            "device's batch."
         },
     )
     resume_with_changed_ambiguity: bool = field(
@@ -268,5 +270,6 @@ class GRPOConfig(_Ambiguous, _TRLGRPOConfig):
     def __post_init__(self) -> None:
         check_choice("head", self.head, HEADS)
         check_choice("group_by", self.group_by, GROUPINGS)
+        self.reward_ambiguity = str(self.reward_ambiguity)
         check_ambiguity(self.reward_ambiguity)
         super().__post_init__()

@@ -16,10 +16,11 @@ from drrlhf import Group, models, reward_inputs
 from drrlhf.conventions import POLICY_LOSS_TYPES, SequenceStatistics
 from drrlhf.functional.policy_loss import surrogate
 from drrlhf.functional.robust_risk import weighted_sum
+from drrlhf.functional.row_sets import MEAN
 from drrlhf.trl import columns, head, prompts, weighted
 from drrlhf.trl.one_row import OneRowMixin
 from drrlhf.trl.prompts import FACTOR, PassRates, PromptSampler
-from drrlhf.trl.rewards import MEAN, WorstReward
+from drrlhf.trl.rewards import WorstReward
 from drrlhf.trl.seam import overridden
 from drrlhf.trl.step import StepMixin
 from drrlhf.trl.weighted import PROMPTS, Weighted

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from drrlhf.functional.robust_reward import robust_reward
-
-MEAN = "mean"
+from drrlhf.functional.robust_reward import WORST, robust_reward, uncertainty
+from drrlhf.functional.row_sets import solvable
 
 
 class WorstReward:
@@ -34,7 +32,5 @@ def check_ambiguity(ambiguity: str) -> None:
     Raises:
         ValueError: `robust_reward` knows no such set.
     """
-    try:
-        robust_reward(torch.ones(1, 1), ambiguity)
-    except ValueError as error:
-        raise ValueError(f"reward_{error}") from error
+    if uncertainty("reward_ambiguity", ambiguity) is None:
+        solvable("reward_ambiguity", ambiguity, WORST)

@@ -19,7 +19,7 @@ from datasets import Dataset
 from torch import Tensor
 
 from drrlhf.functional.row_sets import solvable
-from drrlhf.functional.worst_view import worst_views
+from drrlhf.functional.worst_view import WORST, worst_views
 from drrlhf.layouts.lengths import taken
 from drrlhf.transformations import BY_COLUMN, PROMPT, SIDES
 from drrlhf.trl import rows, view_texts
@@ -48,7 +48,8 @@ def check_options(config: Any) -> None:
         )
     if not config.views_per_pair >= 1:
         raise ValueError(f"views_per_pair: expected >= 1, got {config.views_per_pair!r}")
-    solvable("view_ambiguity", config.view_ambiguity)
+    config.view_ambiguity = str(config.view_ambiguity)
+    solvable("view_ambiguity", config.view_ambiguity, WORST)
 
 
 class ViewsMixin(OneRowMixin):
@@ -304,7 +305,7 @@ class ViewsMixin(OneRowMixin):
 
 def are_scored(config: Any) -> bool:
     """Whether the model is asked what it says of views: the set has to know it."""
-    return solvable("view_ambiguity", config.view_ambiguity).kind != "erm"
+    return solvable("view_ambiguity", config.view_ambiguity, WORST).kind != "erm"
 
 
 def _combinations(views: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor]:

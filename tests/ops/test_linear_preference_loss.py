@@ -130,6 +130,20 @@ def test_equals_its_parts_for_every_loss_type(backend, loss_type, packed):
 
 
 @pytest.mark.usual
+@pytest.mark.parametrize("loss_type", ["sigmoid", "ipo", "simpo"])
+def test_equals_its_parts_where_labels_are_probabilities(backend, loss_type):
+    problem = Problem(dtype=dtype_of(backend))
+    problem.trained()
+    p = torch.linspace(0.05, 1, PAIRS, dtype=dtype_of(backend))
+    options = {"label_probs": p, "label_ambiguity": "chi2:0.2", "ambiguity": "tv:0.2"}
+    refs = None if loss_type == "simpo" else problem.ref_logps
+    ours = problem.ours(ref_logps=refs, loss_type=loss_type, **options)
+    assert_equal(problem, ours, *problem.composed(refs, loss_type=loss_type, **options), **CLOSE)
+    certain = problem.ours(ref_logps=refs, loss_type=loss_type).losses
+    assert not torch.isclose(ours.losses[:-1], certain[:-1], rtol=1e-3).any()
+
+
+@pytest.mark.usual
 @pytest.mark.pairwise
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("ambiguity", AMBIGUITIES)

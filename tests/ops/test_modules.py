@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 import drrlhf as dr
@@ -35,3 +36,26 @@ def test_group_state_is_stepped_saved_and_left_alone_in_eval():
     other = dr.RobustRiskModule(dr.Group(2))
     other.load_state_dict(module.state_dict())
     assert torch.equal(other.group_state.weights, stepped)
+
+
+def test_the_head_module_equals_its_function():
+    hidden, weight = torch.randn(4, 3, 8), torch.randn(11, 8)
+    labels, references = torch.randint(0, 11, (4, 3)), -5 * torch.rand(4)
+    given = {"beta": 0.3, "softcap": 5.0, "label_probs": torch.tensor([0.9, 0.4])}
+    module = dr.LinearPreferenceLossModule("tv:0.2", **given)
+    out = dr.linear_preference_loss(hidden, weight, labels, references, ambiguity="tv:0.2", **given)
+    torch.testing.assert_close(module(hidden, weight, labels, references).loss, out.loss)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "words"),
+    [
+        (dr.RobustRiskModule, {"betta": 1}, "RobustRiskModule.*'betta': there is no such"),
+        (dr.RobustRiskModule, {"beta": 1}, "'beta': there is no such"),
+        (dr.PolicyLossModule, {"label_probs": None}, "'label_probs': there is no such"),
+        (dr.RewardLossModule, {"update": False}, "'update': it is the module's own"),
+    ],
+)
+def test_a_module_refuses_what_its_function_does_not_take(kind, options, words):
+    with pytest.raises(TypeError, match=words):
+        kind("erm", **options)

@@ -181,7 +181,12 @@ def test_an_infinite_view_is_the_worst():
         (lambda x: dr.worst_view(x, "chi2:0.1"), "ambiguity: expected 'max'.*got 'chi2:0.1'"),
         (lambda x: dr.worst_view(x, "cvar:0.5,trim=0.1"), "without trim"),
         (lambda x: dr.worst_view(x, "cvar:0.5,temperature=1"), "no closed form"),
-        (lambda x: dr.worst_view(x, "maxx"), "maxx"),
+        (lambda x: dr.worst_view(x, "maxx"), "ambiguity: unknown ambiguity 'maxx'"),
+        (lambda x: dr.worst_view(x, dr.TV(0.1, trim=0.1)), "without trim"),
+        # The worst of losses and the worst of rewards are not each other.
+        (lambda x: dr.worst_view(x, "min"), "ambiguity: expected 'max'.*got 'min'"),
+        (lambda x: dr.robust_reward(x, "max"), "ambiguity: expected 'min'.*got 'max'"),
+        (lambda x: dr.robust_reward(x, dr.ChiSquare(radius=1)), "ambiguity: expected 'min'"),
         (lambda x: dr.worst_view(x, mask=x), r"mask: expected bool of shape \(2, 3\)"),
         (lambda x: dr.robust_reward(x, weights=x[0][:2]), r"weights: expected shape \(3,\)"),
         (lambda x: dr.robust_reward(x, weights=-x[0]), "weights: expected numbers >= 0"),
@@ -195,6 +200,13 @@ def test_wrong_arguments(call, message):
         call(torch.ones(2, 3))
 
 
+@pytest.mark.parametrize("one", [dr.TV(radius=0.3), dr.CVaR(alpha=0.4), dr.KL(temperature=0.5)])
+def test_a_set_is_what_its_string_names(one):
+    table = torch.tensor(problems(5)[0])
+    assert torch.equal(dr.worst_view(table, one), dr.worst_view(table, str(one)))
+    assert torch.equal(dr.robust_reward(table, one), dr.robust_reward(table, str(one)))
+
+
 def test_completions_that_nothing_scored():
     rewards = torch.tensor([[math.nan, math.nan], [1.0, math.nan]])
     assert dr.robust_reward(rewards).isnan().tolist() == [True, False]
@@ -203,7 +215,7 @@ def test_completions_that_nothing_scored():
 
 def test_views_compile():
     losses, mask = (torch.tensor(x[:8]) for x in problems(4))
-    for text in ("max", "kl:temperature=1", "cvar:0.4"):
+    for text in ("max", "kl:temperature=1", "cvar:0.4", dr.CVaR(alpha=0.4)):
         step = torch.compile(
             lambda x, text=text: dr.worst_view(x, text, mask).sum(),
             fullgraph=True,

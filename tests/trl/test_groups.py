@@ -21,7 +21,6 @@ from drrlhf.trl import DPOConfig, DPOTrainer
 CODES = [20240115, 7, 20240115, 300]
 NUMBERS = [2, 0, 2, 1]  # of CODES, in the order of their values
 NAMES = ["tweets", "news", "tweets", "q/a"]  # sorted: news, q/a, tweets
-NAME_NUMBERS = [2, 0, 2, 1]
 
 
 @pytest.fixture(scope="module")

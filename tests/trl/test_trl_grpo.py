@@ -290,7 +290,10 @@ WRONG = {
     "no groups": ({"group_by": "pass_rate"}, "group_by='pass_rate' groups prompts for a Group set"),
     "name": ({"group_by": "passrate"}, "did you mean 'pass_rate'"),
     "set": ({"ambiguity": "tv:2"}, "radius"),
-    "rewards": ({"reward_ambiguity": "chi2:1"}, "reward_ambiguity: expected"),
+    "rewards": ({"reward_ambiguity": "chi2:1"}, "reward_ambiguity: expected 'min'"),
+    "best reward": ({"reward_ambiguity": "max"}, "reward_ambiguity: expected 'min'"),
+    "no such": ({"reward_ambiguity": "minn"}, "reward_ambiguity: unknown ambiguity 'minn'"),
+    "uwo": ({"reward_ambiguity": "uwo:-1"}, "reward_ambiguity: expected uwo:c"),
 }
 
 

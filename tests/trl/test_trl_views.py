@@ -466,6 +466,7 @@ def test_views_take_a_rate_and_may_be_biases(made):
         ),
         ("reward", {"views_scored": 1.5}, r"views_scored: expected a share in \[0, 1\], got 1.5"),
         ("dpo", {"view_ambiguity": "chi2:1"}, "view_ambiguity: expected 'max', 'mean'"),
+        ("dpo", {"view_ambiguity": "min"}, "view_ambiguity: expected 'max', 'mean'"),
         ("dpo", {"precompute_ref_log_probs": True}, "with precompute_ref_log_probs=True"),
         ("dpo", {"ld_alpha": 0.0}, "with ld_alpha"),
         ("reward", {"accelerator_config": {"split_batches": True}}, "with dispatch_batches or"),
