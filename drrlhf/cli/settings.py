@@ -128,7 +128,11 @@ class Settings:
         free=False,
     )
     eval_data: str | None = _input(
-        None, "Held-out pairs, evaluated with every checkpoint and at the end."
+        None,
+        "Held-out pairs, evaluated with every checkpoint and at the end.",
+        instead={
+            "grpo": {"help": "Held-out prompts, evaluated with every checkpoint and at the end."}
+        },
     )
     split: str | None = _input(None, "Split of --data, a `datasets` name.", show_default="train")
     eval_split: str | None = _input(
@@ -200,6 +204,12 @@ class Settings:
         "step",
         "The worst case is among the pairs of the optimizer step (two passes over its batches "
         "where there are several), or of each batch alone.",
+        instead={
+            "grpo": {
+                "help": "The worst case is among the prompts of the optimizer step, or of each "
+                "batch alone."
+            }
+        },
     )
     padding_free: bool | None = _of_pairs(
         False,
@@ -322,7 +332,7 @@ class CommandLine(Settings):
                 "takes --output-dir, --steps, --ambiguity and --seed."
             },
             "grpo": {
-                "help": "Train a cut SmolLM2 plainly and robustly on prompts of four domains; "
+                "help": "Train a cut SmolLM2 plainly and robustly on prompts of two domains; "
                 "takes --output-dir, --steps, --ambiguity and --seeds."
             },
         },

@@ -229,7 +229,7 @@ def _trl_version() -> str:
     if not SpecifierSet(SUPPORTED).contains(Version(trl.__version__), prereleases=True):
         raise ImportError(
             f"drrlhf.trl supports trl{SUPPORTED}, found trl {trl.__version__}. "
-            f"Run: pip install 'trl{SUPPORTED}'"
+            f"Run: pip install 'trl{TESTED}'"
         )
     return trl.__version__
 
@@ -266,7 +266,7 @@ def _find(version: str, owner: str) -> Any:
 def _moved(version: str, what: str) -> SeamMovedError:
     return SeamMovedError(
         f"drrlhf.trl cannot work with trl {version}: {what}. Supported: trl{SUPPORTED}, of which "
-        "1.16 is tested. Install that one (pip install 'trl==1.16.*'), or a newer drrlhf."
+        f"{TESTED} is tested. Install such a one (pip install 'trl{TESTED}'), or a newer drrlhf."
     )
 
 
