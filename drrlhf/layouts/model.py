@@ -34,7 +34,11 @@ PER_TOKEN = ("token_type_ids",)
 WORTH_SHARING = 0.05
 
 # What each kind of row is called in messages.
-_ROWS = {"packed": "a packed row", "shared": "a row with their common prompt once"}
+_ROWS = {
+    "packed": "a packed row",
+    "shared": "a row with their common prompt once",
+    "left": "a batch padded on the left",
+}
 # What the probe of each model said of a layout: None, or in words how its numbers change there.
 _verdicts: weakref.WeakKeyDictionary[PreTrainedModel, dict[str, str | None]] = (
     weakref.WeakKeyDictionary()
@@ -68,6 +72,9 @@ def obstacle(model: Any) -> str | None:
     base = _without_adapters(model)
     if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
         return "with prompt-learning adapters, whose tokens it would lose"
+    adapters = getattr(model, "peft_config", None) or {}
+    if any(getattr(one, "alora_invocation_tokens", None) for one in adapters.values()):
+        return "with activated LoRA, which looks for one invocation in each row"
     text = base.config.get_text_config()
     sequence = isinstance(base, GenericForSequenceClassification)
     causal = getattr(text, "is_causal", True) and (sequence or hasattr(base, "lm_head"))
@@ -104,6 +111,12 @@ def prepare(model: Any) -> None:
         base.set_attn_implementation(ATTENTION)
 
 
+def _release(base: PreTrainedModel) -> None:
+    """Undo `prepare`: some models read off the name of their attention what else they do."""
+    if base.config._attn_implementation == ATTENTION:
+        base.set_attn_implementation("sdpa")
+
+
 def in_rows(model: Any, longest: int | None = None) -> OneRow | None:
     """A model to score texts with, by rows without padding in which prompts lie once; None if it
     does not keep its numbers there."""
@@ -124,6 +137,8 @@ class OneRow:
         share: "auto", common prompts lie in the row once where that saves enough tokens and the
             model keeps its numbers there; True, wherever two sequences begin alike; False, never.
         longest: the most tokens of a sequence, as far as the model is tried; None is any number.
+        left: batches are padded on the left, and those that are not laid in a row must have the
+            same numbers as those that are.
         notice: told, in a sentence, what becomes of common prompts.
         padded: what is called in place of the model for a batch that is not laid in a row.
 
@@ -142,6 +157,7 @@ class OneRow:
         packed: bool | str,
         share: bool | str,
         longest: int | None = None,
+        left: bool = False,
         notice: Callable[[str], None] = lambda message: None,
         padded: Any = None,
     ) -> None:
@@ -150,7 +166,7 @@ class OneRow:
         # Without what wraps it for adapters or for several processes.
         self.base = next(m for m in model.modules() if isinstance(m, PreTrainedModel))
         self.scoring = _head_of(model)
-        self.packed, self.share, self.longest = packed, share, longest
+        self.packed, self.share, self.longest, self.left = packed, share, longest, left
         self.notice = notice
 
     def __getattr__(self, name: str) -> Any:
@@ -198,7 +214,10 @@ class OneRow:
         unknown = [k for k, v in kwargs.items() if isinstance(v, Tensor) and k not in PER_TOKEN]
         options = {k: v for k, v in kwargs.items() if not isinstance(v, Tensor)}
         # Before anything of the batch is asked: every rank probes at the same call.
-        kept = self.share and self._keeps("shared", input_ids.device, asked, options) is None
+        kept = self.share and all(
+            self._keeps(kind, input_ids.device, asked, options) is None
+            for kind in ("shared", *(["left"] if self.left else []))
+        )
         if kept:
             found = _shared_row(input_ids, attention_mask)
             enough = WORTH_SHARING if self.share == "auto" else 0.0
@@ -232,11 +251,13 @@ class OneRow:
             f"for {type(self.base).__name__}, which does not give the sequences of "
             f"{_ROWS[kind]} the numbers that they have alone: {words}"
         )
-        if kind == "shared" and self.share == "auto":
+        if kind != "packed" and self.share == "auto":
             self.notice(f"share_prompts='auto': prompts are not shared {changed}")
+            if self.packed is not True:  # then no row is left
+                _release(self.base)
             return words
         del verdicts[kind]  # what is refused is tried again
-        option = {"packed": "padding_free", "shared": "share_prompts"}[kind]
+        option = "padding_free" if kind == "packed" else "share_prompts"
         raise ValueError(f"{option}: use {option}=False {changed}")
 
     def _row(self, found: Layout, input_ids: Tensor, kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -294,7 +315,7 @@ class OneRow:
         """How a layout of that kind changes the model's numbers, in words; None if it does not."""
 
         def numbers(outputs: Any, hidden: list[Tensor]) -> list[Numbers]:
-            if asked == "hidden":
+            if asked == "hidden" or kind == "left":
                 return [Numbers(h.float(), h.float()) for h in hidden]
             found = outputs.log_probs if asked == "log_probs" else outputs.logits
             parts = (
@@ -306,7 +327,7 @@ class OneRow:
         def alone(ids: Tensor) -> tuple[list[Numbers], float]:
             ids = ids.to(device)
             labels = {"labels": ids} if asked == "log_probs" else {}
-            with _as_loaded(self.base), probe.listening(self.base.base_model) as heard:
+            with as_loaded(self.base), probe.listening(self.base.base_model) as heard:
                 outputs = self.model(
                     input_ids=ids, attention_mask=torch.ones_like(ids), **labels, **options
                 )
@@ -329,19 +350,31 @@ class OneRow:
                 [hidden[places[: len(ids)]] for places, ids in zip(found.places, sequences)],
             )
 
+        def on_the_left(sequences: list[Tensor]) -> list[Numbers]:
+            pad = reward_inputs.pad_token_id(self.base) or 0
+            turned = reward_inputs.padded([ids.flip(0) for ids in sequences], pad, device)
+            batch = {name: tensor.flip(1) for name, tensor in turned.items()}
+            labels = {"labels": batch["input_ids"]} if asked == "log_probs" else {}
+            with probe.listening(self.base.base_model) as heard:
+                outputs = self.model(**batch, **labels, **options)
+            of_all = zip(heard[-1].hidden, sequences, strict=True)
+            return numbers(outputs, [hidden[-len(ids) :] for hidden, ids in of_all])
+
         class Refused(Exception):
             """The model raised an error at a row, which it did not alone."""
 
         def tried(sequences: list[Tensor]) -> list[Numbers]:
             try:
-                return together(sequences)
+                return (on_the_left if kind == "left" else together)(sequences)
             except Exception as error:
                 raise Refused(f"it raises {type(error).__name__}: {error}") from error
 
+        # On the left a long sequence has only to be longer than the short ones: these are padded.
+        longest = 2 * max(probe.SHORT) if kind == "left" else self.longest
         with probe.quietly(self.model, device):
             try:
                 return probe.difference(
-                    self.base.config, alone, tried, self.longest, common=kind == "shared"
+                    self.base.config, alone, tried, longest, common=kind == "shared"
                 )
             except Refused as refused:
                 return str(refused)
@@ -368,8 +401,9 @@ def _only(backbone: torch.nn.Module, predicting: Tensor, found: Layout) -> Itera
 
 
 @contextlib.contextmanager
-def _as_loaded(base: PreTrainedModel) -> Iterator[None]:
+def as_loaded(model: Any) -> Iterator[None]:
     """The attention that the model had before `prepare`, for a while."""
+    base = _without_adapters(model)
     if base.config._attn_implementation != ATTENTION:
         yield
         return

@@ -17,6 +17,7 @@ from drrlhf.conventions import POLICY_LOSS_TYPES, SequenceStatistics
 from drrlhf.functional.policy_loss import surrogate
 from drrlhf.functional.robust_risk import weighted_sum
 from drrlhf.functional.row_sets import MEAN
+from drrlhf.layouts import model as layouts
 from drrlhf.trl import columns, head, prompts, weighted
 from drrlhf.trl.one_row import OneRowMixin
 from drrlhf.trl.prompts import FACTOR, PassRates, PromptSampler
@@ -78,6 +79,7 @@ class GRPOTrainer(OneRowMixin, StepMixin, trl.GRPOTrainer):
 
     __signature__ = inspect.signature(trl.GRPOTrainer)
     _members = "completions"
+    _pads_left = True
     num_generations: Any
     max_completion_length: Any
     reward_func_names: Any
@@ -132,6 +134,12 @@ class GRPOTrainer(OneRowMixin, StepMixin, trl.GRPOTrainer):
     def _get_train_sampler(self, dataset: Any = None) -> PromptSampler:
         return PromptSampler.like(super()._get_train_sampler(dataset))
 
+    def _run_epoch(
+        self, model: Any, epoch: int, train_dataloader: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        prompts.begin_epoch(train_dataloader, epoch)
+        return super()._run_epoch(model, epoch, train_dataloader, *args, **kwargs)
+
     # -- from completions to what is known of their prompts ------------------------------------
 
     def _calculate_rewards(self, inputs: list[dict[str, Any]], *args: Any, **kwargs: Any) -> Tensor:
@@ -165,6 +173,11 @@ class GRPOTrainer(OneRowMixin, StepMixin, trl.GRPOTrainer):
             return reward_inputs.scores(model, ids, self.accelerator.device).tolist()
 
         return rewards
+
+    def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
+        # What generates may know the attention that the model was loaded with alone.
+        with layouts.as_loaded(self.accelerator.unwrap_model(self.model)):
+            return super()._generate_single_turn(*args, **kwargs)
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         output = super()._generate_and_score_completions(inputs)
@@ -208,12 +221,8 @@ class GRPOTrainer(OneRowMixin, StepMixin, trl.GRPOTrainer):
         """Group (n,) of each of this process's prompts, -1 without."""
         device = self.accelerator.device
         if self.pass_rates is None:
-            given = [row.get(columns.GROUP, -1) for row in inputs]
-            if self._numbered is not None:
-                columns.check_values(columns.GROUP, given, self._numbered)
-                given = [self._numbered.number(group) for group in given]
-            known = all(isinstance(group, int) for group in given)
-            return torch.tensor(given if known else [-1] * len(given), device=device)
+            given = [row.get(columns.GROUP, columns.NO_GROUP) for row in inputs]
+            return torch.tensor(columns.group_numbers(given, self._numbered), device=device)
         identities = torch.tensor([prompts.identity(row["prompt"]) for row in inputs])
         assert self._num_groups is not None
         groups = self.pass_rates.groups(identities, self._num_groups)

@@ -20,6 +20,7 @@ class OneRowMixin:
     _share: bool | str = False
     _noticed = False
     _rows_ready = False
+    _pads_left = False  # whether the trainer fills batches up on the left
 
     def _read_rows(self, config: Any) -> None:
         self._padding_free = bool(getattr(config, "padding_free", False))
@@ -31,6 +32,15 @@ class OneRowMixin:
                 "share_prompts='auto': prompts are not shared with torch_compile, which would "
                 "compile anew for every row"
             )
+        if getattr(config, "neftune_noise_alpha", None) is None:
+            return
+        why = "with neftune_noise_alpha, whose noise is smaller the longer a row is"
+        if self._share == "auto":
+            self._share = False
+            self._notice(f"share_prompts='auto': prompts are not shared {why}")
+        for option, taken in (("padding_free", self._padding_free), ("share_prompts", self._share)):
+            if taken:
+                raise ValueError(f"{option}: use {option}=False {why}")
 
     def _prepare_rows(self, *models: Any) -> None:
         """Let the models (or None) take rows of several sequences.
@@ -72,6 +82,7 @@ class OneRowMixin:
             packed=self._padding_free,
             share=self._share,
             longest=getattr(self.args, "max_length", None),
+            left=self._pads_left,
             notice=self._notice,
         )
 

@@ -41,6 +41,19 @@ class PromptSampler(RepeatSampler):
                 torch.randperm(self.num_samples, generator=self.generator)
 
 
+def begin_epoch(loader: Any, epoch: int) -> None:
+    """Tell the `PromptSampler` of a data loader, if there is one, which epoch begins.
+
+    transformers reaches no deeper than two samplers: not the one of a run on several processes that
+    is resumed, which lies within one that takes shares, within one that skips.
+    """
+    sampler = loader
+    while sampler is not None and not isinstance(sampler, PromptSampler):
+        sampler = getattr(sampler, "batch_sampler", None) or getattr(sampler, "sampler", None)
+    if sampler is not None:
+        sampler.set_epoch(epoch)
+
+
 def together(batches: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """As many batches of the same completions, and as large, in the order of their prompts: those
     of one prompt lie in as few batches as can be. What is no completion's stays where it is."""

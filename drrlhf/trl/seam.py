@@ -53,6 +53,14 @@ _METHODS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ),
     (
         "trl.trainer.grpo_trainer:GRPOTrainer",
+        "_generate_single_turn",
+        (
+            *("self", "prompt_ids", "images", "multimodal_fields", "num_generations"),
+            "has_tool_images",
+        ),
+    ),
+    (
+        "trl.trainer.grpo_trainer:GRPOTrainer",
         "_generate_and_score_completions",
         ("self", "inputs"),
     ),

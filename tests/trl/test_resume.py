@@ -20,6 +20,8 @@ from trl_fixtures import quiet, tiny_pairs  # isort: skip
 import steps
 import torch
 import trl
+from accelerate.data_loader import prepare_data_loader, skip_first_batches
+from torch.utils.data import DataLoader
 from transformers import AutoTokenizer
 from trl.trainer.utils import RepeatSampler
 
@@ -102,6 +104,33 @@ def test_prompts_come_in_the_order_of_the_epoch():
         for epoch in range(begin, 3):
             ours.set_epoch(epoch)
             assert list(ours) == epochs[epoch] and len(ours) == len(epochs[epoch])
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_the_order_of_an_epoch_reaches_the_sampler_behind_what_skips_and_shares(processes):
+    """The loader is made, and skips, as in a run that was resumed; its own epoch is the first."""
+
+    def loader():
+        sampler = prompts.PromptSampler(range(32), 1, 4, 1, shuffle=True, seed=3)
+        return prepare_data_loader(
+            DataLoader(range(32), batch_size=4, sampler=sampler),
+            device=torch.device("cpu"),
+            num_processes=processes,
+            process_index=0,
+            put_on_device=False,
+            rng_types=[],
+        )
+
+    whole = loader()
+    epochs = []
+    for epoch in range(2):
+        prompts.begin_epoch(whole, epoch)
+        epochs.append([batch.tolist() for batch in whole])
+    resumed = loader()
+    prompts.begin_epoch(resumed, 1)
+    rest = skip_first_batches(resumed, 2)
+    rest.set_epoch(1)  # as transformers does, which reaches one sampler less
+    assert [batch.tolist() for batch in rest] == epochs[1][2:] != epochs[0][2:]
 
 
 # ---- the directory of a run --------------------------------------------------------------------
