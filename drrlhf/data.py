@@ -212,7 +212,8 @@ def _read_datasets(source: str, path: Path, split: str) -> Rows:
         rows = tables.rows_of(source, data.with_format("arrow").iter(1000))
     for number, row in rows:
         if names and row["group"] is not None:  # by its name, as in other sources
-            row = row | {"group": names[row["group"]]}
+            code = row["group"]  # below 0 is what `datasets` calls no label
+            row = row | {"group": names[code] if code >= 0 else None}
         yield number, row
 
 

@@ -62,7 +62,8 @@ class AmbiguityMixin(ViewsMixin, TwoPasses):
             super().__init__(*args, **kwargs)
         self._prepare_rows(self.model, getattr(self, "ref_model", None))
         tokens = self.data_collator
-        self.data_collator = columns.PairColumns(tokens, self._numbered)
+        coded = self._numbered is not None or columns.may_be_coded(given.get("train_dataset"))
+        self.data_collator = columns.PairColumns(tokens, self._numbered, coded)
         self._collate_views(tokens)
         self._make_states()
         self._check_setup()

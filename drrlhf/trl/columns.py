@@ -9,7 +9,7 @@ the probability of the label.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any, NamedTuple
@@ -21,6 +21,7 @@ from drrlhf.groups import Groups, is_integer, named, of_values, short
 GROUP, WEIGHT, LABEL = "group", "weight", "p_chosen"
 COLUMNS = (GROUP, WEIGHT)
 PAIR_COLUMNS = (*COLUMNS, LABEL)
+NO_GROUP = -1
 # What the numbers of a column may be, and the words for it.
 _DOMAINS: dict[str, tuple[Callable[[float], bool], str]] = {
     WEIGHT: (lambda x: x >= 0, "a finite number >= 0 (0 masks the pair)"),
@@ -32,8 +33,9 @@ _DOMAINS: dict[str, tuple[Callable[[float], bool], str]] = {
 class PairColumns:
     """A data collator around another: adds our columns when the examples have them.
 
-    ``groups`` are those of the ambiguity set, None when it has none: then a ``group`` column that
-    holds integers is taken as it is, and any other left out.
+    ``groups`` are those of the ambiguity set, see `group_numbers`. Without ``coded`` a ``group``
+    column is left out: its data hold no integers, and the set has no groups. What a batch has must
+    not depend on its rows, since all processes tell each other of it.
 
     Raises:
         ValueError: (when called) a group that is none of ``groups``, a weight that is not a finite
@@ -42,18 +44,20 @@ class PairColumns:
 
     collator: Callable[[list[dict[str, Any]]], Any]
     groups: Groups | None = None
+    coded: bool = True
 
     def __call__(self, examples: list[dict[str, Any]]) -> Any:
         extra = {}
         for name in PAIR_COLUMNS:
-            dtype = torch.int64 if name == GROUP else torch.float64
-            if name in examples[0]:
-                values = [_plain(example.get(name)) for example in examples]
-                check_values(name, values, self.groups)
-                if name == GROUP and self.groups is not None:
-                    values = [self.groups.number(value) for value in values]
-                if name in _DOMAINS or all(_is_integer(value) for value in values):
-                    extra[name] = torch.tensor(values, dtype=dtype)
+            if name not in examples[0] or (name == GROUP and not self.coded):
+                continue
+            values = [_plain(example.get(name)) for example in examples]
+            if name == GROUP:
+                numbers = group_numbers(values, self.groups)
+                extra[name] = torch.tensor(numbers, dtype=torch.int64)
+            else:
+                check_values(name, values, None)
+                extra[name] = torch.tensor(values, dtype=torch.float64)
         batch = self.collator(examples)
         for name, tensor in extra.items():
             batch[name] = tensor
@@ -202,6 +206,25 @@ def check_values(name: str, values: Iterable[Any], groups: Groups | None, where:
                     f"column 'group'{where} holds {value!r}: {error}. Correct the column, or the "
                     "groups of the training data."
                 ) from None
+
+
+def group_numbers(values: Sequence[Any], groups: Groups | None) -> list[int]:
+    """The number of each value of a column ``group``. Without the groups of a set that is the value
+    itself, and `NO_GROUP` for one that is no integer.
+
+    Raises:
+        ValueError: a value is none of ``groups``.
+    """
+    if groups is None:
+        return [value if _is_integer(value) else NO_GROUP for value in values]
+    check_values(GROUP, values, groups)
+    return [groups.number(value) for value in values]
+
+
+def may_be_coded(dataset: Any) -> bool:
+    """Whether a column ``group`` may hold integers, as far as the data tell beforehand."""
+    feature = (getattr(dataset, "features", None) or {}).get(GROUP)
+    return getattr(feature, "dtype", "int64").startswith(("int", "uint"))
 
 
 def _plain(value: Any) -> Any:

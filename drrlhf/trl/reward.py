@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -18,6 +19,19 @@ from drrlhf.trl import columns, rows
 from drrlhf.trl.base import AmbiguityMixin
 from drrlhf.trl.seam import Recorder
 from drrlhf.trl.view_texts import Tokenize
+
+
+@dataclass
+class CheckedPadding:
+    """A data collator around another, whose padding the model must skip."""
+
+    collator: Callable[[list[dict[str, Any]]], Any]
+    pad_token_id: int | None
+
+    def __call__(self, examples: list[dict[str, Any]]) -> Any:
+        batch = self.collator(examples)
+        reward_inputs.check_padding(batch, self.pad_token_id)
+        return batch
 
 
 class RewardTrainer(AmbiguityMixin, trl.RewardTrainer):
@@ -38,14 +52,8 @@ class RewardTrainer(AmbiguityMixin, trl.RewardTrainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        collator, pad = self.data_collator, reward_inputs.pad_token_id(self.model)
-
-        def checked(examples: list[dict[str, Any]]) -> Any:
-            batch = collator(examples)
-            reward_inputs.check_padding(batch, pad)
-            return batch
-
-        self.data_collator = checked
+        pad = reward_inputs.pad_token_id(self.model)
+        self.data_collator = CheckedPadding(self.data_collator, pad)
 
     def _check_arguments(self, config: Any) -> None:
         super()._check_arguments(config)

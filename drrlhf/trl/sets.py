@@ -277,16 +277,20 @@ class SetMixin:
         """
         now = self._facts()
         # TRL's own checkpoints say nothing, and are of its own objective.
-        before = state.facts(folder) or {"ambiguity": "erm"}
+        told = state.facts(folder)
+        before = told or {"ambiguity": "erm"}
         for name in ("ambiguity", "views"):
             if before.get(name) == now.get(name):
                 continue
             if getattr(self.args, "resume_with_changed_ambiguity", False):
                 return False
+            saved = f"saved with {name}={before.get(name)!r}"
+            if not told:
+                saved = "saved without a word of its set, by TRL or with save_only_model=True"
             raise ValueError(
-                f"{folder}: saved with {name}={before.get(name)!r}, resumed with "
-                f"{now.get(name)!r}: another objective from here on. Resume with the saved "
-                "one, or say resume_with_changed_ambiguity=True to begin the new set's state anew."
+                f"{folder}: {saved}, resumed with {now.get(name)!r}: another objective from here "
+                "on. Resume with the saved one, or say resume_with_changed_ambiguity=True to begin "
+                "the new set's state anew."
             )
         if before.get(GROUPS, now.get(GROUPS)) != now.get(GROUPS):
             raise ValueError(

@@ -93,6 +93,7 @@ class StepMixin(SetMixin):
     the trainer's (`_collect`, `_whole_step`).
     """
 
+    optimizer: Any
     _held: list[Any]
     _takes_whole_step = False
     _calls_left = 0
@@ -121,6 +122,8 @@ class StepMixin(SetMixin):
         if not self._takes_whole_step:
             return super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]
         model.train()
+        if callable(to_training := getattr(self.optimizer, "train", None)):
+            to_training()  # evaluation has put averaged weights into the model
         self._held.append(self._collect(inputs))
         self._calls_left -= 1
         if self._calls_left:

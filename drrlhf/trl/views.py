@@ -103,10 +103,11 @@ class ViewsMixin(OneRowMixin):
                 "views: cannot be combined with dispatch_batches or split_batches in "
                 "accelerator_config, which cut a batch by its rows; leave them out"
             )
-        if self._views and config.dataloader_num_workers and get_start_method() != "fork":
+        method = getattr(config, "dataloader_multiprocessing_context", None) or get_start_method()
+        if self._views and config.dataloader_num_workers and method != "fork":
             raise ValueError(
                 f"views: expected data loader workers that are forked, got the start method "
-                f"{get_start_method()!r}; use dataloader_num_workers=0"
+                f"{method!r}; use dataloader_num_workers=0"
             )
 
     # -- the data ------------------------------------------------------------------------------

@@ -74,7 +74,7 @@ def concatenate(parts: Sequence[Weighted]) -> Weighted:
 def from_table(table: Tensor) -> Weighted:
     """What `Weighted.table` was made of, gathered over ranks and batches."""
     losses, nominal, groups, weights, correct = table.unbind(1)
-    ids = groups.long() if len(table) and bool((groups >= 0).all()) else None
+    ids = groups.long() if bool((groups >= 0).any()) else None
     return Weighted(losses, nominal, ids, weights, correct > 0)
 
 

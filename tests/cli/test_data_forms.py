@@ -79,6 +79,13 @@ def test_classes_of_a_data_set_keep_their_names(tmp_path):
     assert data.dataset.features["group"].names == data.group_names == ["news", "tweets"]
 
 
+def test_a_row_without_a_class_is_not_of_the_last_one(tmp_path):
+    rows = Dataset.from_dict({"chosen": ["a", "b"], "rejected": ["c", "d"], "group": [0, -1]})
+    rows.cast_column("group", ClassLabel(names=["x", "y"])).save_to_disk(str(tmp_path / "d"))
+    with pytest.raises(DataError, match="row 2: no 'group', but one in row 1"):
+        load_preference_data(tmp_path / "d")
+
+
 # ---- tools ---------------------------------------------------------------------------------------
 
 TEMPLATE = (

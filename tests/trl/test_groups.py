@@ -189,3 +189,25 @@ def test_a_checkpoint_knows_its_groups(llama, tmp_path):
 def test_pass_rates_need_a_number_of_groups(llama, tmp_path):
     with pytest.raises(ValueError, match="write how many, as in 'group:4'"):
         built("grpo", llama, str(tmp_path), ambiguity="group", group_by="pass_rate")
+
+
+@pytest.mark.parametrize("kind", ["dpo", "reward", "grpo"])
+def test_without_a_set_of_groups_a_pair_may_have_none(llama, tmp_path, kind):
+    """Every batch tells of groups or none does: processes wait for each other there."""
+    data = tiny_pairs(16, group=[0, 1, None, 1] * 4)
+    options = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
+    trainer = built(kind, llama, str(tmp_path), data, ambiguity="cvar:0.9", max_steps=4, **options)
+    trainer.train()
+    logs = [log for log in trainer.state.log_history if "loss" in log]
+    assert len(logs) == 4
+    for log in logs:
+        found = {name.split("/")[1] for name in log if name.startswith("group/")}
+        assert found and found <= {"0", "1"}
+
+
+def test_what_a_batch_has_does_not_depend_on_its_rows(llama, tmp_path):
+    some = dpo(llama, tmp_path, [0, None, 1, None])
+    rows = list(some.train_dataset)
+    assert [some.data_collator([row])["group"].tolist() for row in rows] == [[0], [-1], [1], [-1]]
+    texts = dpo(llama, tmp_path, NAMES)
+    assert "group" not in texts.data_collator(list(texts.train_dataset))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+
 import pytest
 
 pytest.importorskip("trl")
@@ -252,3 +254,13 @@ def test_grpo_reads_adapters_as_training_did(tmp_path):
         asked, [row["prompt"] for row in asked], tiny_pairs(4)["chosen"][:], [[1]] * 4
     )
     np.testing.assert_allclose(paid[:, 0].tolist(), chosen, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["dpo", "reward"])
+def test_what_makes_batches_can_be_sent_to_a_worker(models, tmp_path, kind):
+    """As data loader workers that are not forked need it."""
+    made = steps.trainer(kind, models[kind], str(tmp_path))
+    rows = list(made.train_dataset)[:2]
+    sent = pickle.loads(pickle.dumps(made.data_collator))(rows)
+    for name, tensor in made.data_collator(rows).items():
+        assert torch.equal(sent[name], tensor)

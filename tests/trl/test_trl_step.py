@@ -284,3 +284,47 @@ def test_completions_that_truncation_emptied_attract_no_weight(models, tmp_path,
     trainer.train()
     (log,) = (entry for entry in trainer.state.log_history if "loss" in entry)
     assert log["loss"] == 0 and log["grad_norm"] == 0
+
+
+class Averaging(torch.optim.SGD):
+    """As schedule-free optimizers do, it puts other weights into the model to evaluate."""
+
+    training = True
+
+    def train(self):
+        self._put(True, 2.0)
+
+    def eval(self):
+        self._put(False, 0.5)
+
+    def _put(self, training, factor):
+        if training != self.training:
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    parameter.data.mul_(factor)
+        self.training = training
+
+
+def test_the_adversary_sees_the_weights_that_are_trained(models, tmp_path):
+    """Also in the step after an evaluation, whose optimizer has put others into the model."""
+    found = []
+    for cut in (PARTS, WHOLE):
+        trainer = steps.trainer(
+            "dpo",
+            models["dpo"],
+            str(tmp_path),
+            tiny_pairs(16),
+            trainer_eval_dataset=tiny_pairs(4, seed=1),
+            ambiguity="cvar:0.3",
+            eval_strategy="steps",
+            eval_steps=1,
+            max_steps=2,
+            train_sampling_strategy="sequential",
+            **cut,
+        )
+        trainer.optimizer = Averaging(trainer.model.parameters(), lr=0.01)
+        trainer.train()
+        (kept,) = (c for c in trainer.callback_handler.callbacks if hasattr(c, "steps"))
+        logs = [log for log in trainer.state.log_history if "loss" in log]
+        found.append({"gradients": kept.steps, "logs": logs})
+    assert_same_step(*found, step=1)

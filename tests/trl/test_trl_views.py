@@ -470,6 +470,11 @@ def test_views_take_a_rate_and_may_be_biases(made):
         ("dpo", {"precompute_ref_log_probs": True}, "with precompute_ref_log_probs=True"),
         ("dpo", {"ld_alpha": 0.0}, "with ld_alpha"),
         ("reward", {"accelerator_config": {"split_batches": True}}, "with dispatch_batches or"),
+        (
+            "reward",
+            {"dataloader_num_workers": 1, "dataloader_multiprocessing_context": "spawn"},
+            "workers that are forked, got the start method 'spawn'",
+        ),
         ("dpo", {"use_weighting": True}, "with use_weighting=True"),
         ("dpo", {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 1.0]}, "'sft'"),
     ],
