@@ -27,6 +27,7 @@ from evidence.labels import summary as labels
 from evidence.shift import page, summary
 from evidence.tables import kept
 from evidence.views import summary as views
+from tools.api import listed
 
 ROOT = Path(__file__).parent.parent
 KEPT = ROOT / "benchmarks" / "results"
@@ -62,6 +63,10 @@ def blocks() -> dict[str, str]:
         "views_dpo": views.tables(kept("views/results/dpo.jsonl")),
         "stress_findings": _stress_findings(_stressed()),
         **summary.tables(page.HERE / "results"),
+        "api": listed("drrlhf"),
+        **{
+            f"api_{part}": listed(f"drrlhf.{part}") for part in ("trl", "stress", "transformations")
+        },
     }
 
 

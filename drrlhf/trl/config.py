@@ -17,7 +17,7 @@ from drrlhf.functional.row_sets import MEAN
 from drrlhf.groups import from_data, with_count
 from drrlhf.trl import views
 from drrlhf.trl.head import HEADS
-from drrlhf.trl.rewards import check_ambiguity
+from drrlhf.trl.reward_ambiguity import check_ambiguity
 
 SCOPES = ("step", "microbatch")
 SHARING = {"auto": "auto", "true": True, "false": False}  # as a shell spells them
@@ -230,7 +230,9 @@ class RewardConfig(_Pairs, _TRLRewardConfig):
 @dataclass
 class GRPOConfig(_Ambiguous, _TRLGRPOConfig):
     """TRL's ``GRPOConfig`` plus the ambiguity set around the prompts of a step, given and kept as
-    in :class:`DPOConfig`, and the output head. ``share_prompts`` runs the model on a prompt once
+    in :class:`DPOConfig`, and the output head.
+
+    ``share_prompts`` runs the model on a prompt once
     for all completions of it in a batch; those of an optimizer step that have one prompt are
     brought together in its batches.
 

@@ -15,7 +15,7 @@ from drrlhf.functional.robust_risk import unmasked_gradient
 from drrlhf.reference.pair_losses import PAIR_LOSSES as EVERY_PAIR_LOSS
 from drrlhf.reference.pair_losses import names
 from drrlhf.trl import columns, head
-from drrlhf.trl.base import AmbiguityMixin, logger
+from drrlhf.trl.pairs import PairsMixin, logger
 from drrlhf.trl.seam import Recorder, overridden
 
 # Losses of one pair each: the adversary weighs these. simpo is not a DPO loss of TRL's.
@@ -27,7 +27,7 @@ SORTED_LOSSES = ("aot", "aot_unpaired")
 OUTSIDE_LOSSES = ("sft", *SORTED_LOSSES)
 
 
-class DPOTrainer(AmbiguityMixin, trl.DPOTrainer):
+class DPOTrainer(PairsMixin, trl.DPOTrainer):
     """TRL's ``DPOTrainer``; the pair losses are weighed by ``args.ambiguity``.
 
     With ``ambiguity="erm"`` the numbers are TRL's, with one exception: ``label_smoothing`` applies
@@ -43,7 +43,7 @@ class DPOTrainer(AmbiguityMixin, trl.DPOTrainer):
         ValueError: an unknown ``loss_type``; ``aot`` or ``aot_unpaired`` with weights; an
             ambiguity set with no pair loss to act on; a Group set without a ``group`` column or
             with another number of groups, a weight that is not finite and >= 0, or what
-            `AmbiguityMixin` refuses.
+            `PairsMixin` refuses.
         RuntimeError: with our head, something other than TRL or drrlhf stands in the
             place of TRL's head.
     """

@@ -21,7 +21,7 @@ from drrlhf.layouts import model as layouts
 from drrlhf.trl import columns, head, prompts, weighted
 from drrlhf.trl.one_row import OneRowMixin
 from drrlhf.trl.prompts import FACTOR, PassRates, PromptSampler
-from drrlhf.trl.rewards import WorstReward
+from drrlhf.trl.reward_ambiguity import WorstReward
 from drrlhf.trl.seam import overridden
 from drrlhf.trl.step import StepMixin
 from drrlhf.trl.weighted import PROMPTS, Weighted

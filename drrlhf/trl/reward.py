@@ -16,7 +16,7 @@ from drrlhf import reward_inputs
 from drrlhf.functional.reward_loss import reward_losses
 from drrlhf.layouts.lengths import TwoParts
 from drrlhf.trl import columns, rows
-from drrlhf.trl.base import AmbiguityMixin
+from drrlhf.trl.pairs import PairsMixin
 from drrlhf.trl.seam import Recorder
 from drrlhf.trl.view_texts import Tokenize
 
@@ -34,7 +34,7 @@ class CheckedPadding:
         return batch
 
 
-class RewardTrainer(AmbiguityMixin, trl.RewardTrainer):
+class RewardTrainer(PairsMixin, trl.RewardTrainer):
     """TRL's ``RewardTrainer``; the pair losses are weighed by ``args.ambiguity``.
 
     The centring term of ``center_rewards_coefficient`` is part of each pair's loss, so that the
@@ -45,7 +45,7 @@ class RewardTrainer(AmbiguityMixin, trl.RewardTrainer):
     Raises:
         ValueError: a Group set without a ``group`` column or with another number of groups, a
             weight that is not finite and >= 0, a ``data_collator`` that pads with what the model
-            does not skip, Liger's fused linear cross-entropy, or what `AmbiguityMixin` refuses.
+            does not skip, Liger's fused linear cross-entropy, or what `PairsMixin` refuses.
     """
 
     __signature__ = inspect.signature(trl.RewardTrainer)

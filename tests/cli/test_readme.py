@@ -9,6 +9,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ from drrlhf.files import json_lines
 from drrlhf.seeds import mean_and_error
 from evidence.shift import findings, page, radius, summary
 from evidence.shift.methods import METHODS
-from tools import generated
+from tools import api, generated
 
 ROOT = Path(__file__).parents[2]
 PAGES = {path.relative_to(ROOT).as_posix(): path.read_text() for path in generated.pages()}
@@ -475,3 +476,23 @@ def test_the_words_around_the_tables_are_what_these_say():
 
 def test_the_readme_is_short():
     assert len(README.splitlines()) <= 150
+
+
+def test_a_name_is_listed_with_its_arguments_and_first_sentence(monkeypatch):
+    def shown(x, *rest, y=1, **options):
+        """The sum of x and y. More
+        of it.
+
+        And more.
+        """
+
+    def bare():
+        pass
+
+    home = types.SimpleNamespace(__all__=["shown", "LIMIT"], shown=shown, LIMIT=3)
+    monkeypatch.setitem(sys.modules, "home", home)
+    assert api.listed("home") == "- `shown(x, *rest, y, **options)`: The sum of x and y."
+    home.__all__.append("bare")
+    home.bare = bare
+    with pytest.raises(ValueError, match="expected a docstring, got none"):
+        api.listed("home")

@@ -20,8 +20,8 @@ from drrlhf.trl.weighted import PAIRS, Weighted
 logger = get_logger(__name__)
 
 
-class AmbiguityMixin(ViewsMixin, TwoPasses):
-    """Put before a TRL trainer: reads ``args.ambiguity`` and keeps what the set needs.
+class PairsMixin(ViewsMixin, TwoPasses):
+    """Put before a TRL trainer of pairs: reads ``args.ambiguity`` and keeps what the set needs.
 
     Metrics added to TRL's own, for every set but plain ``"erm"`` (there only with weights):
     ``robust/value`` the worst-case risk, ``robust/mean_loss`` what plain training would have seen
