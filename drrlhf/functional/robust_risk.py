@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypedDict
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,9 @@ from drrlhf.checks import (
 )
 from drrlhf.reference.robust_risk import check_groups, normalised
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 
 class RobustRisk(NamedTuple):
     """What `robust_risk` returns: value (), weights (n,), dual ()."""
@@ -29,7 +32,20 @@ class RobustRisk(NamedTuple):
     dual: Tensor
 
 
-class GroupState(nn.Module):
+class _ExactState(nn.Module):
+    """Float64 buffers that no cast of the module that holds them rounds: .half(), .to(bfloat16) and
+    the like move them between devices, and nothing else."""
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        def follow(state: Tensor) -> Tensor:
+            moved = fn(state)
+            # Widened again it would keep the rounding: what was cast is taken from the original.
+            return moved if moved.dtype == torch.float64 else state.to(moved.device, torch.float64)
+
+        return super()._apply(follow, recurse)
+
+
+class GroupState(_ExactState):
     """The group weights that `Group` steps: `.weights`, a float64 buffer (G,), uniform at first.
 
     Saved with a module's or trainer's checkpoint; equal on all ranks; stepped only by training
@@ -44,13 +60,8 @@ class GroupState(nn.Module):
         uniform = torch.full((num_groups,), 1.0 / num_groups, dtype=torch.float64)
         self.register_buffer("weights", uniform)
 
-    def _apply(self, fn: Any, recurse: bool = True) -> GroupState:
-        # model.half() and .to(bfloat16) must not round the state: follow the device alone.
-        super()._apply(lambda t: fn(t).to(torch.float64), recurse)
-        return self
 
-
-class NormaliserState(nn.Module):
+class NormaliserState(_ExactState):
     """The running normaliser of `KL` with momentum: `.log_normaliser`, a float64 buffer ().
 
     The logarithm of Z, the running sum p exp(l/t); NaN until the first batch. Saved with a module's
@@ -62,10 +73,6 @@ class NormaliserState(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("log_normaliser", torch.full((), math.nan, dtype=torch.float64))
-
-    def _apply(self, fn: Any, recurse: bool = True) -> NormaliserState:
-        super()._apply(lambda t: fn(t).to(torch.float64), recurse)
-        return self
 
 
 class RiskOptions(TypedDict, total=False):

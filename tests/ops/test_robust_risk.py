@@ -529,9 +529,36 @@ def test_group_survives_huge_losses(backend):
     assert state.weights[1] > 0.99
 
 
-def test_group_state_keeps_its_dtype():
-    module = torch.nn.Sequential(torch.nn.Linear(2, 2), dr.GroupState(2)).half()
-    assert module[1].weights.dtype == torch.float64 and module[0].weight.dtype == torch.float16
+CASTS = {
+    "half": lambda module: module.half(),
+    "bfloat16": lambda module: module.to(torch.bfloat16),
+    "float": lambda module: module.float(),
+    "half and to another device": lambda module: module.to("cpu", torch.float16),
+}
+
+
+@pytest.mark.usual
+@pytest.mark.parametrize("cast", CASTS.values(), ids=CASTS)
+def test_casts_of_a_module_do_not_round_its_states(cast):
+    module = torch.nn.ModuleList(
+        [torch.nn.Linear(2, 2), dr.GroupState(3), dr.NormaliserState(), dr.GroupState(3)]
+    )
+    module[2].log_normaliser.fill_(1e300)
+    rare = [1 - 1e-9, 1e-9, 0.0]  # float16 has no 1e-9: the group would be lost for good
+    module[3].weights.copy_(torch.tensor(rare, dtype=torch.float64))
+    assert cast(module)[0].weight.dtype != torch.float64
+    assert module[1].weights.tolist() == [1 / 3, 1 / 3, 1 / 3]
+    assert module[2].log_normaliser.item() == 1e300
+    assert module[3].weights.tolist() == rare
+
+
+@pytest.mark.usual
+def test_states_follow_to_meta_and_to_empty():
+    module = torch.nn.ModuleList([dr.GroupState(3), dr.NormaliserState()]).to("meta", torch.float16)
+    for device in ("meta", "cpu"):
+        module.to_empty(device=device)
+        for buffer in module.buffers():
+            assert (buffer.dtype, buffer.device.type) == (torch.float64, device)
 
 
 # ------------------------------------------------------------------ bad input
