@@ -40,6 +40,29 @@ def _check_options(temperature: float, softcap: float | None) -> None:
             raise ValueError(f"{name}: expected a number > 0, got {value!r}")
 
 
+def _check_spendable(logits: Tensor) -> None:
+    """ValueError unless the gradient may be written over logits that have one."""
+    if not logits.requires_grad:
+        return
+    view = logits._is_view()
+    if (logits._base if view else logits).is_leaf:  # type: ignore[union-attr]
+        raise ValueError(
+            f"inplace_backward: expected logits that an operation made, got a "
+            f"{'view of a ' if view else ''}leaf tensor, whose values the backward would destroy; "
+            "leave it False"
+        )
+    # Every dimension must step over all that those of smaller strides reach.
+    reach = 0
+    for stride, size in sorted(zip(logits.stride(), logits.shape)):
+        if size > 1 and stride <= reach and logits.numel():
+            raise ValueError(
+                "inplace_backward: expected logits whose entries have memory of their own, got "
+                f"shape {tuple(logits.shape)} with strides {logits.stride()}, whose entries share "
+                "some; call .contiguous() or leave it False"
+            )
+        reach += (size - 1) * stride
+
+
 class TokenLogprobs(NamedTuple):
     """What the token log-probs come with when `outputs` asks for more; None where it did not.
 
@@ -138,8 +161,9 @@ def token_logprobs(
         labels: (...), any integer dtype. `ignore_index` gives exactly 0 and no gradient.
         outputs: names of `TokenLogprobs` wanted besides the log-probs, from the same pass.
         inplace_backward: write the gradient over the logits, which are then spent: no second
-            tensor of their size. They must not be a leaf; a second backward raises. Compiled
-            graphs plan their own memory and ignore it, as `torch.func` does.
+            tensor of their size. They must be neither a leaf nor a view of one, nor share memory
+            among their entries; a second backward raises. Compiled graphs plan their own memory and
+            ignore it, as `torch.func` does.
 
     Returns:
         (...), float32, or float64 for float64 logits; a `TokenLogprobs` of such if `outputs` names
@@ -147,7 +171,7 @@ def token_logprobs(
 
     Raises:
         ValueError: shapes, dtypes, labels outside [0, V), temperature or softcap not > 0, unknown
-            outputs.
+            outputs, logits that inplace_backward must not write over.
     """
     check_floating("logits", logits)
     if logits.dim() < 1 or logits.shape[-1] == 0:
@@ -158,11 +182,7 @@ def token_logprobs(
     _check_labels(labels, tuple(logits.shape[:-1]), logits.shape[-1], ignore_index)
     op: Any = ops.token_logprobs
     if inplace_backward and not torch.compiler.is_compiling() and not ops.transformed():
-        if logits.is_leaf and logits.requires_grad:
-            raise ValueError(
-                "inplace_backward: expected logits that an operation made, got a leaf tensor, "
-                "whose values the backward would destroy; leave it False"
-            )
+        _check_spendable(logits)
         op = ops.token_logprobs_in_place
     return _result(op(logits, labels, ignore_index, float(temperature), softcap, bits), outputs)
 

@@ -514,12 +514,33 @@ def test_inplace_backward(backend, dtype, layout, entropy):
     torch.testing.assert_close(where[1::7][1:], gradients[0][1::7][1:], msg="not written in place")
 
 
+SPENT = "inplace_backward: expected logits that an operation made, got a "
+SHARED = "inplace_backward: expected logits whose entries have memory of their own"
+NOT_SPENDABLE = {
+    "leaf": (lambda leaf: leaf, SPENT + "leaf"),
+    "view of a leaf": (lambda leaf: leaf.view(2, 3, 5), SPENT + "view of a leaf"),
+    "part of a leaf": (lambda leaf: leaf[:, :-1], SPENT + "view of a leaf"),
+    "view of a view": (lambda leaf: leaf.view(2, 3, 5)[0].mT, SPENT + "view of a leaf"),
+    "one row for all": (lambda leaf: (leaf * 1.0)[:1].expand(3, 5), SHARED),
+    "windows": (lambda leaf: (leaf * 1.0).view(-1).unfold(0, 5, 2), SHARED),
+    "windows across": (lambda leaf: (leaf * 1.0).view(-1).unfold(0, 5, 2).mT, SHARED),
+}
+
+
+@pytest.mark.usual
+@pytest.mark.parametrize("made, message", NOT_SPENDABLE.values(), ids=NOT_SPENDABLE)
+def test_inplace_backward_refuses_logits_that_are_not_its_own(made, message):
+    leaf = torch.randn(6, 5, requires_grad=True)
+    logits = made(leaf)
+    labels = torch.zeros(logits.shape[:-1], dtype=torch.long)
+    with pytest.raises(ValueError, match=message):
+        dr.token_logprobs(logits, labels, inplace_backward=True)
+    with torch.no_grad():  # nothing will be written
+        dr.token_logprobs(logits.detach(), labels, inplace_backward=True)
+
+
 def test_inplace_backward_refuses_what_it_would_destroy(backend):
     logits, labels = torch.randn(2, 5, requires_grad=True), torch.tensor([1, 2])
-    with pytest.raises(
-        ValueError, match="inplace_backward: expected logits that an operation made"
-    ):
-        dr.token_logprobs(logits, labels, inplace_backward=True)
     logp = dr.token_logprobs(logits * 1.0, labels, inplace_backward=True).sum()
     logp.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
