@@ -270,12 +270,13 @@ def _shares(
         every = distributed.total(torch.cat([sizes, sizes.new_ones(1)]), risk.process_group)
         sizes, ranks = every[:3], int(every[3])
     m, sequences, all_tokens = sizes.unbind()
+    sequences, all_tokens = sequences.clamp(min=1), all_tokens.clamp(min=1)  # all masked: m is 0
     if loss_type == "grpo":
         by = tokens.clamp(min=1) * sequences
     elif loss_type == "dr_grpo":
         by = float(max_completion_length or 1) * sequences
     else:
-        by = all_tokens.clamp(min=1)
+        by = all_tokens
     return m * ranks / by, ranks
 
 

@@ -334,6 +334,16 @@ def test_a_masked_prompt_is_absent(loss_type):
 
 
 @pytest.mark.mathematics
+@pytest.mark.parametrize("loss_type", POLICY_LOSS_TYPES)
+def test_nothing_unmasked_gives_zero_connected(loss_type):
+    x = batch((2, 2), mask=None)
+    for rewards in (x["rewards"], torch.full_like(x["rewards"], math.nan)):
+        changed = x | {"rewards": rewards, "nominal": torch.zeros(2)}
+        out, grad = run(changed, loss_type=loss_type, max_completion_length=11)
+        assert out.loss.item() == 0 and (grad == 0).all() and (out.weights == 0).all()
+
+
+@pytest.mark.mathematics
 def test_a_prompt_without_weight_is_worth_nothing_whatever_it_holds():
     x = batch(counts=(2, 2, 2), mask=None)
     x["rewards"] = -x["prompt_ids"].to(x["rewards"])
