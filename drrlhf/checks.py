@@ -88,10 +88,15 @@ def check_floating(name: str, value: Tensor) -> None:
         )
 
 
-def check_integer(name: str, value: Tensor) -> None:
-    """ValueError unless `value` has an integer dtype."""
+def integers(name: str, value: Tensor) -> Tensor:
+    """`value` as int64; ValueError unless it has an integer dtype.
+
+    Compared as it is, a narrow one would turn the other number into its own dtype: a label of
+    uint8 would be ignored for being 156, and outside of a vocabulary of 256 whatever it is.
+    """
     if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
         raise ValueError(f"{name}: expected an integer dtype, got {value.dtype}; call .long()")
+    return value.long()
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

@@ -9,17 +9,18 @@ import torch
 from torch import Tensor
 
 from drrlhf import head_memory, ops
-from drrlhf.checks import check_choice, check_device, check_floating, check_integer, check_none
+from drrlhf.checks import check_choice, check_device, check_floating, check_none, integers
 from drrlhf.conventions import ENTROPY, IS_TOP1, LOG_SUM_SQ_PROBS, MEAN_LOGIT
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 
-def _check_labels(
+def _checked_labels(
     labels: Tensor, lead: tuple[int, ...], vocabulary: int, ignore_index: int
-) -> None:
-    check_integer("labels", labels)
+) -> Tensor:
+    """The labels in int64; ValueError unless they are one for each row, and known or ignored."""
+    labels = integers("labels", labels)
     if tuple(labels.shape) != lead:
         raise ValueError(
             f"labels: expected shape {lead}, one label for each row, got {tuple(labels.shape)}"
@@ -32,6 +33,7 @@ def _check_labels(
         ),
         labels,
     )
+    return labels
 
 
 def _check_options(temperature: float, softcap: float | None) -> None:
@@ -179,7 +181,7 @@ def token_logprobs(
     _check_options(temperature, softcap)
     bits = _check_outputs(outputs)
     check_device("labels", labels, "logits", logits)
-    _check_labels(labels, tuple(logits.shape[:-1]), logits.shape[-1], ignore_index)
+    labels = _checked_labels(labels, tuple(logits.shape[:-1]), logits.shape[-1], ignore_index)
     op: Any = ops.token_logprobs
     if inplace_backward and not torch.compiler.is_compiling() and not ops.transformed():
         _check_spendable(logits)
@@ -273,7 +275,7 @@ def linear_token_logprobs(
     bits = _check_outputs(outputs)
     for name, tensor in (("weight", weight), ("bias", bias), ("labels", labels)):
         check_device(name, tensor, "hidden", hidden)
-    _check_labels(labels, tuple(hidden.shape[:-1]), weight.shape[0], ignore_index)
+    labels = _checked_labels(labels, tuple(hidden.shape[:-1]), weight.shape[0], ignore_index)
     if not hidden.is_meta and torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
@@ -313,7 +315,7 @@ def sequence_logprobs(
     Args:
         logps: (B, L) padded, or (T,) packed with `cu_seqlens`. Entries whose label is
             `ignore_index` do not count, even when NaN.
-        labels: the labels that `logps` belong to, same shape.
+        labels: the labels that `logps` belong to, same shape, any integer dtype.
         cu_seqlens: (S+1,) integer boundaries: 0, ..., T, not decreasing; sequence s is
             logps[cu_seqlens[s]:cu_seqlens[s+1]].
         reduction: "sum", or "mean" over counted tokens (0 for a sequence that has none).
@@ -325,6 +327,7 @@ def sequence_logprobs(
         ValueError: shapes, dtypes, an unknown reduction, boundaries that are not as above.
     """
     check_floating("logps", logps)
+    labels = integers("labels", labels)
     if labels.shape != logps.shape:
         raise ValueError(
             f"labels: expected shape {tuple(logps.shape)} as logps, got {tuple(labels.shape)}"
@@ -356,7 +359,7 @@ def check_layout(
             f"{name}: expected packed (T,) with cu_seqlens, got {tuple(x.shape)}{hint}"
         )
     check_device("cu_seqlens", cu_seqlens, name, x)
-    check_integer("cu_seqlens", cu_seqlens)
+    cu_seqlens = integers("cu_seqlens", cu_seqlens)
     if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1:
         raise ValueError(f"cu_seqlens: expected shape (S+1,), got {tuple(cu_seqlens.shape)}")
     check_none(

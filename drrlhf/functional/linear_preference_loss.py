@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from drrlhf import distributed, ops
-from drrlhf.checks import check_device, check_vector
+from drrlhf.checks import check_device, check_vector, integers
 from drrlhf.conventions import FUSED_PAIR_LOSS
 from drrlhf.functional.label_probs import LABEL_OPTIONS, check_labels
 from drrlhf.functional.options import take
@@ -89,8 +89,9 @@ def linear_preference_loss(
     kinds = HEAD_OPTIONS, PAIR_LOSS_OPTIONS, LABEL_OPTIONS, RISK_OPTIONS
     about_head, about_loss, labelled, about_risk = take("linear_preference_loss", options, *kinds)
     ignore_index, risk = about_head.get("ignore_index", -100), Options(**about_risk)
-    sequences = Sequences(labels, cu_seqlens, ignore_index)
     with distributed.agreement(risk.process_group, hidden):
+        labels = integers("labels", labels)
+        sequences = Sequences(labels, cu_seqlens, ignore_index)
         count = check_layout("labels", labels, cu_seqlens, "(2n, L)")
         if count % 2:
             raise ValueError(

@@ -13,9 +13,9 @@ from drrlhf.checks import (
     check_choice,
     check_device,
     check_floating,
-    check_integer,
     check_none,
     check_vector,
+    integers,
 )
 from drrlhf.conventions import (
     IMPORTANCE_LEVELS,
@@ -229,6 +229,7 @@ def policy_loss(
         )
         _check_loss_type(loss_type, max_completion_length)
         _check_sequences(logps, advantages, rewards, prompt_ids, sequence_weights)
+        prompt_ids = integers("prompt_ids", prompt_ids)
         prompts = Prompts(prompt_ids, _count(prompt_ids, num_prompts))
         tokens = found.sequences.tokens
         _check_rewards(rewards, prompts, risk.nominal, risk.check_finite)
@@ -281,12 +282,12 @@ def _shares(
 
 
 class Prompts:
-    """Which of m prompts each sequence belongs to; an id outside of [0, m) is of none."""
+    """Which of m prompts each sequence belongs to; an int64 id outside of [0, m) is of none."""
 
     def __init__(self, prompt_ids: Tensor, num_prompts: int) -> None:
         self.ids, self.count = prompt_ids, num_prompts
         outside = (prompt_ids < 0) | (prompt_ids >= num_prompts)
-        self.of = torch.where(outside, num_prompts, prompt_ids.long())
+        self.of = torch.where(outside, num_prompts, prompt_ids)
 
     def sums(self, x: Tensor) -> Tensor:
         """Sums (m,) of a number by sequence."""
@@ -402,7 +403,6 @@ def _check_sequences(
         check_vector(name, value, advantages.numel(), "advantages")
         check_device(name, value, "logps", logps)
     check_floating("rewards", rewards)
-    check_integer("prompt_ids", prompt_ids)
 
 
 def _check_rewards(rewards: Tensor, prompts: Prompts, nominal: Tensor | None, wanted: bool) -> None:

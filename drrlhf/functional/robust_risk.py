@@ -13,10 +13,10 @@ from drrlhf import checks, distributed, ops
 from drrlhf.ambiguity import ERM, AmbiguitySet, Encoded, Group, parse_ambiguity
 from drrlhf.checks import (
     check_floating,
-    check_integer,
     check_none,
     check_vector,
     constant_in_graphs,
+    integers,
 )
 from drrlhf.reference.robust_risk import check_groups, normalised
 
@@ -184,7 +184,7 @@ def solver(n: int, on: Tensor, like: str, options: Options) -> Solver:
             f"tensor of shape ({n},), got None"
         )
     check_vector("groups", groups, n, like, on)
-    check_integer("groups", groups)
+    groups = integers("groups", groups)
     if group_state is None:
         weights = on.new_full((parsed.num_groups,), 1 / parsed.num_groups, dtype=torch.float64)
     else:

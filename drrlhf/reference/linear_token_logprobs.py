@@ -10,7 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from drrlhf.conventions import HeadGradient, Keep, statistics_dtype
-from drrlhf.reference.token_logprobs import needs_gradient, token_logprobs, token_logprobs_backward
+from drrlhf.reference.token_logprobs import (
+    counted,
+    needs_gradient,
+    token_logprobs,
+    token_logprobs_backward,
+)
 
 
 def linear_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float) -> Tensor:
@@ -58,7 +63,7 @@ def linear_token_logprobs_backward(*arguments: Any) -> tuple[Tensor, Tensor, Ten
         logits, a.labels, *grads, *statistics, a.ignore_index, a.temperature, a.softcap
     )
     d = (d * a.logit_scale).reshape(-1, weight.shape[0])
-    trained = needs_gradient(a.labels != a.ignore_index, *grads).reshape(-1, 1)
+    trained = needs_gradient(counted(a.labels, a.ignore_index), *grads).reshape(-1, 1)
     hidden = a.hidden.reshape(-1, a.hidden.shape[-1])
     like_bias = weight if a.bias is None else a.bias
     with torch.autocast(hidden.device.type, enabled=False):

@@ -214,7 +214,7 @@ def normalised(nominal: Tensor | None, n: int, like: Tensor) -> Tensor:
 def check_groups(groups: Tensor | None, group_weights: Tensor | None) -> Tensor:
     """Which group ids are outside of [0, G); ValueError for the first of them on the CPU."""
     assert groups is not None and group_weights is not None, "Group needs groups and state"
-    size = group_weights.numel()
+    groups, size = groups.long(), group_weights.numel()
     outside = (groups < 0) | (groups >= size)
     check_none(
         lambda: outside,
@@ -244,7 +244,7 @@ def solve(
     if kind == "group":
         outside = check_groups(groups, group_weights)
         legal = legal & ~outside.any()
-        ids = torch.where(outside, 0, groups).long()  # type: ignore[arg-type]
+        ids = torch.where(outside, 0, groups.long())  # type: ignore[union-attr]
         state = group_weights.clone()  # type: ignore[union-attr]
     if l.numel() == 0:
         return l.sum(), l, l.sum(), state

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from drrlhf.conventions import statistics_dtype
+from drrlhf.reference.token_logprobs import counted
 
 
 class Segments:
@@ -30,8 +31,9 @@ class Segments:
             rows = torch.arange(self.count, device=device)
             self.of = rows.unsqueeze(1).expand(tokens.shape)
             return
+        cu_seqlens = cu_seqlens.long()
         self.count = len(cu_seqlens) - 1
-        place = torch.arange(tokens.numel(), device=device, dtype=cu_seqlens.dtype)
+        place = torch.arange(tokens.numel(), device=device)
         # Tokens behind the last boundary get a sequence of their own, which nobody asks for.
         self.of = torch.searchsorted(cu_seqlens[1:].contiguous(), place, right=True)
         self.legal = (cu_seqlens[0] == 0) & (cu_seqlens[-1] == tokens.numel())
@@ -50,14 +52,14 @@ class Segments:
 
 def token_counts(labels: Tensor, cu_seqlens: Tensor | None, ignore_index: int) -> Tensor:
     """Counted tokens by sequence (S,), in float64."""
-    return Segments(labels, cu_seqlens).sums((labels != ignore_index).double())
+    return Segments(labels, cu_seqlens).sums(counted(labels, ignore_index).double())
 
 
 def sequence_logprobs(
     logps: Tensor, labels: Tensor, cu_seqlens: Tensor | None, ignore_index: int, mean: bool
 ) -> Tensor:
     """Sums or means (S,) over the counted tokens of padded (B, L) rows, or packed (T,) segments."""
-    kept = torch.where(labels != ignore_index, logps, 0).double()
+    kept = torch.where(counted(labels, ignore_index), logps, 0).double()
     total = Segments(labels, cu_seqlens).sums(kept)
     if mean:
         total = total / token_counts(labels, cu_seqlens, ignore_index).clamp(min=1)
@@ -71,4 +73,4 @@ def sequence_logprobs_backward(
     if mean:
         counts = token_counts(labels, cu_seqlens, ignore_index).clamp(min=1)
         grad = grad / counts.to(grad.dtype)
-    return torch.where(labels != ignore_index, Segments(labels, cu_seqlens).spread(grad), 0)
+    return torch.where(counted(labels, ignore_index), Segments(labels, cu_seqlens).spread(grad), 0)

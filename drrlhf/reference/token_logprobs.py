@@ -15,12 +15,17 @@ def _scaled(logits: Tensor, temperature: float, softcap: float | None) -> Tensor
     return z if temperature == 1.0 else z / temperature
 
 
+def counted(labels: Tensor, ignore_index: int) -> Tensor:
+    """Which labels are not ignored: in a narrow dtype the number to ignore could be another."""
+    return labels.long() != ignore_index
+
+
 def _counted(labels: Tensor, ignore_index: int, vocabulary: int) -> tuple[Tensor, Tensor, Tensor]:
     """Which labels count, and which of these are in [0, V) (...); and indices (..., 1) that are
     safe to gather at."""
-    valid = labels != ignore_index
+    labels, valid = labels.long(), counted(labels, ignore_index)
     known = valid & (labels >= 0) & (labels < vocabulary)
-    return valid, known, torch.where(known, labels, 0).long().unsqueeze(-1)
+    return valid, known, torch.where(known, labels, 0).unsqueeze(-1)
 
 
 def token_logprobs(
@@ -100,7 +105,7 @@ def token_logprobs_backward(
     """grad d logp / d logits + grad_entropy d entropy / d logits (..., V), in the logits' dtype."""
     x = logits.to(lse.dtype)
     z = _scaled(x, temperature, softcap)
-    _, _, index = _counted(labels, ignore_index, z.shape[-1])
+    valid, _, index = _counted(labels, ignore_index, z.shape[-1])
     log_p = (z - lse.unsqueeze(-1)) - lse_tail.unsqueeze(-1)
     p = torch.exp(log_p)
     d = torch.zeros_like(z)
@@ -116,7 +121,7 @@ def token_logprobs_backward(
     if softcap is not None:
         d = d * (1 - torch.tanh(x / softcap) ** 2)
     # Last, for the slope of a capped NaN is NaN, and 0 times it too.
-    asked = needs_gradient(labels != ignore_index, grad, grad_entropy).unsqueeze(-1)
+    asked = needs_gradient(valid, grad, grad_entropy).unsqueeze(-1)
     d = torch.where(asked, d, 0)
     return d.to(logits.dtype)
 
