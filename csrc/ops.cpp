@@ -165,7 +165,9 @@ std::tuple<Tensor, Tensor, Tensor> policy_loss(
   const PolicySums sums =
       policy_sums({logps, old_logps, ref_logps, entropy, mask, cu_seqlens}, shift,
                   {by_sequence, clip_low, clip_high, kl_beta, correct_kl});
-  return {sums.table[kSurrogate] + kl_beta * sums.table[kK3Sum], sums.slopes,
+  const Tensor surrogate = sums.table[kSurrogate];
+  // Not 0 times infinity where nobody asked for the divergence.
+  return {kl_beta == 0 ? surrogate.clone() : surrogate + kl_beta * sums.table[kK3Sum], sums.slopes,
           sums.table.to(statistics_dtype(logps))};
 }
 

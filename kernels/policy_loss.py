@@ -77,6 +77,12 @@ def log_ratio_at(logps_ptr, old_ptr, o, counted, OLD: tl.constexpr, DOUBLE: tl.c
 
 
 @triton.jit
+def times(kl_beta, x):
+    """kl_beta x, and not 0 times infinity where nobody asked for the divergence."""
+    return tl.where(kl_beta == 0, 0.0, kl_beta * x)
+
+
+@triton.jit
 def total(x, counted):
     return tl.sum(tl.where(counted, x, 0.0).to(tl.float64), 0)
 
@@ -123,7 +129,7 @@ def policy_loss_kernel(
                 if not BY_SEQUENCE:
                     back += tl.where(over > 0, 0.0, value)
             divergence += total(value, counted)
-            slope += kl_beta.to(dtype) * back
+            slope += times(kl_beta.to(dtype), back)
             over = tl.where(beyond > 0, 1.0, over)
         if ENTROPY:
             entropies += total(load(entropy_ptr, o, counted, DOUBLE), counted)
@@ -136,7 +142,7 @@ def policy_loss_kernel(
         overflowed += total(over, counted)
     if BY_SEQUENCE and REFERENCE and CORRECTED:
         # Every token moves the ratio, which multiplies the divergence of all of them.
-        by_ratio = kl_beta * divergence / tl.where(count > 1, count, 1.0)
+        by_ratio = times(kl_beta, divergence) / tl.where(count > 1, count, 1.0)
         by_ratio = tl.where(whole > LIMIT, 0.0, by_ratio)
         for first in range(begin, end, TOKENS):
             o = first + tl.arange(0, TOKENS)
@@ -151,7 +157,7 @@ def policy_loss_kernel(
     put(table_ptr + 5 * n + s, higher)
     put(table_ptr + 6 * n + s, overflowed)
     put(table_ptr + 7 * n + s, entropies)
-    tl.store(losses_ptr + s, loss + kl_beta * divergence)
+    tl.store(losses_ptr + s, loss + times(kl_beta, divergence))
 
 
 @triton.jit

@@ -132,7 +132,8 @@ DRRLHF_HD void sum_sequence(const Tokens<T>& t, std::int64_t n, T advantage,
         const T r = corrected * w.ratio[i] + (T(1) - corrected);
         const T by_ratio = w.over[i] > 0 ? T(0) : of_tokens * r * d.value;
         w.divergence[i] = r * d.value;
-        w.slope[i] += kl_beta * (r * d.slope + by_ratio);
+        // Not 0 times infinity where nobody asked for the divergence.
+        w.slope[i] += select(kl_beta != 0, kl_beta * (r * d.slope + by_ratio), T(0));
         w.over[i] = d.overflowed > 0 ? d.overflowed : w.over[i];
       }
       sums[kK3Sum] += sum(w.divergence, w.counted, size);
@@ -149,7 +150,7 @@ DRRLHF_HD void sum_sequence(const Tokens<T>& t, std::int64_t n, T advantage,
     sums[kRatio] = sums[kTokens] * double(whole.ratio);
     sums[kLowClipped] = sums[kTokens] * double(whole.low_clipped);
     sums[kHighClipped] = sums[kTokens] * double(whole.high_clipped);
-    if (options.correct_kl && t.ref_logps != nullptr && !(whole.overflowed > 0)) {
+    if (kl_beta != 0 && options.correct_kl && t.ref_logps != nullptr && !(whole.overflowed > 0)) {
       // Every token moves the ratio, which multiplies the divergence of all of them.
       const T by_ratio = T(options.kl_beta * sums[kK3Sum] / sums[kTokens]);
       for (std::int64_t i = 0; i < n; ++i) {

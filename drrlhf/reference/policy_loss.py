@@ -54,7 +54,8 @@ def policy_loss(
     those of `SequenceStatistics`.
 
     loss_s sums -min(r A, clip(r) A) + kl_beta k3 (times r where correct_kl) over the counted tokens
-    of s; r is the geometric mean of the sequence's ratios if by_sequence.
+    of s; r is the geometric mean of the sequence's ratios if by_sequence. At kl_beta 0 there is no
+    k3 in it, infinite or not; the table has it.
     d loss_s / d logp = slope.
     """
     segments = Segments(logps, cu_seqlens)
@@ -80,7 +81,9 @@ def policy_loss(
             if by_sequence:
                 by_ratio = segments.spread(sums(divergence) / tokens.clamp(min=1))
             slope = slope + torch.where(overflowed, 0, by_ratio)
-        slopes, overflowed = slopes + kl_beta * slope, overflowed | beyond
+        overflowed = overflowed | beyond
+        if kl_beta:  # not 0 times infinity where nobody asked for the divergence
+            slopes = slopes + kl_beta * slope
     found = SequenceStatistics(
         tokens,
         sums(surrogate),
@@ -92,7 +95,7 @@ def policy_loss(
         torch.zeros_like(tokens) if entropy is None else sums(entropy),
     )
     dtype = statistics_dtype(logps)
-    losses = found.surrogate + kl_beta * found.kl
+    losses = found.surrogate + kl_beta * found.kl if kl_beta else found.surrogate
     return losses, torch.where(counted, slopes, 0).to(dtype), torch.stack(found).to(dtype)
 
 

@@ -157,6 +157,22 @@ CASES = [
         )
         for name, value in (("logps", NAN), ("old", NAN), ("ref", NAN), ("logps", -INFINITY))
     ),
+    *(
+        Case(
+            f"{value} in ref without kl_beta, by sequence {whole}, corrected {correct}",
+            "not 0 times infinity: the divergence is in the table alone",
+            lambda v=value, w=whole, c=correct: batch(
+                bad=("ref", v), by_sequence=w, correct_kl=c, kl_beta=0.0
+            ),
+        )
+        for value, whole, correct in (
+            (-INFINITY, False, True),
+            (-INFINITY, True, True),
+            (-INFINITY, False, False),
+            (INFINITY, True, False),
+            (NAN, True, True),
+        )
+    ),
     Case(
         "sequences without upstream gradient",
         "exactly 0, whatever their slopes",

@@ -365,6 +365,21 @@ def test_nan_log_probs_are_seen():
 
 
 @pytest.mark.mathematics
+@pytest.mark.parametrize("correct_kl", [True, False])
+@pytest.mark.parametrize("level", IMPORTANCE_LEVELS)
+def test_a_reference_without_coefficient_is_only_looked_at(level, correct_kl):
+    """TRL adds no divergence to the loss then: 0 times infinity would be NaN."""
+    x = batch(mask=None)
+    x["ref_logps"][0, 1] = -math.inf
+    options = {"importance_level": level, "kl_beta": 0.0}
+    out, grad = run(x, correct_kl=correct_kl, **options)
+    alone, expected = run(x | {"ref_logps": None}, **options)
+    assert torch.isfinite(out.loss) and torch.equal(out.loss, alone.loss)
+    assert torch.isfinite(grad).all() and torch.equal(grad, expected)
+    assert out.sequences.kl.isinf().tolist() == [True] + [False] * (len(grad) - 1)
+
+
+@pytest.mark.mathematics
 def test_overflowing_ratios_are_clamped_and_counted():
     x = batch(counts=(2, 2), mask=None, ref_logps=None)
     old = x["logps"].detach().clone()
