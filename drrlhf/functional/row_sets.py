@@ -27,8 +27,8 @@ def solvable(option: str, ambiguity: str | AmbiguitySet, worst: str) -> Encoded:
     if encoded is None:
         raise ValueError(
             f"{option}: expected {worst!r}, 'mean', 'tv:r', 'kl:temperature=t' or 'cvar:a', "
-            f"without trim, got {str(ambiguity)!r}; another set has no closed form for the few "
-            "entries of a row"
+            f"without trim or momentum, got {str(ambiguity)!r}; another set has no closed form for "
+            "the few entries of a row"
         )
     return encoded
 
@@ -54,5 +54,8 @@ def _read(option: str, ambiguity: str, worst: str) -> Encoded | None:
 def _closed(ambiguity: AmbiguitySet) -> Encoded | None:
     """The set encoded, None if it has no closed form for rows."""
     encoded = ambiguity.encode()
+    # A running normaliser is that of one population, and rows are problems of their own.
+    running = getattr(ambiguity, "momentum", None) is not None
     smooth = isinstance(ambiguity, CVaR) and ambiguity.temperature
-    return None if encoded.kind not in KINDS or encoded.trim or smooth else encoded
+    closed = encoded.kind in KINDS and not (encoded.trim or running or smooth)
+    return encoded if closed else None

@@ -183,6 +183,11 @@ def test_an_infinite_view_is_the_worst():
         (lambda x: dr.worst_view(x, "cvar:0.5,temperature=1"), "no closed form"),
         (lambda x: dr.worst_view(x, "maxx"), "ambiguity: unknown ambiguity 'maxx'"),
         (lambda x: dr.worst_view(x, dr.TV(0.1, trim=0.1)), "without trim"),
+        (lambda x: dr.worst_view(x, "kl:temperature=1,momentum=0.9"), "without trim or momentum"),
+        (
+            lambda x: dr.robust_reward(x, dr.KL(temperature=1, momentum=0)),
+            "ambiguity: expected 'min'.*without trim or momentum",
+        ),
         # The worst of losses and the worst of rewards are not each other.
         (lambda x: dr.worst_view(x, "min"), "ambiguity: expected 'max'.*got 'min'"),
         (lambda x: dr.robust_reward(x, "max"), "ambiguity: expected 'min'.*got 'max'"),
