@@ -53,10 +53,11 @@ def robust_reward(
         )
     table = rewards.to(statistics_dtype(rewards))
     w = table.new_ones(table.shape[1]) if weights is None else _checked(weights, table)
-    scored = ~table.isnan()
+    scored = ~table.isnan() & (w > 0)  # what has no weight does not matter, not even infinite
     penalty = uncertainty("ambiguity", ambiguity)
     # As nansum leaves them out where a function did not score: `mean` is TRL's number.
-    total = scored.to(w.dtype) @ w
+    # A sum, for autocast would round a product.
+    total = torch.where(scored, w, 0.0).sum(1)
     if penalty is None:
         encoded = solvable("ambiguity", ambiguity, WORST)
         found = ops.row_worst_case(-table, scored, w, encoded.kind, encoded.parameter)

@@ -212,6 +212,30 @@ def test_a_set_is_what_its_string_names(one):
     assert torch.equal(dr.robust_reward(table, one), dr.robust_reward(table, str(one)))
 
 
+@pytest.mark.parametrize("text", ["min", *SETS[1:], "uwo:0.5"])
+@pytest.mark.parametrize("bad", [math.inf, -math.inf])
+def test_a_reward_without_weight_never_matters(text, bad):
+    rewards = torch.tensor([[1.0, 2.0, bad], [0.5, math.nan, bad]], requires_grad=True)
+    kept = rewards.detach()[:, :2].clone().requires_grad_()
+    weights = torch.tensor([1.0, 3.0, 0.0])
+    found, expected = (
+        dr.robust_reward(rewards, text, weights),
+        dr.robust_reward(kept, text, weights[:2]),
+    )
+    torch.testing.assert_close(found, expected)
+    (ours,) = torch.autograd.grad(found.sum(), rewards)
+    (theirs,) = torch.autograd.grad(expected.sum(), kept)
+    assert torch.isfinite(found).all() and torch.equal(ours[:, :2], theirs)
+    assert not ours[:, 2].any()
+
+
+def test_autocast_does_not_round_the_sum_of_weights():
+    rewards = torch.ones(3, 2)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = dr.robust_reward(rewards, "mean", torch.tensor([0.7, 1.003]))
+    torch.testing.assert_close(found, torch.full((3,), 1.703))
+
+
 def test_completions_that_nothing_scored():
     rewards = torch.tensor([[math.nan, math.nan], [1.0, math.nan]])
     assert dr.robust_reward(rewards).isnan().tolist() == [True, False]
