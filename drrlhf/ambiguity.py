@@ -6,7 +6,7 @@ reaches. The mathematics is carried out by `drrlhf.robust_risk`; this module onl
 
 Every set takes `trim=e` in [0, 1): the top `e` of nominal mass, ordered by loss, is set aside
 first (fractionally, never by truncating `e * n`) and what is left is renormalised, so that
-outliers cannot attract the adversary (DORO, arXiv 2106.06142).
+outliers cannot attract the adversary (DORO, arXiv 2106.06142). At least 1e-8 of it is left.
 
 Strings name sets in configs and shells: ``"erm"``, ``"tv:0.1"``, ``"kl:0.1"``,
 ``"kl:temperature=-1"``, ``"kl:temperature=1,momentum=0.9"``, ``"chi2:0.5"``,
@@ -52,6 +52,13 @@ class Encoded(NamedTuple):
     update: bool = True
 
 
+# What float64 can tell apart. Sums of nominal masses are right to about 1e-14, which of a mass of
+# 1e-8 is a millionth; and in a chi-square ball of radius r weights lie sqrt(2 r) beside p. Numbers
+# beyond are taken as these: less mass would be none, and a smaller ball has no digit of its radius.
+_LEAST_MASS = 1e-8
+_LEAST_RADIUS = 1e-14
+
+
 @dataclass(frozen=True)
 class AmbiguitySet:
     """Base of all sets. `trim` in [0, 1) sets the top nominal mass of losses aside first."""
@@ -79,7 +86,8 @@ class AmbiguitySet:
 
     def encode(self, update: bool = True) -> Encoded:
         """What the ops are told; whether to step group weights is the caller's choice."""
-        return self._encoded()._replace(trim=self.trim, update=update)
+        trim = min(self.trim, 1 - _LEAST_MASS)
+        return self._encoded()._replace(trim=trim, update=update)
 
     def _encoded(self) -> Encoded:
         """Kind and parameters."""
@@ -179,8 +187,9 @@ class ChiSquare(AmbiguitySet):
     """Chi-square ball, or its penalised form.
 
     ``ChiSquare(radius=r)``: max over q of sum q l with 1/2 sum p (q/p - 1)^2 <= r; q is
-    proportional to p (l - eta)_+. ``r = 0`` is ERM; from ``r = (1/p(argmax set) - 1)/2`` on all
-    mass lies on the largest losses. Dual variable: eta (-inf at r = 0).
+    proportional to p (l - eta)_+. ``r = 0`` is ERM, as is any r below 1e-14; from
+    ``r = (1/p(argmax set) - 1)/2`` on all mass lies on the largest losses. Dual variable: eta
+    (-inf at r = 0).
 
     ``ChiSquare(penalty=c)``: max of sum q l - c/2 sum p (q/p - 1)^2; q = p (l - eta)_+ / c.
     ``c -> inf`` is ERM, ``c -> 0`` the max. Dual variable: eta.
@@ -199,7 +208,7 @@ class ChiSquare(AmbiguitySet):
 
     def _encoded(self) -> Encoded:
         if self.radius is not None:
-            return Encoded("chi2_radius", self.radius)
+            return Encoded("chi2_radius", self.radius if self.radius >= _LEAST_RADIUS else 0.0)
         assert self.penalty is not None
         return Encoded("chi2_penalty", self.penalty)
 
@@ -213,7 +222,7 @@ class CVaR(AmbiguitySet):
 
     ``CVaR(alpha=a, temperature=t)``: the same cap, minus t KL(q||p): q = p min(exp((l-eta)/t),
     1/a). ``t -> 0`` is CVaR(a), ``t -> inf`` ERM; ``a -> 0`` is KL(temperature=t).
-    Dual variable: the threshold eta.
+    Dual variable: the threshold eta. Without a temperature an alpha below 1e-8 is taken as 1e-8.
 
     Raises ValueError unless alpha lies in (0, 1] and temperature, where given, in (0, inf).
     """
@@ -225,7 +234,7 @@ class CVaR(AmbiguitySet):
 
     def _encoded(self) -> Encoded:
         if self.temperature is None:
-            return Encoded("cvar", self.alpha)
+            return Encoded("cvar", max(self.alpha, _LEAST_MASS))
         return Encoded("cvar_temperature", self.alpha, self.temperature)
 
 

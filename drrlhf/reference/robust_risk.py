@@ -72,7 +72,8 @@ def _chi_square_radius(l: Tensor, p: Tensor, r: float, top: Tensor, span: Tensor
     m0, m1, m2 = torch.cumsum(w, 0), torch.cumsum(w * d, 0), torch.cumsum(w * d * d, 0)
     mean = m1 / m0
     variance = (m2 / m0 - mean * mean).clamp(min=0)
-    slack = (1 + 2 * r) * m0 - 1
+    # (1 + 2 r) m0 - 1, of which a small radius would leave the rounding of m0 alone.
+    slack = 2 * r * m0 - (torch.cumsum(w.flip(0), 0).flip(0) - w)
     eta = mean + torch.sqrt(variance / torch.where(slack > 0, slack, 1))
     following = torch.cat([d[1:], d.new_full((1,), math.inf)])
     valid = (slack > 0) & (eta <= following)

@@ -441,6 +441,47 @@ def test_a_non_finite_loss_is_seen(backend, text, bad):
         dr.robust_risk(l, text, groups=groups, check_finite=True)
 
 
+# Legal parameters beyond what float64 masses can tell apart, and the limit that they are.
+NEXT_TO_ONE = 1 - 2.0**-53
+EXTREME = [
+    (dr.CVaR(1e-15), "largest"),
+    (dr.CVaR(5e-324), "largest"),
+    (dr.CVaR(0.3, trim=NEXT_TO_ONE), "smallest"),
+    (dr.ERM(trim=1 - 1e-15), "smallest"),
+    (dr.TV(0.1, trim=NEXT_TO_ONE), "smallest"),
+    (dr.TV(NEXT_TO_ONE), "largest"),
+    (dr.TV(1e-17), "all"),
+    (dr.ChiSquare(radius=1e-17), "all"),
+    (dr.ChiSquare(radius=1e-14), "all"),
+    (dr.ChiSquare(radius=5e-324), "all"),
+    (dr.KL(radius=5e-324), "all"),
+]
+
+
+@pytest.mark.parametrize("ambiguity, limit", EXTREME, ids=[f"{a}, {b}" for a, b in EXTREME])
+@pytest.mark.parametrize("n", [1, 7, 300])
+def test_extreme_parameters_are_their_limits(backend, ambiguity, limit, n):
+    l = torch.randn(n, dtype=torch.float64, generator=torch.Generator().manual_seed(n))
+    expected = torch.full_like(l, 1 / n)
+    if limit != "all":
+        expected = torch.zeros_like(l)
+        expected[l.argmax() if limit == "largest" else l.argmin()] = 1
+    risk = dr.robust_risk(l, ambiguity)
+    torch.testing.assert_close(risk.weights, expected, rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(risk.value, (expected * l).sum(), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.mathematics
+@pytest.mark.parametrize("radius", [1e-13, 1e-10, 1e-6])
+def test_small_chi_square_balls_of_many_losses(backend, radius):
+    """No weight reaches 0 there: the mean and sqrt(2 r) deviations."""
+    l = torch.randn(20_000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    risk = dr.robust_risk(l, dr.ChiSquare(radius=radius))
+    above = math.sqrt(2 * radius) * l.std(correction=0)
+    torch.testing.assert_close(risk.value - l.mean(), above, rtol=1e-3, atol=0)
+    assert risk.weights.sum().item() == pytest.approx(1)
+
+
 @pytest.mark.mathematics
 @pytest.mark.parametrize("text", SETS)
 @pytest.mark.parametrize("n", [1, 5])
