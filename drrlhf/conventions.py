@@ -103,6 +103,10 @@ def row_width(vocabulary: int) -> int:
 # The loss that `sequence_preference_loss` has in one launch; the others are compositions.
 FUSED_PAIR_LOSS = "sigmoid"
 
+# Parts of a nominal mass that are none: a share of 0.33 is not a binary fraction, and an adversary
+# finds a loss of which 1e-17 is left. kMassRounding in csrc/core/dual_search.h.
+MASS_ROUNDING = 1e-14
+
 POLICY_LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo")
 IMPORTANCE_LEVELS = ("token", "sequence")
 # exp of more is not a ratio to learn from: in float32 its square would overflow the optimizer's

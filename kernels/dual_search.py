@@ -15,8 +15,10 @@ import triton
 import triton.language as tl
 from drrlhf.kernels.numerics import expm1, log1p
 
+from drrlhf.conventions import MASS_ROUNDING
+
 INFINITY = tl.constexpr(float("inf"))
-MASS_ROUNDING = tl.constexpr(1e-14)
+MASS_ROUNDING = tl.constexpr(MASS_ROUNDING)
 MOST_STEPS = tl.constexpr(200)
 
 

@@ -12,10 +12,11 @@ from drrlhf.kernels.launch import numbers, on
 from drrlhf.kernels.numerics import expm1, log1p, number, put
 from torch import Tensor
 
-from drrlhf.conventions import statistics_dtype
+from drrlhf.conventions import MASS_ROUNDING, statistics_dtype
 
 ENTRIES, WARPS = 512, 4  # of a table that a program takes
 INFINITY = tl.constexpr(float("inf"))
+MASS_ROUNDING = tl.constexpr(MASS_ROUNDING)
 
 
 @triton.jit
@@ -81,8 +82,11 @@ def row_worst_case_kernel(
                 beside += tl.where((other == rank) & (m > 0), m, 0.0)
             mass_above = above / tl.where(total > 0, total, 1.0)
             held = tl.where(beside > 0, beside / tl.where(total > 0, total, 1.0), 1.0)
-            share = (kept - mass_above) / held
-            share = tl.where(share > 1, 1.0, tl.where(share > 0, share, 0.0))
+            # A part below the rounding of the masses is none: of an infinite loss 1e-17 would be
+            # seen.
+            part = kept - mass_above
+            share = tl.where(held - part < MASS_ROUNDING, 1.0, part / held)
+            share = tl.where(part < MASS_ROUNDING, 0.0, share)
             q = p * share
             filled = tl.sum(q, 1)[:, None]
             if KIND == "cvar":

@@ -7,6 +7,7 @@
 #include <cmath>
 #include <vector>
 
+#include "../core/dual_search.h"
 #include "../core/math.h"
 #include "../message.h"
 #include "../names.h"
@@ -110,8 +111,11 @@ DRRLHF_HD Lanes fill(B& b, double kept) {
       above += where(b.rank[j] > b.rank[k], b.p[j], Lanes{});
       beside += where(b.rank[j] == b.rank[k], b.p[j], Lanes{});
     }
-    Lanes share = (kept - above) / where(beside > 0.0, beside, all<Lanes>(1.0));
-    share = where(share > 1.0, all<Lanes>(1.0), where(share > 0.0, share, Lanes{}));
+    // A part below the rounding of the masses is none: of an infinite loss 1e-17 would be seen.
+    const Lanes part = kept - above;
+    Lanes share = part / where(beside > 0.0, beside, all<Lanes>(1.0));
+    share = where(beside - part < kMassRounding, all<Lanes>(1.0), share);
+    share = where(part < kMassRounding, Lanes{}, share);
     b.q[k] = b.p[k] * share;
     filled += b.q[k];
   }

@@ -17,9 +17,7 @@ from torch import Tensor
 
 from drrlhf.ambiguity import Encoded
 from drrlhf.checks import check_none
-from drrlhf.conventions import statistics_dtype
-
-_MASS_ROUNDING = 1e-14
+from drrlhf.conventions import MASS_ROUNDING, statistics_dtype
 
 
 def _upper_tail(l: Tensor, p: Tensor, mass: Tensor | float) -> tuple[Tensor, Tensor]:
@@ -35,8 +33,8 @@ def _upper_tail(l: Tensor, p: Tensor, mass: Tensor | float) -> tuple[Tensor, Ten
     part, mass_at = mass - (p * above).sum(), (p * at).sum()
     # A part below the rounding of the masses is none: trimming must not leave 1e-17 of a loss
     # behind for the adversary to find.
-    share = torch.where(mass_at - part < _MASS_ROUNDING, 1, part / mass_at)
-    share = torch.where(part < _MASS_ROUNDING, 0, share)
+    share = torch.where(mass_at - part < MASS_ROUNDING, 1, part / mass_at)
+    share = torch.where(part < MASS_ROUNDING, 0, share)
     return above + torch.where(at, share, 0), threshold
 
 

@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from drrlhf.conventions import statistics_dtype
+from drrlhf.conventions import MASS_ROUNDING, statistics_dtype
 
 
 def row_worst_case(
@@ -83,7 +83,9 @@ def _moved(l: Tensor, p: Tensor, counts: Tensor, kind: str, parameter: float) ->
     above, at = rank > boundary, (rank == boundary) & counts
     rest = kept - torch.where(above, p, 0.0).sum(1, keepdim=True)
     held = torch.where(at, p, 0.0).sum(1, keepdim=True)
-    share = (rest / held).clamp(0.0, 1.0)
+    # A part below the rounding of the masses is none: of an infinite loss 1e-17 would be seen.
+    share = torch.where(held - rest < MASS_ROUNDING, 1.0, rest / held)
+    share = torch.where(rest < MASS_ROUNDING, 0.0, share)
     q = torch.where(above, p, torch.where(at, p * share, 0.0))
     if kind == "cvar":
         return q / q.sum(1, keepdim=True)

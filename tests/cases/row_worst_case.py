@@ -52,6 +52,13 @@ def with_bad(set, bad: float, counts: bool) -> Made:
     return made(table, *set, mask if counts else mask & (table.abs() < INFINITY))
 
 
+def ending(set, width: int, finite: int) -> Made:
+    """Rows of numbers, and -inf from the place `finite` on."""
+    table = numbers(6, width)
+    table[:, finite:] = -INFINITY
+    return made(table, *set)
+
+
 def strided() -> Made:
     mask = integers(0, 2, 5, 40, seed=1).bool()
     return made(numbers(5, 40).T, "cvar", 0.3, mask.T, numbers(10).abs()[::2])
@@ -78,6 +85,19 @@ CASES = [
         for kind, parameter in SETS
         for bad in (NAN, INFINITY, -INFINITY)
         for counts in (True, False)
+    ),
+    *(
+        Case(
+            f"{kind} {parameter} of {width}, of which the rest are -inf",
+            "a share that is no binary fraction leaves 1e-17 behind, which is none",
+            lambda s=(kind, parameter), w=width, f=finite: ending(s, w, f),
+        )
+        for kind, parameter, width, finite in (
+            ("cvar", 0.8, 10, 8),
+            ("cvar", 7 / 25, 25, 7),
+            ("tv", 0.2, 10, 8),
+            ("tv", 1 - 7 / 25, 25, 7),
+        )
     ),
     Case(
         "kl of a temperature far beyond the losses",

@@ -8,8 +8,10 @@ import cvxpy as cp
 import numpy as np
 import pytest
 import torch
+from three_ways import BACKENDS, SLOW
 
 import drrlhf as dr
+from drrlhf import backends
 from drrlhf.functional.worst_view import worst_views
 
 SETS = (
@@ -164,6 +166,23 @@ def test_one_view_and_no_pair(text, dtype):
     assert torch.equal(
         dr.worst_view(torch.zeros(2, 0, dtype=dtype), text), torch.zeros(2).to(found)
     )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_shares_that_are_no_binary_fraction_leave_nothing_behind(backend):
+    """The worst m of K losses are 1 to m, and the others -inf: of which 1e-17 would be seen."""
+    if "row_worst_case" not in backends.SERVED[backend]:
+        pytest.skip(f"{backend} leaves row_worst_case to others")
+    for width in (10, 13) if SLOW else range(2, 30):
+        for m in range(1, width):
+            table = torch.arange(1.0, width + 1).unsqueeze(0)
+            table[:, m:] = -math.inf
+            with backends.use(backend):
+                worst = dr.worst_view(table, dr.CVaR(m / width)).item()
+                moved = dr.worst_view(table, dr.TV((width - m) / width)).item()
+            assert worst == pytest.approx((m + 1) / 2), (m, width)
+            mean = (m * (m + 1) / 2 + (width - m) * m) / width
+            assert moved == pytest.approx(mean), (m, width)
 
 
 def test_an_infinite_view_is_the_worst():
