@@ -20,7 +20,8 @@ SHOWN = 8  # names in a message
 
 @dataclass(frozen=True)
 class Groups:
-    """G groups: ``names[g]`` is what the data call group g; without names, its number.
+    """G groups: ``names[g]`` is what the data call group g; without names, its number, which a
+    column of text has as text.
 
     ``encoded`` says that integers in the data are numbers of groups, although these have names
     (as in a column of `datasets.ClassLabel`); else an integer is a name like any other.
@@ -36,15 +37,15 @@ class Groups:
         Raises:
             ValueError: there is none; the message says which there are.
         """
-        if self.names is None or (self.encoded and not isinstance(value, str)):
-            found = integer(value)
-            if found is None or found >= self.count:
-                raise ValueError(f"expected an integer in [0, {self.count})")
-            return found
-        for name in (value, str(integer(value))):
-            if name in self._numbers:
-                return self._numbers[name]
-        raise ValueError(f"expected one of the groups {self}")
+        text = isinstance(value, str)
+        coded = self.names is None or (self.encoded and not text)
+        found = self._numbers.get(value) if text else integer(value)
+        if found is not None and not coded and not text:
+            found = self._numbers.get(str(found))
+        if found is None or found >= self.count:
+            expected = f"an integer in [0, {self.count})" if coded else f"one of the groups {self}"
+            raise ValueError(f"expected {expected}")
+        return found
 
     def label(self, number: int) -> str:
         """What the data call group ``number``."""
@@ -61,7 +62,8 @@ class Groups:
 
     @cached_property
     def _numbers(self) -> dict[str, int]:
-        return {name: number for number, name in enumerate(self.names or ())}
+        names = map(str, range(self.count)) if self.names is None else self.names
+        return {name: number for number, name in enumerate(names)}
 
 
 def named(names: Sequence[str], *, encoded: bool = False) -> Groups:

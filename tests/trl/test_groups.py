@@ -85,6 +85,19 @@ def test_integers_are_numbers_or_names():
     assert Groups(2, ("b", "a")).label(1) == "a" and Groups(2).label(1) == "1"
 
 
+def test_text_that_is_a_number_of_groups_without_names():
+    """A column of text "0", "1", ... has numbers for names, and stays text."""
+    groups = of_values(["1", "0", "0"])
+    assert (
+        [groups.number(text) for text in ("0", "1")] == [0, 1] == [groups.number(i) for i in (0, 1)]
+    )
+    for other in ("2", "01", "-1", "1.0", " 1", "one", "9" * 5000):  # no group of that column
+        with pytest.raises(ValueError, match=r"expected an integer in \[0, 2\)"):
+            groups.number(other)
+    with pytest.raises(ValueError, match="expected one of the groups None, a"):
+        of_values(["a", "None"]).number(0.5)
+
+
 def test_a_set_without_its_number_of_groups():
     for bare in ("group", " Group ", "group:step_size=0.5", "group:trim=0.1,step_size=1"):
         assert from_data(bare), bare
