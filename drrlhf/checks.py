@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch._C import _functorch as functorch
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -28,7 +29,9 @@ def constant_in_graphs(function: F) -> F:
 def check_none(
     bad: Callable[[], Tensor], message: Callable[..., str], on: Tensor, wanted: bool = False
 ) -> None:
-    """ValueError where `bad`, a bool tensor when called, holds; `message` is told its first place.
+    """ValueError where `bad`, a bool tensor when called, holds; `message` is told its first place,
+    after a function that gives any tensor as it is there: under `torch.func.vmap` that of the first
+    sample that is wrong.
 
     On the CPU it raises at once; a graph compiled for it asserts in the graph. On other devices
     reading the answer would synchronise, and asking costs launches: what is wrong gives NaN there,
@@ -38,12 +41,33 @@ def check_none(
     """
     cpu, compiling = on.device.type == "cpu", torch.compiler.is_compiling()
     if not compiling and (cpu or (wanted and _readable(on))):
-        if bool((found := bad()).any()):
-            raise ValueError(message(*found.nonzero()[0].tolist()))
+        found, levels = _beneath_transforms(bad())
+        if bool(found.any()):
+            where = found.nonzero()[0].tolist()
+            sample = dict(zip(levels, where))
+
+            def read(x: Tensor) -> Tensor:
+                x, own = _beneath_transforms(x)
+                return x[tuple(sample.get(level, 0) for level in own)]
+
+            raise ValueError(message(read, *where[len(levels) :]))
     elif cpu or DEBUG:
         torch._assert_async(
             ~bad().any(), "drrlhf: an argument check failed; run on the CPU for more"
         )
+
+
+def _beneath_transforms(x: Tensor) -> tuple[Tensor, list[int]]:
+    """The tensor that `torch.func` has wrapped, whose values may be read: the dimensions that vmap
+    took away come first, and the levels of these in their order."""
+    levels: list[int] = []
+    while functorch.is_functorch_wrapped_tensor(x):
+        inner = functorch.get_unwrapped(x)
+        if functorch.is_batchedtensor(x):
+            levels.insert(0, functorch.maybe_get_level(x))
+            inner = inner.movedim(functorch.maybe_get_bdim(x), 0)
+        x = inner
+    return x, levels
 
 
 def _readable(on: Tensor) -> bool:

@@ -27,9 +27,9 @@ def _checked_labels(
         )
     check_none(
         lambda: (labels != ignore_index) & ((labels < 0) | (labels >= vocabulary)),
-        lambda *place: (
+        lambda read, *place: (
             f"labels: expected values in [0, {vocabulary}) or ignore_index={ignore_index}, got "
-            f"{int(labels[place])} at position {place}"
+            f"{int(read(labels)[place])} at position {place}"
         ),
         labels,
     )
@@ -368,9 +368,9 @@ def check_layout(
             | (cu_seqlens[-1] != x.shape[0])
             | (cu_seqlens[1:] < cu_seqlens[:-1]).any()
         ),
-        lambda: (
+        lambda read: (
             f"cu_seqlens: expected boundaries from 0 to {x.shape[0]}, not decreasing, got "
-            f"{cu_seqlens.tolist()[:8]}{'...' if cu_seqlens.numel() > 8 else ''}"
+            f"{read(cu_seqlens).tolist()[:8]}{'...' if cu_seqlens.numel() > 8 else ''}"
         ),
         cu_seqlens,
     )

@@ -65,7 +65,9 @@ def check_labels(options: Mapping[str, Any], n: int, like: str, on: Tensor) -> N
     check_floating("label_probs", probs)
     check_none(
         lambda: ~((probs >= 0) & (probs <= 1)),
-        lambda _: f"label_probs: expected probabilities in [0, 1], got {probs.tolist()}",
+        lambda read, _: (
+            f"label_probs: expected probabilities in [0, 1], got {read(probs).tolist()}"
+        ),
         probs,
     )
 

@@ -306,16 +306,16 @@ class Prompts:
         ids, count = self.ids, self.count
         check_none(
             lambda: (ids < 0) | (ids >= count),
-            lambda i: (
-                f"prompt_ids: expected ids in [0, {count}), got {int(ids[i])} at index {i}; number "
-                "the prompts from 0 or raise num_prompts"
+            lambda read, i: (
+                f"prompt_ids: expected ids in [0, {count}), got {int(read(ids)[i])} at index {i}; "
+                "number the prompts from 0 or raise num_prompts"
             ),
             ids,
             wanted,
         )
         check_none(
             lambda: self.sums(torch.ones_like(ids)) == 0,
-            lambda prompt: (
+            lambda _, prompt: (
                 f"prompt_ids: expected every prompt of 0 to {count - 1}, got none of prompt "
                 f"{prompt}; number the prompts without gaps"
             ),
@@ -421,9 +421,9 @@ def _check_rewards(rewards: Tensor, prompts: Prompts, nominal: Tensor | None, wa
 
     check_none(
         bad,
-        lambda i: (
-            f"rewards: expected finite numbers, got {rewards[i].item()} at index {i} (prompt "
-            f"{int(prompts.ids[i])}); drop that completion, or mask the prompt with nominal=0"
+        lambda read, i: (
+            f"rewards: expected finite numbers, got {read(rewards)[i].item()} at index {i} (prompt "
+            f"{int(read(prompts.ids)[i])}); drop that completion, or mask the prompt with nominal=0"
         ),
         rewards,
         wanted,
@@ -433,7 +433,7 @@ def _check_rewards(rewards: Tensor, prompts: Prompts, nominal: Tensor | None, wa
 def _check_prompts_have_tokens(tokens: Tensor, prompts: Prompts) -> None:
     check_none(
         lambda: ~(prompts.sums(tokens) > 0),
-        lambda prompt: (
+        lambda _, prompt: (
             f"mask: expected a counted token for every prompt, got none for prompt {prompt}; drop "
             "the prompt, or check how its completions were masked"
         ),

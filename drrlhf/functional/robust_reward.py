@@ -78,7 +78,7 @@ def _checked(weights: Tensor, table: Tensor) -> Tensor:
     check_device("weights", weights, "rewards", table)
     check_none(
         lambda: ~((w >= 0) & w.isfinite()),
-        lambda _: f"weights: expected numbers >= 0, got {w.tolist()}",
+        lambda read, _: f"weights: expected numbers >= 0, got {read(w).tolist()}",
         w,
     )
     return w

@@ -311,8 +311,8 @@ def require_finite(losses: Tensor, nominal: Tensor | None, place: Callable[[int]
         bad = bad & (nominal != 0)
     check_none(
         lambda: bad,
-        lambda i: (
-            f"losses: expected finite numbers (check_finite=True), got {losses[i].item()} at "
+        lambda read, i: (
+            f"losses: expected finite numbers (check_finite=True), got {read(losses)[i].item()} at "
             f"{place(i)}; mask the pair with nominal=0 or find where it overflowed"
         ),
         losses,

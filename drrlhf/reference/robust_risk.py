@@ -199,9 +199,9 @@ def normalised(nominal: Tensor | None, n: int, like: Tensor) -> Tensor:
     legal = torch.isfinite(p) & (p >= 0)
     check_none(
         lambda: ~legal,
-        lambda i: (
-            f"nominal: expected finite weights >= 0 (0 masks a pair), got {p[i].item()} at index "
-            f"{i}; drop or clamp it"
+        lambda read, i: (
+            f"nominal: expected finite weights >= 0 (0 masks a pair), got {read(p)[i].item()} at "
+            f"index {i}; drop or clamp it"
         ),
         p,
     )
@@ -217,9 +217,9 @@ def check_groups(groups: Tensor | None, group_weights: Tensor | None) -> Tensor:
     outside = (groups < 0) | (groups >= size)
     check_none(
         lambda: outside,
-        lambda i: (
+        lambda read, i: (
             f"groups: expected ids in [0, {size}) for Group(num_groups={size}), got "
-            f"{int(groups[i])} at index {i}; raise num_groups or fix the column"
+            f"{int(read(groups)[i])} at index {i}; raise num_groups or fix the column"
         ),
         groups,
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from three_ways import BACKENDS
+from three_ways import BACKENDS, DEVICE
 from torch.func import grad, jacrev, vjp, vmap
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -196,6 +196,62 @@ def test_vmap_is_a_loop(backend, function):
     assert torch.equal(vmap(function)(batch), torch.stack([function(row) for row in batch]))
     loop = torch.stack([grad(function)(row) for row in batch])
     assert torch.equal(vmap(grad(function))(batch), loop)
+
+
+SAMPLES = torch.tensor([[3, 0, -100, 6], [1, 1, 2, 5], [-100, 4, 0, 0]])
+
+
+def head_by_labels(hidden, labels):
+    return dr.linear_token_logprobs(hidden, WEIGHT.to(hidden.device), labels).sum()
+
+
+def logits_by_labels(hidden, labels):
+    return dr.token_logprobs(hidden @ WEIGHT.to(hidden.device).T, labels).sum()
+
+
+@pytest.mark.usual
+@pytest.mark.parametrize("function", [head_by_labels, logits_by_labels])
+def test_each_sample_may_have_labels_of_its_own(backend, function):
+    """As gradients by sample need it."""
+    hidden = torch.linspace(-3, 3, 3 * 4 * 16).cos().view(3, 4, 16)
+    loop = torch.stack([grad(function)(x, y) for x, y in zip(hidden, SAMPLES)])
+    torch.testing.assert_close(vmap(grad(function))(hidden, SAMPLES), loop)
+    # One dimension after another, and the samples not in front.
+    values = torch.stack([function(x, y) for x, y in zip(hidden, SAMPLES)])
+    by_both = vmap(vmap(function, (1, None)), (None, 0))(hidden.transpose(0, 1), SAMPLES)
+    torch.testing.assert_close(by_both.diagonal(), values)
+
+
+@pytest.mark.usual
+@pytest.mark.skipif(DEVICE != "cpu", reason="a GPU is not read")
+@pytest.mark.parametrize("function", [head_by_labels, logits_by_labels])
+def test_a_wrong_label_of_one_sample_is_named(backend, function):
+    hidden, wrong = torch.ones(3, 4, 16), SAMPLES.clone()
+    wrong[1, 2] = 9
+    message = r"labels: expected values in \[0, 7\).*got 9 at position \(2,\)"
+    for transformed in (
+        vmap(function),
+        vmap(grad(function)),
+        lambda x, y: vmap(vmap(function, (1, None)), (None, 0))(x.transpose(0, 1), y),
+        lambda x, y: vmap(function, (0, 1))(x, y.T),
+    ):
+        with pytest.raises(ValueError, match=message):
+            transformed(hidden, wrong)
+
+
+@pytest.mark.usual
+def test_each_sample_may_have_label_probabilities_of_its_own():
+    chosen, probs = torch.linspace(-1, 2, 12).view(3, 4), torch.linspace(0, 1, 12).view(3, 4)
+
+    def loss(chosen, probs):
+        return dr.preference_loss(chosen, *[torch.zeros(4)] * 3, label_probs=probs).loss
+
+    expected = torch.stack([loss(x, p) for x, p in zip(chosen, probs)])
+    torch.testing.assert_close(vmap(loss)(chosen, probs), expected)
+    probs[2, 1] = 1.5
+    if DEVICE == "cpu":
+        with pytest.raises(ValueError, match=r"label_probs: expected.*got \[0\.\d+, 1\.5, "):
+            vmap(loss)(chosen, probs)
 
 
 @pytest.mark.parametrize("function", list(SHAPES), ids=lambda f: f.__name__)

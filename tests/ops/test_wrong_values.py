@@ -206,7 +206,7 @@ def test_a_check_on_a_device_does_nothing_unless_it_is_wanted(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
 
     def check(device, wanted=False):
-        checks.check_none(lambda: torch.tensor(True), lambda: "wrong", on(device), wanted)
+        checks.check_none(lambda: torch.tensor(True), lambda *_: "wrong", on(device), wanted)
 
     with pytest.raises(ValueError, match="wrong"):
         check("cpu")
