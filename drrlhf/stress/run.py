@@ -177,7 +177,7 @@ def _model(
         "groups": groups.groups_of(scores, blocks, least),
         **effects(scores, bootstrap),
         "styles": styles_of(scores, bootstrap),
-        "adversary": adversary.adversary_of(scores, described, least),
+        "adversary": adversary.adversary_of(scores, blocks, described, least),
         "best_answer": best_answer,
         "examples": dict(scores.examples),
     }

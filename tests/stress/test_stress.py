@@ -216,52 +216,6 @@ def test_intervals_cover_all_groups_together():
     assert missed <= 8, missed  # 3 expected
 
 
-# ---- words ---------------------------------------------------------------------------------------
-
-
-def test_words_name_what_the_adversary_piles_onto():
-    result = stress_test(grouped(), resamples=20)["models"]["model"]
-    said = " ".join(result["adversary"]["sentences"])
-    assert "domain = law" in said and "side" not in said
-    assert "Length bias: not known" in said and "Position bias: not known" in said
-
-
-def test_a_single_heavy_pair_names_no_group():
-    """tv puts its mass on the largest loss alone, which lies in some group by chance."""
-    result = stress_test(grouped(), ambiguity="tv:0.1", resamples=20)["models"]["model"]
-    assert "No group gains clearly" in " ".join(result["adversary"]["sentences"])
-
-
-def test_length_and_position_bias_are_measured(tmp_path):
-    rng = np.random.default_rng(5)
-    longer = rng.normal(0, 50, 1000).round()
-    first = rng.choice(2, 1000)
-    margin = 0.05 * longer + rng.normal(0, 0.5, 1000) - first
-    lines = [
-        {
-            "margin": m,
-            "chosen_length": 300 + g,
-            "rejected_length": 300,
-            "chosen_position": "first" if f == 0 else "second",
-        }
-        for m, g, f in zip(margin, longer, first, strict=True)
-    ]
-    path = tmp_path / "s.jsonl"
-    path.write_text("\n".join(map(json.dumps, lines)))
-    given = load_scores(path)
-    facts = stress_test(given, resamples=20)["models"]["model"]["adversary"]
-    length, known = facts["length"], longer != 0
-    assert length["rank_correlation"] == pytest.approx(
-        stats.spearmanr(longer[known], margin[known]).statistic, abs=1e-12
-    )
-    assert length["prefers_longer"] == pytest.approx((margin * longer > 0)[known].mean())
-    assert facts["position"] == {
-        "accuracy_chosen_first": pytest.approx((margin[first == 0] > 0).mean()),
-        "accuracy_chosen_second": pytest.approx((margin[first == 1] > 0).mean()),
-    }
-    assert "chosen_length" not in given.attributes and "answer lengths" in given.attributes
-
-
 # ---- files ---------------------------------------------------------------------------------------
 
 ROWS = [

@@ -1,0 +1,112 @@
+"""What the worst case piles onto: whom the words name, and whom chance does not make them name."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from scipy import stats
+from test_stress import grouped
+
+from drrlhf.ambiguity import parse_ambiguity
+from drrlhf.stress import Attribute, Scores, load_scores, stress_test
+from drrlhf.stress.adversary import adversary_of
+from drrlhf.stress.resample import blocks_of
+
+
+def named(margin, ambiguity="cvar:0.2", prompts=None, **attributes):
+    """The groups that are named, as (attribute, value); attributes are masks of pairs."""
+    n = len(margin)
+    made = {
+        name: Attribute(np.asarray(mask).astype(np.int64), ("out", "in"))
+        for name, mask in attributes.items()
+    }
+    prompts = np.arange(n) if prompts is None else prompts
+    given = Scores(margin=margin, prompts=prompts, attributes=made, rows=n)
+    found = adversary_of(given, blocks_of(prompts, 0), parse_ambiguity(ambiguity), 5)
+    return [(one["attribute"], one["value"]) for one in found["piled"]]
+
+
+def test_words_name_what_the_adversary_piles_onto():
+    result = stress_test(grouped(), resamples=20)["models"]["model"]
+    said = " ".join(result["adversary"]["sentences"])
+    assert "domain = law" in said and "side" not in said
+    assert "Length bias: not known" in said and "Position bias: not known" in said
+
+
+def test_a_single_heavy_pair_names_no_group():
+    """tv puts its mass on the largest loss alone, which lies in some group by chance."""
+    result = stress_test(grouped(), ambiguity="tv:0.1", resamples=20)["models"]["model"]
+    assert "No group gains clearly" in " ".join(result["adversary"]["sentences"])
+
+
+def test_length_and_position_bias_are_measured(tmp_path):
+    rng = np.random.default_rng(5)
+    longer = rng.normal(0, 50, 1000).round()
+    first = rng.choice(2, 1000)
+    margin = 0.05 * longer + rng.normal(0, 0.5, 1000) - first
+    lines = [
+        {
+            "margin": m,
+            "chosen_length": 300 + g,
+            "rejected_length": 300,
+            "chosen_position": "first" if f == 0 else "second",
+        }
+        for m, g, f in zip(margin, longer, first, strict=True)
+    ]
+    path = tmp_path / "s.jsonl"
+    path.write_text("\n".join(map(json.dumps, lines)))
+    given = load_scores(path)
+    facts = stress_test(given, resamples=20)["models"]["model"]["adversary"]
+    length, known = facts["length"], longer != 0
+    assert length["rank_correlation"] == pytest.approx(
+        stats.spearmanr(longer[known], margin[known]).statistic, abs=1e-12
+    )
+    assert length["prefers_longer"] == pytest.approx((margin * longer > 0)[known].mean())
+    assert facts["position"] == {
+        "accuracy_chosen_first": pytest.approx((margin[first == 0] > 0).mean()),
+        "accuracy_chosen_second": pytest.approx((margin[first == 1] > 0).mean()),
+    }
+    assert "chosen_length" not in given.attributes and "answer lengths" in given.attributes
+
+
+def test_a_group_that_carries_all_weight_is_named():
+    for seed in range(60):
+        rng = np.random.default_rng(seed)
+        n = int(rng.integers(200, 3000))
+        hard = rng.random(n) < 0.3  # more than the fifth that carries the weight
+        margin = np.where(hard, rng.normal(-3, 1, n), rng.normal(6, 1, n))
+        assert named(margin, hard=hard) == [("hard", "in")], seed
+
+
+@pytest.mark.parametrize(("heavy", "sure"), [(2, False), (8, False), (12, True)])
+def test_so_few_pairs_lie_in_a_group_by_chance(heavy, sure):
+    """All weight on k pairs of a group: it rises by 1 - p, and k terms of (1 - p) / k each have a
+    standard error of (1 - p) / sqrt(k), of which 1 - p is more than three for k > 9."""
+    n, worst = 1000, np.arange(1000) < heavy
+    margin = np.where(worst, -5.0, 1.0 + np.arange(n) / n)
+    group = np.arange(n) < 50
+    assert bool(named(margin, f"cvar:{heavy / n}", group=group)) is sure
+    # Pairs of one prompt fall together: they say no more than one.
+    prompts = np.where(worst, 0, np.arange(n))
+    assert not named(margin, f"cvar:{heavy / n}", prompts, group=group)
+
+
+@pytest.mark.parametrize("name", ["cvar:0.2", "tv:0.1", "kl:0.5"])
+@pytest.mark.parametrize("each", [1, 5])
+def test_groups_that_have_nothing_to_do_with_it_are_seldom_named(name, each):
+    """Of a normal law three standard errors are passed once in 741 times; pairs of a prompt have
+    one group, and losses that are alike."""
+    rng = np.random.default_rng(8)
+    prompts, alarms, asked = np.arange(500).repeat(each), 0, 0
+    for _ in range(100):
+        margin = rng.normal(1, 1, len(prompts)) + 2 * rng.normal(0, 1, 500).repeat(each)
+        masks = {
+            f"{share}/{i}": (rng.random(500) < share).repeat(each)
+            for share in (0.03, 0.1, 0.5)
+            for i in range(5)
+        }
+        alarms += len(named(margin, name, prompts, **masks))
+        asked += 2 * len(masks)
+    assert alarms <= stats.poisson.ppf(0.999, asked / 741), (alarms, asked)
