@@ -23,7 +23,7 @@ from drrlhf.stress.curves import Array, worst_case
 from drrlhf.stress.generate import AS_IS, Generated
 from drrlhf.stress.generated_findings import examples, findings, verdict
 from drrlhf.stress.report import COMPARED, GENERATED
-from drrlhf.stress.require import Requirement, check, requirements
+from drrlhf.stress.require import Number, Requirement, check, requirements
 from drrlhf.stress.resample import CONFIDENCE, Bootstrap, band
 from drrlhf.stress.scores import Attribute
 from drrlhf.version import __version__
@@ -358,14 +358,14 @@ def _notes(generated: Generated, prompts: Prompts) -> list[str]:
     return notes
 
 
-def facts(model: Mapping[str, Any]) -> dict[str, dict[str, Mapping[str, float]]]:
+def facts(model: Mapping[str, Any]) -> dict[str, dict[str, Number]]:
     """Every number that can be required, by subject and metric: "mean", the names of changes,
     "worst-change", and groups as "COLUMN=VALUE"."""
-    found: dict[str, dict[str, Mapping[str, float]]] = {"mean": {"reward": model["reward"]}}
+    found: dict[str, dict[str, Number]] = {"mean": {"reward": model["reward"]}}
     for change in model["changes"]:
         found[change["change"]] = {metric: change[metric] for metric in METRICS}
     if model["worst_change"] is not None:
         found["worst-change"] = {metric: model["worst_change"][metric] for metric in METRICS}
-    for group in (*model["groups"]["single"], *model["groups"]["paired"]):
-        found[groups.in_words(group, "=")] = {"reward": group["reward"]}
+    for subject, group in groups.by_subject(model["groups"], "reward"):
+        found.setdefault(subject, {}).setdefault("reward", group)
     return found

@@ -8,6 +8,7 @@ pairs of one prompt agree (the design effect, from sums over blocks of prompts).
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from statistics import NormalDist
 from typing import Any, NamedTuple
@@ -50,6 +51,18 @@ def groups_of(scores: Scores, blocks: NDArray[np.int64], min_support: int) -> di
 def in_words(group: Mapping[str, Any], sign: str = " = ") -> str:
     """A group of a report in words, as "COLUMN = VALUE"."""
     return ", ".join(f"{key}{sign}{value}" for key, value in group["group"].items())
+
+
+def by_subject(
+    found: Mapping[str, Any], number: str
+) -> Iterator[tuple[str, Mapping[str, float] | None]]:
+    """The ``number`` of each group of `groups_of` by what a gate calls it, "COLUMN=VALUE"; None
+    where several groups are called so."""
+    every = [*found["single"], *found["paired"]]
+    times = Counter(in_words(group, "=") for group in every)
+    for group in every:
+        name = in_words(group, "=")
+        yield name, group[number] if times[name] == 1 else None
 
 
 def shown(found: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from drrlhf.ambiguity import AmbiguitySet, Group, parse_ambiguity
-from drrlhf.stress.groups import in_words
+from drrlhf.stress.groups import by_subject
 from drrlhf.transformations import BIAS, TRANSFORMATIONS
 
 # What is judged, and which side of the bound is good.
@@ -35,7 +35,8 @@ EXAMPLE = (
     'expected for example "tv:0.1 accuracy>=0.75", "kl:0.1 loss<=0.6", "typos accuracy>=0.8", '
     '"worst-change accuracy>=0.6" or "subset=code accuracy>=0.7"'
 )
-Facts = Mapping[str, Mapping[str, Mapping[str, float]]]
+Number = Mapping[str, float] | None  # None where a gate cannot say which number is meant
+Facts = Mapping[str, Mapping[str, Number]]
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,13 @@ class Requirement:
 
     def _look_up(self, subject: str, known: Facts) -> Mapping[str, float]:
         if self.metric in known.get(subject, {}):
-            return known[subject][self.metric]
+            found = known[subject][self.metric]
+            if found is None:
+                raise ValueError(
+                    f"requirement {str(self)!r}: expected one group that is called so, got "
+                    "several; rename a column, or its values"
+                )
+            return found
         with_metric = [name for name, found in known.items() if self.metric in found]
         near = difflib.get_close_matches(subject, with_metric, 3, 0.5) or with_metric[:8]
         raise ValueError(
@@ -178,7 +185,7 @@ def facts(
     model: Mapping[str, Any],
     curve: Mapping[str, Any] | None = None,
     kendall: Mapping[str, Any] | None = None,
-) -> dict[str, dict[str, Mapping[str, float]]]:
+) -> dict[str, dict[str, Number]]:
     """Every number of a model's report that can be required, by subject and metric.
 
     A change is "NAME/SIDES", and NAME alone is its use on both answers, or on the one part that it
@@ -186,7 +193,7 @@ def facts(
     "kendall" a tau, and "best-answer" the accuracy of the first of all answers. Where a change is
     called as something else is, the change is meant.
     """
-    found: dict[str, dict[str, Mapping[str, float]]] = {}
+    found: dict[str, dict[str, Number]] = {}
     for name in ("easy", "normal", "hard"):
         if model["styles"] and name in model["styles"]:
             found[name] = {"accuracy": model["styles"][name]}
@@ -198,6 +205,8 @@ def facts(
         found["best-answer"] = {"accuracy": model["best_answer"]["share"]}
     for subject, metric, number in _numbers(model):
         found.setdefault(subject, {})[metric] = number
+    for subject, group in by_subject(model["groups"], "accuracy"):
+        found.setdefault(subject, {}).setdefault("accuracy", group)
     return found
 
 
@@ -213,5 +222,3 @@ def _numbers(model: Mapping[str, Any]) -> Iterator[tuple[str, str, Mapping[str, 
             yield subject, metric, model[key][metric]
     for bias in model["biases"]:
         yield bias["change"], "preferred", bias["preferred"]
-    for group in (*model["groups"]["single"], *model["groups"]["paired"]):
-        yield in_words(group, "="), "accuracy", group["accuracy"]

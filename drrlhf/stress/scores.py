@@ -558,6 +558,15 @@ def _quarters(values: NDArray[np.float64]) -> Attribute | str:
         return "not a finite number in it"
     edges = np.unique(np.quantile(finite, np.arange(1, QUARTERS) / QUARTERS))
     codes = np.searchsorted(edges, values, side="left")
-    names = [f"<= {edges[0]:.4g}"]
-    names += [f"{low:.4g} to {high:.4g}" for low, high in itertools.pairwise(edges)]
-    return Attribute(np.where(np.isfinite(values), codes, -1), (*names, f"> {edges[-1]:.4g}"))
+    told = _told_apart(edges.tolist())
+    names = (f"<= {told[0]}", *map(" to ".join, itertools.pairwise(told)), f"> {told[-1]}")
+    return Attribute(np.where(np.isfinite(values), codes, -1), names)
+
+
+def _told_apart(numbers: Sequence[float]) -> list[str]:
+    """Different numbers as texts that differ, of four digits each, or as many more as it takes."""
+    for digits in range(4, 17):  # 17 tell any two apart
+        texts = [f"{number:.{digits}g}" for number in numbers]
+        if len({*texts}) == len(texts):
+            return texts
+    return [f"{number:.17g}" for number in numbers]

@@ -279,6 +279,19 @@ def test_gates_that_cannot_be_judged(text, said):
         report(made(), require=[text])
 
 
+def test_a_gate_on_groups_of_one_name_is_refused():
+    """Of these two groups, both called a=b=c, one has everything right and the other nothing."""
+    half = np.arange(80) < 40
+    groups = {
+        "a=b": Attribute(half.astype(np.int64), ("c", "d")),
+        "a": Attribute((~half).astype(np.int64), ("b=c", "e")),
+    }
+    scores = Scores(np.where(half, 1.0, -1.0), np.arange(80), groups, rows=80)
+    assert report(scores, require=["a=e accuracy>=0.5"])["requirements"][0]["found"]["value"] == 0
+    with pytest.raises(ValueError, match="expected one group that is called so"):
+        report(scores, require=["a=b=c accuracy>=0.5"])
+
+
 def test_junit_says_what_missed(tmp_path):
     result = stress_test(
         made(), require=["typos accuracy>=0.01", "worst-change accuracy>=0.99"], resamples=20

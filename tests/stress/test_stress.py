@@ -401,6 +401,19 @@ def test_numbers_become_quarters(tmp_path):
     assert found.ignored == {"const": "constant", "free": "200 different values, more than 100"}
 
 
+def test_quarters_have_the_digits_that_tell_them_apart(tmp_path):
+    """Seconds since 1970 and large ids: quarters of a day, all called 1.753e+09."""
+    rows = [{"margin": 1.0 - i % 3, "time": 1753000000 + 432 * i} for i in range(200)]
+    found = load_scores(written(tmp_path, ".parquet", rows)).attributes["time"]
+    # Of 0 to 199 the quarters end at 49.75, 99.5 and 149.25: 1753021492, 1753042984, 1753064476.
+    first, second, third = "1.75302e+09", "1.75304e+09", "1.75306e+09"
+    named = [f"<= {first}", f"{first} to {second}", f"{second} to {third}", f"> {third}"]
+    assert list(found.names) == named
+    assert np.bincount(found.codes).tolist() == [50, 50, 50, 50]
+    rows = [{"margin": 1.0 - i % 3, "near": 1 + i * 2.0**-52} for i in range(200)]
+    assert len({*load_scores(written(tmp_path, ".parquet", rows)).attributes["near"].names}) == 4
+
+
 # ---- floors and the report -----------------------------------------------------------------------
 
 
