@@ -154,7 +154,8 @@ def _is_set(name: str) -> bool:
     """Whether a set is meant: by its name, or by one that is nearly that and has a number."""
     beginning, colon, _ = name.partition(":")
     near = difflib.get_close_matches(beginning, _SETS, 1, 0.5)
-    return beginning in _SETS or bool(colon and near and not _is_change(beginning))
+    another = "=" in beginning or _is_change(beginning)  # "group=math:algebra" is a group
+    return beginning in _SETS or bool(colon and near and not another)
 
 
 def _is_subject(name: str) -> bool:

@@ -292,6 +292,19 @@ def test_a_gate_on_groups_of_one_name_is_refused():
         report(scores, require=["a=b=c accuracy>=0.5"])
 
 
+@pytest.mark.parametrize("column", ["group", "tv=x", "kl"])
+def test_groups_whose_columns_are_called_as_sets(column):
+    """3 of the 40 pairs of the group are right."""
+    groups = {column: Attribute(np.arange(80) // 40, ("math:algebra", "math:sets"))}
+    margin = np.where(np.arange(80) < 37, -1.0, 1.0)
+    gate = f"{column}=math:algebra accuracy>=0.1"
+    judged = report(Scores(margin, np.arange(80), groups, rows=80), require=[gate])["requirements"]
+    assert judged[0]["found"]["value"] == pytest.approx(3 / 40) and not judged[0]["met"]
+    if column == "kl":
+        with pytest.raises(ValueError, match="did you mean 'kl'"):
+            parse_requirement("kk:0.1 accuracy>=0.5")
+
+
 def test_junit_says_what_missed(tmp_path):
     result = stress_test(
         made(), require=["typos accuracy>=0.01", "worst-change accuracy>=0.99"], resamples=20
