@@ -107,8 +107,8 @@ class Options:
     )
     texts: bool = option(
         True,
-        "Whether the report and the kept scores show examples; --no-texts where data must not "
-        "leave.",
+        "Whether the report and the kept scores show examples, and the answers of --generate are "
+        "kept; --no-texts where data must not leave.",
     )
     require: list[str] | None = option(
         None,
@@ -162,6 +162,8 @@ def stress(options: Options) -> None:
             page = write_report(result, options.output_dir)
             if options.junit is not None:
                 write_junit(result, options.junit)
+            if options.generate and not options.texts:
+                stress_generate.remove_answers(options, names, console)
     except KeyboardInterrupt:
         said = "Interrupted; no report was written."
         if options.generate:

@@ -61,6 +61,13 @@ def interrupted(options: Options, names: list[str]) -> str:
     )
 
 
+def remove_answers(options: Options, names: list[str], console: Console) -> None:
+    """Of a run that is complete: the files from which it would have gone on are texts."""
+    for name in names:
+        file_of(options, name).unlink(missing_ok=True)
+    console.print("Answers: not kept, as --no-texts asks.")
+
+
 def stressed(options: Options, names: list[str], console: Console) -> dict[str, Any]:
     """Answers and rewards of every policy, as the dictionary that the report shows."""
     from drrlhf.cli.run import require
@@ -71,6 +78,7 @@ def stressed(options: Options, names: list[str], console: Console) -> dict[str, 
 
     from drrlhf.stress import RewardModel, generate_scores, stress_generated
     from drrlhf.stress.generated import check_generated_options
+    from drrlhf.stress.private import generated_without_texts
 
     given = chosen(options, "resamples", "min_support", "max_nan", "seed")
     given["require"] = options.require or []
@@ -85,7 +93,7 @@ def stressed(options: Options, names: list[str], console: Console) -> dict[str, 
     for name, directory in zip(names, options.generate or [], strict=True):
         file = file_of(options, name)
         with _console.progress(console) as show:
-            found[name] = generate_scores(
+            made = generate_scores(
                 directory,
                 reward,
                 str(options.data),
@@ -96,7 +104,9 @@ def stressed(options: Options, names: list[str], console: Console) -> dict[str, 
                 on_progress=show,
                 **chosen(options, *asked, "changes", "batch_size", "seed"),
             )
-        console.print(f"Answers: {file}", soft_wrap=True)
+        found[name] = made if options.texts else generated_without_texts(made)
+        if options.texts:
+            console.print(f"Answers: {file}", soft_wrap=True)
     return stress_generated(found, **given)
 
 

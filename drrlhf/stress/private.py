@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import TypeVar
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from drrlhf.files.tables import is_text
+from drrlhf.stress.generate import Generated
 from drrlhf.stress.scores import Scores
 
 LONGEST = 40  # characters of a name; a column with a longer value is one of texts
+LEFT_OUT = "it holds texts, which are left out"
 PROMPT = "prompt"
+Attributed = TypeVar("Attributed", Scores, Generated)
 
 
 def table_without_texts(table: pa.Table) -> pa.Table:
@@ -27,12 +31,23 @@ def table_without_texts(table: pa.Table) -> pa.Table:
 
 def scores_without_texts(scores: Scores) -> Scores:
     """Scores without examples and attributes of texts."""
-    named = {
-        name: one
-        for name, one in scores.attributes.items()
-        if all(len(value) <= LONGEST for value in one.names)
-    }
-    return replace(scores, attributes=named, examples={})
+    return replace(_named(scores), examples={})
+
+
+def generated_without_texts(generated: Generated) -> Generated:
+    """Answers of a policy without attributes of texts; what is told of them has examples still."""
+    return _named(generated)
+
+
+def _named(of: Attributed) -> Attributed:
+    """Without the attributes that have a value longer than a name; why is told in their place."""
+    texts = [
+        name
+        for name, one in of.attributes.items()
+        if any(len(value) > LONGEST for value in one.names)
+    ]
+    named = {name: one for name, one in of.attributes.items() if name not in texts}
+    return replace(of, attributes=named, ignored={**of.ignored, **dict.fromkeys(texts, LEFT_OUT)})
 
 
 def _numbered(prompts: pa.ChunkedArray) -> pa.ChunkedArray:

@@ -81,6 +81,27 @@ def test_report_gates_and_answers(place):
     assert len(list(ElementTree.parse(place.root / "out" / "gates.xml").iter("testcase"))) == 2
 
 
+def test_no_texts_are_left_when_the_run_is_complete(place):
+    """Nor in the names of groups, ranked and too small ones, nor in what a run goes on from."""
+    long = "a patient's record, in more words than a name has"
+    rows = [
+        row | {"notes": f"{long} {i % 2}", "rare": long * (i == 3)}
+        for i, row in enumerate(place.rows)
+    ]
+    file = place.root / "private.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    done = stress("--no-texts", data="private.jsonl")
+    assert done.exit_code == 0, done.output + done.stderr
+    assert "Answers: not kept, as --no-texts asks." in done.output
+    left = {path.name: path.read_text() for path in (place.root / "out").iterdir()}
+    assert sorted(left) == ["report.html", "report.json"]
+    told = json.loads(left["report.json"])["models"]["tiny-llama"]
+    assert {*told["ignored_columns"]} == {"notes", "rare"}
+    assert [one["group"] for one in told["groups"]["single"]].count({"topic": "a"}) == 1
+    for text in (*left.values(), done.output):
+        assert "patient" not in text and rows[0]["prompt"] not in text
+
+
 def test_two_policies_and_a_reward_model(place):
     tiny_llama_dir(place.root / "tiny-reward", rms_norm_eps=0.1).rename(place.root / "other")
     done = stress("--generate other", reward="tiny-reward")
