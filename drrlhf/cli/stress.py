@@ -239,7 +239,7 @@ def _stressed(options: Options, names: list[str], console: Console) -> dict[str,
     from drrlhf.stress import stress_test
     from drrlhf.stress.run import check_options
 
-    asked = ("floor", "ambiguity", "resamples", "min_support", "seed")
+    asked = ("floor", "ambiguity", "resamples", "min_support", "max_nan", "seed")
     given = chosen(options, *asked) | {"require": options.require or []}
     check_options(**given)  # before a large file is read
     load = _scored if options.model else _read
@@ -362,6 +362,9 @@ def _print(result: dict[str, Any], console: Console) -> None:
         found += stress_generate.below(model, "accuracy", ".1%", "pairs")
         for line in [*found, *(one["text"] for one in model["findings"])]:
             console.print(f"  {line}")
+    if result["best_of"] is not None:
+        for note in result["best_of"]["notes"]:
+            console.print(f"Best of n: {note}")
 
 
 def _print_gates(result: dict[str, Any], console: Console) -> None:

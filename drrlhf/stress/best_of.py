@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from drrlhf.files.tables import DataError
 from drrlhf.stress.resample import FEW_PROMPTS, Array, Bootstrap, band
 from drrlhf.stress.scores import Scores
 
@@ -301,8 +302,19 @@ def kendall_tau(
         "left_out": left_out,
         "equal_gold": len(values) - len(ordered),
         "constant_scores": sum(bool(s.min() == s.max()) for s, _ in ordered),
-        "notes": _notes(len(ordered), left_out),
+        "notes": [*_notes(len(ordered), left_out), *_equal_gold(len(ordered), len(values))],
     }
+
+
+def check_left_out(source: str, left_out: int, prompts: int, max_nan: float) -> None:
+    """`DataError` where more than a share ``max_nan`` of the ``prompts`` are ``left_out``: those
+    that are left say little of all."""
+    if left_out > max_nan * prompts:
+        raise DataError(
+            f"{source}: expected a share of {max_nan:g} at most of the prompts with a score that "
+            f"is missing, or is no finite number; got {left_out:,} of {prompts:,}; score them "
+            "again, leave them out, or raise --max-nan"
+        )
 
 
 def first_of(size: int, counts: Sequence[int]) -> Array:
@@ -531,3 +543,12 @@ def _notes(prompts: int, left_out: int) -> list[str]:
         "missing, or is no finite number."
     )
     return [few] * (prompts < FEW_PROMPTS) + [lost] * (left_out > 0)
+
+
+def _equal_gold(ordered: int, prompts: int) -> list[str]:
+    if ordered == prompts:
+        return []
+    return [
+        f"In {prompts - ordered:,} of {prompts:,} prompts all gold scores are equal: there is no "
+        "order to compare with."
+    ]

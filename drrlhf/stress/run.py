@@ -10,7 +10,12 @@ import numpy as np
 
 from drrlhf.ambiguity import AmbiguitySet
 from drrlhf.stress import adversary, curves, groups, resample
-from drrlhf.stress.best_of import best_of_curves, best_of_right_of_pairs, kendall_tau
+from drrlhf.stress.best_of import (
+    best_of_curves,
+    best_of_right_of_pairs,
+    check_left_out,
+    kendall_tau,
+)
 from drrlhf.stress.candidates import Candidates
 from drrlhf.stress.effects import effects
 from drrlhf.stress.findings import findings, verdict
@@ -31,6 +36,7 @@ def stress_test(
     ambiguity: str | AmbiguitySet = "cvar:0.2",
     resamples: int = 200,
     min_support: int = 30,
+    max_nan: float = 0.01,
     seed: int = 0,
     best_of: Mapping[str, Candidates] | None = None,
     on_progress: Callable[[str], None] = lambda _: None,
@@ -50,6 +56,8 @@ def stress_test(
         ambiguity: the set whose reweighting is described in words.
         resamples: bootstrap samples, at least 20.
         min_support: prompts that a group must have to be ranked, at least 2.
+        max_nan: share that may have no finite score, of the pairs of files that are read here and
+            of the prompts whose answers are ranked; they are left out.
         seed: of the resampling.
         best_of: candidates with gold scores, scored by each of the models, by name.
         on_progress: is told what begins.
@@ -60,12 +68,16 @@ def stress_test(
 
     Raises:
         ValueError: an argument out of range, a requirement that cannot be parsed.
-        DataError: see `load_scores`.
+        DataError: see `load_scores`; more prompts of candidates without a finite score.
     """
-    required, described = check_options(require, floor, ambiguity, resamples, min_support, seed)
+    required, described = check_options(
+        require, floor, ambiguity, resamples, min_support, max_nan, seed
+    )
     sources = scores if isinstance(scores, Mapping) else {"model": scores}
     check("scores", dict(sources), bool(sources), "hold at least one model")
-    pressure = None if best_of is None else _best_of(best_of, list(sources), resamples, seed)
+    pressure = (
+        None if best_of is None else _best_of(best_of, list(sources), resamples, max_nan, seed)
+    )
     settings = {
         "floor": floor,
         "ambiguity": str(described),
@@ -77,10 +89,10 @@ def stress_test(
     models = {}
     for name, source in sources.items():
         on_progress(f"{name}: reading")
-        loaded = source if isinstance(source, Scores) else load_scores(source)
+        loaded = source if isinstance(source, Scores) else load_scores(source, max_nan=max_nan)
         on_progress(f"{name}: stressing {len(loaded)} pairs")
         of_best = [pressure and pressure[key][name] for key in ("curves", "kendall")]
-        models[name] = _model(loaded, described, settings, required, *of_best)
+        models[name] = _model(loaded, described, settings, max_nan, required, *of_best)
     return {
         "drrlhf": __version__,
         "settings": settings,
@@ -96,16 +108,22 @@ def check_options(
     ambiguity: str | AmbiguitySet,
     resamples: int,
     min_support: int,
+    max_nan: float,
     seed: int,
 ) -> tuple[list[Requirement], AmbiguitySet]:
     """The requirements and the set that was asked for; `ValueError` as `stress_test` says."""
     check("floor", floor, 0 <= floor <= 1, "lie in [0, 1]")
+    check("max_nan", max_nan, 0 <= max_nan < 1, "lie in [0, 1)")
     required = requirements(require, resamples, min_support, seed)
     return required, example_set(ambiguity, "ambiguity")
 
 
 def _best_of(
-    candidates: Mapping[str, Candidates], names: Sequence[str], resamples: int, seed: int
+    candidates: Mapping[str, Candidates],
+    names: Sequence[str],
+    resamples: int,
+    max_nan: float,
+    seed: int,
 ) -> dict[str, Any]:
     """Best of n by every model and by their worst case, and how their order agrees with gold's."""
     if [*candidates] != [*names]:
@@ -128,19 +146,27 @@ def _best_of(
                 f"best_of: {one.source} has no scores of {name!r}; give a column 'scores' beside "
                 "'gold', or a model to score the candidates"
             )
+        lost = sum(not np.isfinite(of_prompt).all() for of_prompt in one.scores)
+        check_left_out(one.source, lost, len(one), max_nan)
         by_model[name] = one.scores
     curves_of = best_of_curves(by_model, first.gold, resamples=resamples, seed=seed)
     taus = {
         name: kendall_tau(scores, first.gold, resamples=resamples, seed=seed)
         for name, scores in by_model.items()
     }
-    return {"source": first.source, "curves": curves_of, "kendall": taus}
+    notes = [
+        f"{name}: {note}"
+        for name, curve in curves_of.items()
+        for note in dict.fromkeys([*curve["notes"], *taus.get(name, {"notes": ()})["notes"]])
+    ]
+    return {"source": first.source, "curves": curves_of, "kendall": taus, "notes": notes}
 
 
 def _model(
     scores: Scores,
     described: AmbiguitySet,
     settings: Mapping[str, Any],
+    max_nan: float,
     required: Sequence[Requirement],
     curve: Mapping[str, Any] | None,
     kendall: Mapping[str, Any] | None,
@@ -156,8 +182,12 @@ def _model(
     notes, best_answer = _notes(len(scores), prompts, alone), None
     if scores.answers is not None:
         try:
-            best_answer = best_of_right_of_pairs(scores, resamples=resamples, seed=seed)
-        except ValueError as error:  # columns of that name that are something else
+            found = best_of_right_of_pairs(scores, resamples=resamples, seed=seed)
+            lost = found["left_out"]
+            check_left_out(scores.source, lost, lost + found["prompts"], max_nan)
+            best_answer = found
+            notes += [f"First of all answers: {note}" for note in found["notes"]]
+        except ValueError as error:  # columns of that name that are something else, among others
             notes.append(f"Which answer comes first is not told: {error}.")
     model = {
         "source": scores.source,

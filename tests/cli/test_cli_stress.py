@@ -86,6 +86,66 @@ def test_gates_on_changes_and_on_best_of_n(tmp_path, monkeypatch):
     assert report["versions"]["torch"] and report["date"]
 
 
+def test_prompts_without_scores_are_not_left_out_in_silence(tmp_path):
+    """Of 40 prompts two have all scores; of the others the gate would say nothing."""
+    file, given = tmp_path / "c.jsonl", changed(tmp_path / "rm.parquet")
+    rows = [json.loads(line) for line in candidates(file).read_text().splitlines()[:20]] * 2
+    rows[5]["gold"] = [1.0] * 4
+    rows = [
+        row | {"scores": [1.0, 2.0, None, 4.0]} if i % 20 else row for i, row in enumerate(rows)
+    ]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    out = tmp_path / "out"
+    gate = "best-of-4 gold>=-9"
+    usual = ["--scores", given, "--best-of", file, "--output-dir", out, "--require", gate]
+    done = stress(*usual)
+    said = " ".join(done.output.split())
+    assert done.exit_code == 2 and "got 38 of 40" in said and "raise --max-nan" in said
+    assert not out.exists()
+    done = stress(*usual, "--max-nan", "0.95")
+    said = " ".join(done.output.split())
+    assert done.exit_code == 0, done.output
+    told = "38 of 40 prompts are left out: a score of theirs is missing, or is no finite number."
+    for text in (said, (out / "report.html").read_text()):
+        assert f"rm: {told}" in text and "rm: Only 2 prompts:" in text
+
+
+def test_equal_gold_scores_are_told(tmp_path):
+    rows = [{"scores": [1.0, 2.0], "gold": [1.0, float(i % 4 < 3)]} for i in range(40)]
+    (tmp_path / "c.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = ["--scores", changed(tmp_path / "rm.parquet"), "--best-of", tmp_path / "c.jsonl"]
+    done = stress(*given, "--output-dir", tmp_path / "out")
+    assert done.exit_code == 0, done.output
+    told = "rm: In 30 of 40 prompts all gold scores are equal"
+    assert told in " ".join(done.output.split())
+    assert told in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_the_first_answer_is_told_of_all_prompts_or_not_at_all(tmp_path):
+    """Of 40 prompts with two pairs each, one lacks a pair; a share of 0.025."""
+    rows = [
+        {
+            "prompt_id": f"p{i // 2}",
+            "margin": 1 - i % 3,
+            "chosen_answer": 0,
+            "rejected_answer": 1 + i % 2,
+        }
+        for i in range(80)
+        if i != 78
+    ]
+    (tmp_path / "rm.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = ["--scores", tmp_path / "rm.jsonl", "--output-dir", tmp_path / "out"]
+    gate = ["--require", "best-answer accuracy>=0"]
+    done = stress(*given)
+    assert done.exit_code == 0 and "Which answer comes first is not told" in done.output
+    assert "got 1 of 40" in " ".join(done.output.split())
+    assert stress(*given, *gate).exit_code == 2
+    done = stress(*given, *gate, "--max-nan", "0.03")
+    assert done.exit_code == 0, done.output
+    told = "First of all answers: 1 of 40 prompts are left out"
+    assert told in done.output and told in (tmp_path / "out" / "report.html").read_text()
+
+
 def test_what_a_gate_names_and_the_report_lacks_leaves_no_report(tmp_path):
     file, out = changed(tmp_path / "rm.parquet"), tmp_path / "out"
     for text in ("typoss accuracy>=0.1", "subset=maths accuracy>=0.1", "best-of-2 gold>=0"):
