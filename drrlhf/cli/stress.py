@@ -319,7 +319,7 @@ def _keep(options: Options, console: Console, name: str, what: str, table: Any) 
     from drrlhf.files import write_whole
     from drrlhf.stress.private import table_without_texts
 
-    table = table if options.texts else table_without_texts(table)
+    table = table if options.texts else table_without_texts(table, options.prompt_column)
     options.output_dir.mkdir(parents=True, exist_ok=True)
     path = stress_generate.file_of(options, name, f"{what}.parquet")
     write_whole(path, partial(pq.write_table, table))

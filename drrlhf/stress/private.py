@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 
 from drrlhf.files.tables import is_text
 from drrlhf.stress.generate import Generated
-from drrlhf.stress.scores import Scores
+from drrlhf.stress.scores import PROMPTS, Scores, prompts_in
 
 LONGEST = 40  # characters of a name; a column with a longer value is one of texts
 LEFT_OUT = "it holds texts, which are left out"
@@ -18,13 +18,16 @@ PROMPT = "prompt"
 Attributed = TypeVar("Attributed", Scores, Generated)
 
 
-def table_without_texts(table: pa.Table) -> pa.Table:
-    """A table of scores with numbers in place of prompts, and without examples and columns of
-    texts: those in which a value has more than `LONGEST` characters."""
+def table_without_texts(table: pa.Table, prompt_column: str | None = None) -> pa.Table:
+    """A table of scores with numbers in place of prompts, and of ids of prompts that are longer
+    than a name, and without examples and columns of texts: those in which a value has more than
+    `LONGEST` characters, and lists and objects that hold text."""
     table = table.replace_schema_metadata(None)
     for place, name in enumerate(table.column_names):
-        if name == PROMPT and is_text(table[name].type):
-            table = table.set_column(place, name, _numbered(table[name]))
+        names_prompts = name in (*PROMPTS, prompt_column)
+        if name == PROMPT or (names_prompts and _is_of_texts(table[name])):
+            codes, missing = prompts_in(table, name)
+            table = table.set_column(place, name, pa.array(codes, mask=missing))
     texts = [name for name in table.column_names if _is_of_texts(table[name])]
     return table.drop_columns(texts)
 
@@ -50,17 +53,23 @@ def _named(of: Attributed) -> Attributed:
     return replace(of, attributes=named, ignored={**of.ignored, **dict.fromkeys(texts, LEFT_OUT)})
 
 
-def _numbered(prompts: pa.ChunkedArray) -> pa.ChunkedArray:
-    """A number for each different prompt; null where there is none."""
-    blank = pc.equal(pc.utf8_length(pc.utf8_trim_whitespace(prompts)), 0)
-    known = pc.if_else(blank, pa.scalar(None, prompts.type), prompts)
-    return pa.chunked_array([known.combine_chunks().dictionary_encode().indices])
-
-
 def _is_of_texts(column: pa.ChunkedArray) -> bool:
+    if pa.types.is_dictionary(column.type):
+        column = column.cast(column.type.value_type)
     if pa.types.is_nested(column.type):
-        return True
-    if not is_text(column.type):
+        return _holds_text(column.type)
+    if not _is_text(column.type):
         return False
-    longest = pc.max(pc.utf8_length(column)).as_py()
+    longest = pc.max(
+        pc.utf8_length(column) if is_text(column.type) else pc.binary_length(column)
+    ).as_py()
     return longest is not None and longest > LONGEST
+
+
+def _holds_text(kind: pa.DataType) -> bool:
+    parts = [kind.field(i).type for i in range(kind.num_fields)]
+    return any(map(_holds_text, parts)) or _is_text(kind) or pa.types.is_dictionary(kind)
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return is_text(kind) or pa.types.is_binary(kind) or pa.types.is_large_binary(kind)

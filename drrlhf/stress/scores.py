@@ -159,7 +159,7 @@ def from_table(
     # What a change does is worth telling.
     _check_margins(margin, source, all_right or bool(after))
     prompt = _prompt_column(table, source, prompt_column)
-    prompts, missing = _prompts(table, prompt)
+    prompts, missing = prompts_in(table, prompt)
     if dropped or read != table.num_rows:
         table = table.take(pa.array(rows))
     named = answers_in(table)
@@ -473,7 +473,7 @@ def _prompt_column(table: pa.Table, source: str, asked: str | None) -> str | Non
     return asked or next((name for name in PROMPTS if name in table.column_names), None)
 
 
-def _prompts(table: pa.Table, name: str | None) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+def prompts_in(table: pa.Table, name: str | None) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
     """The code of each row's prompt and whether it has none, (rows,) each: such a row, one whose
     prompt is null, NaN or blank, is a prompt of its own."""
     if name is None:

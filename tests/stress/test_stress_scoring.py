@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from functools import partial
 
@@ -18,7 +19,14 @@ from typer.testing import CliRunner
 
 from drrlhf.cli import app
 from drrlhf.data import DataError
-from drrlhf.stress import Policy, RewardModel, load_judge, score_pairs, stress_test
+from drrlhf.stress import (
+    Policy,
+    RewardModel,
+    load_candidates,
+    load_judge,
+    score_pairs,
+    stress_test,
+)
 from drrlhf.stress.run import FEW_PROMPTS
 from drrlhf.transformations import SIDES
 from drrlhf.transformations.sayings import PREAMBLE, SENTENCE
@@ -385,6 +393,32 @@ def test_no_texts_leave(tmp_path, kept):
     assert len(files) == 3
     told = {path.name for path in files if b"secret" in path.read_bytes()}
     assert told == ({path.name for path in files} if kept else set())
+
+
+def test_what_is_no_text_stays_without_texts(tmp_path):
+    """Gold scores and scores of candidates are lists of numbers, and ids of prompts may be longer
+    than names: pairs of one prompt belong together still."""
+    ids = [hashlib.sha256(bytes([i // 2])).hexdigest() for i in range(40)]
+    some = [row | {"question_id": ids[i], "tags": ["a secret"]} for i, row in enumerate(rows())]
+    file = tmp_path / "c.jsonl"
+    texts = [{"candidates": ["w1 secret", "w2", f"w{i}"], "gold": [0.5, 1, 2]} for i in range(30)]
+    file.write_text(
+        "".join(
+            json.dumps(row | {"id": ids[0][:-2] + f"{i:02}"}) + "\n" for i, row in enumerate(texts)
+        )
+    )
+    out = tmp_path / "out"
+    given = ["--model", tiny_reward_dir(tmp_path), "--data", written(tmp_path / "d.jsonl", some)]
+    given += ["--best-of", file, "--changes", "none", "--no-texts", "--output-dir", out]
+    given += ["--prompt-column", "question_id"]
+    done = CliRunner().invoke(app, ["stress", *map(str, given)])
+    assert done.exit_code == 0, done.output
+    kept = load_candidates(out / "tiny-reward.candidates.parquet")
+    assert [one.tolist() for one in kept.gold] == [[0.5, 1, 2]] * 30 and kept.scores is not None
+    (model,) = json.loads((out / "report.json").read_text())["models"].values()
+    assert (model["pairs"], model["prompts"]) == (40, 20)
+    for path in out.iterdir():
+        assert not any(one in path.read_bytes() for one in (b"secret", ids[0][:-2].encode()))
 
 
 @pytest.mark.parametrize("wrong", ["none", "policy", "data"])
