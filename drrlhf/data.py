@@ -272,13 +272,22 @@ class _Columns:
         more = {key: row[key] for key in row if key in present - {*known}}
         for key in kept:
             self.columns[key].append(self.check_value(number, key, row[key]))
-        if self.required == REQUIRED and not self.keeps_more:
-            self.left_out |= {key for key in more if not FORM.fullmatch(key)}
-            more = {key: more[key] for key in more if FORM.fullmatch(key)}
-            more = {key: self.check_value(number, key, value) for key, value in more.items()}
+        forms = {key for key in more if self.is_form(key)}
+        if not self.keeps_more:
+            self.left_out |= more.keys() - forms
+            more = {key: more[key] for key in more if key in forms}
+        for key in forms:
+            more[key] = self.check_value(number, key, more[key])
         self.add_sparse(self.more, more)
         if "chosen" in kept:
             self.identical += self.columns["chosen"][-1] == self.columns["rejected"][-1]
+
+    def is_form(self, key: str) -> bool:
+        """Whether a column holds another form of a text that the rows have."""
+        return FORM.fullmatch(key) is not None and key.partition(BY_COLUMN)[0] in (
+            PROMPT,
+            *self.required,
+        )
 
     def split_conversations(self, number: int, row: Row) -> Row:
         """A prompt that is a string beside two whole conversations becomes the messages that both

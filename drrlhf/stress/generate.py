@@ -229,11 +229,6 @@ def _forms(rows: Sequence[Row], names: Sequence[str], most: int, seed: int) -> d
         forms: list[Any] = [None] * len(rows)
         for number in numbers:
             old, new = rows[number]["prompt"], changed(rows[number], name, number)["prompt"]
-            if isinstance(new, str) is not isinstance(old, str):
-                raise DataError(
-                    f"prompt {number + 1}: {name!r} and 'prompt' must both be strings, or both "
-                    "messages"
-                )
             if new != old:
                 forms[number] = new
         if any(one is not None for one in forms):

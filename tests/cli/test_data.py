@@ -10,7 +10,7 @@ from pathlib import Path
 import datasets
 import pytest
 
-from drrlhf.data import DataError, load_preference_data
+from drrlhf.data import DataError, load_preference_data, load_prompt_data
 
 STANDARD = [
     {"prompt": "Name a colour.", "chosen": "Blue — my pick.", "rejected": "Seven."},
@@ -400,6 +400,21 @@ def test_other_forms_of_a_text_are_kept_and_checked(tmp_path):
     path.write_text("\n".join(map(json.dumps, [rows[0] | {"chosen@long": " "}])))
     with pytest.raises(DataError, match=r"line 1: 'chosen@long' is empty"):
         load_preference_data(path)
+
+
+@pytest.mark.parametrize("value", [5, ["a"], "", "  ", [{"role": "user", "content": "a"}]])
+@pytest.mark.parametrize("key", ["chosen@para", "rejected@para", "prompt@para"])
+def test_other_forms_are_checked_where_all_columns_are_kept(tmp_path, key, value):
+    path, row = tmp_path / "d.jsonl", {"prompt": "p", "chosen": "a", "rejected": "b"}
+    path.write_text(json.dumps(row | {"note": "x"}) + "\n" + json.dumps(row | {key: value}))
+    with pytest.raises(DataError, match=f"line 2: '{key}'"):
+        load_preference_data(path, keep_columns=True)
+    path.write_text("".join(json.dumps({"prompt": "p", key: one}) + "\n" for one in (None, value)))
+    if key == "prompt@para":
+        with pytest.raises(DataError, match=f"line 2: '{key}'"):
+            load_prompt_data(path)
+    else:  # of another kind of data: the reward function may take it
+        assert load_prompt_data(path).dataset[key][1] == value
 
 
 def test_the_prompt_is_taken_out_of_other_forms_too(tmp_path):

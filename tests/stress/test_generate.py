@@ -332,5 +332,5 @@ def test_which_changes_all_are():
 def test_a_form_of_another_kind_than_its_prompt(place, tmp_path):
     row = {"prompt": "how was it", MINE: [{"role": "user", "content": "how"}]}
     (tmp_path / "p.jsonl").write_text(json.dumps(row) + "\n")
-    with pytest.raises(DataError, match="prompt 1: 'prompt@mine' and 'prompt' must both be"):
+    with pytest.raises(DataError, match="line 1: 'prompt@mine' is a list, but 'prompt'"):
         generate_scores(place / "tiny-llama", letters, tmp_path / "p.jsonl")
