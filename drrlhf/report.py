@@ -37,8 +37,25 @@ def figure_of(width: float, height: float, backend: str = "agg") -> Any:
 def save(figure: Any, output_png: str | os.PathLike[str], dpi: int = 130, **more: Any) -> Path:
     """Write a figure as a PNG, whole at any time; its path. ``more`` goes to ``savefig``."""
     path = Path(output_png)
+    as_written(figure)
     write_whole(path, lambda part: figure.savefig(part, format="png", dpi=dpi, **more))
     return path
+
+
+def as_written(figure: Any) -> None:
+    """Has a $ in a figure's texts be a $: names and paths of users are no mathematics, and ended in
+    an error where they could not be read as such. Numbers along an axis may hold powers."""
+    from matplotlib.text import Text
+    from matplotlib.ticker import FixedFormatter, FuncFormatter
+
+    numbers = set()
+    for axis in (each for axes in figure.axes for each in (axes.xaxis, axes.yaxis)):
+        numbers |= {axis.offsetText, *axis.get_minorticklabels()}
+        if not isinstance(axis.get_major_formatter(), (FixedFormatter, FuncFormatter)):
+            numbers |= {*axis.get_majorticklabels()}
+    for text in figure.findobj(Text):
+        if text not in numbers:
+            text.set_parse_math(False)
 
 
 def light(axis: Any) -> None:

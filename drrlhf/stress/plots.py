@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from drrlhf.report import LINE_STYLES, PALETTE, figure_of, light
+from drrlhf.report import LINE_STYLES, PALETTE, as_written, figure_of, light
 
 _TITLES = {
     "tv": "total variation: share of weight moved",
@@ -121,6 +121,7 @@ def _svg(figure: Any, axes: Any) -> str:
     """The figure as an element for a page: no prolog, no metadata, no ids that two plots share."""
     for axis in axes:
         light(axis)
+    as_written(figure)
     written = io.StringIO()
     figure.savefig(written, format="svg", metadata={"Date": None, "Creator": None})
     text = written.getvalue()

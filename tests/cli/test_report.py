@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 
-from drrlhf.report import group_columns, plot_comparison, plot_training
+from drrlhf.report import figure_of, group_columns, plot_comparison, plot_training, save
 
 
 def _lines(n: int = 60, **columns) -> list[dict]:
@@ -159,3 +160,31 @@ def test_comparison_shows_every_setting_in_every_domain(tmp_path, drawn):
     assert [patch.get_height() for patch in margin.patches] == [1.0, -1.0, 2.0, 3.0]
     assert [text.get_text() for text in accuracy.get_legend().get_texts()] == ["erm", "tv:0.1"]
     assert "derived" in drawn[0].get_suptitle()
+
+
+BROKEN = r"cost $\frac{1$ and $_$"  # no mathematics that matplotlib can read
+
+
+def test_a_dollar_in_a_name_is_a_dollar(tmp_path, drawn):
+    lines = _lines(20, **{f"group/{BROKEN}/weight": [0.9], "group/$a$/weight": [0.1]})
+    plot_training(_write(tmp_path / "m.jsonl", lines), tmp_path / "m.png", title=BROKEN)
+    score = dict.fromkeys(("accuracy", "accuracy_error", "margin", "margin_error"), 0.5)
+    result = {
+        "settings": {"steps": 4},
+        **{"model": BROKEN, "data": BROKEN, "domains": {BROKEN: BROKEN}},
+        "runs": [{"ambiguity": BROKEN, "held_out": {BROKEN: score}}],
+    }
+    plot_comparison(result, tmp_path / "c.png")
+    for figure in drawn:
+        texts = [one for one in figure.findobj(Text) if "$" in one.get_text()]
+        assert len(texts) >= 3 and not any(one.get_parse_math() for one in texts)
+
+
+def test_numbers_along_an_axis_keep_their_powers(tmp_path):
+    figure = figure_of(3, 3)
+    axis = figure.subplots()
+    axis.set_xscale("log")
+    axis.plot([1e-6, 1e6], [0, 1])
+    save(figure, tmp_path / "p.png")
+    labels = [one for one in axis.get_xticklabels() if "10^" in one.get_text()]
+    assert labels and all(one.get_parse_math() for one in labels)
