@@ -51,6 +51,7 @@ FORM = re.compile(rf"({'|'.join((*SIDES, PROMPT))}){BY_COLUMN}.+", re.DOTALL)
 MESSAGE_FIELDS = {"tool_calls", "tool_call_id", "name", "reasoning_content", "thinking"}
 # A list of messages that pandas or a spreadsheet turned into its printed form.
 _WRITTEN_OUT = re.compile(r"""\s*\[\s*\{\s*['"](role|content)['"]\s*:""")
+_ID = re.compile("(.*_)?id")  # of a prompt, and no number though it be of digits
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
@@ -95,7 +96,8 @@ def load_preference_data(
     sorted distinct ones, or in ``group_names`` when those are given (pass the training set's names
     when reading an evaluation set), to which ``new_groups=True`` adds. With ``kind="dpo"`` a
     ``margin`` column is left out. Other columns are left out with one logged line,
-    or kept as they are with ``keep_columns=True``.
+    or kept as they are with ``keep_columns=True``; of CSV, numbers where every cell is one, but for
+    ids.
 
     Raises `DataError` naming file and line (row for Parquet and data sets) for whatever could not
     be trained on: a missing column or file, broken JSON, an empty completion, a wrong type, rows of
@@ -243,6 +245,11 @@ class _Columns:
 
     def where(self, number: int) -> str:
         return f"{self.name}: {self.unit} {number}"
+
+    @property
+    def is_csv(self) -> bool:
+        """Whether every cell was text."""
+        return Path(self.name).suffix.lower() == ".csv"
 
     def error(self, number: int, message: str) -> DataError:
         return DataError(f"{self.where(number)}: {message}")
@@ -481,6 +488,10 @@ class _Columns:
             key: values if key in types else tables.column(key, values, self.numbers, self.where)
             for key, values in (self.columns | self.more).items()
         }
+        if self.required == REQUIRED and self.is_csv:
+            for key in self.more:
+                if not self.is_form(key) and not _ID.fullmatch(key):
+                    columns[key] = tables.typed(columns[key])
         return PreferenceData(_dataset(columns, types), names)
 
     def finish_template(self) -> dict[str, Any]:
@@ -495,7 +506,7 @@ class _Columns:
     def number_groups(self, names: Sequence[str] | None, new_groups: bool) -> list[str] | None:
         """Replaces the groups by their numbers; their names, None where these are the numbers."""
         values = self.columns["group"]
-        if Path(self.name).suffix.lower() == ".csv":
+        if self.is_csv:
             values = _csv_groups(values)
         text = isinstance(values[0], str)
         for number, value in zip(self.numbers, values, strict=True):

@@ -76,7 +76,7 @@ def table(path: Path, measured: Sequence[str] = (), spared: Mapping[str, str] = 
         lambda number: f"{path}: {unit} {number}", found, () if csv_cells else measured, spared
     )
     if csv_cells:
-        made = pa.table({name: _typed(made[name]) for name in made.column_names})
+        made = pa.table({name: typed(made[name]) for name in made.column_names})
     return made
 
 
@@ -285,10 +285,16 @@ def _no_doubles(where: str, names: Sequence[str]) -> None:
         raise DataError(f"{where}: column {min(doubled)!r} is there more than once; rename one")
 
 
-def _typed(cells: pa.ChunkedArray) -> pa.ChunkedArray:
-    """A column of text as integers, numbers or true and false, if every cell is one."""
+def typed(cells: Any) -> Any:
+    """A column of text as integers, numbers or true and false, if every cell is one. An integer
+    that begins with 0, as postal codes do, is a name; an empty cell is null. A column of another
+    type is as it is."""
+    if not is_text(cells.type):
+        return cells
     trimmed = pc.utf8_trim_whitespace(cells)
     known = pc.if_else(pc.is_in(trimmed, pa.array(_NO_NUMBER)), None, trimmed)
+    if pc.any(pc.match_substring_regex(known, r"^0\d+$")).as_py():
+        return pc.if_else(pc.equal(trimmed, ""), None, cells)
     for kind in (pa.int64(), pa.bool_(), pa.float64()):
         if kind == pa.float64() and pc.all(pc.match_substring_regex(known, r"^[+-]?\d+$")).as_py():
             break  # integers beyond 64 bits would be rounded to each other

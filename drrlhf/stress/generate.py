@@ -171,7 +171,7 @@ def generate_scores(
             kept.add(_records(change, numbers, asked[change], drawn, rewards))
             done += completions * len(numbers)
             on_progress("Answering", done, total)
-    attributes, ignored = _attributes(loaded)
+    attributes, ignored = _attributes(loaded, Path(data).suffix.lower() == ".csv")
     return Generated(
         prompts=asked[AS_IS],
         forms=forms,
@@ -245,13 +245,17 @@ def _batches(asked: Mapping[str, Sequence[Any]], size: int) -> list[tuple[str, l
     return found
 
 
-def _attributes(loaded: PreferenceData) -> tuple[dict[str, Attribute], dict[str, str]]:
+def _attributes(
+    loaded: PreferenceData, is_csv: bool
+) -> tuple[dict[str, Attribute], dict[str, str]]:
     names = [
         name
         for name in loaded.dataset.column_names
         if name not in (PROMPT, *TEMPLATE) and not name.startswith(PROMPT + BY_COLUMN)
     ]
     columns = {name: tables.array(values) for name, values in loaded.columns(names).items()}
+    if is_csv:  # whose cells the reward function is given as they are
+        columns |= {name: tables.typed(one) for name, one in columns.items() if name != "group"}
     return attributes_of(pa.table(columns), set())
 
 

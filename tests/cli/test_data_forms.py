@@ -54,6 +54,30 @@ def test_cells_of_csv_are_numbers_only_where_all_are(tmp_path):
         csv("0", " ")
 
 
+def test_columns_of_csv_that_are_kept_are_numbers_where_all_cells_are(tmp_path):
+    cells = {
+        "length": ("10", "9.5", ""),
+        "chosen_answer": ("0", "1", "2"),
+        "seen": ("true", "false", "true"),
+        "zip": ("00501", "501", "502"),
+        "level": ("1", "2", "high"),
+        "question_id": ("1.10", "1.1", "2"),
+        "chosen@long": ("1", "2", "3"),
+        "group": ("4", "5", "4"),
+    }
+    rows = [dict(zip(cells, row, strict=True)) for row in zip(*cells.values(), strict=True)]
+    path = write(tmp_path / "p.csv", [{"chosen": "a", "rejected": "b"} | row for row in rows])
+    found = load_preference_data(path, keep_columns=True)
+    kept = {name: found.dataset[name][:] for name in cells if name != "group"}
+    numbers = {"length": [10.0, 9.5, None], "chosen_answer": [0, 1, 2], "seen": [True, False, True]}
+    names = ("zip", "level", "question_id", "chosen@long")
+    assert kept == numbers | {name: [*cells[name]] for name in names}
+    assert found.group_names == ["4", "5"]
+    # A reward function is given the cells: an answer to compare with is text.
+    prompts = load_prompt_data(write(tmp_path / "q.csv", [{"prompt": "a"} | row for row in rows]))
+    assert prompts.dataset["length"][:] == ["10", "9.5", None]
+
+
 def test_codes_beyond_64_bits_are_names_like_others(tmp_path):
     assert grouped(tmp_path, ".jsonl", [2**70, 3]) == ([1, 0], ["3", str(2**70)])
 

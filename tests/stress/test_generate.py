@@ -334,3 +334,14 @@ def test_a_form_of_another_kind_than_its_prompt(place, tmp_path):
     (tmp_path / "p.jsonl").write_text(json.dumps(row) + "\n")
     with pytest.raises(DataError, match="line 1: 'prompt@mine' is a list, but 'prompt'"):
         generate_scores(place / "tiny-llama", letters, tmp_path / "p.jsonl")
+
+
+def test_numbers_of_a_csv_are_quarters_and_codes_of_groups_are_names(place, tmp_path):
+    lines = [f"what is {i},{i},{i % 2}" for i in range(12)]
+    (tmp_path / "p.csv").write_text("\n".join(["prompt,length,group", *lines]))
+    found = generate_scores(
+        *(place / "tiny-llama", letters, tmp_path / "p.csv"),
+        **{"max_new_tokens": 1, "completions": 1, "changes": "none"},
+    )
+    assert np.bincount(found.attributes["length"].codes).tolist() == [3, 3, 3, 3]
+    assert found.attributes["group"].names == ("0", "1")
