@@ -92,7 +92,7 @@ def _length(scores: Scores, weights: Array) -> dict[str, float] | None:
 
 def _position(scores: Scores) -> dict[str, float] | None:
     """Accuracy by where the chosen answer stood; None where no column says."""
-    if scores.position is None:
+    if scores.position is None or not np.isfinite(scores.position).any():
         return None
     right = 1 - ERRORS[error_codes(scores.margin)]
     return {
@@ -141,19 +141,15 @@ def _said_of_length(length: dict[str, float] | None) -> str:
             "Length bias: not known; give texts chosen and rejected, or chosen_length and "
             "rejected_length."
         )
-    told = [
-        f"{length[key]:.1%} when the chosen answer is {what}"
-        for key, what in (
-            ("accuracy_chosen_longer", "longer"),
-            ("accuracy_chosen_shorter", "shorter"),
-        )
-        if length[key] == length[key]
-    ]
+    told = _told(
+        length, "when the chosen answer is", chosen_longer="longer", chosen_shorter="shorter"
+    )
+    follows = length["rank_correlation"]
+    beside = f" (rank correlation of margin and length {follows:+.2f})" * (follows == follows)
     return (
         f"Length: the model prefers the longer answer in {length['prefers_longer']:.1%} of the "
         f"pairs, where the chosen answer is longer in {length['chosen_is_longer']:.1%}; accuracy "
-        f"is {' and '.join(told)} (rank correlation of margin "
-        f"and length {length['rank_correlation']:+.2f})."
+        f"is {told}{beside}."
     )
 
 
@@ -163,7 +159,13 @@ def _said_of_position(position: dict[str, float] | None) -> str:
             "Position bias: not known; a column chosen_position (first or second) would tell. A "
             "reward model that reads one answer at a time has none."
         )
-    return (
-        f"Position: accuracy is {position['accuracy_chosen_first']:.1%} when the chosen answer "
-        f"stands first and {position['accuracy_chosen_second']:.1%} when it stands second."
+    told = _told(
+        position, "when the chosen answer stands", chosen_first="first", chosen_second="second"
     )
+    return f"Position: accuracy is {told}."
+
+
+def _told(facts: dict[str, float], when: str, **halves: str) -> str:
+    """The accuracies of two halves of the pairs, without one that is not known."""
+    told = ((facts[f"accuracy_{key}"], what) for key, what in halves.items())
+    return " and ".join(f"{one:.1%} {when} {what}" for one, what in told if one == one)

@@ -177,6 +177,9 @@ def from_table(
             *("prompt_id", POSITION, prompt),
         },
     )
+    position = _position(table)
+    if isinstance(position, str):
+        ignored[POSITION], position = position, None
     whole = ~np.isin(prompts[rows], prompts[lost])
     if answers is not None:
         answers = (answers[0][finite], answers[1][finite])
@@ -198,7 +201,7 @@ def from_table(
         np.unique(prompts[rows], return_inverse=True)[1],
         attributes,
         longer,
-        _position(table),
+        position,
         counterfactuals,
         rewards,
         forms,
@@ -512,14 +515,27 @@ def _longer(table: pa.Table, source: str) -> NDArray[np.float64] | None:
     return pc.subtract(*sizes).to_numpy()
 
 
-def _position(table: pa.Table) -> NDArray[np.float64] | None:
-    """Where the chosen answer stood, 0 for first and 1 for second, if a column says."""
+def _position(table: pa.Table) -> NDArray[np.float64] | str | None:
+    """Where the chosen answer stood, 0 for first and 1 for second, if a column says; why it is of
+    no use where it has another value: 1 and 2 would be read as 1 and not known."""
     if POSITION not in table.column_names:
         return None
     codes, values = _codes(table[POSITION])
-    places = {"0": 0, "first": 0, "a": 0, "1": 1, "second": 1, "b": 1}
-    numbers = [places.get(str(value).lower(), np.nan) for value in values.to_pylist()]
-    return np.array([*numbers, np.nan])[codes]
+    places = [_place(value) for value in values.to_pylist()]
+    if None in places:  # which is not quoted: it may be a text
+        return "a value is none of first and second, a and b, 0 and 1"
+    return np.array([*places, np.nan], dtype=float)[codes]
+
+
+def _place(value: Any) -> float | None:
+    """0 for first, 1 for second, NaN where it is missing; None for what says neither."""
+    text = str(value).strip().lower()
+    if text in ("", "nan"):
+        return np.nan
+    # A column of integers with a gap is one of doubles, such as 0.0.
+    return {"first": 0, "a": 0, "second": 1, "b": 1}.get(
+        text, {0.0: 0, 1.0: 1}.get(float(text)) if _reads_as_number(text) else None
+    )
 
 
 def attributes_of(

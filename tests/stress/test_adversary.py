@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from scipy import stats
 from test_stress import grouped
@@ -69,6 +71,50 @@ def test_length_and_position_bias_are_measured(tmp_path):
         "accuracy_chosen_second": pytest.approx((margin[first == 1] > 0).mean()),
     }
     assert "chosen_length" not in given.attributes and "answer lengths" in given.attributes
+
+
+def positions(tmp_path, values):
+    """The position of each pair as it is read, the sentence, and why the column is not used; the
+    even pairs are right."""
+    path = tmp_path / "s.parquet"
+    margin = [1.0, -1.0] * (len(values) // 2)
+    pq.write_table(pa.table({"margin": margin, "chosen_position": values}), path)
+    given = load_scores(path)
+    facts = stress_test(given, resamples=20)["models"]["model"]["adversary"]
+    return given.position, facts["sentences"][-1], given.ignored.get("chosen_position")
+
+
+@pytest.mark.parametrize(
+    "values",
+    [[0.0, 1.0, None, 0.0], [0, 1, None, 0], ["A", "b", "", "a"], ["0.0", " Second", None, "0"]],
+)
+def test_positions_as_files_have_them(tmp_path, values):
+    found, said, why = positions(tmp_path, values)
+    assert found.tolist() == pytest.approx([0, 1, float("nan"), 0], nan_ok=True) and why is None
+    # Of the two that stand first one is right, of the one that stands second none.
+    assert "50.0% when the chosen answer stands first" in said
+    assert "0.0% when the chosen answer stands second" in said and "nan" not in said
+
+
+@pytest.mark.parametrize("values", [[1, 2, 1, 2], ["left", "right"] * 2, [0.5, 1.0, 0.0, 1.0]])
+def test_positions_that_say_neither_are_not_used(tmp_path, values):
+    found, said, why = positions(tmp_path, values)
+    assert found is None and "Position bias: not known" in said
+    assert why == "a value is none of first and second, a and b, 0 and 1"
+
+
+def test_a_half_without_pairs_is_not_told(tmp_path):
+    _, said, _ = positions(tmp_path, [0, 0, 0, 0])
+    assert said == "Position: accuracy is 50.0% when the chosen answer stands first."
+    _, said, _ = positions(tmp_path, [float("nan")] * 4)
+    assert "Position bias: not known" in said
+
+
+def test_a_correlation_with_what_is_constant_is_not_told():
+    margin = np.array([1.0, -2.0, 3.0, -4.0])
+    given = Scores(margin=margin, prompts=np.arange(4), longer=np.full(4, 7.0), rows=4)
+    sentences = stress_test(given, resamples=20)["models"]["model"]["adversary"]["sentences"]
+    assert sentences[-2].endswith("accuracy is 50.0% when the chosen answer is longer.")
 
 
 def test_a_group_that_carries_all_weight_is_named():
