@@ -26,6 +26,12 @@ def plain() -> Console:
     return console(markup=False, highlight=False)
 
 
+def status(console: Console, words: str) -> Any:
+    """What is being done, beside a spinner, while the context lasts. rich reads a string there as
+    markup on any console, and a path may hold brackets."""
+    return console.status(Text(words))
+
+
 def table(title: str, *heads: str) -> Table:
     """A table of names in the first column and numbers in the others."""
     made = Table(box=box.SIMPLE_HEAD, title=title)

@@ -248,14 +248,12 @@ def _stressed(options: Options, names: list[str], console: Console) -> dict[str,
 
 
 def _read(options: Options, names: list[str], console: Console) -> Loaded:
-    from rich.markup import escape
-
     from drrlhf.stress import load_candidates, load_scores
     from drrlhf.stress.private import scores_without_texts
 
     loaded = {}
     for name, path in zip(names, options.scores or [], strict=True):
-        with console.status(escape(f"Reading {path} ...")):
+        with _console.status(console, f"Reading {path} ..."):
             scores = load_scores(path, **chosen(options, "prompt_column", "max_nan"))
         loaded[name] = scores if options.texts else scores_without_texts(scores)
     files = zip(loaded, options.best_of or [])

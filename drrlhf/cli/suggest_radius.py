@@ -57,10 +57,10 @@ def suggest_radius(options: Options) -> None:
         from drrlhf.stress import load_scores
         from drrlhf.stress.radius import suggest_radius as suggest
 
-        with console.status(f"Reading {options.scores} ..."):
+        with _console.status(console, f"Reading {options.scores} ..."):
             given = chosen(options, "prompt_column", "max_nan")
             loaded = load_scores(options.scores, **given, all_right=True)
-        with console.status("Searching ..."):
+        with _console.status(console, "Searching ..."):
             asked = ("group_by", "quantile", "resamples", "min_support", "seed")
             found = suggest(loaded, **chosen(options, *asked))
         if options.output is not None:

@@ -168,6 +168,13 @@ def test_command_prints_and_writes_what_the_function_says(tmp_path):
     assert plain.exit_code == 0 and "Chance is not shift" in plain.output
 
 
+def test_a_path_with_marks_of_a_terminal(tmp_path):
+    (tmp_path / "w[").mkdir()
+    (tmp_path / "w[" / "a]x").mkdir()  # in all it reads w[/a]x, the end of a mark
+    done = command("--scores", jsonl(tmp_path / "w[" / "a]x" / "s.jsonl"))
+    assert done.exit_code == 0, done.output
+
+
 def test_pairs_that_are_all_right_are_no_mistake_here(tmp_path):
     file = tmp_path / "train.jsonl"
     file.write_text("".join(json.dumps({"margin": 1 + i % 7}) + "\n" for i in range(50)))
