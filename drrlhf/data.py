@@ -405,7 +405,7 @@ class _Columns:
 
     def check_number(self, number: int, key: str, value: Any) -> float:
         low, high, wanted = NUMBERS[key]
-        if not _is_number(value) or not math.isfinite(value) or not low <= value <= high:
+        if not is_number(value) or not math.isfinite(value) or not low <= value <= high:
             raise self.error(number, f"{key!r} must be {wanted}; got {_short(value)}")
         return float(value)
 
@@ -590,7 +590,8 @@ def _csv_group(cell: str) -> Any:
     return cell if re.fullmatch(r"0[0-9]+", cell) else _csv_number(cell)
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
+    """Whether it is a number that a double holds, if not always exactly; NaN and infinite too."""
     if isinstance(value, int) and not isinstance(value, bool):
         return abs(value) <= sys.float_info.max
     return isinstance(value, float)

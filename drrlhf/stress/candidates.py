@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import ArrayLike
 
-from drrlhf.data import open_rows
+from drrlhf.data import is_number, open_rows
 from drrlhf.files import tables
 from drrlhf.files.tables import DataError, Row, short
 from drrlhf.stress.answers import CANDIDATES, prompt_id
@@ -215,8 +215,7 @@ def _checked(row: Row, columns: Mapping[str, str], complain: Complain) -> dict[s
 def _numbers(row: Row, name: str, complain: Complain, *, finite: bool) -> Array:
     values: Sequence[Any] = row[name]
     for place, value in enumerate(values):
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if number and (not finite or math.isfinite(value)):
+        if is_number(value) and (not finite or math.isfinite(value)):
             continue
         if value is None and not finite:
             continue

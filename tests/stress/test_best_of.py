@@ -428,6 +428,7 @@ def test_answers_to_messages_are_messages(tmp_path):
         ({"gold": [1.0, None]}, "'gold' must hold finite numbers; got None for candidate 2"),
         ({"gold": [1.0, float("nan")]}, "must hold finite numbers; got nan"),
         ({"gold": [True, 1.0]}, "must hold finite numbers; got True"),
+        ({"gold": [1.0, 10**400]}, "must hold finite numbers; got 1000.* for candidate 2"),
         ({"candidates": "d"}, "'candidates' must be a list .*got 'd'"),
         ({"candidates": ["d", {"text": "e"}]}, "'candidates' must hold strings; got {'text'"),
         ({"candidates": [], "gold": []}, r"'candidates' must be a list .*got \[\]"),
@@ -461,6 +462,12 @@ def test_candidates_that_are_broken(tmp_path, new, message):
 def test_first_rows_without_candidates_or_gold(tmp_path, row, message):
     with pytest.raises(DataError, match=f"row 1: .*{message}"):
         load_candidates(written(tmp_path, [row, row], ".json"))
+
+
+def test_a_score_beyond_doubles(tmp_path):
+    path = written(tmp_path, [{"gold": [1, 2], "scores": [None, -(10**400)]}], ".json")
+    with pytest.raises(DataError, match="'scores' must hold numbers, or null; got -1000"):
+        load_candidates(path)
 
 
 def test_no_candidates(tmp_path):
