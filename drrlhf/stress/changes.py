@@ -168,10 +168,13 @@ def _differs(old: Row, new: Row, side: int) -> bool:
 
 
 def drawn_pairs(prompts: Sequence[Any], most: int, seed: int) -> NDArray[np.int64]:
-    """The places of all pairs of as many prompts as have about ``most`` pairs, drawn at random."""
+    """The places of all pairs of as many prompts as have about ``most`` pairs, drawn at random. A
+    pair whose prompt is None or blank is one of its own."""
     # Not by an array of strings, in which every prompt is as long as the longest one.
-    numbers: dict[str, int] = {}
-    codes = np.array([numbers.setdefault(str(prompt), len(numbers)) for prompt in prompts])
+    numbers: dict[Any, int] = {}
+    texts = ("" if prompt is None else str(prompt).strip() and str(prompt) for prompt in prompts)
+    keys = (text or place for place, text in enumerate(texts))
+    codes = np.array([numbers.setdefault(key, len(numbers)) for key in keys])
     if len(codes) <= most:
         return np.arange(len(codes))
     order = np.random.default_rng([seed, 3]).permutation(int(codes.max()) + 1)

@@ -199,6 +199,9 @@ def test_pairs_of_a_prompt_are_drawn_together():
     )
     assert drawn_pairs(prompts, 300, 0).tolist() == [*range(300)]
     assert len(drawn_pairs(["one"] * 50, 10, 0)) == 50
+    for blank in ("", " \n", None):  # each a prompt of its own
+        assert len(drawn_pairs([blank] * 50, 10, 0)) == 10
+    assert len(drawn_pairs([0] * 50, 10, 0)) == 50
 
 
 # ---- styles --------------------------------------------------------------------------------------
