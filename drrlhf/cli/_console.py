@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import typer
@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 USAGE_ERROR = 2
+UNBOUNDED = 100_000  # characters: wider than any table
 
 
 def console(**how: Any) -> Console:
@@ -32,11 +33,31 @@ def status(console: Console, words: str) -> Any:
     return console.status(Text(words))
 
 
-def table(title: str, *heads: str) -> Table:
-    """A table of names in the first column and numbers in the others."""
+def print_table(
+    console: Console, title: str, heads: Sequence[str], rows: Sequence[Sequence[str]]
+) -> None:
+    """A table of names in the first column and numbers in the others. Where that is wider than the
+    terminal, which would cut its numbers, it is turned: a column for each of the rows."""
+    made = _table(title, heads, rows)
+    unbounded = console.options.update(max_width=UNBOUNDED)
+    if console.measure(made, options=unbounded).maximum > console.width:
+        made = _table(title, *_turned(heads, rows))
+    console.print(made)
+
+
+def _turned(
+    heads: Sequence[str], rows: Sequence[Sequence[str]]
+) -> tuple[Sequence[str], Sequence[Sequence[str]]]:
+    first, *others = zip(heads, *rows, strict=True)
+    return first, others
+
+
+def _table(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     made = Table(box=box.SIMPLE_HEAD, title=title)
     for place, head in enumerate(heads):
         made.add_column(head, justify="right" if place else "left", no_wrap=True)
+    for row in rows:
+        made.add_row(*row)
     return made
 
 

@@ -345,11 +345,12 @@ def _print(result: dict[str, Any], console: Console) -> None:
     from drrlhf.stress.report import COMPARED, format_radius, point
 
     title = "Ranking accuracy, and its worst case near the data"
-    table = _console.table(title, "model", "pairs", "plain", *COMPARED)
+    rows = []
     for name, model in result["models"].items():
         cells = [point(model, label)["accuracy"] for label in ("tv:0", *COMPARED)]
-        table.add_row(name, f"{model['pairs']:,}", *(f"{100 * one['value']:.1f}" for one in cells))
-    console.print(table)
+        numbers = [f"{100 * one['value']:.1f}" for one in cells]
+        rows.append([name, f"{model['pairs']:,}", *numbers])
+    _console.print_table(console, title, ["model", "pairs", "plain", *COMPARED], rows)
     floor = result["settings"]["floor"]
     for name, model in result["models"].items():
         if model["dropped"]:

@@ -126,13 +126,14 @@ def show(result: dict[str, Any], console: Console) -> None:
     """The numbers at a glance, findings and gates."""
     title = "Mean reward of own answers, under the worst change of prompts, and the worst case"
     worst = next(iter(result["models"].values()))["worst"]
-    table = _console.table(title, "policy", "prompts", "reward", "changed", *worst)
+    rows = []
     for name, model in result["models"].items():
         changed = model["worst_change"]
         cells = [model["reward"], changed and changed["reward"], *model["worst"].values()]
         numbers = [f"{one['value']:.3f}" if one else "–" for one in cells]
-        table.add_row(name, f"{model['prompts']:,}", *numbers)
-    console.print(table)
+        rows.append([name, f"{model['prompts']:,}", *numbers])
+    heads = ["policy", "prompts", "reward", "changed", *worst]
+    _console.print_table(console, title, heads, rows)
     for name, model in result["models"].items():
         if model["dropped"]:
             console.print(

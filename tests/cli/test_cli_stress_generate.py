@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from types import SimpleNamespace
 from xml.etree import ElementTree
@@ -27,6 +28,9 @@ def score(completions, topic, **_):
 
 def short(completions, **_):
     return [0.0] * (len(completions) - 1)
+
+def large(completions, **_):
+    return [-12345678.9 - len(answer) for answer in completions]
 
 def none(completions, **_):
     return [None] * len(completions)
@@ -147,6 +151,17 @@ def test_other_settings_are_refused(place):
     done = stress("--seed 1")
     assert done.exit_code == 2 and "was made with seed 0, not 1" in done.stderr
     assert (place.root / "out/report.html").read_bytes() == page
+
+
+def test_no_number_is_cut_on_a_narrow_terminal(place, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    done = stress(reward="my_letters:large")
+    assert done.exit_code == 0, done.output + done.stderr
+    (model,) = json.loads((place.root / "out/report.json").read_text())["models"].values()
+    told = (model["reward"], model["worst_change"]["reward"], *model["worst"].values())
+    for name, number in zip(("reward", "changed", *model["worst"]), told, strict=True):
+        assert re.search(rf"^ *{name} +{number['value']:.3f} *$", done.output, re.MULTILINE)
+    assert "…" not in done.output and max(map(len, done.output.splitlines()[:12])) <= 80
 
 
 @pytest.mark.parametrize(
