@@ -81,7 +81,7 @@ class _Producer(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, found: dict[str, Tensor]) -> Tensor:
         ctx.found = found
-        return logits.view_as(logits)
+        return logits.detach()  # no view of a leaf, which nothing may overwrite
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[None, None]:
