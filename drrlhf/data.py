@@ -171,7 +171,7 @@ def open_rows(source: str, split: str) -> tuple[str, str, Rows]:
             "leave split out and give each split its own file"
         )
     unit, rows = tables.rows(path)
-    if path.suffix.lower() == ".csv":
+    if tables.is_csv(path):
         rows = ((number, {key: _csv_value(key, row[key]) for key in row}) for number, row in rows)
     return source, unit, rows
 
@@ -245,11 +245,6 @@ class _Columns:
 
     def where(self, number: int) -> str:
         return f"{self.name}: {self.unit} {number}"
-
-    @property
-    def is_csv(self) -> bool:
-        """Whether every cell was text."""
-        return Path(self.name).suffix.lower() == ".csv"
 
     def error(self, number: int, message: str) -> DataError:
         return DataError(f"{self.where(number)}: {message}")
@@ -488,7 +483,7 @@ class _Columns:
             key: values if key in types else tables.column(key, values, self.numbers, self.where)
             for key, values in (self.columns | self.more).items()
         }
-        if self.required == REQUIRED and self.is_csv:
+        if self.required == REQUIRED and tables.is_csv(self.name):
             for key in self.more:
                 if not self.is_form(key) and not _ID.fullmatch(key):
                     columns[key] = tables.typed(columns[key])
@@ -506,7 +501,7 @@ class _Columns:
     def number_groups(self, names: Sequence[str] | None, new_groups: bool) -> list[str] | None:
         """Replaces the groups by their numbers; their names, None where these are the numbers."""
         values = self.columns["group"]
-        if self.is_csv:
+        if tables.is_csv(self.name):
             values = _csv_groups(values)
         text = isinstance(values[0], str)
         for number, value in zip(self.numbers, values, strict=True):

@@ -53,7 +53,12 @@ def rows(path: Path) -> tuple[str, Rows]:
         return _document(path)
     if suffix == ".parquet":
         return "row", _parquet_rows(path)
-    return "line", _csv_rows(path) if suffix == ".csv" else _lines(path)
+    return "line", _csv_rows(path) if is_csv(path) else _lines(path)
+
+
+def is_csv(source: str | Path) -> bool:
+    """Whether every cell is text, which may turn out to be a number."""
+    return Path(source).suffix.lower() == ".csv"
 
 
 def table(path: Path, measured: Sequence[str] = (), spared: Mapping[str, str] = {}) -> pa.Table:
@@ -71,7 +76,7 @@ def table(path: Path, measured: Sequence[str] = (), spared: Mapping[str, str] = 
     if _suffix(path) == ".parquet":
         return _parquet_table(path, measured, spared)
     unit, found = rows(path)
-    csv_cells = _suffix(path) == ".csv"  # text that may turn out to be numbers
+    csv_cells = is_csv(path)
     made = _table_of_rows(
         lambda number: f"{path}: {unit} {number}", found, () if csv_cells else measured, spared
     )

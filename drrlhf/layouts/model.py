@@ -214,9 +214,9 @@ class OneRow:
         unknown = [k for k, v in kwargs.items() if isinstance(v, Tensor) and k not in PER_TOKEN]
         options = {k: v for k, v in kwargs.items() if not isinstance(v, Tensor)}
         # Before anything of the batch is asked: every rank probes at the same call.
+        kinds = ("shared", "left") if self.left else ("shared",)
         kept = self.share and all(
-            self._keeps(kind, input_ids.device, asked, options) is None
-            for kind in ("shared", *(["left"] if self.left else []))
+            self._keeps(kind, input_ids.device, asked, options) is None for kind in kinds
         )
         if kept:
             found = _shared_row(input_ids, attention_mask)

@@ -171,7 +171,7 @@ def generate_scores(
             kept.add(_records(change, numbers, asked[change], drawn, rewards))
             done += completions * len(numbers)
             on_progress("Answering", done, total)
-    attributes, ignored = _attributes(loaded, Path(data).suffix.lower() == ".csv")
+    attributes, ignored = _attributes(loaded, tables.is_csv(data))
     return Generated(
         prompts=asked[AS_IS],
         forms=forms,
