@@ -289,7 +289,7 @@ def _scored(options: Options, names: list[str], console: Console) -> Loaded:
                 data,
                 split=options.split or "train",
                 on_progress=show,
-                **chosen(options, "changes", "changed_pairs", "seed"),
+                **chosen(options, "changes", "changed_pairs", "seed", "prompt_column"),
             )
             # What took minutes is kept, whatever may be wrong behind it: --scores reads it again.
             table = _keep(options, console, name, "scores", table)

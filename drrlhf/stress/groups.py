@@ -57,9 +57,9 @@ def by_subject(
     found: Mapping[str, Any], number: str
 ) -> Iterator[tuple[str, Mapping[str, float] | None]]:
     """The ``number`` of each group of `groups_of` by what a gate calls it, "COLUMN=VALUE"; None
-    where several groups are called so."""
+    where several groups are called so, be they too small to rank."""
     every = [*found["single"], *found["paired"]]
-    times = Counter(in_words(group, "=") for group in every)
+    times = Counter(in_words(group, "=") for group in [*every, *found["too_small"]])
     for group in every:
         name = in_words(group, "=")
         yield name, group[number] if times[name] == 1 else None

@@ -17,7 +17,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -158,7 +158,7 @@ def from_table(
     after = [name for name in table.column_names if name.startswith((CHANGED, *_FORM_BEGINNINGS))]
     # What a change does is worth telling.
     _check_margins(margin, source, all_right or bool(after))
-    prompt = _prompt_column(table, source, prompt_column)
+    prompt = prompt_column_of(table.column_names, source, prompt_column)
     prompts, missing = prompts_in(table, prompt)
     if dropped or read != table.num_rows:
         table = table.take(pa.array(rows))
@@ -467,13 +467,19 @@ def _check_margins(margin: NDArray[np.float64], source: str, all_right: bool) ->
 # ---- prompts, lengths, attributes ----------------------------------------------------------------
 
 
-def _prompt_column(table: pa.Table, source: str, asked: str | None) -> str | None:
-    if asked == NO_PROMPTS and asked not in table.column_names:
+def prompt_column_of(names: Collection[str], source: str, asked: str | None) -> str | None:
+    """The column, among ``names``, by which pairs belong together; None where every row is a prompt
+    of its own.
+
+    Raises:
+        DataError: the one that is ``asked`` for is not there.
+    """
+    if asked == NO_PROMPTS and asked not in names:
         return None
-    if asked is not None and asked not in table.column_names:
-        found = ", ".join(sorted(table.column_names))
+    if asked is not None and asked not in names:
+        found = ", ".join(sorted(names))
         raise DataError(f"{source}: no column {asked!r} of prompts; found: {found}")
-    return asked or next((name for name in PROMPTS if name in table.column_names), None)
+    return asked or next((name for name in PROMPTS if name in names), None)
 
 
 def prompts_in(table: pa.Table, name: str | None) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:

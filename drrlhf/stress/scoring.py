@@ -18,7 +18,7 @@ from drrlhf.stress.candidates import Candidates
 from drrlhf.stress.changes import ALL, CHANGED_PAIRS, Row, chosen_changes, drawn_pairs, scored
 from drrlhf.stress.curves import Array
 from drrlhf.stress.models import Scorer
-from drrlhf.stress.scores import EXAMPLES, FORMS, Scores, from_table
+from drrlhf.stress.scores import EXAMPLES, FORMS, Scores, from_table, prompt_column_of
 from drrlhf.transformations import BY_COLUMN, SIDES
 
 DROPPED = ("margin", *SIDES, *TEMPLATE)
@@ -56,6 +56,7 @@ def score_pairs(
         changes=changes,
         changed_pairs=changed_pairs,
         seed=seed,
+        prompt_column=prompt_column,
         on_progress=on_progress,
     )
     return from_table(table, str(source), prompt_column=prompt_column, max_nan=max_nan)
@@ -69,19 +70,28 @@ def score_table(
     changes: str | Sequence[str] = ALL,
     changed_pairs: int = CHANGED_PAIRS,
     seed: int = 0,
+    prompt_column: str | None = None,
     on_progress: Progress = lambda *_: None,
 ) -> pa.Table:
     """`score_pairs` as a table that can be kept: all columns but the answers, of which it has the
     lengths, ``chosen_reward`` and ``rejected_reward``, and the same ``@CHANGE`` after each change,
     null where it changes nothing. The texts of a few telling pairs are kept with it.
 
+    ``prompt_column`` is only looked for, before the model is asked: scoring takes long.
+
     Raises:
-        DataError: see `read_pairs`.
+        DataError: see `read_pairs`; no column ``prompt_column``.
         ValueError: a change that there is not, or, of those named, one that changes no text.
     """
     loaded = read_pairs(source, split)
     rows = loaded.dataset.to_list()
     names = chosen_changes(changes, loaded.dataset.column_names)
+    kept = [
+        name
+        for name in loaded.dataset.column_names
+        if name not in DROPPED and BY_COLUMN not in name
+    ]
+    prompt_column_of(kept, str(source), prompt_column)
     prompts = [row.get("prompt", i) for i, row in enumerate(rows)]
     pairs = drawn_pairs(prompts, changed_pairs, seed)
 
@@ -96,11 +106,6 @@ def score_table(
         return model.rewards(some, advance)
 
     rewards, forms = scored(rows, names, pairs, score, each=changes != ALL)
-    kept = [
-        name
-        for name in loaded.dataset.column_names
-        if name not in DROPPED and BY_COLUMN not in name
-    ]
     columns = loaded.columns(kept)
     if any(isinstance(prompt, list) for prompt in columns.get("prompt", ())):
         # Text: messages that call tools have no common fields.

@@ -421,6 +421,16 @@ def test_what_is_no_text_stays_without_texts(tmp_path):
         assert not any(one in path.read_bytes() for one in (b"secret", ids[0][:-2].encode()))
 
 
+def test_a_prompt_column_that_is_not_there_costs_no_scoring(tmp_path):
+    class Asked:
+        def rewards(self, rows, advance):
+            raise AssertionError("the model was asked")
+
+    data = written(tmp_path / "d.jsonl", rows(4))
+    with pytest.raises(DataError, match="no column 'author' of prompts; found: prompt, topic"):
+        score_pairs(Asked(), data, prompt_column="author")
+
+
 @pytest.mark.parametrize("wrong", ["none", "policy", "data"])
 def test_what_cannot_be_scored(tmp_path, wrong):
     directory = tiny_llama_dir(tmp_path) if wrong == "policy" else tiny_reward_dir(tmp_path)
