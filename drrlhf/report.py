@@ -288,7 +288,9 @@ def _draw_group_rewards(axis: Any, train: list[Line], *_: Any) -> None:
 
 def _group_curves(axis: Any, train: list[Line], columns: dict[str, str]) -> None:
     for number, (group, column) in enumerate(columns.items()):
-        label = f"group {group}" if group.isdecimal() else group
+        # A number alone says little, and what begins with "_" would not be in the legend.
+        bare = group.isdecimal() or group.startswith("_")
+        label = f"group {group}" if bare else group
         _curve(
             axis,
             train,

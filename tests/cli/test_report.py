@@ -65,7 +65,7 @@ def test_a_robust_run_with_groups_has_three_labelled_panels(tmp_path, drawn):
 
 def test_a_policys_rewards_come_first_and_those_of_groups_last(tmp_path, drawn):
     columns = {"reward": [1.0], "robust/worst_case_reward": [0.5], "robust/max_weight": [2.0]}
-    groups = {"group/0/weight": [0.9], "group/0/reward": [3.0, 4.0], "group/1/reward": [5.0]}
+    groups = {"group/0/weight": [0.9], "group/0/reward": [3.0, 4.0], "group/_b/reward": [5.0]}
     lines = _lines(6, **columns, **groups, **{"robust/effective_sample_size": [0.5]})
     lines.append({"step": 6, "event": "eval", "eval_reward": 1.5})
     plot_training(_write(tmp_path / "m.jsonl", lines), tmp_path / "m.png")
@@ -76,7 +76,7 @@ def test_a_policys_rewards_come_first_and_those_of_groups_last(tmp_path, drawn):
         "held out": [1.5],
     }
     assert _curves(weight) == {"group 0": [0.9] * 6}
-    assert _curves(of_groups) == {"group 0": [4.0, 3.0] * 3, "group 1": [5.0] * 6}
+    assert _curves(of_groups) == {"group 0": [4.0, 3.0] * 3, "group _b": [5.0] * 6}
 
 
 def test_a_plain_run_has_one_panel_and_long_curves_are_smoothed(tmp_path, drawn):
