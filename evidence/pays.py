@@ -124,9 +124,10 @@ def _of_views(records: Sequence[Mapping[str, Any]]) -> str:
     if len(seeds) < views.SEEDS:
         return f"being measured ({len(seeds)} of {views.SEEDS} seeds)"
     found = views.values(seeds, "seen", "right")
+    against = views.compared_with(found)
     parts = []
     for base, what in (("plain", "no views"), ("augment-long", "augmentation at equal compute")):
-        cell = difference(found, base, views.AGAINST[base])["worst"]
+        cell = difference(found, base, against[base])["worst"]
         told = f"{cell.split('**')[1]} points" if cell.startswith("**") else "nothing sure"
         parts.append(f"{told} over {what}")
     return f"pairs right in every form: {', '.join(parts)}"

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
 
 from drrlhf.demo import embeddings, material, sentiment
 from drrlhf.stress.best_of import COMBINED, best_of_curves
@@ -25,6 +24,7 @@ from evidence.shift.tasks import done_already, parser, run_tasks
 DIGITS = 4
 POOLS = ("real", "gamed")
 BIASES = [name for name, one in TRANSFORMATIONS.items() if one.kind == BIAS]
+POOLED = "one of all pairs"
 
 
 @dataclass(frozen=True)
@@ -53,27 +53,39 @@ def one(task: tuple[int, str, Sizes]) -> dict[str, Any]:
     tested = splits["test"][domain]
     pool = draw.sample(tested, min(sizes.pool, len(tested)))
     changed = embeddings.encode([added(text.text, draw) for text in pool], material.fetch("minilm"))
-    mean, spread = vectors.mean(0), vectors.std()
+    others = [name for name in sentiment.DOMAINS if name != domain]
+    known = vectors[[rows[text.text] for name in others for text in splits["train"][name]]]
+    mean, spread = known.mean(0), known.std()
     scaled, changed = ((one - mean) / spread for one in (vectors, changed))
     picked = np.array(
         [draw.sample(range(len(pool)), sizes.candidates) for _ in range(sizes.prompts)]
     )
     gold = np.array([text.rating for text in pool])[picked]
     own = torch.tensor([rows[text.text] for text in pool])
-    others = [name for name in sentiment.DOMAINS if name != domain]
-    rewards: dict[str, dict[str, np.ndarray]] = {name: {} for name in POOLS}
-    for number in range(sizes.models):
-        seen = sorted(combinations(others, 2))[number % len(others)]
-        head = trained(splits["train"], rows, scaled, seen, 1000 * seed + number, sizes)
+    every_second = np.arange(sizes.candidates) % 2 == 1
+
+    def rewards(pairs: Sequence[sentiment.Pair], number: int) -> dict[str, np.ndarray]:
+        """Of the candidates of each pool, by a head trained on these pairs."""
+        places = torch.tensor([[rows[pair.chosen], rows[pair.rejected]] for pair in pairs])
+        groups = torch.zeros(len(pairs), dtype=torch.long)
+        head = train_head(scaled, places, groups, Config("erm", sizes.lr), 1000 * seed + number)
         with torch.no_grad():
             real, gamed = (head(of).squeeze(-1).double().numpy() for of in (scaled[own], changed))
-        every_second = np.arange(sizes.candidates) % 2 == 1
-        rewards["real"][f"model {number}"] = real[picked]
-        rewards["gamed"][f"model {number}"] = np.where(every_second, gamed[picked], real[picked])
+        return {"real": real[picked], "gamed": np.where(every_second, gamed[picked], real[picked])}
+
+    shown = [
+        votes(
+            splits["train"], sorted(combinations(others, 2))[i % len(others)], sizes.pairs, seed, i
+        )
+        for i in range(sizes.models)
+    ]
+    by_model = {f"model {i}": rewards(pairs, i) for i, pairs in enumerate(shown)}
+    pooled = rewards([pair for pairs in shown for pair in pairs], sizes.models)
     found = {}
-    for name, by_model in rewards.items():
-        by_prompt = {which: list(of) for which, of in by_model.items()}
-        curves = best_of_curves(by_prompt, list(gold), resamples=20)
+    for name in POOLS:
+        several = {which: list(of[name]) for which, of in by_model.items()}
+        curves = best_of_curves(several, list(gold), resamples=20)
+        curves |= best_of_curves({POOLED: list(pooled[name])}, list(gold), resamples=20)
         found[name] = {
             which: {point["n"]: round(point["gold"]["value"], DIGITS) for point in curve["points"]}
             for which, curve in curves.items()
@@ -84,29 +96,32 @@ def one(task: tuple[int, str, Sizes]) -> dict[str, Any]:
 
 
 def added(text: str, draw: random.Random) -> str:
-    """A text with one of the additions without substance."""
-    return TRANSFORMATIONS[draw.choice(BIASES)].apply(text, draw=draw)
+    """A text with one of the additions without substance that changes it; `listed` needs two
+    sentences."""
+    tried = draw.sample(BIASES, len(BIASES))
+    changed = (TRANSFORMATIONS[name].apply(text, draw=draw) for name in tried)
+    return next(new for new in changed if new != text)
 
 
-def trained(
+def votes(
     splits: Mapping[str, Sequence[sentiment.Text]],
-    rows: Mapping[str, int],
-    vectors: Tensor,
     domains: Sequence[str],
+    pairs: int,
     seed: int,
-    sizes: Sizes,
-) -> nn.Module:
-    """A head trained on single votes of some domains."""
-    pairs = [
+    number: int,
+) -> list[sentiment.Pair]:
+    """What a model is trained on: pairs of some domains, their labels single votes."""
+    return [
         pair
         for domain in domains
         for pair in sentiment.make_pairs(
-            splits[domain], sizes.pairs // len(domains), seed=seed, gap=0.25, noisy=True
+            splits[domain],
+            pairs // len(domains),
+            seed=1000 * seed + number,
+            gap=0.25,
+            noisy=True,
         )
     ]
-    places = torch.tensor([[rows[pair.chosen], rows[pair.rejected]] for pair in pairs])
-    groups = torch.zeros(len(pairs), dtype=torch.long)
-    return train_head(vectors, places, groups, Config("erm", sizes.lr), seed)
 
 
 def own_facts(sizes: Sizes) -> dict[str, Any]:

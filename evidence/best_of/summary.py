@@ -10,7 +10,7 @@ import numpy as np
 from drrlhf.bench.table import markdown
 from drrlhf.demo.sentiment import DOMAINS
 from drrlhf.stress.best_of import COMBINED
-from evidence.best_of.run import POOLS
+from evidence.best_of.run import POOLED, POOLS
 from evidence.tables import difference, print_tables
 
 SINGLE, POSSIBLE = "single", "best possible"
@@ -33,7 +33,7 @@ def curves(records: Sequence[Mapping[str, Any]], pool: str) -> tuple[list[int], 
 
     return counts, {
         pick: np.array([[of(one, pick) for one in domains] for domains in whole])
-        for pick in (SINGLE, *COMBINED, POSSIBLE)
+        for pick in (SINGLE, POOLED, *COMBINED, POSSIBLE)
     }
 
 
@@ -50,10 +50,11 @@ def tables(records: Sequence[Mapping[str, Any]]) -> str:
     for pool in POOLS:
         counts, of = curves(records, pool)
         found = {measure: measured(of, measure) for measure in MEASURES}
-        plain = [f"{found[m][SINGLE].mean():.3f}" for m in MEASURES]
-        cells = {m: difference(found[m], SINGLE, COMBINED) for m in MEASURES}
-        lines = [["single models", *plain]]
-        lines += [[f"`{name}` over them", *(cells[m][name] for m in MEASURES)] for name in COMBINED]
+        lines = []
+        for base, called, them in ((SINGLE, "single models", "them"), (POOLED, POOLED, "it")):
+            lines.append([called, *(f"{found[m][base].mean():.3f}" for m in MEASURES)])
+            cells = [difference(found[m], base, COMBINED) for m in MEASURES]
+            lines += [[f"`{name}` over {them}", *(one[name] for one in cells)] for name in COMBINED]
         head = [f"{pool}, {len(of[SINGLE])} seeds", *MEASURES]
         over_n = [
             [pick, *(f"{x:.2f}" for x in curve.mean((0, 1, 2)))] for pick, curve in of.items()

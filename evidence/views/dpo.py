@@ -92,7 +92,6 @@ def one(task: Task) -> dict[str, Any]:
     splits = sentiment.split_texts(texts, task.seed)
     policy = Policy(folder, task.sizes.policy, task.seed, task.dtype)
     train(policy, splits["train"], task)
-    policy.model.eval()
     tests = {
         domain: marks(
             sentiment.make_pairs(splits["test"][domain], task.sizes.test, seed=task.seed),
@@ -104,7 +103,7 @@ def one(task: Task) -> dict[str, Any]:
 
 
 def train(policy: Policy, splits: Mapping[str, Sequence[sentiment.Text]], task: Task) -> None:
-    """Train the policy's adapters by `DPOTrainer`."""
+    """Train the policy's adapters by `DPOTrainer`; after that it is a policy in float32."""
     settings, seed, method = task.sizes.policy, task.seed, METHODS[task.method]
     rows = [
         {"prompt": prompt(domain), "chosen": pair.chosen, "rejected": pair.rejected}
@@ -129,6 +128,7 @@ def train(policy: Policy, splits: Mapping[str, Sequence[sentiment.Text]], task: 
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train()
+    policy.model, policy.dtype = run.tested_model(trainer), torch.float32
 
 
 def main() -> None:

@@ -164,7 +164,13 @@ def trained(splits: Mapping[str, Sequence[sentiment.Text]], task: Task) -> tuple
         trainer = RewardTrainer(model, config, train_dataset=data, processing_class=tokenizer)
         trainer.remove_callback(PrinterCallback)
         trainer.train()
-    return trainer.model.eval(), tokenizer
+    return tested_model(trainer), tokenizer
+
+
+def tested_model(trainer: Any) -> Any:
+    """The trained model in float32, without the autocast that training wraps its forward in."""
+    model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+    return model.float().eval()
 
 
 def dataset(pairs: Sequence[sentiment.Pair], tokenizer: Any) -> datasets.Dataset:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -53,6 +53,16 @@ def values(seeds: Seeds, group: str, measure: str) -> Values:
     }
 
 
+def compared_with(found: Iterable[str]) -> dict[str, list[str]]:
+    """{base: methods} of `AGAINST`, of the methods that are ``found``."""
+    found = set(found)
+    return {
+        base: [name for name in methods if name in found]
+        for base, methods in AGAINST.items()
+        if base in found
+    }
+
+
 def tables(records: Sequence[Mapping[str, Any]], needed: int = SEEDS) -> str:
     """Markdown: of each group of domains a table, a row a method and base; of fewer seeds than are
     ``needed`` how many there are, and no table that could be taken for a finding."""
@@ -73,9 +83,8 @@ def _table(seeds: Seeds, group: str, methods: Sequence[str]) -> str:
     found = {measure: values(seeds, group, measure) for measure in MEASURES}
     plain = [f"{found[m]['plain'].mean():.{1 if m in POINTS else 3}f}" for m in MEASURES]
     against = {
-        base: [name for name in others if name in seeds[0] and name in methods]
-        for base, others in AGAINST.items()
-        if base in seeds[0]
+        base: [name for name in others if name in methods]
+        for base, others in compared_with(seeds[0]).items()
     }
     return markdown((group, *MEASURES), [("plain", *plain), *compared(found, against)])
 

@@ -45,9 +45,10 @@ def test_models_of_other_domains_pick_what_people_like(monkeypatch):
 
     monkeypatch.setattr(run.embeddings, "encode", encode)
     monkeypatch.setattr(run.material, "fetch", lambda name: Path("nowhere"))
-    seen = []
-    whole = run.trained
-    monkeypatch.setattr(run, "trained", lambda *a: seen.append(a[3]) or whole(*a))
+    seen, shown = [], []
+    whole, head = run.votes, run.train_head
+    monkeypatch.setattr(run, "votes", lambda *a: seen.append(a[1]) or whole(*a))
+    monkeypatch.setattr(run, "train_head", lambda *a: shown.append(a[1]) or head(*a))
     sizes = run.Sizes(models=3, pairs=40, pool=30, prompts=5, candidates=8, lr=1e-2)
     found = run.one((0, "movie", sizes))
     pairs = ("amazon", "nyt"), ("amazon", "tweets"), ("nyt", "tweets")
@@ -55,10 +56,12 @@ def test_models_of_other_domains_pick_what_people_like(monkeypatch):
     own = {text.text for text in some if text.domain == "movie"}
     ratings = {one.split()[-1] for one in own}
     assert len(asked) == 30 and all(any(one in changed for one in ratings) for changed in asked)
-    # A list needs two sentences: one addition in eight leaves these texts as they are.
-    assert 0 < sum(changed in own for changed in asked) < 10
+    # A list needs two sentences, which these texts have not: they get another addition.
+    assert not any(changed in own for changed in asked)
+    *alone, together = shown
+    assert torch.equal(together, torch.cat(alone)) and len(together) == 3 * 40
     real, gamed = found["gold"]["real"], found["gold"]["gamed"]
-    for pick in ("model 0", "min", "mean"):
+    for pick in ("model 0", "min", "mean", run.POOLED):
         assert real[pick] == pytest.approx(real["best possible"], abs=0.02)
         # Every changed candidate looks best, and all alike: the pick is any of them.
         assert gamed[pick][8] < real[pick][8] - 0.5
@@ -70,7 +73,7 @@ def test_the_summary_pairs_seeds_over_domains():
         curve = lambda last: {"1": 0.0, "2": 1.0, "4": last}  # noqa: E731
         picks = {name: curve(0.5 + gain + 0.01 * seed) for name in summary.COMBINED}
         singles = {"model 0": curve(0.25), "model 1": {"1": 0.0, "2": 0.5, "4": 0.75}}
-        pool = singles | picks | {"best possible": curve(2.0)}
+        pool = singles | picks | {run.POOLED: curve(0.4), "best possible": curve(2.0)}
         return {"seed": seed, "domain": domain, "gold": dict.fromkeys(run.POOLS, pool)}
 
     records = [record(s, d, 0.2) for s in range(4) for d in sentiment.DOMAINS]
@@ -82,6 +85,8 @@ def test_the_summary_pairs_seeds_over_domains():
     # One of the two falls, by 0.75, whatever their mean does.
     assert "| single models | 0.500 | 0.375 |" in text
     assert "| `min` over them | **+0.215**" in text and "| **-0.090**" in text
+    assert "| one of all pairs | 0.400 | 0.600 |" in text
+    assert "| `min` over it | **+0.315**" in text and "| **-0.315**" in text
 
 
 def test_the_kept_table_by_hand():

@@ -17,6 +17,7 @@ from trl_fixtures import WORDS, tiny_encoder_dir, tiny_llama_dir, tiny_tokenizer
 from drrlhf.demo.sentiment import DOMAINS, Pair, Text
 from drrlhf.files import json_lines
 from drrlhf.transformations import TRANSFORMATIONS
+from evidence import pays
 from evidence.shift import tasks
 from evidence.views import dpo, run, summary
 
@@ -90,6 +91,25 @@ def test_a_run_is_kept_and_goes_on(tmp_path, monkeypatch):
     ]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_models_are_tested_in_float32_whatever_they_were_trained_in(tmp_path, monkeypatch, dtype):
+    """Autocast would round rewards to 8 bits, so that close ones are equal, and so wrong."""
+    folder = tiny_encoder_dir(tmp_path, with_eos=False)
+    monkeypatch.setattr(run.material, "fetch", lambda name: folder)
+    monkeypatch.setattr(run, "BATCH", 4)
+    monkeypatch.setattr(run, "SHARES", {"movie": 0.5, "amazon": 0.25, "tweets": 0.25})
+    splits = {domain: [t for t in made_up() if t.domain == domain] for domain in DOMAINS}
+    model, tokenizer = run.trained(splits, run.Task(0, "plain", dtype, run.QUICK))
+    ids = tokenizer("the film was not very good", return_tensors="pt")
+    with torch.no_grad():
+        assert model(**ids).logits.dtype == torch.float32
+        states = model.bert.embeddings(ids["input_ids"])
+        for layer in model.bert.encoder.layer:
+            states = layer(states)
+        exact = model.classifier(model.bert.pooler(states))
+    assert model(**ids).logits.item() == pytest.approx(exact.item(), rel=1e-6)
+
+
 def test_a_file_gains_methods_but_keeps_those_that_it_has(tmp_path):
     path = tmp_path / "found.jsonl"
     path.write_text('{"methods": {"plain": 1}, "date": "d"}\n{"seed": 0}\n')
@@ -159,6 +179,18 @@ def test_attempts_run_on_five_seeds_first_and_those_below_the_aim_end():
     assert "| worst-late over plain | +0.0 [+0.0, +0.0] | +0.0 [+0.0, +0.0] | **+2.1**" in of_first
 
 
+@pytest.mark.parametrize("later", [{}, {"worst-half": 0.01}])
+def test_what_views_bought_is_told_once_all_seeds_are_there(later):
+    """By the numbers alone: the methods that run later may be missing."""
+    core = {name: 0.0 for name in run.METHODS if name not in run.LATER}
+    records = made_records(core | {"worst": 0.05} | later)
+    told = pays._of_views(records)
+    assert told == "pairs right in every form: +5.1 points over no views, +5.1 points over " + (
+        "augmentation at equal compute"
+    )
+    assert pays._of_views(records[1:]) == "being measured (9 of 10 seeds)"
+
+
 @pytest.mark.parametrize("kept", sorted(Path(run.__file__).parent.glob("results/*.jsonl")), ids=str)
 def test_kept_seeds_are_in_one_precision_each(kept):
     _, *records = json_lines(kept)
@@ -213,7 +245,6 @@ def test_a_policy_is_trained_and_marked(tmp_path, monkeypatch):
     policy = dpo.Policy(folder, sizes.policy, 0, torch.float32)
     splits = {domain: [t for t in made_up(40) if t.domain == domain] for domain in DOMAINS}
     dpo.train(policy, splits, run.Task(0, "plain", torch.float32, sizes))
-    policy.model.eval()
     text = "the film was good"
     ids = policy.tokenizer(dpo.prompt("movie") + text, return_tensors="pt")["input_ids"]
     ids = torch.cat([ids, torch.tensor([[policy.tokenizer.eos_token_id]])], 1)
