@@ -103,6 +103,27 @@ def table(
     return by_seed(values)
 
 
+def gain_of(
+    records: Sequence[Record],
+    family: str,
+    method: str,
+    index: int,
+    grid: Mapping[str, Sequence[Mapping[str, Any]]],
+) -> np.ndarray:
+    """Of one configuration, (seeds,): accuracy under shift minus that of plain training with the
+    same learning rate and weight decay, so that the difference is the set's alone (exploration)."""
+
+    def rates(config: Mapping[str, Any]) -> tuple[float, float]:
+        return config["lr"], config["weight_decay"]
+
+    plain = [rates(config) for config in grid[BASE]].index(rates(grid[method][index]))
+    values = {
+        name: table(records, family, "out", {name: place})[name]
+        for name, place in ((method, index), (BASE, plain))
+    }
+    return values[method] - values[BASE]
+
+
 def by_seed(values: Mapping[str, Mapping[int, Sequence[float]]]) -> dict[str, np.ndarray]:
     """{name: {seed: numbers}} to {name: (seeds,)}, their means."""
     return {

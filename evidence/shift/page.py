@@ -19,6 +19,7 @@ from evidence.shift.findings import (
     Record,
     by_method,
     findings,
+    gain_of,
     read,
     table,
 )
@@ -75,7 +76,8 @@ def page(
     parts += [
         "## Dose and response (exploration)",
         "Mean accuracy under shift of every configuration of the reward models minus that of `erm` "
-        "as chosen, in points; nothing here was chosen by validation.",
+        "with the same learning rate and weight decay, in points; nothing here was chosen by "
+        "validation.",
         "![accuracy above erm by strength](plots/doses.png)",
         f"<details><summary>Every configuration</summary>\n\n"
         f"{_doses(header, records, _there(records, FAMILIES))}\n\n</details>",
@@ -197,7 +199,6 @@ def _cell(one: Finding, scale: float, signed: str) -> str:
 
 
 def _doses(header: Mapping[str, Any], records: Sequence[Record], families: Sequence[str]) -> str:
-    base = {family: table(records, family, "out")[BASE] for family in families}
     cells = {}
     for method, grid in header["grid"].items():
         for index, config in enumerate(grid):
@@ -205,11 +206,8 @@ def _doses(header: Mapping[str, Any], records: Sequence[Record], families: Seque
                 name = f"{method}: {config['ambiguity']}, lr {config['lr']:g}"
                 if config["balanced"]:
                     name += f", weight decay {config['weight_decay']:g}"
-                row = [table(records, family, "out", {method: index}) for family in families]
-                cells[name] = [
-                    f"{100 * (found[method] - base[family]).mean():+.1f}"
-                    for found, family in zip(row, families)
-                ]
+                gains = (gain_of(records, f, method, index, header["grid"]) for f in families)
+                cells[name] = [f"{100 * gain.mean():+.1f}" for gain in gains]
     return _rows(families, cells, "configuration")
 
 
@@ -224,14 +222,13 @@ def plot_doses(header: Mapping[str, Any], records: Sequence[Record], path: Path)
     FigureCanvasAgg(figure)
     panels = figure.subplots(2, -(-len(methods) // 2), sharey=True, squeeze=False).flat
     rate = min(config["lr"] for config in header["grid"][BASE])
-    base = {family: table(records, family, "out")[BASE] for family in families}
     for method, panel in zip(methods, panels):
         grid = [(i, one) for i, one in enumerate(header["grid"][method]) if one["lr"] == rate]
         for family, color in zip(families, PALETTE):
-            found = [table(records, family, "out", {method: i})[method] for i, _ in grid]
+            gains = (gain_of(records, family, method, i, header["grid"]) for i, _ in grid)
             panel.plot(
                 range(len(grid)),
-                [100 * (one - base[family]).mean() for one in found],
+                [100 * gain.mean() for gain in gains],
                 color=color,
                 marker="o",
                 markersize=3,

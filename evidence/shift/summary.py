@@ -7,6 +7,7 @@ findings by a rule: a method is recommended for a shift where it helped there, e
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from drrlhf.bench.table import markdown
@@ -147,19 +148,16 @@ def _methods() -> str:
 
 
 def _strength(records: Sequence[Record]) -> str:
-    """Rows: a set and a strength. Cells: mean accuracy under each shift minus that of erm as
-    chosen, at the lower of the two learning rates."""
+    """Rows: a set and a strength. Cells: mean accuracy under each shift minus that of erm, both at
+    the lower of the two learning rates."""
     rate = min(config.lr for config in METHODS[BASE])
-    base = {family: found.table(records, family, "out")[BASE] for family in FAMILIES}
+    grid = {name: [asdict(config) for config in configs] for name, configs in METHODS.items()}
     rows = []
     for method in radius.FAMILIES:
         for index, config in enumerate(METHODS[method]):
             if config.lr == rate:
-                cells = [
-                    (found.table(records, family, "out", {method: index})[method] - base[family])
-                    for family in FAMILIES
-                ]
-                rows.append((f"`{config.ambiguity}`", *(f"{100 * c.mean():+.1f}" for c in cells)))
+                gains = (found.gain_of(records, f, method, index, grid) for f in FAMILIES)
+                rows.append((f"`{config.ambiguity}`", *(f"{100 * g.mean():+.1f}" for g in gains)))
     return markdown(("set", *(f"`{family}`" for family in FAMILIES)), rows)
 
 
