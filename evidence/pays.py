@@ -17,6 +17,7 @@ from evidence.shift.findings import DPO_FAMILIES, FAMILIES, SURE
 from evidence.tables import difference, kept
 from evidence.views import summary as views
 
+EXAMPLES = ("tv", "kl", "chi2", "cvar")
 KNOWN_GROUPS = ("balanced", "group")
 
 
@@ -26,17 +27,17 @@ def table() -> str:
     rows = [
         (
             "an adversary over examples (`tv`, `kl`, `chi2`, `cvar`), in reward models",
-            _over_shifts(records, FAMILIES, groups=False),
+            _over_shifts(records, FAMILIES, EXAMPLES),
             "[shifts](docs/sets.md)",
         ),
         (
             "groups that are known (`group`, or equal weights)",
-            _over_shifts(records, FAMILIES, groups=True),
+            _over_shifts(records, FAMILIES, KNOWN_GROUPS),
             "[shifts](docs/sets.md)",
         ),
         (
             "an adversary over examples, in DPO",
-            _over_shifts(dpo, DPO_FAMILIES, groups=False),
+            _over_shifts(dpo, DPO_FAMILIES, EXAMPLES),
             "[shifts](docs/sets.md)",
         ),
         (
@@ -59,7 +60,7 @@ def table() -> str:
 
 
 def _over_shifts(
-    records: Sequence[Mapping[str, Any]], families: Sequence[str], groups: bool
+    records: Sequence[Mapping[str, Any]], families: Sequence[str], methods: Sequence[str]
 ) -> str:
     """The sure gains of accuracy by shift, in points, and how many losses there are."""
     gains: list[tuple[float, str]] = []
@@ -67,7 +68,7 @@ def _over_shifts(
     for family in families:
         found = findings.findings(findings.table(records, family, "out"))
         for name, one in found.items():
-            if (name in KNOWN_GROUPS) != groups or one.p >= SURE:
+            if name not in methods or one.p >= SURE:
                 continue
             into = gains if one.difference > 0 else losses
             into.append(

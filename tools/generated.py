@@ -50,8 +50,8 @@ def blocks() -> dict[str, str]:
         **readme_tables(KEPT),
         "reward_demo": _reward_demo(_read("reward_demo")),
         "grpo_demo": _grpo_demo(_read("grpo_demo")),
-        "gpu_speed": _gpu_speed(results.read(_kept("gpu", ".json"))),
-        "gpu_step": _gpu_step(results.read(_kept("gpu", ".json"))),
+        "gpu_speed": _gpu_speed(gpu_steps()),
+        "gpu_step": _gpu_step(gpu_steps()),
         "gpu_head": _gpu_head(list(json_lines(_kept("gpu-ops", ".jsonl")))),
         "transformations": _transformations(),
         "attacks": _attacks(),
@@ -94,6 +94,17 @@ def rewritten(text: str, known: Mapping[str, str]) -> str:
 def _kept(kind: str, suffix: str) -> Path:
     """The newest kept file of a kind; names end in their date."""
     return max(KEPT.glob(f"{kind}_*{suffix}"), key=lambda path: path.stem.rpartition("_")[2])
+
+
+def gpu_steps() -> results.Result:
+    """The newest kept result of a GPU that has steps of a trainer."""
+    metrics = {metric for metric, _ in _GPU_STEPS}
+    of_gpu = sorted(KEPT.glob("gpu_*.json"), key=lambda path: path.stem.rpartition("_")[2])
+    return next(
+        result
+        for result in map(results.read, reversed(of_gpu))
+        if any(record["metric"] in metrics for record in result["records"])
+    )
 
 
 def _read(kind: str) -> dict[str, Any]:
@@ -155,8 +166,12 @@ def _gpu_speed(result: results.Result) -> str:
         if not same:
             continue
         (_, pairs, tokens) = next(iter(same.values()))["shape"]
-        found = [next(same[name] for name in names if name in same) for names in _GPU_CONTENDERS]
-        cells = [f"{record['tokens_per_s'] / 1000:.1f}k" for record in found]
+        found = [
+            next((same[name] for name in names if name in same), None) for names in _GPU_CONTENDERS
+        ]
+        cells = [
+            "–" if record is None else f"{record['tokens_per_s'] / 1000:.1f}k" for record in found
+        ]
         rows.append((title.format(pairs=pairs, tokens=tokens), *cells))
     trl = f"TRL {result['versions']['trl'].rpartition('.')[0]}"
     return markdown(
@@ -176,7 +191,9 @@ def _gpu_step(result: results.Result) -> str:
     versions = result["versions"]
     mine = {"trl": f"TRL {versions['trl']}", "trl with liger": "TRL with Liger's layer kernels"}
     columns: dict[str, dict[str, str]] = {}
-    for metric, _ in _GPU_STEPS:
+    shapes = {r["metric"]: r["shape"] for r in result["records"]}
+    steps = [(metric, title) for metric, title in _GPU_STEPS if metric in shapes]
+    for metric, _ in steps:
         for one in result["records"]:
             if one["metric"] == metric:
                 name = mine.get(one["contender"]) or "drrlhf, `{}`".format(
@@ -186,13 +203,10 @@ def _gpu_step(result: results.Result) -> str:
                 memory = f"{one['peak_mib'] / 1024:.1f} GiB"
                 columns.setdefault(name, {})[metric] = f"{time}, {memory}"
     rows = [
-        (name, *(cells.get(metric, "–") for metric, _ in _GPU_STEPS))
-        for name, cells in columns.items()
+        (name, *(cells.get(metric, "–") for metric, _ in steps)) for name, cells in columns.items()
     ]
-    shapes = {r["metric"]: r["shape"] for r in result["records"]}
     titles = [
-        title.format(pairs=shapes[metric][1], tokens=shapes[metric][2])
-        for metric, title in _GPU_STEPS
+        title.format(pairs=shapes[metric][1], tokens=shapes[metric][2]) for metric, title in steps
     ]
     where = f"{result['device']}, {result['date']}, commit {str(result['commit'])[:7]}"
     return markdown((where, *titles), rows)

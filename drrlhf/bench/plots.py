@@ -165,7 +165,7 @@ def _scaling(records: list[Record]) -> Any:
         axis.tick_params(axis="y", labelsize="x-small")
         axis.set_xlabel(along)
         unit = next(iter(next(iter(curves.values())).values()))["unit"]
-        axis.set_ylabel(f"{unit} (median, interquartile range)", fontsize="small")
+        axis.set_ylabel(f"{unit} (median ± half the interquartile range)", fontsize="small")
         axis.set_title(op, fontsize="small")
         axis.legend(frameon=False, fontsize="xx-small")
     return figure

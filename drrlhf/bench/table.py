@@ -118,7 +118,8 @@ def _head_markdown(result: results.Result) -> str:
     )
     works: dict[tuple[str, str, str], list[Record]] = {}
     for r in _records(result, op="linear_token_logprobs", axis=None, baseline=heads.GEMM):
-        if r["contender"] != heads.GEMM:
+        # Log-probs alone: with entropies and the like a row would need more words.
+        if r["contender"] != heads.GEMM and r["metric"] in ("forward", "forward+backward"):
             works.setdefault((r["dtype"], r["metric"], r["head"]), []).append(r)
     rows = []
     for (dtype, metric, head), same in works.items():
@@ -167,15 +168,17 @@ def _by_implementation(result: results.Result, **wanted: Any) -> dict[str, Recor
     return {record["contender"]: record for record in _records(result, **wanted)}
 
 
-# Work, op, metric, dtype, head, who is ours, and what is shown of a record.
+# Work, op, metric, dtype, head, who is ours, and what is shown of a record. Peers, which have no
+# sets, train plainly.
 _SPEED: tuple[tuple[str, str, str, str, str | None, str, str], ...] = (
     (
-        "DPO step with `tv:0.1`, {1} pairs of {2} tokens, 384 of them the prompt",
+        "DPO step with `tv:0.1`, the reference's pass included, {1} pairs of {2} tokens, 384 of "
+        "them the prompt",
         *("trainer_step", trainer_step.of_prompts(384, 64), "bfloat16", "frozen"),
         *(trainer_step.SHARED_TV, "tokens_per_s"),
     ),
     (
-        "DPO step with `tv:0.1`, {} sequences of {} tokens",
+        "DPO step with `tv:0.1`, the reference's log-probs given, {} sequences of {} tokens",
         *("dpo_step", "tv:0.1, forward+backward", "bfloat16", None, OURS, "tokens_per_s"),
     ),
     (
@@ -212,19 +215,24 @@ _UNITS = {"peak_mib": "MiB", "tokens_per_s": "tokens/s"}
 
 
 def _speed_markdown(*found: results.Result, most: int | None = None) -> str:
-    """Rows: a piece of work. Cells: median time, memory or tokens per second."""
+    """Rows: a piece of work. Cells: median time, memory or tokens per second, and what it was
+    measured on; rows of different machines do not compare."""
     rows = []
     for work, op, metric, dtype, head, ours, key in _SPEED[:most]:
-        result = next((r for r in found if _records(r, op=op, metric=metric)), found[0])
-        of_head = {} if head is None else {"head": head}
-        same = _by_implementation(result, op=op, metric=metric, dtype=dtype, axis=None, **of_head)
+        wanted = {"op": op, "metric": metric, "dtype": dtype, "axis": None}
+        wanted |= {} if head is None else {"head": head}
+        with_ours = [r for r in found if _records(r, contender=ours, **wanted)]
+        if not with_ours:
+            continue
+        result = max(with_ours, key=lambda result: result["date"])
+        same = _by_implementation(result, **wanted)
         plain = "log_softmax" if op == "token_logprobs" else heads.PLAIN
-        names = (ours, plain, heads.COMPILED, heads.TRL)
-        if ours in same:
-            cells = (_amount(same.get(name), key) for name in names)
-            rows.append((work.format(*same[ours]["shape"]), *cells))
-    head_row = ("work", "drrlhf", "plain PyTorch", "torch.compile", _trl(found[0]))
-    return markdown(head_row, rows)
+        cells = (_amount(same.get(name), key) for name in (ours, plain, heads.COMPILED, heads.TRL))
+        where = f"{result['device'].removesuffix(' Processor')}, {result['date']}"
+        rows.append((work.format(*same[ours]["shape"]), *cells, where))
+    return markdown(
+        ("work", "drrlhf", "plain PyTorch", "torch.compile", _trl(found[0]), "measured on"), rows
+    )
 
 
 def _amount(record: Record | None, key: str) -> str:

@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -39,7 +37,7 @@ from transformers.utils import logging
 
 from drrlhf import linear_token_logprobs, parse_ambiguity, sequence_logprobs
 from drrlhf.callbacks import MetricsCallback, ProgressCallback
-from drrlhf.demo.material import cache_dir, fetch
+from drrlhf.demo.material import cache_dir, fetch, put
 from drrlhf.demo.sentiment import (
     DERIVED,
     MAIN,
@@ -112,8 +110,7 @@ def cut_model(layers: int, console: Console) -> Path:
         console.print(f"Cutting SmolLM2 down to {layers} layers (once) ...")
         with tempfile.TemporaryDirectory(dir=cache_dir(), prefix="cut-") as temporary:
             _cut(source, Path(temporary) / "model", layers)
-            shutil.rmtree(folder, ignore_errors=True)
-            os.replace(Path(temporary) / "model", folder)
+            put(Path(temporary) / "model", folder, ("config.json",))
     return folder
 
 

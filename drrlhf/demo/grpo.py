@@ -89,6 +89,11 @@ def beginnings(split: str, domain: str, n: int, seed: int) -> list[dict[str, Any
     """n prompts: the first words of rated texts of a domain that are longer."""
     texts = (text.text.split() for text in load_split(split, domain))
     longer = [words for words in texts if len(words) > BEGINNING]
+    if n > len(longer):
+        raise ValueError(
+            f"expected at most {len(longer)} prompts of {domain}, which has no more texts of over "
+            f"{BEGINNING} words; got {n}; take fewer steps"
+        )
     chosen = random.Random(seed).sample(longer, n)
     return [{"prompt": " ".join(words[:BEGINNING]), "domain": domain} for words in chosen]
 

@@ -17,7 +17,7 @@ import sys
 import tarfile
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -129,7 +129,7 @@ def fetch(name: str, *, say: Callable[[str], None] = print) -> Path:
     material = MATERIALS[name]
     root = cache_dir()
     folder = root / f"{name}-{material.sha256[:12]}"
-    if not _complete(folder, material):
+    if not _complete(folder, material.members.values()):
         root.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=root, prefix=f"{name}-") as temporary:
             archive = root / material.archive
@@ -143,12 +143,12 @@ def fetch(name: str, *, say: Callable[[str], None] = print) -> Path:
                     "there, replace it"
                 )
             _unpack(archive, material, Path(temporary) / "unpacked")
-            _put(Path(temporary) / "unpacked", folder, material)
+            put(Path(temporary) / "unpacked", folder, material.members.values())
     return folder
 
 
-def _complete(folder: Path, material: Material) -> bool:
-    return all((folder / name).is_file() for name in material.members.values())
+def _complete(folder: Path, files: Iterable[str]) -> bool:
+    return all((folder / name).is_file() for name in files)
 
 
 def _download(material: Material, folder: Path, *, by_hand: Path) -> Path:
@@ -223,12 +223,13 @@ def _read_tar(tar: tarfile.TarFile, member: str) -> bytes:
     return file.read()
 
 
-def _put(unpacked: Path, folder: Path, material: Material) -> None:
-    """Move the folder into place at once; one that another process put there is as good."""
-    if folder.exists() and not _complete(folder, material):
+def put(made: Path, folder: Path, files: Collection[str]) -> None:
+    """Move what was made to where it belongs, at once; a folder that has these ``files`` is as
+    good, for another process may use it already."""
+    if folder.exists() and not _complete(folder, files):
         shutil.rmtree(folder)
     try:
-        os.replace(unpacked, folder)
+        os.replace(made, folder)
     except OSError:
-        if not _complete(folder, material):
+        if not _complete(folder, files):
             raise

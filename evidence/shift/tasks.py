@@ -39,9 +39,6 @@ def parser(description: str | None) -> argparse.ArgumentParser:
 
 def header(**own: Any) -> Record:
     """The first line: what was run (``own``, which a continued run must share), on what, when."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
-    )
     return {
         "preference": sentiment.DERIVED,
         **own,
@@ -51,9 +48,16 @@ def header(**own: Any) -> Record:
             "python": platform.python_version(),
         },
         "machine": {"processor": platform.machine(), "cores": os.cpu_count()},
-        "commit": commit.stdout.strip(),
-        "date": date.today().isoformat(),
+        **_when(),
     }
+
+
+def _when() -> Record:
+    """The commit of the code, and the date."""
+    commit = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    return {"commit": commit.stdout.strip(), "date": date.today().isoformat()}
 
 
 def done_already(path: Path, own: Mapping[str, Any]) -> list[Record]:
@@ -85,7 +89,9 @@ def done_already(path: Path, own: Mapping[str, Any]) -> list[Record]:
 def run_tasks(
     path: Path, own: Mapping[str, Any], tasks: Sequence[Any], work: Work, workers: int
 ) -> None:
-    """Append ``work(task)`` of every task to ``path``, in whatever order they end."""
+    """Append ``work(task)`` of every task to ``path``, in whatever order they end, each with the
+    commit that it ran at: a run may go on later."""
+    when = _when()
     path.parent.mkdir(parents=True, exist_ok=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with (
@@ -96,7 +102,7 @@ def run_tasks(
             file.write(json.dumps(header(**own)) + "\n")
         bar = progress.add_task("scenarios and seeds", total=len(tasks))
         for record in _results(tasks, work, workers):
-            file.write(json.dumps(record, separators=(",", ":")) + "\n")
+            file.write(json.dumps(record | when, separators=(",", ":")) + "\n")
             file.flush()
             progress.advance(bar)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+from pathlib import Path
 
 import pytest
 from contests import RECORD, bench
@@ -81,6 +82,7 @@ def _head(implementation, ratio, dtype="bfloat16", head="frozen", metric="forwar
 
 def _write(folder, name, records):
     kept = {"device": "X", "versions": {"trl": "1.16.0"}, "commit": None, "records": records}
+    kept["date"] = Path(name).stem.rpartition("_")[2]
     (folder / name).write_text(json.dumps(kept))
 
 
@@ -112,6 +114,7 @@ def test_readme_tables_come_from_the_newest_kept_results(tmp_path):
         _head("drrlhf (recompute)", 4.0, head="trained"),
         _head("drrlhf (slab kept)", 3.0, head="trained"),
         _head("drrlhf", 1.1, metric="forward"),
+        _head("drrlhf", 1.7, metric="forward, with entropy"),
         _head("drrlhf", 9.9) | {"axis": "tokens"},
     ]
     _write(tmp_path, "cpu_x_2026-11-24.json", sets + head)
@@ -171,13 +174,14 @@ def test_the_tables_of_speed_policy_loss_and_packing(tmp_path):
     _write(tmp_path, "cpu_x-policy_2026-11-25.json", [loss, *packing])
     tables = table.readme_tables(tmp_path)
     assert tables["speed"].splitlines()[2:] == [
-        "| DPO step with `tv:0.1`, 8 sequences of 256 tokens "
-        "| 996 tokens/s | – | – | 224 tokens/s |",
+        "| DPO step with `tv:0.1`, the reference's log-probs given, 8 sequences of 256 tokens "
+        "| 996 tokens/s | – | – | 224 tokens/s | X, 2026-11-24 |",
         "| GRPO loss with `tv:0.1`, 6 prompts of 8 completions of 5 tokens, float32 | 1.54 ms "
-        "| – | – | – |",
-        "| log-probs from bfloat16 logits (4×9), forward | 15.7 ms | 132 ms | 47 ms | – |",
+        "| – | – | – | X, 2026-11-25 |",
+        "| log-probs from bfloat16 logits (4×9), forward | 15.7 ms | 132 ms | 47 ms | – "
+        "| X, 2026-11-24 |",
         "| bfloat16 head frozen (8×2 by 9×2), peak memory beyond the inputs "
-        "| 49.7 MiB | – | – | – |",
+        "| 49.7 MiB | – | – | – | X, 2026-11-24 |",
     ]
     # Of the first three rows two were measured.
     assert tables["speed_short"].splitlines() == tables["speed"].splitlines()[:4]
@@ -188,6 +192,11 @@ def test_the_tables_of_speed_policy_loss_and_packing(tmp_path):
         "| `padding_free=False` | 400 | 1.00 |",
         "| `padding_free=True` | 710 | 1.77 |",
     ]
+    # A newer file of the same work is what is shown, whatever else the older one has.
+    _write(tmp_path, "cpu_x_2026-11-26.json", [logits[0] | {"value": 12.5}])
+    newer = table.readme_tables(tmp_path)["speed"].splitlines()
+    assert newer[4].startswith("| log-probs from bfloat16 logits (4×9), forward | 12.5 ms | – |")
+    assert newer[4].endswith("| X, 2026-11-26 |") and newer[5].endswith("| X, 2026-11-24 |")
 
 
 def test_a_file_that_is_no_result_is_refused(tmp_path):

@@ -10,6 +10,7 @@ from rich.console import Console
 from trl_fixtures import tiny_llama_dir, tiny_pairs
 
 from drrlhf.demo import grpo
+from drrlhf.demo.sentiment import Text
 from drrlhf.report import plot_rewards
 
 QUIET = Console(quiet=True)
@@ -21,6 +22,14 @@ def score(prompts, completions, **_):
 
 def prompts(n, seed):
     return [{"prompt": row["prompt"]} for row in tiny_pairs(n, seed=seed)]
+
+
+def test_more_prompts_than_there_are_texts(monkeypatch):
+    texts = [Text("movie", str(i), "so " * 40, 1.0, (1,)) for i in range(3)]
+    monkeypatch.setattr(grpo, "load_split", lambda split, domain: texts)
+    assert len(grpo.beginnings("train", "movie", 3, 0)) == 3
+    with pytest.raises(ValueError, match=r"at most 3 prompts of movie.* got 4; take fewer steps"):
+        grpo.beginnings("train", "movie", 4, 0)
 
 
 @pytest.fixture(scope="module")

@@ -186,3 +186,16 @@ def test_where_the_cache_is(monkeypatch, tmp_path):
 def test_an_unknown_name_is_refused():
     with pytest.raises(ValueError, match="one of sentiment, minilm, smollm2; got 'bert'"):
         fetch("bert")
+
+
+def test_a_folder_that_another_process_made_stays(tmp_path):
+    """It may be in use: what is whole is not taken away."""
+    theirs, made = tmp_path / "kept", tmp_path / "made"
+    for folder, text in ((theirs, "theirs"), (made, "ours")):
+        folder.mkdir()
+        (folder / "config.json").write_text(text)
+    material.put(made, theirs, ("config.json",))
+    assert (theirs / "config.json").read_text() == "theirs"
+    (theirs / "config.json").rename(theirs / "half")
+    material.put(made, theirs, ("config.json",))
+    assert (theirs / "config.json").read_text() == "ours" and not (theirs / "half").exists()

@@ -17,7 +17,7 @@ import torch
 from trl_fixtures import tiny_llama_dir, tiny_pairs
 from typer.testing import CliRunner
 
-from drrlhf.bench.results import newest, read
+from drrlhf.bench.results import newest
 from drrlhf.cli import app
 from drrlhf.files import json_lines
 from drrlhf.seeds import mean_and_error
@@ -426,6 +426,12 @@ def test_the_tables_of_the_demos_and_the_gpu():
         "| drrlhf, `shared, liger` | 40 ± 2 ms, 1.5 GiB | – |",
         "| TRL 1.16.0 | 100 ± 2 ms, 1.5 GiB | 200 ± 2 ms, 1.5 GiB |",
     ]
+    part = {**about, "records": [r for r in records if "trl" not in r["contender"]][:1]}
+    assert generated._gpu_speed(part).splitlines()[2:] == [f"| {titles[0]} | 40.0k | – | – | – |"]
+    made = generated._gpu_step(part).splitlines()
+    assert made[0].endswith(f" | {titles[0]} |") and made[2:] == [
+        "| drrlhf, `shared` | 50 ± 2 ms, 1.5 GiB |"
+    ]
 
 
 def test_the_words_around_the_tables_are_what_these_say():
@@ -446,13 +452,13 @@ def test_the_words_around_the_tables_are_what_these_say():
     unseen = [domain for domain, share in grpo["domains"].items() if share == "unseen"]
     assert len(unseen) == 2 and all(mean < error for mean, error in map(difference, unseen))
     gpu: dict[str, dict[str, float]] = {}
-    for r in read(generated._kept("gpu", ".json"))["records"]:
+    for r in generated.gpu_steps()["records"]:
         gpu.setdefault(r["metric"], {})[r["contender"]] = r["value"]
     for metric, times in ((metric, gpu[metric]) for metric, _ in generated._GPU_STEPS):
         of_sets = [[t for n, t in times.items() if "liger" not in n and n.startswith("drrlhf")]]
         of_sets.append([t for n, t in times.items() if "liger" in n and n.startswith("drrlhf")])
         for ours, theirs in zip(of_sets, (times["trl"], times["trl with liger"]), strict=True):
-            assert max(ours) < theirs  # "ours is faster by little", the sets too
+            assert max(ours) < 1.01 * theirs  # "ours takes about as long", the sets too
         robust, plain = (
             [t for n, t in times.items() if n.startswith("drrlhf") and n.endswith(end)]
             for end in ("tv:0.1)", "(shared)" if metric != "step in one forward" else "(erm)")
