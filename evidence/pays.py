@@ -102,19 +102,22 @@ def _of_labels(records: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _of_models(records: Sequence[Mapping[str, Any]]) -> str:
-    """The mean of all and their worst case over single models, in gold scores; what is sure."""
+    """The mean of all and their worst case, over single models and over one that has seen the
+    labels of all; gold scores, and what is lost from the best n. What is sure."""
     names = {"mean": "their mean", "min": "their worst case"}
+    _, curves = best_of.curves(records, "real")
     parts = []
-    for measure, what in zip(best_of.MEASURES, ("gold score", "fall from the best n")):
-        found = best_of.measured(best_of.curves(records, "real")[1], measure)
-        cells = difference(found, best_of.SINGLE, best_of.COMBINED)
-        told = [
-            f"{names[how]} {cells[how].split('**')[1]}"
-            for how in names
-            if cells[how].startswith("**")
-        ]
-        base = found[best_of.SINGLE].mean()
-        parts.append(f"{what}: {' and '.join(told) or 'nothing sure'} over {base:.3f}")
+    for base, what in ((best_of.SINGLE, "each"), (best_of.POOLED, "one with the labels of all")):
+        told = []
+        for measure, called in zip(best_of.MEASURES, ("gold score", "fall"), strict=True):
+            cells = difference(best_of.measured(curves, measure), base, best_of.COMBINED)
+            sure = [
+                f"{names[how]} {cells[how].split('**')[1]}"
+                for how in names
+                if cells[how].startswith("**")
+            ]
+            told += [f"{called}: {', '.join(sure)}"] if sure else []
+        parts.append(f"over {what}: {', '.join(told) or 'nothing sure'}")
     return "; ".join(parts)
 
 

@@ -27,7 +27,7 @@ def difference(found: Values, base: str, methods: Sequence[str]) -> dict[str, st
     """The difference of each method to the base with a 95 % interval, bold where it is sure."""
     tests = {name: paired(found[name] - found[base]) for name in methods}
     corrected = holm([p for p, _ in tests.values()])
-    digits = 1 if abs(found[base]).mean() > 2 else 3
+    digits = 1 if abs(found[base]).mean() > 10 else 3  # points have one
     cells = {}
     for (name, (_, (low, high))), p in zip(tests.items(), corrected, strict=True):
         mean = f"{(found[name] - found[base]).mean():+.{digits}f}"

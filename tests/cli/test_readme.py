@@ -420,7 +420,7 @@ def test_the_tables_of_the_demos_and_the_gpu():
         f"| {titles[1]} | 12.3k | 10.0k | 15.0k | 12.5k |",
     ]
     made = generated._gpu_step({**about, "records": records}).splitlines()
-    assert made[0] == f"| X, D, commit {'C' * 7} | {titles[0]} | {titles[1]} |"
+    assert made[0] == f"| X, D, commit {'C' * 7}; median ± IQR | {titles[0]} | {titles[1]} |"
     assert made[2:5] == [
         "| drrlhf, `shared` | 50 ± 2 ms, 1.5 GiB | – |",
         "| drrlhf, `shared, liger` | 40 ± 2 ms, 1.5 GiB | – |",
