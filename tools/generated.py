@@ -208,7 +208,9 @@ def _gpu_step(result: results.Result) -> str:
     titles = [
         title.format(pairs=shapes[metric][1], tokens=shapes[metric][2]) for metric, title in steps
     ]
-    where = f"{result['device']}, {result['date']}, commit {str(result['commit'])[:7]}; median ± IQR"
+    where = (
+        f"{result['device']}, {result['date']}, commit {str(result['commit'])[:7]}; median ± IQR"
+    )
     return markdown((where, *titles), rows)
 
 
