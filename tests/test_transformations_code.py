@@ -346,6 +346,7 @@ LONG = {
     "boxes in boxes": ("math_format", lambda n: r"\boxed{" * n + "1" + "}" * n, 4000),
     "boxes behind boxes": ("math_format", lambda n: r"\boxed{1} " * n, 8000),
     "blocks that nothing closes": ("code_comments", lambda n: "```python\nx\n" * n, 4000),
+    "a word behind a fence": ("code_comments", lambda n: "```" + "a" * n, 4000),
     "blocks": ("code_renamed", lambda n: "```python\nx = 1\n```\n" * n, 1000),
     "functions": ("code_renamed", python("def f{0}():\n    v{0} = 1\n"), 1000),
     "comprehensions": ("code_renamed", python("v{0} = [i for i in range(9)]\n"), 1000),
