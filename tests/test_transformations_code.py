@@ -124,6 +124,12 @@ def test_formats_of_a_final_answer(text, forms):
         ),
         ("yaml", "#cloud-config\na: 1\n", "#cloud-config\n# This is the code.\na: 1\n"),
         (
+            "swift",
+            "// swift-tools-version:5.5\nimport X\n",
+            "// swift-tools-version:5.5\n// This is the code.\nimport X\n",
+        ),
+        ("swift", "// swift\nlet x = 1\n", "// This is the code.\n// swift\nlet x = 1\n"),
+        (
             "python",
             "#!/usr/bin/python\n# -*- coding: latin-1 -*-\nx = 1\n",
             "#!/usr/bin/python\n# -*- coding: latin-1 -*-\n# This is the code.\nx = 1\n",

@@ -29,6 +29,7 @@ _CLOSES = re.compile(r"^(?P<fence>`{3,})[ \t]*$", re.M)
 # may be the second.
 _FIRST = re.compile(
     r"#!.*\n(?:#.*coding[:=].*\n)?|#cloud-config[ \t]*\n|(?:%(?:YAML|TAG)[ \t].*\n)+"
+    r"|//[ \t]*swift-tools-version.*\n"
 )
 _CELL_MAGIC = re.compile(r"\s*%%")  # it says what the lines below are, often no Python
 _PYTHON = {"python", "python3", "py"}
