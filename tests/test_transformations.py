@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import re
+import unicodedata
 from functools import partial
 from itertools import groupby
 from random import Random
@@ -366,6 +367,36 @@ def test_clauses_of_scripts_without_spaces_are_no_words(script):
     for name in drawing:  # what has spaces changes beside it
         new = TRANSFORMATIONS[name].apply(mixed, draw=Random(3))
         assert new.startswith(text) and new != mixed, name
+
+
+# Words of four letters and more, by hand, and what stands beside them.
+MARKED = {
+    "Hindi": ("नमकपारे समझदार अदरकवाला अकसरीन", "मुझे और में पर"),
+    "Tamil": ("மிகவும் அழகானது அனைவரும் சொல்கிறார்கள்", "என்று"),
+    "joiners": ("می\u200cخواهم نمی\u200cدانم کتاب\u200cها دانشگاه\u0651", "از به"),
+    "accents taken apart": (unicodedata.normalize("NFD", "résumé théâtre québéc société"), "le là"),
+}
+
+
+@pytest.mark.parametrize("language", MARKED)
+def test_a_word_has_its_marks(language):
+    """Whole words are left out and doubled; no letter changes, so that none loses its mark."""
+    long, short = MARKED[language]
+    text = f"{short} {long}, {short}."
+    dropped, doubled = set(), set()
+    for seed in range(40):
+        dropped.add(TRANSFORMATIONS["dropped_words"].apply(text, draw=Random(seed)))
+        doubled.add(TRANSFORMATIONS["doubled_words"].apply(text, draw=Random(seed)))
+        for name in RATED - {"dropped_words", "doubled_words", "homoglyphs"}:
+            assert TRANSFORMATIONS[name].apply(text, draw=Random(seed)) == text, name
+    words = long.split()
+    assert dropped == {text.replace(f" {word}", "") for word in words}
+    assert doubled == {text.replace(word, f"{word} {word}") for word in words}
+    assert _typed(f"{text} Python") == {f"{text} {word}" for word in _typed("Python")}
+
+
+def _typed(text):
+    return {TRANSFORMATIONS["typos"].apply(text, draw=Random(seed)) for seed in range(20)}
 
 
 def test_korean_has_spaces():

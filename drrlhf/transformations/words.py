@@ -7,11 +7,16 @@ words are changes of reWordBench's kind (arXiv 2503.11751).
 Chinese, Japanese, Thai and their like put no spaces between words. What stands between two spaces
 or marks there is a clause; to leave it out or to misspell it once is another change than of a word,
 so that their letters are none of a word here. Korean has spaces.
+
+A word has the marks of its letters: the vowels of Hindi, the accents of text that Unicode takes
+apart. They count as no letters. Errors in letters leave such words alone, since a mark means
+something only behind its own letter; whole words change with their marks.
 """
 
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Callable, Sequence
 from functools import partial
 from random import Random
@@ -36,10 +41,26 @@ _UNSPACED = (
     "\u3040-\u312f\u31a0-\u31ff\uff66-\uff9f\U0001aff0-\U0001b16f"  # kana, bopomofo
     "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"  # CJK ideographs
 )
-_LETTERS = rf"[^\W\d_{_UNSPACED}]{{4,}}"
-_WORD = re.compile(_LETTERS)
-_SPACE_AND_WORD = re.compile(f" ?{_LETTERS}")
 _NO_WORD = re.compile(f"[{_UNSPACED}]")
+_JOINERS = "\u200c\u200d"  # they show nothing, and stand inside of words in Hindi and Persian
+
+
+def _all_marks() -> str:
+    """The marks of letters that are a word's, and joiners, as ranges of a character class: each for
+    itself would be asked for at every letter."""
+    places = (*range(0x300, 0x1F000), *range(0xE0100, 0xE01F0))  # none lie elsewhere
+    marks = [place for place in places if unicodedata.category(chr(place)) in ("Mn", "Mc")]
+    spaced = [place for place in marks if not _NO_WORD.match(chr(place))]
+    ends = zip([-1, *spaced], [*spaced, -1], strict=True)
+    edges = [(before, after) for before, after in ends if after != before + 1]
+    ranges = zip((first for _, first in edges), (last for last, _ in edges[1:]), strict=False)
+    return _JOINERS + "".join(f"{chr(first)}-{chr(last)}" for first, last in ranges)
+
+
+_MARK = re.compile(f"[{_all_marks()}]")
+_LETTERS = rf"[^\W\d_{_UNSPACED}]+"
+_WORD = re.compile(rf"{_LETTERS}(?:{_MARK.pattern}+(?:{_LETTERS})?)*")
+LETTERS = 4  # of a word that may change, at least
 _KEYS = ("qwertyuiop", "asdfghjkl", "zxcvbnm")
 # Letters of the Cyrillic alphabet that look like Latin ones.
 HOMOGLYPHS = str.maketrans("aceopxyACEOPX", "асеорхуАСЕОРХ")
@@ -61,23 +82,41 @@ def _neighbours() -> dict[str, str]:
 NEIGHBOURS = _neighbours()
 
 
+def _words(text: str, whole: bool) -> list[tuple[int, int]]:
+    """Where the words of four letters and more begin and end; with ``whole`` those with marks,
+    too."""
+    found = []
+    for one in _WORD.finditer(text):
+        word = one.group()
+        letters = len(word if word.isascii() else _MARK.sub("", word))
+        if letters >= LETTERS and (whole or letters == len(word)):
+            found.append(one.span())
+    return found
+
+
 def _in_some_words(
     text: str,
     draw: Random,
     rate: float,
     change: Callable[[str], str],
-    pattern: re.Pattern[str] = _WORD,
     enough: int = 1,
+    whole: bool = True,
+    with_space: bool = False,
 ) -> str:
     """``change`` applied to a share of the words of four letters and more, at least to one.
 
-    A text with fewer than ``enough`` of them stays.
+    A text with fewer than ``enough`` of them stays. A change that is not of ``whole`` words has
+    those without marks alone. ``with_space``: one that stands before a word changes with it.
     """
-    words = list(pattern.finditer(text))
+    words = _words(text, whole)
     if len(words) < enough:
         return text
     chosen = sorted(draw.sample(range(len(words)), max(1, round(rate * len(words)))))
-    return edited(text, ((*words[i].span(), change(words[i].group())) for i in chosen))
+    edits = []
+    for start, end in (words[i] for i in chosen):
+        start -= with_space and text[start - 1 : start] == " "
+        edits.append((start, end, change(text[start:end])))
+    return edited(text, edits)
 
 
 # A typing error in a word: at a place behind its first letter, ``near`` a key beside that letter's.
@@ -116,7 +155,8 @@ def typos(
     errors: Sequence[_Error] = (_swapped, _wrong, _extra, _missing),
 ) -> str:
     """Letters swapped, mistaken for their neighbour, doubled or left out."""
-    return _in_some_words(text, draw, rate, partial(_mistyped, draw=draw, errors=errors))
+    change = partial(_mistyped, draw=draw, errors=errors)
+    return _in_some_words(text, draw, rate, change, whole=False)
 
 
 # One kind of typing error alone.
@@ -128,7 +168,7 @@ missing_letters = partial(typos, errors=(_missing,))
 
 def dropped_words(text: str, draw: Random, rate: float = WORDS) -> str:
     """Words left out, of four and more."""
-    return _in_some_words(text, draw, rate, lambda word: "", _SPACE_AND_WORD, ENOUGH)
+    return _in_some_words(text, draw, rate, lambda word: "", ENOUGH, with_space=True)
 
 
 def doubled_words(text: str, draw: Random, rate: float = WORDS) -> str:
@@ -143,9 +183,11 @@ def homoglyphs(text: str, draw: Random, rate: float = TYPOS) -> str:
 
 def zero_width(text: str, draw: Random, rate: float = TYPOS) -> str:
     """Characters that show nothing, in the middle of words."""
-    return _in_some_words(
-        text, draw, rate, lambda word: f"{word[: len(word) // 2]}\u200b{word[len(word) // 2 :]}"
-    )
+
+    def split(word: str) -> str:
+        return f"{word[: len(word) // 2]}\u200b{word[len(word) // 2 :]}"
+
+    return _in_some_words(text, draw, rate, split, whole=False)
 
 
 def shuffled_words(text: str, draw: Random) -> str:
