@@ -6,7 +6,7 @@ import pickle
 import re
 import unicodedata
 from functools import partial
-from itertools import groupby
+from itertools import groupby, product
 from random import Random
 
 import pytest
@@ -397,6 +397,21 @@ def test_a_word_has_its_marks(language):
 
 def _typed(text):
     return {TRANSFORMATIONS["typos"].apply(text, draw=Random(seed)) for seed in range(20)}
+
+
+NAMES = "https://en.example.org/wiki/Some_Page (see docs/guide/start.md) by john.miller@example.org"
+NAMES += " or @someone, with __init__ and snake_case_name"
+
+
+def test_addresses_paths_and_names_stay():
+    """Only the word that stands between them changes."""
+    changed = set()
+    for name, seed in product(RATED, range(20)):
+        new = TRANSFORMATIONS[name].apply(NAMES, draw=Random(seed))
+        before, behind = NAMES.split("with")
+        assert new.startswith(before) and new.endswith(behind), (name, new)
+        changed.add(new.removeprefix(before).removesuffix(behind))
+    assert len(changed) > 5
 
 
 def test_korean_has_spaces():

@@ -18,7 +18,7 @@ _NEVER = "no"
 _CASE = "not where case carries meaning, as in code"
 _LAYOUT = "not where the layout carries meaning, as in code or poems"
 _CODE = "not in code"
-_SPELLING = "not in code, numbers with letters, or spelling questions"
+_SPELLING = "not in code, numbers with letters, spelling questions, or answers of one word"
 _MARKDOWN = "not where markdown carries meaning, as in an answer with code"
 _BEFORE = "not where code or a heading begins it"
 _BEHIND = "not where code or a final answer ends it"
@@ -72,7 +72,7 @@ TRANSFORMATIONS: Mapping[str, Transformation] = {
     "dropped_words": Transformation(
         "words: some words left out",
         words.dropped_words,
-        "mostly: a lost 'not' turns it",
+        "mostly: a lost 'never' or 'cannot' turns it",
         rate=words.WORDS,
     ),
     "doubled_words": Transformation(

@@ -11,6 +11,9 @@ so that their letters are none of a word here. Korean has spaces.
 A word has the marks of its letters: the vowels of Hindi, the accents of text that Unicode takes
 apart. They count as no letters. Errors in letters leave such words alone, since a mark means
 something only behind its own letter; whole words change with their marks.
+
+What lies between two spaces with a slash, an at sign or an underscore in it is an address, a path
+or a name, and has no words: another letter there is another thing.
 """
 
 from __future__ import annotations
@@ -61,6 +64,7 @@ _MARK = re.compile(f"[{_all_marks()}]")
 _LETTERS = rf"[^\W\d_{_UNSPACED}]+"
 _WORD = re.compile(rf"{_LETTERS}(?:{_MARK.pattern}+(?:{_LETTERS})?)*")
 LETTERS = 4  # of a word that may change, at least
+_NAMING = re.compile("[/@_]")
 _KEYS = ("qwertyuiop", "asdfghjkl", "zxcvbnm")
 # Letters of the Cyrillic alphabet that look like Latin ones.
 HOMOGLYPHS = str.maketrans("aceopxyACEOPX", "асеорхуАСЕОРХ")
@@ -86,12 +90,19 @@ def _words(text: str, whole: bool) -> list[tuple[int, int]]:
     """Where the words of four letters and more begin and end; with ``whole`` those with marks,
     too."""
     found = []
+    if _NAMING.search(text):
+        text = re.sub(r"\S+", _hidden, text)
     for one in _WORD.finditer(text):
         word = one.group()
         letters = len(word if word.isascii() else _MARK.sub("", word))
         if letters >= LETTERS and (whole or letters == len(word)):
             found.append(one.span())
     return found
+
+
+def _hidden(found: re.Match[str]) -> str:
+    """Digits in the place of an address, a path or a name."""
+    return "0" * len(found.group()) if _NAMING.search(found.group()) else found.group()
 
 
 def _in_some_words(
