@@ -32,6 +32,41 @@ def test_a_fence_is_longer_than_those_inside():
 
 
 @pytest.mark.parametrize(
+    "sentences",
+    [
+        ["Ask Dr. Smith, Prof. Li and J. K. Rowling.", "She knows, i.e. she wrote it.", "No."],
+        ["See e.g. No. 5 vs. No. 7 and approx. 3 kg.", "No.", "It isn't.", "At 5 p.m. sharp!"],
+        ["It is no.", "We left in 1990.", "Then we came back?", "Yes (cf. Fig. 2)."],
+    ],
+)
+def test_abbreviations_end_no_sentence(sentences):
+    text = " ".join(sentences)
+    assert changed("sentence_order", text) == " ".join(reversed(sentences))
+    assert changed("bullets", text) == "\n".join(f"- {one}" for one in sentences)
+    assert changed("paragraphs", text) == "\n\n".join(sentences)
+    assert changed("repeated", text) == f"{text} {sentences[-1]}"
+    assert changed("bold", text) == text.replace(sentences[0], f"**{sentences[0]}**")
+
+
+@pytest.mark.parametrize("marks", ["123", "---", "***"])
+def test_a_list_keeps_its_order_and_is_made_into_no_other(marks):
+    points = ["Open the lid. Be careful.", "Pour the water.", "Close it. Wait."]
+    marks = [f"{mark}." if mark.isdigit() else mark for mark in marks]
+    lines = [f"{mark} {point}" for mark, point in zip(marks, points, strict=True)]
+    text = "Do this. Now.\n\n" + "\n".join(lines)
+    for name in ("sentence_order", "bullets", "numbered", "listed"):
+        assert changed(name, text) == text, name
+    assert changed("repeated", text) == f"{text} Wait."
+    assert changed("repeated", text.removesuffix(" Wait.")) == (
+        f"{text.removesuffix(' Wait.')} Close it."
+    )
+    assert changed("bold", lines[1]) == f"{marks[1]} **Pour the water.**"
+    for line in lines:  # no number is parted from what it counts
+        assert f"\n{line.split('. ')[0]}" in changed("paragraphs", text)
+    assert len(changed("paragraphs", text).split("\n\n")) == 7
+
+
+@pytest.mark.parametrize(
     ("text", "new"),
     [
         ("# A\n\n- **one** and `two`", "A\n\none and two"),

@@ -14,6 +14,20 @@ from drrlhf.transformations.edits import edited
 HEADING = "## Answer\n\n"
 KEY_POINTS = "**Key points**\n\n"
 _SENTENCES = re.compile(r"(?<=[.!?])\s+")
+# A full stop behind these ends no sentence, and one behind a single letter (an initial, "e.g."), or
+# behind a number that begins a line (a point of a list), does not either. Better two sentences
+# taken for one than one cut in two.
+_ABBREVIATIONS = (
+    "Dr|Mr|Mrs|Ms|Mx|Prof|St|Sr|Jr|Gen|Col|Capt|Lt|Sgt|Rev|Hon|vs|cf|ca|etc|al|approx|resp|incl|viz|"
+    "Fig|fig|Figs|Eq|eq|Eqs|Sec|Ch|Vol|vol|pp|Inc|Ltd|Co|Corp|Mt|Ave|Rd|Blvd|Dept"
+)
+_NO_END = re.compile(
+    rf"(?<![\w'’])(?:{_ABBREVIATIONS}|[^\W\d_])\.\Z|^[ \t>*_(]*\d{{1,3}}\.\Z", re.M
+)
+_NUMBER_OF = re.compile(r"(?<!\w)[Nn]os?\.\Z")  # "No. 5"; "No." alone is an answer
+_LOOK_BACK = 20  # characters, more than any of these has
+# What begins a point of a list.
+_POINT = re.compile(r"^[ \t]*(?:[-*+•]|\d{1,3}[.)])[ \t]+", re.M)
 # Quotation marks open at the beginning, behind a space and behind a bracket.
 _OPENING = re.compile(r"""(?<![^\s(\[{])["']+(?=\S)""")
 # Where marks of markdown may open and close. Two underscores do so at the edges of words alone; a
@@ -31,7 +45,28 @@ _CURLY = str.maketrans({'"': "“", "'": "‘"}), str.maketrans({'"': "”", "'"
 
 def sentences(text: str) -> list[str]:
     """At least one, which may be empty."""
-    return _SENTENCES.split(text.strip())
+    text = text.strip()
+    found, begin = [], 0
+    for gap in _SENTENCES.finditer(text):
+        if not _goes_on(text, *gap.span()):
+            found.append(text[begin : gap.start()])
+            begin = gap.end()
+    return [*found, text[begin:]]
+
+
+def _goes_on(text: str, start: int, end: int) -> bool:
+    """Whether the sentence goes on behind the gap from ``start`` to ``end``, before which a full
+    stop stands."""
+    behind = max(0, start - _LOOK_BACK)
+    if _NO_END.search(text, behind, start):
+        return True
+    return text[end].isdigit() and bool(_NUMBER_OF.search(text, behind, start))
+
+
+def _of_prose(text: str) -> list[str]:
+    """The sentences of a text that has no list: in another order, or as points of another list,
+    those of a list would say something else, and it counts as one."""
+    return [text] if _POINT.search(text) else sentences(text)
 
 
 def lower_case(text: str, draw: Random) -> str:
@@ -68,12 +103,14 @@ def curly_quotes(text: str, draw: Random) -> str:
 def bold(text: str, draw: Random) -> str:
     """The first sentence in bold."""
     first = sentences(text)[0]
+    if mark := _POINT.match(first):
+        first = first[mark.end() :]
     return text.replace(first, f"**{first}**", 1) if first else text
 
 
 def bullets(text: str, draw: Random) -> str:
     """Every sentence a point of a list."""
-    found = sentences(text)
+    found = _of_prose(text)
     return "\n".join(f"- {one}" for one in found) if len(found) > 1 else text
 
 
@@ -85,7 +122,7 @@ def listed(text: str, draw: Random) -> str:
 
 def numbered(text: str, draw: Random) -> str:
     """Every sentence a point of a numbered list."""
-    found = sentences(text)
+    found = _of_prose(text)
     points = (f"{number}. {one}" for number, one in enumerate(found, 1))
     return "\n".join(points) if len(found) > 1 else text
 
@@ -144,11 +181,11 @@ def _unmarked(line: str) -> str:
 def repeated(text: str, draw: Random) -> str:
     """The last sentence once more."""
     lines = text.strip().splitlines() or [""]
-    last = sentences(lines[-1])[-1]
+    last = sentences(_POINT.sub("", lines[-1]))[-1]
     return f"{text} {last}" if last else text
 
 
 def reversed_sentences(text: str, draw: Random) -> str:
     """The sentences last to first."""
-    found = sentences(text)
+    found = _of_prose(text)
     return " ".join(reversed(found)) if len(found) > 1 else text
