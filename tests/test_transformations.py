@@ -491,6 +491,50 @@ def test_of_messages_the_last_one_changes():
     assert transformed({"chosen": called, "rejected": called}, chosen=str.upper)["chosen"] == called
 
 
+CALL = {"role": "assistant", "content": None, "tool_calls": "[f]"}
+
+
+@pytest.mark.parametrize("silent", [{"role": "assistant", "content": ""}, CALL])
+def test_what_both_answers_begin_with_is_no_answer(silent):
+    """One of them says nothing behind it, and stays; the earlier answer is part of the prompt."""
+    begin = [
+        {"role": "user", "content": "A", "tool_calls": None},
+        {"role": "assistant", "content": "b", "tool_calls": None},
+        {"role": "user", "content": "C"},
+    ]
+    other = [{**message, "name": None} for message in begin]  # as Arrow has it
+    row = {
+        "chosen": [*begin, {"role": "assistant", "content": "d"}],
+        "rejected": [*other, silent],
+    }
+    new = transformed(row, chosen=str.upper, rejected=str.upper)
+    assert new == row | {"chosen": [*begin, {"role": "assistant", "content": "D"}]}
+    # With a prompt of its own all that an answer says is it.
+    row = {"prompt": begin, "rejected": [{"role": "assistant", "content": "b"}, silent]}
+    row["chosen"] = [row["rejected"][0], {"role": "assistant", "content": "d"}]
+    new = transformed(row, rejected=str.upper)
+    assert new["rejected"] == [{"role": "assistant", "content": "B"}, silent]
+    # Of two equal answers the last messages are the answers.
+    equal = transformed({"chosen": begin[:2], "rejected": other[:2]}, chosen=str.upper)
+    assert [message["content"] for message in equal["chosen"]] == ["A", "B"]
+
+
+def test_parts_of_a_message_change_together():
+    def said(*texts, role="assistant"):
+        return [{"role": role, "content": [{"type": "text", "text": text} for text in texts]}]
+
+    image = {"type": "image", "text": None}
+    row = {"prompt": said("q", role="user"), "chosen": said("a b"), "rejected": said("c ", "d")}
+    row["rejected"][0]["content"].insert(1, image)
+    around = {side: lambda text: f"<{text}>" for side in ("chosen", "rejected", "prompt")}
+    new = transformed(row, **around)
+    assert new["prompt"] == said("<q>", role="user") and new["chosen"] == said("<a b>")
+    assert new["rejected"][0]["content"] == [{"type": "text", "text": "<c d>"}, image]
+    assert transformed(row, rejected=str.lower) == row  # what changes nothing joins nothing
+    only = {"chosen": [{"role": "assistant", "content": [image]}], "rejected": said("c")}
+    assert transformed(only, chosen=str.upper) == only
+
+
 def test_forms_from_columns():
     row = {"chosen": "a", "rejected": "b", "chosen@long": "aa", "rejected@long": None}
     assert from_column(row, "chosen", "long") == row | {"chosen": "aa"}
