@@ -537,6 +537,8 @@ def test_parts_of_a_message_change_together():
 
 def test_forms_from_columns():
     row = {"chosen": "a", "rejected": "b", "chosen@long": "aa", "rejected@long": None}
+    for blank in ("", " \n", []):
+        assert from_column(row | {"rejected@long": blank}, "rejected", "long")["rejected"] == "b"
     assert from_column(row, "chosen", "long") == row | {"chosen": "aa"}
     assert from_column(row, "rejected", "long") == row
     assert from_column(row, "chosen", "short") == row

@@ -54,9 +54,11 @@ def same_message(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
 
 
 def from_column(row: Row, part: str, name: str) -> Row:
-    """The row with a part as its column ``part@name`` has it; as it is where there is none."""
+    """The row with a part as its column ``part@name`` has it; as it is where there is none, or a
+    blank one."""
     other = row.get(f"{part}{BY_COLUMN}{name}")
-    return dict(row) if other is None else {**row, part: other}
+    blank = not (other.strip() if isinstance(other, str) else other)
+    return dict(row) if blank else {**row, part: other}
 
 
 def _changed(given: Any, change: Change, role: str, begin: int = 0) -> Any:

@@ -21,7 +21,8 @@ from torch import Tensor
 from drrlhf.functional.row_sets import solvable
 from drrlhf.functional.worst_view import WORST, worst_views
 from drrlhf.layouts.lengths import taken
-from drrlhf.transformations import BY_COLUMN, PROMPT, SIDES
+from drrlhf.transformations import BY_COLUMN, PROMPT, SIDES, from_column
+from drrlhf.transformations.rows import same_message, shared_messages
 from drrlhf.trl import rows, view_texts
 from drrlhf.trl.one_row import OneRowMixin
 from drrlhf.trl.view_texts import (
@@ -384,3 +385,24 @@ def _check_dataset(dataset: Any, views: Sequence[str], needs_prompt: bool) -> No
                 f"views: {name!r} needs the column {' or '.join(map(repr, wanted))}, and "
                 f"train_dataset has {', '.join(dataset.column_names)}"
             )
+        if at and without_prompt and not plain:
+            used = [one for one in (*SIDES, *wanted) if one in dataset.column_names]
+            _check_beginnings(dataset.select_columns(used), name.removeprefix(BY_COLUMN))
+
+
+def _check_beginnings(dataset: Dataset, column: str) -> None:
+    """ValueError for a conversation in a column of other forms that does not begin with what both
+    answers of its row begin with: it would be another answer to another question."""
+    for number, row in enumerate(dataset):
+        shared = shared_messages(row)
+        for side in SIDES:
+            given, form = row[side], from_column(row, side, column)[side]
+            count = min(shared, len(given) - 1)
+            begins = not isinstance(form, str) and len(form) > count
+            if not begins or not all(map(same_message, given[:count], form)):
+                raise ValueError(
+                    f"views: expected conversations in the column {side}{BY_COLUMN}{column} of "
+                    f"train_dataset that begin with the messages that chosen and rejected have in "
+                    f"common, got another beginning in row {number}; write them out from their "
+                    "first message, or give prompt and answers apart"
+                )

@@ -405,10 +405,6 @@ def test_a_number_that_was_rounded_up_draws_the_last_form():
 
 
 def test_messages_are_changed_where_they_answer(made):
-    def said(*texts):
-        roles = ("user", "assistant")
-        return [{"role": roles[i % 2], "content": text} for i, text in enumerate(texts)]
-
     data = Dataset.from_dict(
         {
             "chosen": [said("how was it", "great")] * 4,
@@ -517,6 +513,40 @@ def test_data_without_texts_are_refused(models, tmp_path, data, words):
             train_dataset=data(),
             processing_class=tiny_tokenizer(),
         )
+
+
+def said(*texts):
+    """A conversation that the user begins."""
+    roles = ("user", "assistant")
+    return [{"role": roles[i % 2], "content": text} for i, text in enumerate(texts)]
+
+
+@pytest.mark.parametrize(
+    ("form", "right"),
+    [
+        (said("how was it", "really great"), True),
+        (None, True),
+        ([], True),
+        (said("how was the film", "really great"), False),
+        (said("how was it"), False),
+        (said("how was it", "really great")[1:], False),
+    ],
+)
+def test_another_form_of_a_conversation_begins_as_its_row(made, form, right):
+    """A reward model reads it whole: the answer alone would be one to no question."""
+    talk = said("how was it", "really great")
+    data = Dataset.from_dict(
+        {
+            "chosen": [said("how was it", "great")] * 4,
+            "rejected": [said("how was it", "not good")] * 4,
+            "chosen@other": [talk, talk, form, talk],
+        }
+    )
+    if right:
+        trained(made("reward", data, views=["@other"]))
+        return
+    with pytest.raises(ValueError, match=r"column chosen@other of .* in row 2; write them out"):
+        made("reward", data, views=["@other"])
 
 
 def test_other_forms_of_answers_that_hold_the_prompt_are_refused(models, tmp_path):
