@@ -203,7 +203,8 @@ class ViewCollator:
     2n + S sequences ``prompt``, 0 or the number of another prompt, ``family``, the place of its
     view among the names or `CLEAN`, and ``text``, the same number where the tokens are the same.
     ``scored`` (n,): the first form is then the clean one, else the only one is that to be taken;
-    ``number`` (n,) in [0, 1); ``drawn``, of how many views these S are left.
+    ``number`` (n,) in [0, 1); ``drawn``, of how many views these S are left. Two answers that are
+    equal from the start have no views.
     """
 
     collator: Callable[[list[dict[str, Any]]], Any]
@@ -224,16 +225,18 @@ class ViewCollator:
     def _views(self, batch: Mapping[str, Any], rows: Sequence[int]) -> dict[str, Any]:
         drawn = [self.texts.draw(row, int(self.epoch)) for row in rows]
         made, about = [], []
+        n = len(rows)
+        # A form of one answer that is the other answer says nothing of the pair.
+        seen = [{_key(batch, pair), _key(batch, n + pair)} for pair in range(n)]
         for pair, one in enumerate(drawn):
-            for form in one.forms:
+            # Of two equal answers none is the better one, in no form.
+            for form in one.forms if len(seen[pair]) == 2 else ():
                 ids = self.prepare.ids(form.row)
                 if ids is not None:
                     made.append(ids)
                     about.append((pair, form))
-        n, m = len(rows), len(made)
+        m = len(made)
         laid = self.tokens(made) if made else batch
-        # A form of one answer that is the other answer says nothing of the pair.
-        seen = [{_key(batch, pair), _key(batch, n + pair)} for pair in range(n)]
         places = [[[pair + side * n] for pair in range(n)] for side in (0, 1)]
         kept: list[int] = []
         prompt, family = [0] * (2 * n), [CLEAN] * (2 * n)
@@ -269,7 +272,9 @@ class ViewCollator:
             "text": _numbered(texts),
             "scored": torch.tensor([one.scored for one in drawn]),
             "number": torch.tensor([one.number for one in drawn], dtype=torch.float64),
-            "drawn": torch.tensor(sum(name is not None for _, f in about for name in f.names)),
+            "drawn": torch.tensor(
+                sum(name is not None for one in drawn for f in one.forms for name in f.names)
+            ),
         }
 
 

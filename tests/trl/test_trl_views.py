@@ -353,6 +353,32 @@ def test_what_tokenizes_alike_is_no_view(made):
     assert float(logs[0]["views/taken/whitespace"]) == 0
 
 
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("scored", [1.0, 0.0])
+def test_two_equal_answers_are_trained_on_as_they_are(made, method, scored):
+    """No form of them is the better one; a cut may make them equal, too."""
+    options = {"views": ["handle", "repeated"], "views_scored": scored, "learning_rate": 0.0}
+    options["per_device_train_batch_size"] = 4
+    texts = ["so do we", "the film was great", "not very good", "yes"]
+    data = Dataset.from_dict({"prompt": ["how was it"] * 4, "chosen": texts, "rejected": texts})
+    if method == "dpo":  # cuts
+        data = data.map(lambda row: {"chosen": " w1 w2 w3 w4", "rejected": " w1 w2 w3 w5"})
+        options["max_length"] = 6
+    _, logs = trained(made(method, data, **options))
+    assert float(logs[0]["views/taken/clean"]) == 1
+    assert float(logs[0]["loss"]) == pytest.approx(0.693147, rel=1e-5)
+
+
+def test_views_that_do_not_fit_are_counted(made):
+    """Twenty words behind two and before the end fit into 25 tokens, behind six they do not."""
+    answers = [" w2", " w2", " w2" * 5, " w2" * 5]
+    rejected = [answer.replace("2", "3") for answer in answers]
+    data = Dataset.from_dict({"prompt": ["w1"] * 4, "chosen": answers, "rejected": rejected})
+    options = {"views": ["true_is_true"], "views_per_pair": 1, "max_length": 25}
+    _, logs = trained(made("reward", data, **options))
+    assert float(logs[0]["views/distinct"]) == 0.5
+
+
 def test_data_that_were_tokenized_before_have_views_of_their_texts(made, models):
     """As encoders need it whose tokenizers have no end token."""
     tokenizer = tiny_tokenizer(with_eos=False)
