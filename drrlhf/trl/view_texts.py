@@ -28,6 +28,7 @@ from drrlhf.transformations import (
     lookup,
     transformed,
 )
+from drrlhf.trl import boundaries
 
 VIEWS = "views"  # of a batch: what `ViewCollator` puts there
 ROW = "view_row"  # of an example: its row in the texts
@@ -201,10 +202,11 @@ class ViewCollator:
     others of their pair; ``chosen`` (n, A) and ``rejected`` (n, B), places of the forms of each
     answer among the 2n sequences of the batch and these S behind them, -1 for none; and of the
     2n + S sequences ``prompt``, 0 or the number of another prompt, ``family``, the place of its
-    view among the names or `CLEAN`, and ``text``, the same number where the tokens are the same.
-    ``scored`` (n,): the first form is then the clean one, else the only one is that to be taken;
-    ``number`` (n,) in [0, 1); ``drawn``, of how many views these S are left. Two answers that are
-    equal from the start have no views.
+    view among the names or `CLEAN`, ``text``, the same number where the tokens are the same,
+    ``begins``, the token at which the answer begins, and ``alone``, at which it would for itself:
+    two combine that begin at the lesser of these two. ``scored`` (n,): the first form is then the
+    clean one, else the only one is that to be taken; ``number`` (n,) in [0, 1); ``left``, how many
+    of the ``drawn`` views there are. Two answers that are equal from the start have no views.
     """
 
     collator: Callable[[list[dict[str, Any]]], Any]
@@ -219,46 +221,57 @@ class ViewCollator:
     def __call__(self, examples: list[dict[str, Any]]) -> Any:
         batch = self.collator(examples)
         if ROW in examples[0]:
-            batch[VIEWS] = self._views(batch, [example[ROW] for example in examples])
+            batch[VIEWS] = self._views(batch, examples)
         return batch
 
-    def _views(self, batch: Mapping[str, Any], rows: Sequence[int]) -> dict[str, Any]:
-        drawn = [self.texts.draw(row, int(self.epoch)) for row in rows]
-        made, about = [], []
-        n = len(rows)
+    def _views(self, batch: Mapping[str, Any], examples: Sequence[Mapping[str, Any]]) -> Any:
+        drawn = [self.texts.draw(one[ROW], int(self.epoch)) for one in examples]
+        n, made = len(examples), list[_Made]()
         # A form of one answer that is the other answer says nothing of the pair.
         seen = [{_key(batch, pair), _key(batch, n + pair)} for pair in range(n)]
+        begins = [boundaries.begins(one) for one in examples] * 2
+        alone = list(begins)
         for pair, one in enumerate(drawn):
-            # Of two equal answers none is the better one, in no form.
-            for form in one.forms if len(seen[pair]) == 2 else ():
-                ids = self.prepare.ids(form.row)
-                if ids is not None:
-                    made.append(ids)
-                    about.append((pair, form))
+            if len(seen[pair]) < 2:
+                continue  # of two equal answers none is the better one, in no form
+            found = [(form, self.prepare.ids(form.row)) for form in one.forms]
+            rows = [(form, ids) for form, ids in found if ids is not None]
+            answers = [(form, ids) for form, ids in rows if not form.prompt]
+            if all(boundaries.begins(ids) == begins[pair] for _, ids in answers):
+                made += [_Made.of(pair, *row) for row in rows]
+            elif not one.scored:  # the whole row is taken
+                made += [_Made.of(pair, *row, both=True) for row in rows]
+            else:
+                made += [_Made.of(pair, *row) for row in rows if row[0].prompt]
+                again = list(_cut(pair, examples[pair], answers))
+                made += again
+                alone[pair], alone[n + pair] = again[0].alone
         m = len(made)
-        laid = self.tokens(made) if made else batch
+        laid = self.tokens([one.ids for one in made]) if made else batch
         places = [[[pair + side * n] for pair in range(n)] for side in (0, 1)]
         kept: list[int] = []
         prompt, family = [0] * (2 * n), [CLEAN] * (2 * n)
         texts = [_key(batch, i) for i in range(2 * n)]
-        for number, (pair, form) in enumerate(about):
+        left = set()
+        for number, (pair, form, _, needed, own) in enumerate(made):
             keys = [_key(laid, number + side * m) for side in (0, 1)]
             if keys[0] == keys[1] and (form.prompt or not drawn[pair].scored):
                 continue  # two equal answers: nothing could lower their loss
-            new = [
-                name is not None and key not in seen[pair]
-                for name, key in zip(form.names, keys, strict=True)
-            ]
+            new = [asked and key not in seen[pair] for asked, key in zip(needed, keys, strict=True)]
             if form.prompt:
                 new = [all(new)] * 2
-            for side in (0, 1):
+            for side, name in enumerate(form.names):
                 if new[side]:
                     places[side][pair].append(2 * n + len(kept))
                     kept.append(number + side * m)
                     prompt.append(number + 1 if form.prompt else 0)
-                    family.append(self.texts.names.index(form.names[side]))
+                    family.append(CLEAN if name is None else self.texts.names.index(name))
                     seen[pair].add(keys[side])
                     texts.append(keys[side])
+                    begins.append(boundaries.begins(made[number].ids))
+                    alone.append(own[side])
+                    if name is not None:
+                        left.add((id(form), side))
         for pair, one in enumerate(drawn):
             if not one.scored:
                 for side in (0, 1):
@@ -270,12 +283,42 @@ class ViewCollator:
             "prompt": torch.tensor(prompt),
             "family": torch.tensor(family),
             "text": _numbered(texts),
+            "begins": torch.tensor(begins),
+            "alone": torch.tensor(alone),
             "scored": torch.tensor([one.scored for one in drawn]),
             "number": torch.tensor([one.number for one in drawn], dtype=torch.float64),
             "drawn": torch.tensor(
                 sum(name is not None for one in drawn for f in one.forms for name in f.names)
             ),
+            "left": torch.tensor(len(left)),
         }
+
+
+class _Made(NamedTuple):
+    """A row of token ids that a form of a pair was made into; which of its answers may be new; and
+    where each would begin for itself."""
+
+    pair: int
+    form: Form
+    ids: Mapping[str, Any]
+    needed: tuple[bool, bool]
+    alone: tuple[int, int]
+
+    @classmethod
+    def of(cls, pair: int, form: Form, ids: Mapping[str, Any], both: bool = False) -> _Made:
+        needed = both or form.names[0] is not None, both or form.names[1] is not None
+        return cls(pair, form, ids, needed, (boundaries.begins(ids),) * 2)
+
+
+def _cut(
+    pair: int, example: Mapping[str, Any], answers: Sequence[tuple[Form, Mapping[str, Any]]]
+) -> Iterator[_Made]:
+    """The pair as it is, first, and its forms, with the beginnings that its combinations need."""
+    forms = [Form({}, (None, None)), *(form for form, _ in answers)]
+    for number, ids, needed, alone in boundaries.cuts([example, *(ids for _, ids in answers)]):
+        form = forms[number]
+        changed = [number == 0 or name is not None for name in form.names]
+        yield _Made(pair, form, ids, (needed[0] and changed[0], needed[1] and changed[1]), alone)
 
 
 def _by_sequence(batch: Mapping[str, Any], name: str) -> bool:

@@ -287,12 +287,12 @@ class ViewsMixin(OneRowMixin):
     def _log_views(self, views: Mapping[str, Any], taken: Tensor, sums: dict[str, Tensor]) -> None:
         """Metrics over the pairs of all ranks: means of what is summed over the scored ones, and
         which views were taken."""
-        family, count = views["family"][taken], len(taken)
+        family = views["family"][taken]
         counts = [
             *sums.values(),
             views["scored"].sum(),
             views["drawn"],
-            family.new_tensor(len(views["family"]) - count),
+            views["left"],
             *((family == number).sum() for number in range(view_texts.CLEAN, len(self._views))),
         ]
         mine = torch.stack([one.double() for one in counts])
@@ -323,6 +323,8 @@ def _combinations(views: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
     there = (chosen >= 0) & (rejected >= 0)
     chosen, rejected = chosen.clamp(min=0), rejected.clamp(min=0)
     there &= views["prompt"][chosen] == views["prompt"][rejected]
+    begins, alone = ((of[chosen], of[rejected]) for of in (views["begins"], views["alone"]))
+    there &= (begins[0] == begins[1]) & (begins[0] == torch.minimum(*alone))
     # Nothing could lower the loss of two equal answers, which would be the worst of all.
     there[:, 1:] &= (views["text"][chosen] != views["text"][rejected])[:, 1:]
     return chosen, rejected, there

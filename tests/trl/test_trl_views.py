@@ -26,6 +26,7 @@ from drrlhf.trl.views import _drawn
 METHODS = ["dpo", "reward", "encoder"]
 VIEWS = ["repeated", "handle", "@other"]
 BETA = 0.1
+SIDES = ("chosen", "rejected")
 
 
 @pytest.fixture
@@ -77,9 +78,9 @@ def scorers(method, models):
     policy = steps.away(models[method]).eval()
     reference = AutoModelForCausalLM.from_pretrained(models[method]).eval()
 
-    def ratio(prompt, answer):
+    def ratio(prompt, answer, start=None):
         ids = tokenizer(prompt + answer + "<eos>", return_tensors="pt")["input_ids"]
-        start = len(tokenizer(prompt)["input_ids"])
+        start = len(tokenizer(prompt)["input_ids"]) if start is None else start
         found = []
         for model in (policy, reference):
             logps = model(ids).logits[0, start - 1 : -1].double().log_softmax(-1)
@@ -129,6 +130,81 @@ def test_a_step_is_that_of_the_worst_forms(made, models, method, names):
     assert sum(a != b for a, b in zip(columns["chosen"], data["chosen"], strict=True)) >= 2
     alone, _ = trained(made(method, Dataset.from_dict(columns), **options))
     assert_same(gradients, alone)
+
+
+def merging():
+    """Prompts that end with w1: an answer that begins with a number makes w12 of it, one with a
+    space in front does not. Either happens in either form of either answer."""
+    prompts = [f"{text} w1" for text in tiny_pairs(8)["prompt"]]
+    columns = [tiny_pairs(8, seed=seed)[side] for seed in (0, 5) for side in ("chosen", "rejected")]
+    names = ("chosen", "rejected", "chosen@other", "rejected@other")
+    data = {"prompt": prompts}
+    for number, (name, texts) in enumerate(zip(names, columns, strict=True)):
+        bit = number % 3
+        data[name] = [f"{number if (i >> bit) % 2 else ''} {t}" for i, t in enumerate(texts)]
+    return Dataset.from_dict(data)
+
+
+def start(prompt, *answers):
+    """Where TRL lets answers of one row begin."""
+    tokenizer = tiny_tokenizer()
+    texts = [tokenizer(text)["input_ids"] for text in (prompt, *(prompt + a for a in answers))]
+    return min(
+        next((i for i, (a, b) in enumerate(zip(texts[0], text)) if a != b), len(texts[0]))
+        for text in texts[1:]
+    )
+
+
+def test_answers_begin_where_a_row_of_the_two_would(made, models):
+    """A prompt and an answer may merge into one token; the other answer then begins there, too."""
+    data, score = merging(), torch.no_grad()(scorers("dpo", models))
+    options = {"per_device_train_batch_size": 8, "learning_rate": 0.0}
+    trainer = made("dpo", data, views=["@other"], views_per_pair=1, **options)
+    taken, losses, starts = [], [], set()
+    for row in data:
+        prompt, tried = row["prompt"], []
+        for chosen, rejected in product(*((row[s], row[f"{s}@other"]) for s in SIDES)):
+            at = start(prompt, chosen, rejected)
+            margin = score(prompt, chosen, at) - score(prompt, rejected, at)
+            tried.append((margin, chosen, rejected))
+            starts.add(len(tiny_tokenizer()(prompt)["input_ids"]) - at)
+        margin, *answers = min(tried)
+        taken.append({"prompt": prompt, **dict(zip(SIDES, answers, strict=True))})
+        losses.append(-torch.nn.functional.logsigmoid(torch.tensor(BETA * margin)).item())
+    assert starts == {0, 1}
+    gradients, logs = trained(trainer)
+    assert float(logs[0]["views/loss"]) == pytest.approx(sum(losses) / 8, rel=1e-5)
+    assert 0.2 < float(logs[0]["views/taken/@other"]) < 0.8
+    assert float(logs[0]["views/distinct"]) == 1
+    alone, _ = trained(made("dpo", Dataset.from_list(taken), **options))
+    assert_same(gradients, alone)
+
+
+def test_answers_begin_where_their_row_does_without_scores(made):
+    data = merging()
+    options = {"per_device_train_batch_size": 8, "learning_rate": 0.0}
+    for option in ({"view_ambiguity": "mean"}, {"views_scored_from": 0.9, "max_steps": 2}):
+        trainer = made("dpo", data, views=["@other"], views_per_pair=1, **options | option)
+        batch = trainer.data_collator([trainer.train_dataset[i] for i in range(8)])
+        trainer.model.train()
+        picked = trainer._of_worst_views(batch)
+        tokenizer = tiny_tokenizer()
+        for i, row in enumerate(data):
+            sides = [picked["input_ids"][j] for j in (i, 8 + i)]
+            ids = [
+                {
+                    tuple(tokenizer(row["prompt"] + row[name] + "<eos>")["input_ids"]): row[name]
+                    for name in (side, f"{side}@other")
+                }
+                for side in SIDES
+            ]
+            counts = [int(picked["attention_mask"][j].sum()) for j in (i, 8 + i)]
+            texts = [
+                known[tuple(side[:count].tolist())]
+                for known, side, count in zip(ids, sides, counts, strict=True)
+            ]
+            for j in (i, 8 + i):
+                assert int(picked["completion_mask"][j].argmax()) == start(row["prompt"], *texts)
 
 
 @pytest.mark.parametrize("method", METHODS)
