@@ -38,8 +38,10 @@ from drrlhf.trl.view_texts import (
 
 def check_options(config: Any) -> None:
     """ValueError unless ``views``, ``views_per_pair`` and ``view_ambiguity`` can be meant."""
-    for name in config.views or ():
+    for name in (names := config.views or ()):
         acts_on(name)
+        if names.count(name) > 1:
+            raise ValueError(f"views: expected each name once, got {name!r} twice; leave one out")
     if not 0 <= config.views_scored <= 1:
         raise ValueError(f"views_scored: expected a share in [0, 1], got {config.views_scored!r}")
     if not 0 <= config.views_scored_from < 1:

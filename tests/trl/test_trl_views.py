@@ -548,6 +548,7 @@ def test_views_take_a_rate_and_may_be_biases(made):
         ("reward", {"views": ["typo"]}, "views: expected names among typos, .* got 'typo'"),
         ("reward", {"views": "typos, case"}, "views: expected names among .* got 'case'"),
         ("reward", {"views": ["@"]}, "got '@'"),
+        ("dpo", {"views": "typos, url,typos"}, "expected each name once, got 'typos' twice"),
         ("reward", {"views": ["typos:2"]}, r"views: expected typos:RATE .* got 'typos:2'"),
         (
             "reward",
