@@ -45,7 +45,10 @@ class _Ambiguous:
     )
     resume_with_changed_ambiguity: bool = field(
         default=False,
-        metadata={"help": "Resume from a checkpoint that was saved with another ambiguity set."},
+        metadata={
+            "help": "Resume from a checkpoint that was saved with another objective: ambiguity "
+            "set, views, or an option of ours that changes the loss."
+        },
     )
     # "auto", True or False; what parses command lines knows no such type.
     share_prompts: str = field(
@@ -131,9 +134,9 @@ class DPOConfig(_Pairs, _TRLDPOConfig):
     before; ``"group"``, or ``"group:step_size=0.1"``, takes the number of groups from the column
     ``group`` of the training data. ``robust_scope`` is what the adversary sees: ``"step"``, the
     pairs of the whole optimizer step, over all processes and accumulated batches, as if they were
-    one batch; ``"microbatch"``, those of one device's batch. A run resumes with its own set unless
-    ``resume_with_changed_ambiguity``. ``label_smoothing`` also applies to ``loss_type="sigmoid"``
-    (cDPO): TRL ignores it.
+    one batch; ``"microbatch"``, those of one device's batch. A run resumes with its own set, views
+    and options of its loss unless ``resume_with_changed_ambiguity``. ``label_smoothing`` also
+    applies to ``loss_type="sigmoid"`` (cDPO): TRL ignores it.
     ``views`` are forms of a pair that must not change its order, names among
     `drrlhf.transformations.TRANSFORMATIONS` without its attacks, some with a rate as in
     ``"typos:0.2"``, or ``"@NAME"`` for the columns ``chosen@NAME`` and ``rejected@NAME`` and

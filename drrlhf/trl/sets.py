@@ -26,6 +26,15 @@ from drrlhf.trl.weighted import Weighted
 logger = get_logger(__name__)
 
 GROUPS = "groups"  # a checkpoint's fact: what the data call the groups, in order
+# Options of ours, beside the set over pairs and the views, that change what is trained.
+OBJECTIVE = (
+    "label_ambiguity",
+    "view_consistency_coefficient",
+    "batch_sum_coefficient",
+    "reward_ambiguity",
+)
+GROUP_BY = "group_by"
+OF_STATES = ("ambiguity", GROUP_BY)  # facts with which the kept states lose their meaning
 
 
 def _later(folder: str) -> None:
@@ -248,6 +257,10 @@ class SetMixin:
         per_rank = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
         numbered = self._numbered
         groups = {} if numbered is None else {GROUPS: numbered.described()}
+        groups |= {n: str(getattr(self.args, n)) for n in OBJECTIVE if hasattr(self.args, n)}
+        if self._num_groups is not None and hasattr(self.args, GROUP_BY):
+            threshold = "" if self._by_column else f" {self.args.pass_threshold}"
+            groups[GROUP_BY] = f"{self.args.group_by}{threshold}"
         return groups | {
             "ambiguity": str(self.ambiguity),
             "robust_scope": self.robust_scope,
@@ -268,30 +281,37 @@ class SetMixin:
             state.load(Path(checkpoint), self._states())
 
     def check_resume(self, folder: Path) -> bool:
-        """Whether the run that saved the checkpoint in ``folder`` had this objective.
+        """Whether the states of the checkpoint in ``folder`` are those of this run's set.
 
         Raises:
-            ValueError: it had another ambiguity set and ``resume_with_changed_ambiguity`` is not
-                set, or its steps were made of other batches: another ``robust_scope``, number of
+            ValueError: it had another objective and ``resume_with_changed_ambiguity`` is not set,
+                or its steps were made of other batches: another ``robust_scope``, number of
                 processes or size of a step.
         """
         now = self._facts()
         # TRL's own checkpoints say nothing, and are of its own objective.
         told = state.facts(folder)
         before = told or {"ambiguity": "erm"}
-        for name in ("ambiguity", "views"):
-            if before.get(name) == now.get(name):
-                continue
-            if getattr(self.args, "resume_with_changed_ambiguity", False):
-                return False
+        # Older checkpoints do not know of all options.
+        both = [name for name in (*OBJECTIVE, GROUP_BY) if name in before and name in now]
+        changed = [
+            name for name in ("ambiguity", "views", *both) if before.get(name) != now.get(name)
+        ]
+        if changed and not getattr(self.args, "resume_with_changed_ambiguity", False):
+            name = changed[0]
             saved = f"saved with {name}={before.get(name)!r}"
             if not told:
                 saved = "saved without a word of its set, by TRL or with save_only_model=True"
+            then = (
+                "begin the new set's state anew" if name in OF_STATES else "go on with the new one"
+            )
             raise ValueError(
                 f"{folder}: {saved}, resumed with {now.get(name)!r}: another objective from here "
-                "on. Resume with the saved one, or say resume_with_changed_ambiguity=True to begin "
-                "the new set's state anew."
+                "on. Resume with the saved one, or say resume_with_changed_ambiguity=True to "
+                f"{then}."
             )
+        if set(changed) & set(OF_STATES):
+            return False
         if before.get(GROUPS, now.get(GROUPS)) != now.get(GROUPS):
             raise ValueError(
                 f"{folder}: its groups are {before[GROUPS]}, those of train_dataset "

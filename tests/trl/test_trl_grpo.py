@@ -277,6 +277,13 @@ def test_resuming_gives_the_same_numbers(run, tmp_path):
     resumed = run(max_steps=4, resume_from_checkpoint=checkpoint, **options)
     torch.testing.assert_close(resumed["parameters"], whole["parameters"], rtol=0, atol=1e-6)
     assert robust(resumed["logs"][-1]) == pytest.approx(robust(whole["logs"][-1]))
+    others = {
+        "saved with reward_ambiguity='mean', resumed with 'min'": {"reward_ambiguity": "min"},
+        "saved with group_by='pass_rate 1.5', .* 'pass_rate 0.5'": {"pass_threshold": 0.5},
+    }
+    for words, other in others.items():
+        with pytest.raises(ValueError, match=words):
+            run(max_steps=4, resume_from_checkpoint=checkpoint, **options | other)
 
 
 # ----------------------------------------------------------------------------------- what is wrong

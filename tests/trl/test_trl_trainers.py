@@ -386,6 +386,41 @@ def test_resume_with_another_objective_is_refused(llama, tmp_path):
     resume("erm")
 
 
+def test_every_option_of_the_objective_is_asked_for_on_resume(reward_model, tmp_path):
+    """Only another set over pairs, or other groups, lets the kept weights go."""
+    data = tiny_pairs(8, group=[0, 1] * 4, p_chosen=[0.5, 0.9] * 4)
+    options = {"ambiguity": "group:2,step_size=1", "views": ["handle"], "max_steps": 1}
+    options |= {"label_ambiguity": "chi2:0.1", "view_consistency_coefficient": 0.5}
+    saved = reward(reward_model, tmp_path, data, save_strategy="steps", save_steps=1, **options)
+    saved.train()
+    checkpoint = tmp_path / "reward" / "checkpoint-1"
+
+    def check(**more):
+        return reward(reward_model, tmp_path, data, **options | more).check_resume(checkpoint)
+
+    assert check() is True
+    others = {
+        "label_ambiguity": "erm",
+        "view_consistency_coefficient": 0.25,
+        "batch_sum_coefficient": 0.1,
+        "views": ["url"],
+    }
+    for name, value in others.items():
+        with pytest.raises(ValueError, match=rf"saved with {name}=.*another objective"):
+            check(**{name: value})
+    assert check(**others, resume_with_changed_ambiguity=True) is True
+    fresh = {"ambiguity": "group:2,step_size=2", "resume_with_changed_ambiguity": True}
+    assert check(**fresh, views=["url"]) is False
+    # Files of older versions name fewer options.
+    known = {"ambiguity", "views", "robust_scope", "groups", "processes", "pairs per step"}
+    facts = {name: value for name, value in saved._facts().items() if name in known}
+    tensors = {"group_state.weights": saved.group_state.weights}
+    save_file(tensors, checkpoint / STATE_FILE, metadata=facts)
+    assert check() is True and check(label_ambiguity="erm") is True
+    with pytest.raises(ValueError, match="saved with views="):
+        check(views=["url"])
+
+
 # ------------------------------------------------------------------------------------ bad input
 
 
