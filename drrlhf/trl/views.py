@@ -10,6 +10,7 @@ that weight, which is the gradient in expectation.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from multiprocessing import get_start_method
 from typing import Any
@@ -23,9 +24,10 @@ from drrlhf.functional.worst_view import WORST, worst_views
 from drrlhf.layouts.lengths import taken
 from drrlhf.transformations import BY_COLUMN, PROMPT, SIDES, from_column
 from drrlhf.transformations.rows import same_message, shared_messages
-from drrlhf.trl import rows, view_texts
+from drrlhf.trl import rows
 from drrlhf.trl.one_row import OneRowMixin
 from drrlhf.trl.view_texts import (
+    CLEAN,
     ROW,
     VIEWS,
     Preparation,
@@ -34,6 +36,8 @@ from drrlhf.trl.view_texts import (
     ViewTexts,
     acts_on,
 )
+
+_COUNTS = ("scored", "drawn", "left")  # what `ViewCollator` says of the views of a batch
 
 
 def check_options(config: Any) -> None:
@@ -67,6 +71,7 @@ class ViewsMixin(OneRowMixin):
     _signature_columns: Any
     _pad_token_id: int
     _view_texts: ViewTexts | None = None
+    _view_totals: Counter[str]
     _view_ids: Preparation
     _view_collator: ViewCollator | None = None
     _views_need_prompt = False  # whether TRL takes prompts out of rows that have none
@@ -287,24 +292,25 @@ class ViewsMixin(OneRowMixin):
         return found
 
     def _log_views(self, views: Mapping[str, Any], taken: Tensor, sums: dict[str, Tensor]) -> None:
-        """Metrics over the pairs of all ranks: means of what is summed over the scored ones, and
-        which views were taken."""
-        family = views["family"][taken]
-        counts = [
-            *sums.values(),
-            views["scored"].sum(),
-            views["drawn"],
-            views["left"],
-            *((family == number).sum() for number in range(view_texts.CLEAN, len(self._views))),
-        ]
-        mine = torch.stack([one.double() for one in counts])
-        totals = self.accelerator.gather(mine.unsqueeze(0)).sum(0).tolist()
-        scored, drawn, distinct, *taken_by = totals[len(sums) :]
-        metrics = {name: total / scored for name, total in zip(sums, totals) if scored}
-        metrics["views/distinct"] = distinct / max(drawn, 1)
-        for name, total in zip(("clean", *self._views), taken_by, strict=True):
-            metrics[f"views/taken/{name}"] = total / sum(taken_by)
-        self._log(metrics, "train")  # type: ignore[attr-defined]
+        """Metrics over the pairs of all ranks since the last log: means of what is summed over the
+        scored ones, and which views were taken."""
+        family, names = views["family"][taken], ("clean", *self._views)
+        mine = sums | {name: views[name].sum() for name in _COUNTS}
+        mine |= {name: (family == number).sum() for number, name in enumerate(names, CLEAN)}
+        table = torch.stack([one.double() for one in mine.values()])
+        found = self.accelerator.gather(table.unsqueeze(0)).sum(0).tolist()
+        metrics = self._metrics["train"]  # type: ignore[attr-defined]
+        # Batches count by their pairs: TRL's mean of several would count them alike, and gets one
+        # number. It takes what it has logged away.
+        if "views/distinct" not in metrics:
+            self._view_totals = Counter()
+        self._view_totals.update(dict(zip(mine, found, strict=True)))
+        totals = self._view_totals
+        if totals["scored"]:
+            metrics |= {name: [totals[name] / totals["scored"]] for name in sums}
+        metrics["views/distinct"] = [totals["left"] / max(totals["drawn"], 1)]
+        answers = sum(totals[name] for name in names)
+        metrics |= {f"views/taken/{name}": [totals[name] / answers] for name in names}
 
 
 def are_scored(config: Any) -> bool:

@@ -407,6 +407,31 @@ def test_the_share_of_pairs_that_are_scored(made):
     assert logs
 
 
+def test_metrics_of_several_batches_count_by_their_pairs(made, monkeypatch):
+    """Batches have different numbers of scored pairs and of views."""
+    options = {"views": ["handle", "whitespace"], "views_scored": 0.5, "views_per_pair": 2}
+    options |= {"learning_rate": 0.0, "per_device_train_batch_size": 3, "max_steps": 4}
+    trainer = made("reward", tiny_pairs(9), logging_steps=1, **options)
+    counts, step = [], trainer._of_worst_views
+
+    def counted(batch):
+        views = batch["views"]
+        counts.append((int(views["scored"].sum()), int(views["drawn"])))
+        return step(batch)
+
+    monkeypatch.setattr(trainer, "_of_worst_views", counted)
+    _, single = trained(trainer)
+    assert len({scored for scored, _ in counts} - {0}) > 1 and len({d for _, d in counts}) > 1
+    _, (log,) = trained(made("reward", tiny_pairs(9), logging_steps=4, **options))
+    for name, which in (("loss", 0), ("clean_loss", 0), ("pairs_right", 0), ("distinct", 1)):
+        weights = [one[which] for one in counts]
+        found = [float(one.get(f"views/{name}", 0.0)) for one in single]
+        mean = sum(w * one for w, one in zip(weights, found, strict=True)) / sum(weights)
+        assert float(log[f"views/{name}"]) == pytest.approx(mean, rel=1e-5), name
+    taken = [float(one["views/taken/clean"]) for one in single]  # of as many answers each
+    assert float(log["views/taken/clean"]) == pytest.approx(sum(taken) / 4, rel=1e-5)
+
+
 def test_a_form_without_a_number_is_trained_on(made, monkeypatch):
     """A model that gives NaN for a form must not get away with the others."""
     trainer = made("reward", tiny_pairs(4), views=["handle"], views_per_pair=1)
