@@ -272,14 +272,17 @@ class ViewsMixin(OneRowMixin):
         0 of the others; as many calls on every rank: models that are shared meet in each."""
         extra = self.args.views_per_pair * self.args.views_scored if self._scores_now() else 0
         count = 1 + math.ceil(extra)  # parts about as long as the batch was
+        which, numbers = _forms(views, pairs), pairs.nonzero()[:, 0]
         if self.accelerator.num_processes == 1:
-            count = min(count, len(pairs))
+            count = max(1, min(count, len(which)))
         lengths = every["attention_mask"].sum(1)
-        if self._in_rows:  # forms of a pair lie in one row, for what they have in common
-            parts = [_forms(views, some) for some in pairs.nonzero()[:, 0].tensor_split(count)]
-        else:  # of like lengths, which need little padding
-            which = _forms(views, pairs)
-            parts = list(which[lengths[which].argsort()].tensor_split(count))
+        if not self._in_rows:  # of like lengths, which need little padding
+            which = which[lengths[which].argsort()]
+        if self._in_rows and len(numbers) >= count:
+            # Forms of a pair lie in one row, for what they have in common.
+            parts = [_forms(views, some) for some in numbers.tensor_split(count)]
+        else:
+            parts = list(which.tensor_split(count))
         found: Tensor | None = None
         for part in parts:
             asked = part if len(part) else part.new_zeros(1)

@@ -390,6 +390,28 @@ def test_views_are_scored_from_a_share_of_training_on(made, monkeypatch, method)
     assert all(float((a - b).abs().max()) > 1e-4 for a, b in zip(found[:3], expected))
 
 
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("share", [True, False])
+def test_forms_are_scored_in_parts_as_long_as_the_batch(made, monkeypatch, method, size, share):
+    """Of four forms of each answer of one or two pairs."""
+    if method == "encoder" and share:
+        return
+    options = {"views": ["handle", "repeated", "quotes"], "per_device_train_batch_size": size}
+    options |= {"views_per_pair": 3, "share_prompts": share, "max_steps": 2}
+    trainer = made(method, tiny_pairs(4), **options)
+    calls, score = [], trainer._score_sequences
+
+    def counted(model, inputs):
+        calls.append(len(inputs["input_ids"]))
+        return score(model, inputs)
+
+    monkeypatch.setattr(trainer, "_score_sequences", counted)
+    trained(trainer)
+    assert len(calls) == 2 * 4 and max(calls) <= 2 * size
+    assert sum(calls) > 2 * 2 * size  # and there are views
+
+
 def test_before_views_are_scored_every_one_is_as_likely(made):
     options = {"views": ["handle", "repeated"], "views_per_pair": 2, "max_steps": 60}
     options |= {"learning_rate": 0.0, "per_device_train_batch_size": 8}
