@@ -25,7 +25,7 @@ from drrlhf.layouts.lengths import taken
 from drrlhf.transformations import BY_COLUMN, PROMPT, SIDES, from_column
 from drrlhf.transformations.rows import same_message, shared_messages
 from drrlhf.trl import rows
-from drrlhf.trl.one_row import OneRowMixin
+from drrlhf.trl.one_row import OneRowMixin, logger
 from drrlhf.trl.view_texts import (
     CLEAN,
     ROW,
@@ -384,6 +384,12 @@ def _check_dataset(dataset: Any, views: Sequence[str], needs_prompt: bool) -> No
         )
     without_prompt = PROMPT not in dataset.column_names
     plain = isinstance(dataset[0][SIDES[0]], str)
+    if plain and without_prompt and needs_prompt:
+        logger.warning(
+            "views: train_dataset has no column 'prompt', so that all that both answers begin with "
+            "counts as the prompt. Views of an answer act on what is behind it, and what they put "
+            "in front stands in the middle of the answer. Give the prompt in a column of its own."
+        )
     for name in views:
         part, at, _ = name.partition(BY_COLUMN)
         of_prompt = acts_on(name) == PROMPT and not needs_prompt and (plain or at)

@@ -699,6 +699,18 @@ def test_another_form_of_a_conversation_begins_as_its_row(made, form, right):
         made("reward", data, views=["@other"])
 
 
+def test_texts_that_hold_the_prompt_are_warned_of_once(made, caplog):
+    """DPO takes what both answers begin with for the prompt, the beginning of an answer too."""
+    data = tiny_pairs(4)
+    whole = data.map(lambda row: {s: row["prompt"] + " so " + row[s] for s in SIDES})
+    options = {"views": ["handle", "url"], "views_per_pair": 2}
+    for method, given, times in (("dpo", whole, 1), ("dpo", data, 0), ("reward", whole, 0)):
+        caplog.clear()
+        columns = given.remove_columns("prompt") if given is whole else given
+        trained(made(method, columns, **options))
+        assert sum("no column 'prompt'" in one.message for one in caplog.records) == times
+
+
 def test_other_forms_of_answers_that_hold_the_prompt_are_refused(models, tmp_path):
     """DPO takes the prompt out of the answers, and nobody out of their other forms."""
     data = pairs(8).map(lambda row: {s: row["prompt"] + row[s] for s in ("chosen", "rejected")})
