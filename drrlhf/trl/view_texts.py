@@ -300,18 +300,18 @@ class _Made(NamedTuple):
 
     pair: int
     form: Form
-    ids: Mapping[str, Any]
+    ids: dict[str, Any]
     needed: tuple[bool, bool]
     alone: tuple[int, int]
 
     @classmethod
-    def of(cls, pair: int, form: Form, ids: Mapping[str, Any], both: bool = False) -> _Made:
+    def of(cls, pair: int, form: Form, ids: dict[str, Any], both: bool = False) -> _Made:
         needed = both or form.names[0] is not None, both or form.names[1] is not None
         return cls(pair, form, ids, needed, (boundaries.begins(ids),) * 2)
 
 
 def _cut(
-    pair: int, example: Mapping[str, Any], answers: Sequence[tuple[Form, Mapping[str, Any]]]
+    pair: int, example: Mapping[str, Any], answers: Sequence[tuple[Form, dict[str, Any]]]
 ) -> Iterator[_Made]:
     """The pair as it is, first, and its forms, with the beginnings that its combinations need."""
     forms = [Form({}, (None, None)), *(form for form, _ in answers)]
