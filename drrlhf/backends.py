@@ -134,12 +134,20 @@ def _no_triton() -> str:
 
 
 def _runs_on(capability: tuple[int, int], architectures: Sequence[str]) -> bool:
-    """Whether code built for architectures such as "8.0", "10.0+PTX" runs on a GPU."""
+    """Whether code built for architectures such as "8.0", "9.0a", "10.0+PTX" runs on a GPU.
+
+    What "9.0a" may use no other capability has, and what "10.0f" may use no other family: neither
+    has PTX that goes further.
+    """
     for architecture in architectures:
         number, _, ptx = architecture.partition("+")
-        major, minor = (int(part) for part in number.split("."))
-        same = capability[0] == major and capability[1] >= minor
-        if same or (ptx and capability >= (major, minor)):
+        letter = number.lstrip("0123456789.")
+        major, minor = (int(part) for part in number.removesuffix(letter).split("."))
+        if letter == "a":
+            runs = capability == (major, minor)
+        else:
+            runs = capability[0] == major and capability[1] >= minor
+        if runs or (ptx and not letter and capability >= (major, minor)):
             return True
     return False
 

@@ -94,6 +94,17 @@ def test_architectures_that_run_a_gpu():
     assert not backends._runs_on((12, 0), ("8.0", "9.0"))
 
 
+@pytest.mark.parametrize("ptx", ["", "+PTX"])
+@pytest.mark.parametrize(
+    ("built", "runs"),
+    [("9.0a", {(9, 0)}), ("10.0a", {(10, 0)}), ("10.0f", {(10, 0), (10, 3)}), ("10.3f", {(10, 3)})],
+)
+def test_architectures_with_a_letter_run_nowhere_else(built, runs, ptx):
+    capabilities = [(8, 0), (8, 9), (9, 0), (10, 0), (10, 3), (12, 0)]
+    assert {c for c in capabilities if backends._runs_on(c, (built + ptx,))} == runs
+    assert backends._runs_on((8, 6), (built + ptx, "8.0"))
+
+
 class Built:
     """A build with kernels for one architecture."""
 
