@@ -10,12 +10,11 @@ falls through.
 
 from __future__ import annotations
 
-import functools
 import importlib
-import importlib.metadata
 import json
 import logging
 import os
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -116,17 +115,19 @@ def _dotted(version: tuple[int, ...]) -> str:
     return ".".join(map(str, version))
 
 
-@functools.cache
-def _no_triton() -> str:
-    """Why this process cannot run Triton kernels; empty when it can."""
+def _no_triton(index: int | None = None) -> str:
+    """Why Triton kernels cannot run on a GPU, the current one unless told; empty when they can."""
     try:
-        version = importlib.metadata.version("triton")
-    except importlib.metadata.PackageNotFoundError:
+        # As it is imported, whatever the distribution is called that brought it.
+        version = str(importlib.import_module("triton").__version__)
+    except ModuleNotFoundError:
         return "triton is not installed; a GPU build of torch brings it, as pip install triton does"
-    if tuple(int(part) for part in version.split(".")[:2]) < OLDEST_TRITON:
+    except ImportError as error:
+        return f"triton does not load: {error}"
+    if tuple(int(part) for part in re.findall(r"\d+", version)[:2]) < OLDEST_TRITON:
         return f"triton {version} is too old; install triton>={_dotted(OLDEST_TRITON)}"
     if torch.cuda.is_available() and torch.version.hip is None:
-        capability = torch.cuda.get_device_capability()
+        capability = torch.cuda.get_device_capability(index)
         if capability < OLDEST_CAPABILITY:
             oldest, own = _dotted(OLDEST_CAPABILITY), _dotted(capability)
             return f"needs compute capability {oldest}, this GPU has {own}"
@@ -152,9 +153,8 @@ def _runs_on(capability: tuple[int, int], architectures: Sequence[str]) -> bool:
     return False
 
 
-@functools.cache
-def _no_cuda() -> str:
-    """Why this process cannot run CUDA C++ kernels; empty when it can."""
+def _no_cuda(index: int | None = None) -> str:
+    """Why CUDA C++ kernels cannot run on a GPU, the current one unless told; empty if they can."""
     if _EXTENSION is None:
         return _NO_EXTENSION
     info = _EXTENSION.build_info()
@@ -165,7 +165,7 @@ def _no_cuda() -> str:
             "install --no-build-isolation builds them"
         )
     if torch.cuda.is_available():
-        capability, built = torch.cuda.get_device_capability(), info["cuda_architectures"]
+        capability, built = torch.cuda.get_device_capability(index), info["cuda_architectures"]
         if not _runs_on(capability, built):
             own = _dotted(capability)
             return (
@@ -180,7 +180,9 @@ def interprets() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 
 
-def _obstacle(op: str, backend: str, device: str, float64: bool = False) -> str:
+def _obstacle(
+    op: str, backend: str, device: str, float64: bool = False, index: int | None = None
+) -> str:
     """Why `backend` cannot serve `op` on `device`; empty when it can."""
     if op not in SERVED[backend]:
         return f"has no {op} kernel in this version"
@@ -189,9 +191,9 @@ def _obstacle(op: str, backend: str, device: str, float64: bool = False) -> str:
     if backend in DEVICES and device not in DEVICES[backend] and not interpreted:
         hint = "; set TRITON_INTERPRET=1 to interpret it" if backend == "triton" else ""
         return f"runs on {'/'.join(DEVICES[backend])} tensors, not on {device}{hint}"
-    if backend == "triton" and (reason := _no_triton()):
+    if backend == "triton" and (reason := _no_triton(index)):
         return reason
-    if backend == "cuda" and (reason := _no_cuda()):
+    if backend == "cuda" and (reason := _no_cuda(index)):
         return reason
     if backend == "cpp" and _EXTENSION is None:
         return _NO_EXTENSION
@@ -216,7 +218,7 @@ def _checked(name: str | None) -> str | None:
 
 
 _forced: str | None = _checked(os.environ.get("DRRLHF_BACKEND"))
-_cache: dict[tuple[str, str, bool], Callable[..., Any]] = {}
+_cache: dict[tuple[str, str, int | None, bool], Callable[..., Any]] = {}
 
 
 def _force(name: str | None) -> None:
@@ -251,15 +253,17 @@ def _order(op: str) -> tuple[str, ...]:
     return NAMES
 
 
-def _choose(op: str, device: str, float64: bool = False) -> tuple[str, dict[str, str]]:
+def _choose(
+    op: str, device: str, float64: bool = False, index: int | None = None
+) -> tuple[str, dict[str, str]]:
     """The serving backend and the obstacles of those that would come first."""
     obstacles: dict[str, str] = {}
     for backend in _order(op) if _forced is None else (_forced,):
-        obstacle = _obstacle(op, backend, device, float64)
+        obstacle = _obstacle(op, backend, device, float64, index)
         if not obstacle:
             return backend, obstacles
         obstacles[backend] = obstacle
-    serving = next(b for b in _order(op) if not _obstacle(op, b, device, float64))
+    serving = next(b for b in _order(op) if not _obstacle(op, b, device, float64, index))
     raise BackendError(
         f"backend {_forced!r} was asked for by name but cannot serve {op} on {device}: "
         f"{obstacles[str(_forced)]}; {serving} would: see `drrlhf doctor`, or use 'auto'"
@@ -271,19 +275,24 @@ def serving(op: str, device: str) -> str:
     return _choose(op, device)[0]
 
 
-def kernel(op: str, device: str, dtype: torch.dtype = torch.float32) -> Callable[..., Any]:
-    """The function that serves `op` for tensors of `dtype` on `device` ("cpu", "cuda", ...)."""
+def kernel(
+    op: str, device: str, dtype: torch.dtype = torch.float32, index: int | None = None
+) -> Callable[..., Any]:
+    """The function that serves `op` for tensors of `dtype` on `device` ("cpu", "cuda", ...).
+
+    index: which GPU, for several may differ; ops name it. None asks about the current one, once.
+    """
     float64 = dtype == torch.float64
-    found = _cache.get((op, device, float64))
+    found = _cache.get((op, device, index, float64))
     if found is None:
-        backend, obstacles = _choose(op, device, float64)
+        backend, obstacles = _choose(op, device, float64, index)
         missed = {
             b: why for b, why in obstacles.items() if device in DEVICES[b] and op in SERVED[b]
         }
         if backend == "reference" and missed and not (float64 and op in NO_FLOAT64):
             reasons = "; ".join(f"{b}: {why}" for b, why in missed.items())
             logger.warning("%s on %s is served by plain PyTorch (%s)", op, device, reasons)
-        found = _cache[(op, device, float64)] = _implementation(op, backend)
+        found = _cache[(op, device, index, float64)] = _implementation(op, backend)
     return found
 
 

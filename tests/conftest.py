@@ -74,7 +74,7 @@ def pytest_configure(config):
         torch.ops.load_library(library)
         backends.LIBRARIES["cuda"] = "drrlhf_emulated"
         backends.DEVICES["cuda"] = ("cuda", "cpu")
-        backends._no_cuda = lambda: ""
+        backends._no_cuda = lambda *_: ""
 
 
 def _left_out(item):

@@ -35,7 +35,8 @@ class Op:
 
     def __init__(self, name: str, schema: str, fake: Callable[..., Any]) -> None:
         def run(first: Tensor, *rest: Any) -> Any:
-            return backends.kernel(name, first.device.type, first.dtype)(first, *rest)
+            device = first.device
+            return backends.kernel(name, device.type, first.dtype, device.index)(first, *rest)
 
         SCHEMAS[name] = name + schema
         for library in (LIBRARY, COMPILED):

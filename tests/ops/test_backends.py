@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.metadata
 import json
+import os
+import types
 
 import child
 import pytest
@@ -46,6 +50,42 @@ def test_explain_names_one_backend_for_each_op_and_a_reason_for_the_others():
             here = [r for r in rows if (r.op, r.device) == (op, device)]
             assert sum(r.chosen for r in here) == 1
             assert all(r.reason for r in here if not r.chosen)
+
+
+@pytest.mark.skipif("DRRLHF_EMULATED" in os.environ, reason="there CUDA serves the CPU")
+def test_two_gpus_may_have_two_backends(monkeypatch):
+    """One that is too old for Triton's kernels does not decide for the one beside it."""
+    monkeypatch.setattr(backends, "_EXTENSION", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: [(7, 5), (9, 0)][i or 0])
+    monkeypatch.setattr(torch.version, "hip", None)
+    with backends.use("auto"):
+        served = [backends.kernel("robust_risk", "cuda", index=i) for i in (0, 1, 0)]
+    assert served[0] is served[2] is plain and served[1].__module__ == "drrlhf.kernels.robust_risk"
+
+
+@pytest.mark.parametrize(
+    ("version", "reason"),
+    [("3.6.0+git4d5f6", ""), ("3.10.1", ""), ("3.5.1", "too old"), (None, "not installed")],
+)
+def test_triton_is_known_as_it_is_imported(monkeypatch, version, reason):
+    """Builds of it come in distributions of other names."""
+    usual = importlib.import_module
+
+    def found(name, *rest):
+        if name != "triton":
+            return usual(name, *rest)
+        if version is None:
+            raise ModuleNotFoundError(name=name)
+        return types.SimpleNamespace(__version__=version)
+
+    def none(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib, "import_module", found)
+    monkeypatch.setattr("importlib.metadata.version", none)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert reason in (said := backends._no_triton()) and bool(said) == bool(reason)
 
 
 RISK = "import torch, drrlhf as dr; print(dr.robust_risk(torch.ones(2)).value.item())"

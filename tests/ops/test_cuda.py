@@ -117,12 +117,7 @@ class Built:
 def on_an_old_gpu(monkeypatch):
     monkeypatch.setattr(backends, "_EXTENSION", Built)
     monkeypatch.setattr(backends.torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(backends.torch.cuda, "get_device_capability", lambda: (8, 6))
-    backends._no_cuda.cache_clear()
-    backends._no_triton.cache_clear()
-    yield
-    backends._no_cuda.cache_clear()
-    backends._no_triton.cache_clear()
+    monkeypatch.setattr(backends.torch.cuda, "get_device_capability", lambda _: (8, 6))
 
 
 @pytest.mark.skipif("DRRLHF_EMULATED" in os.environ, reason="there it serves the CPU")

@@ -321,19 +321,15 @@ def test_tensors_on_different_devices_are_refused(name):
 @pytest.mark.skipif(EMULATED, reason="there the CUDA kernels would serve")
 def test_an_old_gpu_is_told_which_backend_would_serve(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
-    monkeypatch.setattr(backends, "_no_cuda", lambda: "has none")
-    backends._no_triton.cache_clear()
-    try:
-        with (
-            backends.use("triton"),
-            pytest.raises(backends.BackendError, match=r"this GPU has .*; reference would"),
-        ):
-            backends.kernel("robust_risk", "cuda")
-        with backends.use("auto"):
-            assert backends.serving("robust_risk", "cuda") == "reference"
-    finally:
-        backends._no_triton.cache_clear()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
+    monkeypatch.setattr(backends, "_no_cuda", lambda _: "has none")
+    with (
+        backends.use("triton"),
+        pytest.raises(backends.BackendError, match=r"this GPU has .*; reference would"),
+    ):
+        backends.kernel("robust_risk", "cuda")
+    with backends.use("auto"):
+        assert backends.serving("robust_risk", "cuda") == "reference"
 
 
 # --------------------------------------------------------------------------- blocks of products
