@@ -34,12 +34,19 @@ def serves(query: Tensor, key: Tensor, value: Tensor) -> bool:
         query.device.type == "cuda"
         and torch.version.hip is None
         and torch.backends.cuda.is_flash_attention_available()
-        and torch.cuda.get_device_capability(query.device) >= (8, 0)
+        and _has_both_ways(width, torch.cuda.get_device_capability(query.device))
         and {_dtype(x) for x in (query, key, value)} <= {torch.bfloat16, torch.float16}
         and width == value.shape[-1]
         and width % 8 == 0
         and width <= WIDEST
     )
+
+
+def _has_both_ways(width: int, capability: tuple[int, int]) -> bool:
+    """Whether a GPU has kernels forward and backward. PyTorch refuses the backward of widths in
+    (192, 224] where a processor has less shared memory than that of a data center."""
+    small = (8, 6) <= capability < (9, 0) or capability >= (12, 0)
+    return capability >= (8, 0) and not (small and 192 < width <= 224)
 
 
 def _dtype(tensor: Tensor) -> torch.dtype:

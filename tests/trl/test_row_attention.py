@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import types
 
 import pytest
 
@@ -172,6 +173,33 @@ def test_flash_attention_is_as_good_as_masks(blocks, window, dtype, monkeypatch)
         # SINGLE sees itself alone: what is right is copied, or 0.
         size = right.square().mean().sqrt()
         assert mine <= 2 * masks + torch.finfo(dtype).eps * size / 2
+
+
+@pytest.mark.parametrize(
+    ("capability", "served"),
+    [
+        ((7, 5), set()),
+        ((8, 0), {128, 192, 200, 224, 256}),
+        ((8, 6), {128, 192, 256}),
+        ((8, 9), {128, 192, 256}),
+        ((9, 0), {128, 192, 200, 224, 256}),
+        ((10, 0), {128, 192, 200, 224, 256}),
+        ((12, 0), {128, 192, 256}),
+    ],
+)
+def test_widths_that_flash_attention_has_a_backward_for(monkeypatch, capability, served):
+    """As PyTorch's own choice of attention has them, for inputs that have a gradient."""
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+
+    def on_a_gpu(width):
+        return types.SimpleNamespace(
+            shape=(1, 2, 4, width), device=torch.device("cuda"), dtype=torch.bfloat16
+        )
+
+    widths = (128, 192, 200, 224, 256, 288)
+    assert {w for w in widths if attention_gpu.serves(*[on_a_gpu(w)] * 3)} == served
 
 
 @pytest.mark.skipif(not ON_GPU, reason="autocast of a GPU")
