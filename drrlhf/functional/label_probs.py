@@ -86,8 +86,9 @@ def over_outcomes(
     is DPO-PRO (arXiv 2510.23590). A label of probability 0 or 1 is not doubted.
     """
     p = label_probs.detach().to(losses.dtype)
+    p = torch.where((p >= 0) & (p <= 1), p, torch.nan)  # what a device does not refuse
     away = (2 * label_radius(label_ambiguity) * p * (1 - p)).sqrt()
     q = torch.where(losses.detach() >= swapped.detach(), p + away, p - away).clamp(0.0, 1.0)
     # What cannot happen has no loss, even an infinite one.
-    as_labelled = torch.where(q > 0, q * losses, 0.0)
-    return as_labelled + torch.where(q < 1, (1 - q) * swapped, 0.0)
+    as_labelled = torch.where(q == 0, 0.0, q * losses)
+    return as_labelled + torch.where(q == 1, 0.0, (1 - q) * swapped)

@@ -92,6 +92,18 @@ def test_gradients_hold_the_worst_probability_fast(ambiguity):
     assert (dr.preference_loss(*logps, **options).losses >= plain - 1e-12).all()
 
 
+@pytest.mark.parametrize("ambiguity", ["erm", "chi2:0.1"])
+def test_no_probability_is_nan_where_nothing_refuses_it(monkeypatch, ambiguity):
+    """A GPU does not read the values; a clamp would have made certain labels of them."""
+    monkeypatch.setattr("drrlhf.functional.label_probs.check_none", lambda *_: None)
+    rewards = torch.tensor([1.0, -2.0, 0.5, 3.0, 0.0])
+    probs = torch.tensor([-0.2, 0.7, 1.5, math.nan, math.inf])
+    found = dr.reward_loss(
+        rewards, torch.zeros(5), label_probs=probs, label_ambiguity=ambiguity
+    ).losses
+    assert found.isnan().tolist() == [True, False, True, True, True]
+
+
 def test_a_masked_pair_has_no_gradient_and_an_impossible_outcome_no_loss():
     chosen = torch.tensor([1.0, math.nan, math.inf], requires_grad=True)
     rejected = torch.tensor([0.0, 2.0, 0.0], requires_grad=True)
