@@ -13,6 +13,7 @@ from drrlhf.functional.row_sets import solvable
 
 UWO = "uwo"
 WORST = "min"
+PLAIN = "erm"  # what "mean" is encoded as
 
 
 def robust_reward(
@@ -25,12 +26,14 @@ def robust_reward(
         value = (sum of weights) * min over q in the set around p of sum_k q_k r_k,
 
     plus the set's penalty if it has one, so that ``"mean"`` is sum_k w_k r_k, TRL's own reward.
+    Where a function did not score, p is that of the others, which share its weight: two rows with
+    the same worst reward are equal, whoever scored. ``"mean"`` alone leaves its term out, as TRL
+    does, so that a missing reward counts as 0 there.
     Rewards are compared as they come: functions that are to be compared by their spread, and not
     by their size, must be brought to one scale before.
 
     Args:
-        rewards: (n, K), floating. NaN: the function did not score that completion; the others
-            share its weight.
+        rewards: (n, K), floating. NaN: the function did not score that completion.
         ambiguity: ``"min"``, the least reward; ``"mean"``; ``"kl:temperature=t"``,
             -t log sum_k p_k exp(-r_k / t); ``"tv:r"``, a share r of the weight moved to the least;
             ``"cvar:a"``, the mean of the least share a; ``"uwo:c"``, the mean minus c times the
@@ -40,7 +43,7 @@ def robust_reward(
 
     Returns:
         (n,), float32, or float64 for float64 rewards; NaN where no function scored, or none that
-        has a weight.
+        has a weight; on a GPU also where the weights are not as above.
 
     Raises:
         ValueError: shapes, dtypes, negative weights, or a set without a closed form for rows.
@@ -55,24 +58,24 @@ def robust_reward(
     w = table.new_ones(table.shape[1]) if weights is None else _checked(weights, table)
     scored = ~table.isnan() & (w > 0)  # what has no weight does not matter, not even infinite
     penalty = uncertainty("ambiguity", ambiguity)
-    # As nansum leaves them out where a function did not score: `mean` is TRL's number.
-    # A sum, for autocast would round a product.
-    total = torch.where(scored, w, 0.0).sum(1)
+    # Sums, for autocast would round a product.
+    held, everyone = torch.where(scored, w, 0.0).sum(1), w.sum()
     if penalty is None:
         encoded = solvable("ambiguity", ambiguity, WORST)
         found = ops.row_worst_case(-table, scored, w, encoded.kind, encoded.parameter)
-        values = -total * found.values
+        # As nansum leaves out who did not score: `mean` is TRL's number.
+        values = -(held if encoded.kind == PLAIN else everyone) * found.values
     else:
         known = torch.where(scored, table, 0.0)
-        p = torch.where(scored, w, 0.0) / torch.where(total > 0, total, 1.0).unsqueeze(1)
+        p = torch.where(scored, w, 0.0) / torch.where(held > 0, held, 1.0).unsqueeze(1)
         mean = (p * known).sum(1, keepdim=True)
         spread = (p * (known - mean).square()).sum(1)
-        values = total * (mean.squeeze(1) - penalty * spread)
-    return torch.where(total > 0, values, torch.nan)
+        values = everyone * (mean.squeeze(1) - penalty * spread)
+    return torch.where((held > 0) & (everyone >= 0), values, torch.nan)
 
 
 def _checked(weights: Tensor, table: Tensor) -> Tensor:
-    """The weights, in the dtype of the table."""
+    """The weights, in the dtype of the table; NaN for what is none, where nothing refuses it."""
     w = weights.detach().to(table.dtype)
     check_vector("weights", w, table.shape[1], "rewards")
     check_device("weights", weights, "rewards", table)
@@ -81,7 +84,7 @@ def _checked(weights: Tensor, table: Tensor) -> Tensor:
         lambda read, _: f"weights: expected numbers >= 0, got {read(w).tolist()}",
         w,
     )
-    return w
+    return torch.where((w >= 0) & w.isfinite(), w, torch.nan)
 
 
 def uncertainty(option: str, ambiguity: str | AmbiguitySet) -> float | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 
 import cvxpy as cp
@@ -87,8 +88,10 @@ def test_rewards_equal_a_convex_solver(text):
     rewards, mask = problems(1)
     nominal = np.random.default_rng(2).uniform(0.1, 3.0, size=VIEWS)
     w = np.where(mask, nominal, 0.0)
-    total = w.sum(1)
-    expected = -total * solved(-rewards, w / total[:, None], "max" if text == "min" else text)
+    held = w.sum(1)
+    # Only TRL's own sum loses the weight of who did not score.
+    total = held if text == "mean" else np.full(ROWS, nominal.sum())
+    expected = -total * solved(-rewards, w / held[:, None], "max" if text == "min" else text)
     given = torch.tensor(np.where(mask, rewards, np.nan))
     found = dr.robust_reward(given, text, torch.tensor(nominal)).numpy()
     close(found, expected, total * (1 + np.abs(rewards).max(1)))
@@ -104,7 +107,28 @@ def test_the_mean_is_trls_reward_and_uwo_takes_the_spread_off():
     spread = (p * (rewards[1] - (p * rewards[1]).sum()) ** 2).sum()
     found = dr.robust_reward(rewards, "uwo:0.7", weights)
     torch.testing.assert_close(found[1], mean[1] - weights.sum() * 0.7 * spread)
-    torch.testing.assert_close(dr.robust_reward(rewards, "uwo:0", weights), mean)
+    torch.testing.assert_close(dr.robust_reward(rewards, "uwo:0", weights)[1], mean[1])
+    # Without the third the mean is 5/3, and it has the weight of all.
+    torch.testing.assert_close(
+        dr.robust_reward(rewards, "uwo:0", weights)[0], torch.tensor(3.5 * 5 / 3)
+    )
+
+
+@pytest.mark.parametrize("text", ["min", "tv:1", "cvar:0.3", "kl:temperature=1e-3"])
+def test_equal_worst_rewards_are_equal_whoever_scored(text):
+    rewards = torch.tensor([[6, math.nan, -6], [6, 1, -6], [math.nan, math.nan, -6]])
+    found = dr.robust_reward(rewards, text)
+    torch.testing.assert_close(found, torch.full((3,), -18.0), rtol=0, atol=4e-3)
+
+
+@pytest.mark.parametrize("text", ["min", "mean", "tv:0.3", "uwo:0.5"])
+@pytest.mark.parametrize("bad", [-1.0, math.nan, math.inf])
+def test_what_is_no_weight_is_nan_where_nothing_refuses_it(monkeypatch, text, bad):
+    """A GPU does not read the values; left out, such a weight changed the reward silently."""
+    module = importlib.import_module("drrlhf.functional.robust_reward")
+    monkeypatch.setattr(module, "check_none", lambda *_: None)
+    found = dr.robust_reward(torch.ones(2, 3), text, torch.tensor([1.0, bad, 2.0]))
+    assert found.isnan().all()
 
 
 @pytest.mark.mathematics

@@ -352,14 +352,14 @@ SEVERAL = {"trainer_reward_funcs": [length, first], "reward_weights": [2.0, 0.5]
 )
 @pytest.mark.parametrize("ambiguity", ["erm", "tv:0.3"])
 def test_the_worst_of_several_rewards(run, text, combined, ambiguity):
-    """As one function that gives the worst case by hand; one of the two may not score."""
+    """As one function that gives the worst case by hand; one of the two may not score, and the
+    other has its weight."""
 
     def by_hand(completion_ids, **_):
         found = []
         for a, b in zip(length(completion_ids), first(completion_ids), strict=True):
             r, w = ([a], [2.0]) if b is None else ([a, b], [2.0, 0.5])
-            # The weight of who did not score is missed, as in TRL's sum.
-            found.append(combined(r, w) * sum(w) / 2.5)
+            found.append(combined(r, w))
         return found
 
     ours = run(reward_ambiguity=text, ambiguity=ambiguity, **SEVERAL)
