@@ -250,7 +250,8 @@ class GRPOConfig(_Ambiguous, _TRLGRPOConfig):
 
     Raises:
         ValueError: the ambiguity set, ``head``, ``group_by`` or ``reward_ambiguity`` is unknown, or
-            an argument of a set is out of range.
+            an argument of a set is out of range; a negative one of ``reward_weights`` with a
+            ``reward_ambiguity`` other than ``"mean"``.
     """
 
     head: str = field(
@@ -276,5 +277,5 @@ class GRPOConfig(_Ambiguous, _TRLGRPOConfig):
         check_choice("head", self.head, HEADS)
         check_choice("group_by", self.group_by, GROUPINGS)
         self.reward_ambiguity = str(self.reward_ambiguity)
-        check_ambiguity(self.reward_ambiguity)
+        check_ambiguity(self.reward_ambiguity, self.reward_weights)
         super().__post_init__()

@@ -21,7 +21,7 @@ from drrlhf.layouts import model as layouts
 from drrlhf.trl import columns, head, prompts, weighted
 from drrlhf.trl.one_row import OneRowMixin
 from drrlhf.trl.prompts import FACTOR, PassRates, PromptSampler
-from drrlhf.trl.reward_ambiguity import WorstReward
+from drrlhf.trl.reward_ambiguity import WorstReward, check_ambiguity
 from drrlhf.trl.seam import overridden
 from drrlhf.trl.step import StepMixin
 from drrlhf.trl.weighted import PROMPTS, Weighted
@@ -113,6 +113,7 @@ class GRPOTrainer(OneRowMixin, StepMixin, trl.GRPOTrainer):
     def _check_arguments(self, config: Any) -> None:
         super()._check_arguments(config)
         head.check(head.resolve(head.asked(config), config.device.type))
+        check_ambiguity(getattr(config, "reward_ambiguity", MEAN), config.reward_weights)
         if not self._by_column and not isinstance(self.ambiguity, Group):
             raise ValueError(
                 f"group_by='pass_rate' groups prompts for a Group set, got ambiguity="

@@ -301,6 +301,10 @@ WRONG = {
     "best reward": ({"reward_ambiguity": "max"}, "reward_ambiguity: expected 'min'"),
     "no such": ({"reward_ambiguity": "minn"}, "reward_ambiguity: unknown ambiguity 'minn'"),
     "uwo": ({"reward_ambiguity": "uwo:-1"}, "reward_ambiguity: expected uwo:c"),
+    "a penalty": (
+        {"reward_ambiguity": "min", "reward_weights": [-1.0]},
+        "reward_weights: expected finite numbers >= 0 with reward_ambiguity='min'.*negate",
+    ),
 }
 
 
@@ -308,6 +312,13 @@ WRONG = {
 def test_wrong_options_are_named(run, options, words):
     with pytest.raises(ValueError, match=words):
         run(**options)
+
+
+def test_negative_weights_are_trls_alone_and_found_before_anything_is_generated(model, tmp_path):
+    config = steps.trainer("grpo", model, str(tmp_path), reward_weights=[-1.0]).args
+    config.reward_ambiguity = "uwo:0.5"  # after the config was made
+    with pytest.raises(ValueError, match="reward_weights: expected.*'uwo:0.5'"):
+        steps.KINDS["grpo"][0](model, steps.by_place, config, train_dataset=tiny_pairs(8))
 
 
 def test_an_infinite_reward_is_named_and_nothing_is_updated(model, tmp_path):
