@@ -208,8 +208,9 @@ def policy_loss(
         process_group: as in `robust_risk`; prompts are those of all ranks, one rank's sequences
             of a prompt being a prompt of their own, and the sequences and tokens that a_s divides
             by are those of all ranks.
-        check_finite: on a GPU read the rewards and prompt ids, which synchronises, and refuse what
-            is wrong in them, as a CPU always does; without it a wrong one gives NaN there.
+        check_finite: on a GPU read the rewards, the prompt ids and which prompts have tokens, which
+            synchronises, and refuse what is wrong, as a CPU always does; without it a wrong reward
+            or id gives NaN there, and a prompt without a counted token adds 0 to the loss.
 
     Returns:
         `PolicyLoss`. The gradient flows to logps, once (no double backward); it is exactly 0 where
@@ -234,7 +235,7 @@ def policy_loss(
         tokens = found.sequences.tokens
         _check_rewards(rewards, prompts, risk.nominal, risk.check_finite)
         if sequence_weights is None:
-            _check_prompts_have_tokens(tokens, prompts)
+            _check_prompts_have_tokens(tokens, prompts, risk.check_finite)
     losses = -prompts.means(rewards.detach().double())
     value, weights, dual = worst_case(losses, "the prompts", risk)
     shares, ranks = _shares(loss_type, tokens.double(), max_completion_length, prompts, risk)
@@ -430,7 +431,7 @@ def _check_rewards(rewards: Tensor, prompts: Prompts, nominal: Tensor | None, wa
     )
 
 
-def _check_prompts_have_tokens(tokens: Tensor, prompts: Prompts) -> None:
+def _check_prompts_have_tokens(tokens: Tensor, prompts: Prompts, wanted: bool) -> None:
     check_none(
         lambda: ~(prompts.sums(tokens) > 0),
         lambda _, prompt: (
@@ -438,4 +439,5 @@ def _check_prompts_have_tokens(tokens: Tensor, prompts: Prompts) -> None:
             "the prompt, or check how its completions were masked"
         ),
         tokens,
+        wanted,
     )

@@ -185,6 +185,24 @@ def test_a_prompt_without_a_sequence():
 
 
 @pytest.mark.skipif("cuda" in SILENT, reason="the backend has no such kernel")
+def test_a_prompt_without_a_token(monkeypatch):
+    """It adds 0 to the loss, and is refused where the caller asks for it."""
+    logps, mask = -torch.rand(4, 5), torch.tensor([[1], [1], [0], [0]]).expand(4, 5)
+    out, d = policy([0, 0, 1, 1], 2, logps, mask=mask)
+    assert out.loss.isfinite() and d[:2].all() and not d[2:].any()
+
+    def as_on_a_device(bad, message, on, wanted=False):
+        if wanted:
+            checks.check_none(bad, message, on)
+
+    module = importlib.import_module("drrlhf.functional.policy_loss")
+    monkeypatch.setattr(module, "check_none", as_on_a_device)
+    policy([0, 0, 1, 1], 2, logps, mask=mask)
+    with pytest.raises(ValueError, match="mask: expected a counted token.*prompt 1"):
+        policy([0, 0, 1, 1], 2, logps, mask=mask, check_finite=True)
+
+
+@pytest.mark.skipif("cuda" in SILENT, reason="the backend has no such kernel")
 def test_boundaries_of_completions():
     """Only NaN may come of them: what a sequence without tokens adds is 0."""
     for boundaries in ([0, 5, 3, 9, 20], [0, 5, 9, 14, 21], [1, 5, 9, 14, 20], [0, -5, 9, 14, 20]):
