@@ -86,7 +86,10 @@ Adversary load_adversary(const OptionalTensor& nominal, const OptionalTensor& gr
   return result;
 }
 
-Tensor scalar(double value, at::ScalarType dtype) { return at::scalar_tensor(value, dtype); }
+// Beyond the dtype's range it is infinite, as in a tensor that is converted.
+Tensor scalar(double value, at::ScalarType dtype) {
+  return at::scalar_tensor(dtype == at::kFloat ? static_cast<float>(value) : value, dtype);
+}
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> robust_risk(
     const Tensor& losses, const OptionalTensor& nominal, const OptionalTensor& groups,

@@ -14,6 +14,8 @@ from drrlhf.checks import DEBUG
 
 __all__ = ["DEBUG", "INTERPRETED", "numbers", "on", "registers"]
 
+LARGEST = torch.finfo(torch.float32).max
+
 # TRITON_INTERPRET=1: kernels run in Python, on CPU tensors.
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 
@@ -32,9 +34,15 @@ def registers(tensor: Tensor, count: int) -> dict[str, int]:
 
 
 def numbers(*values: float) -> tuple[tuple[float, float], ...]:
-    """Arguments of a kernel that `numerics.number` puts together again, to 48 bits and more."""
+    """Arguments of a kernel that `numerics.number` puts together again, to 48 bits and more, and at
+    most 6.8e38: twice the largest float32."""
     pairs = []
     for value in values:
-        high = struct.unpack("f", struct.pack("f", value))[0]
-        pairs.append((high, value - high))
+        # Beyond float32 what is left of an infinite number would be the other infinity.
+        high = struct.unpack("f", struct.pack("f", _clamped(value)))[0]
+        pairs.append((high, _clamped(value - high)))
     return tuple(pairs)
+
+
+def _clamped(value: float) -> float:
+    return min(max(value, -LARGEST), LARGEST)

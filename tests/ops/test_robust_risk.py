@@ -471,6 +471,31 @@ def test_extreme_parameters_are_their_limits(backend, ambiguity, limit, n):
     torch.testing.assert_close(risk.value, (expected * l).sum(), rtol=1e-6, atol=1e-6)
 
 
+BEYOND_FLOAT32 = {
+    "kl:1e-300": "mean",
+    "kl:1e39": "max",
+    "kl:temperature=3.41e38": "mean",
+    "kl:temperature=1e300": "mean",
+    "kl:temperature=-1e39": "mean",
+    "kl:temperature=1e-300": "max",
+    "chi2:1e39": "max",
+    "chi2:penalty=1e300": "mean",
+    "cvar:1,temperature=1e39": "mean",
+}
+
+
+@pytest.mark.parametrize("text, limit", BEYOND_FLOAT32.items())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_parameters_beyond_float32_are_limits_too(backend, text, limit, dtype):
+    """A dual that no float32 holds is infinite, and no error."""
+    losses = torch.tensor([1.0, 2.0, 4.0], dtype=dtype)
+    out = dr.robust_risk(losses, text)
+    torch.testing.assert_close(out.value, losses.mean() if limit == "mean" else losses.max())
+    q = [1 / 3] * 3 if limit == "mean" else [0.0, 0.0, 1.0]
+    torch.testing.assert_close(out.weights, torch.tensor(q, dtype=dtype))
+    assert not out.dual.isnan()
+
+
 @pytest.mark.mathematics
 @pytest.mark.parametrize("radius", [1e-13, 1e-10, 1e-6])
 def test_small_chi_square_balls_of_many_losses(backend, radius):
