@@ -277,7 +277,8 @@ def finish_kernel(
         entropy = entropy_of(u, log_sum, whole, shifted)
         tl.store(entropy_ptr + rows, entropy.to(tl.float32), mask=live)
     if MEAN:
-        tl.store(mean_ptr + rows, (plain * mean_unit).to(tl.float32), mask=live)
+        mean = tl.where(labels >= 0, plain * mean_unit, float("nan"))
+        tl.store(mean_ptr + rows, mean.to(tl.float32), mask=live)
     if TOP1:
         own = tl.load(nearest_ptr + here, mask=live, other=0.0)
         nearest = tl.load(nearest_ptr + slots_here + here, mask=live, other=0.0)

@@ -91,7 +91,8 @@ def label_logits_kernel(
 ):  # fmt: skip
     """By slot: the label (-1 if it lies outside [0, V)), t = z[label] (NaN then), dz/dx there.
 
-    Where MEAN, by token the mean of z over the vocabulary: the product with the head's mean row.
+    Where MEAN, by token the mean of z over the vocabulary (NaN as t): the product with the head's
+    mean row.
     """
     slots = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     live = slots < tl.load(count_ptr)
@@ -125,7 +126,8 @@ def label_logits_kernel(
         mean = tl.sum(of_mean, 1)
         if BIAS:
             mean += tl.load(mean_bias_ptr)
-        tl.store(mean_ptr + rows, mean * scale * inverse_temperature, mask=live)
+        mean = tl.where(known, mean * scale * inverse_temperature, float("nan"))
+        tl.store(mean_ptr + rows, mean, mask=live)
 
 
 @triton.jit

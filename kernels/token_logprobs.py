@@ -129,7 +129,7 @@ def token_logprobs_kernel(
         entropy = entropy_of(u, log_sum, whole, shifted)
         tl.store(entropy_ptr + rows, tl.where(counted, entropy, 0.0).to(tl.float32), mask=live)
     if MEAN:
-        mean = plain.to(tl.float64) / vocabulary
+        mean = tl.where(known, plain.to(tl.float64) / vocabulary, float("nan"))
         tl.store(mean_ptr + rows, tl.where(counted, mean, 0.0).to(tl.float32), mask=live)
     if TOP1:
         tl.store(top1_ptr + rows, counted & (t > before) & (t >= after), mask=live)
