@@ -199,7 +199,7 @@ def test_a_prompt_without_a_token(monkeypatch):
     module = importlib.import_module("drrlhf.functional.policy_loss")
     monkeypatch.setattr(module, "check_none", as_on_a_device)
     policy([0, 0, 1, 1], 2, logps, mask=mask)
-    with pytest.raises(ValueError, match="mask: expected a counted token.*prompt 1"):
+    with pytest.raises(ValueError, match=r"mask: expected a counted token.*prompt 1"):
         policy([0, 0, 1, 1], 2, logps, mask=mask, check_finite=True)
 
 

@@ -317,7 +317,7 @@ def test_wrong_options_are_named(run, options, words):
 def test_negative_weights_are_trls_alone_and_found_before_anything_is_generated(model, tmp_path):
     config = steps.trainer("grpo", model, str(tmp_path), reward_weights=[-1.0]).args
     config.reward_ambiguity = "uwo:0.5"  # after the config was made
-    with pytest.raises(ValueError, match="reward_weights: expected.*'uwo:0.5'"):
+    with pytest.raises(ValueError, match=r"reward_weights: expected.*'uwo:0.5'"):
         steps.KINDS["grpo"][0](model, steps.by_place, config, train_dataset=tiny_pairs(8))
 
 
