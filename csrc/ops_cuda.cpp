@@ -161,7 +161,9 @@ Tensor sequence_logprobs_backward(const Tensor& grad, const Tensor& labels,
                                   bool mean) {
   Call call("sequence_logprobs_backward", grad);
   const Sequences q = sequences_of(call, labels, cu_seqlens, ignore_index);
-  const Tensor out = at::empty(labels.sizes(), grad.options());
+  // Tokens of no sequence at all have no gradient; wrong boundaries of some make all of them NaN.
+  const Tensor out = q.count > 0 ? at::empty(labels.sizes(), grad.options())
+                                 : at::zeros(labels.sizes(), grad.options());
   if (q.tokens > 0 && q.count > 0) {
     call.check(sequence_logprobs_backward_cuda(call.numbers("grad", grad, q.count), q, mean,
                                                out_of(out), call.stream()));

@@ -144,6 +144,7 @@ def policy_loss_kernel(
         # Every token moves the ratio, which multiplies the divergence of all of them.
         by_ratio = times(kl_beta, divergence) / tl.where(count > 1, count, 1.0)
         by_ratio = tl.where(whole > LIMIT, 0.0, by_ratio)
+        tl.debug_barrier()  # another thread may read a slope than the one that wrote it
         for first in range(begin, end, TOKENS):
             o = first + tl.arange(0, TOKENS)
             counted = counted_at(mask_ptr, o, end, MASKED)
@@ -174,6 +175,12 @@ def policy_loss_backward_kernel(
         tl.store(out_ptr + o, tl.where(factor == 0, 0.0, factor * slope), mask=o < end)
 
 
+def _by_token(like: Tensor, cu_seqlens: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Memory for every token; zeros where wrong boundaries may leave some out."""
+    make = torch.empty if cu_seqlens is None else torch.zeros
+    return make(like.shape, dtype=dtype, device=like.device)
+
+
 def policy_loss(
     logps: Tensor,
     old_logps: Tensor | None,
@@ -191,7 +198,7 @@ def policy_loss(
     """As `drrlhf.reference.policy_loss`; what it refuses by value gives NaN."""
     dtype, n = statistics_dtype(logps), advantages.numel()
     losses = logps.new_empty(n, dtype=torch.float64)
-    slopes = torch.empty(logps.shape, dtype=dtype, device=logps.device)
+    slopes = _by_token(logps, cu_seqlens, dtype)
     table = logps.new_empty((ROWS, n), dtype=dtype)
     if not n:
         return losses, slopes, table
@@ -210,7 +217,7 @@ def policy_loss(
 
 def policy_loss_backward(grad: Tensor, slopes: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     """As `drrlhf.reference.policy_loss_backward`."""
-    out, n = torch.empty_like(slopes), grad.numel()
+    out, n = _by_token(slopes, cu_seqlens, slopes.dtype), grad.numel()
     if not n:
         return out
     with on(slopes):

@@ -154,6 +154,29 @@ def test_a_group(group, trim):
     assert value.isnan() and weights.isnan().all() and torch.equal(after, state)
 
 
+BETWEEN = [[0], [0, 4], [0, 5, 3, 4], [2, 4, 9]]  # tokens in no sequence, or in none that is one
+
+
+@pytest.mark.parametrize("boundaries", BETWEEN)
+def test_tokens_of_no_sequence_have_no_gradient(backend, boundaries, fresh_memory_is_nan):
+    """Memory that nothing wrote would be anything."""
+    cu, logps = torch.tensor(boundaries), -torch.rand(9)
+    sequences, labels = len(boundaries) - 1, torch.zeros(9, dtype=torch.long)
+    grad = torch.ones(sequences)
+    d = torch.ops.drrlhf.sequence_logprobs_backward(grad, labels, cu, -100, False)
+    if sequences == 0:
+        assert not d.any()
+    elif backend != "cuda":  # which tells every token that the boundaries are none, by NaN
+        assert d.isfinite().all()
+    if backend == "cuda":
+        return  # it has no policy_loss
+    options = (logps - 0.1, None, None, None, cu, grad, False, 0.2, 0.2, 0.0, True)
+    slopes = torch.ops.drrlhf.policy_loss(logps, *options)[1]
+    assert slopes.isfinite().all()
+    d = torch.ops.drrlhf.policy_loss_backward(grad, torch.ones(9), cu)
+    assert d.isfinite().all() and (sequences > 0 or not d.any())
+
+
 def policy(prompt_ids, prompts, logps=None, **change):
     logps = (-torch.rand(4, 5) if logps is None else logps).requires_grad_()
     out = dr.policy_loss(
