@@ -28,6 +28,14 @@ __device__ T shuffle_xor(T x, int lane) {
   return __shfl_xor_sync(kAllLanes, x, lane);
 }
 
+// What went wrong, if anything did. Told to the caller, it is taken from CUDA's own record, where
+// whoever asks next would find it again.
+inline Failure failure_of(cudaError_t error) {
+  if (error == cudaSuccess) return nullptr;
+  (void)cudaGetLastError();
+  return cudaGetErrorString(error);
+}
+
 template <class... P, class... A>
 Failure launch_as(bool cooperative, void (*kernel)(P...), std::int64_t blocks, int threads,
                   Stream stream, A... args) {
@@ -40,8 +48,7 @@ Failure launch_as(bool cooperative, void (*kernel)(P...), std::int64_t blocks, i
   config.stream = static_cast<cudaStream_t>(stream);
   config.attrs = &attribute;
   config.numAttrs = cooperative ? 1 : 0;
-  const cudaError_t error = cudaLaunchKernelEx(&config, kernel, P(args)...);
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+  return failure_of(cudaLaunchKernelEx(&config, kernel, P(args)...));
 }
 
 template <class... P, class... A>
@@ -60,17 +67,17 @@ Failure launch_cooperative(void (*kernel)(P...), int blocks, int threads, Stream
 template <class Kernel>
 int blocks_at_once(Kernel kernel, int threads) {
   int device = 0, processors = 0, each = 0;
+  const auto told = [](cudaError_t error) { return failure_of(error) == nullptr; };
   const bool known =
-      cudaGetDevice(&device) == cudaSuccess &&
-      cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device) == cudaSuccess &&
-      cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel, threads, 0) == cudaSuccess;
+      told(cudaGetDevice(&device)) &&
+      told(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device)) &&
+      told(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel, threads, 0));
   return known ? processors * each : 0;
 }
 
 inline Failure clear_memory(void* data, std::int64_t bytes, Stream stream) {
-  const cudaError_t error =
-      cudaMemsetAsync(data, 0, static_cast<std::size_t>(bytes), static_cast<cudaStream_t>(stream));
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+  return failure_of(
+      cudaMemsetAsync(data, 0, static_cast<std::size_t>(bytes), static_cast<cudaStream_t>(stream)));
 }
 
 __device__ inline void backoff() { __nanosleep(64); }

@@ -87,6 +87,69 @@ def test_kernels_know_no_torch():
     assert {p.name for p in seen if p.suffix == ".h"} >= {"kernels.h", "softmax.h", "math.h"}
 
 
+# As much of CUDA as csrc/cuda/device.h takes, where every call fails and is on record.
+FAILING_CUDA = """
+#include <cstdint>
+#define __global__
+#define __device__
+#define __shared__
+#define __launch_bounds__(...)
+enum cudaError_t { cudaSuccess, cudaErrorInvalidValue };
+inline cudaError_t recorded = cudaSuccess;
+inline cudaError_t fail() { return recorded = cudaErrorInvalidValue; }
+inline cudaError_t cudaGetLastError() { auto e = recorded; recorded = cudaSuccess; return e; }
+inline const char* cudaGetErrorString(cudaError_t) { return "invalid value"; }
+struct dim3 { dim3(unsigned = 1) {} };
+using cudaStream_t = void*;
+enum { cudaLaunchAttributeCooperative, cudaDevAttrMultiProcessorCount };
+struct cudaLaunchAttribute { int id; struct { int cooperative; } val; };
+struct cudaLaunchConfig_t {
+  dim3 gridDim, blockDim; cudaStream_t stream; cudaLaunchAttribute* attrs; int numAttrs;
+};
+template <class... A> cudaError_t cudaLaunchKernelEx(A...) { return fail(); }
+inline cudaError_t cudaGetDevice(int*) { return fail(); }
+inline cudaError_t cudaDeviceGetAttribute(int*, int, int) { return fail(); }
+template <class... A> cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(A...) {
+  return fail();
+}
+inline cudaError_t cudaMemsetAsync(void*, int, std::size_t, cudaStream_t) { return fail(); }
+template <class T> T __ldcg(const T* x) { return *x; }
+inline float __fmul_rn(float x, float y) { return x * y; }
+inline void __nanosleep(int) {}
+inline float __float2bfloat16_rn(float x) { return x; }
+inline unsigned short __bfloat16_as_ushort(float) { return 0; }
+inline float __float2half_rn(float x) { return x; }
+inline unsigned short __half_as_ushort(float) { return 0; }
+inline float __ushort_as_half(unsigned short) { return 0; }
+inline float __half2float(float x) { return x; }
+"""
+AFTER_FAILURES = """
+#include <cstdio>
+#include "cuda/device.h"
+void kernel() {}
+int main() {
+  using namespace drrlhf::cuda;
+  std::printf("%d ", recorded), std::printf("%s ", launch(kernel, 1, 1, nullptr));
+  std::printf("%d ", recorded), std::printf("%s ", clear_memory(nullptr, 1, nullptr));
+  std::printf("%d ", recorded), std::printf("%d ", blocks_at_once(kernel, 1));
+  std::printf("%d", recorded);
+}
+"""
+
+
+@pytest.mark.skipif(not shutil.which("c++"), reason="no C++ compiler")
+def test_a_failure_that_is_told_is_not_found_again(tmp_path):
+    """PyTorch asks for CUDA's last error after its own launches, and would raise ours once more."""
+    (tmp_path / "cuda_runtime.h").write_text(FAILING_CUDA)
+    for name in ("cuda_bf16.h", "cuda_fp16.h"):
+        (tmp_path / name).write_text("")
+    (tmp_path / "main.cpp").write_text(AFTER_FAILURES)
+    compiled = ["c++", "-std=c++20", "-w", f"-I{tmp_path}", f"-I{ROOT / 'csrc'}"]
+    subprocess.run([*compiled, tmp_path / "main.cpp", "-o", tmp_path / "main"], check=True)
+    said = subprocess.run([tmp_path / "main"], capture_output=True, text=True, check=True).stdout
+    assert said == "0 invalid value 0 invalid value 0 0 0"
+
+
 def test_architectures_that_run_a_gpu():
     built = ("8.0", "9.0", "10.0+PTX")
     runs = {(7, 5): False, (8, 0): True, (8, 6): True, (9, 0): True, (10, 0): True, (12, 0): True}
