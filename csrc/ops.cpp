@@ -190,8 +190,8 @@ void token_logprobs_backward_(Tensor logits, const Tensor& labels, const Optiona
                               const Tensor& lse, const Tensor& lse_tail, const Tensor& entropy,
                               std::int64_t ignore_index, double temperature,
                               std::optional<double> softcap) {
-  Tensor out = logits.contiguous();
-  token_logprobs_backward_cpu(logits, labels, {grad, grad_entropy, logp, lse, lse_tail, entropy},
+  Tensor out = whole_rows(logits);
+  token_logprobs_backward_cpu(out, labels, {grad, grad_entropy, logp, lse, lse_tail, entropy},
                               ignore_index, temperature, softcap, out);
   if (!out.is_same(logits)) logits.copy_(out);
 }

@@ -175,27 +175,36 @@ SevenTensors token_logprobs(const Tensor& logits, const Tensor& labels, std::int
                             double temperature, std::optional<double> softcap,
                             std::int64_t outputs) {
   Call call("token_logprobs", logits);
-  const Tensor x = as_rows("logits", logits);
+  const std::vector<RowBlock> blocks = row_blocks("logits", logits);
   const TokenTensors result(labels, outputs);
-  if (labels.numel() > 0) {
-    call.check(token_logprobs_cuda(logits_of(x), call.integers("labels", labels, x.size(0)),
-                                   ignore_index, transform_of(temperature, softcap, 1.0),
-                                   result.from(0), call.stream()));
+  if (labels.numel() == 0) return result.tensors();
+  const Integers y = call.integers("labels", labels, logits.numel() / logits.size(-1));
+  for (const RowBlock& block : blocks) {
+    call.check(token_logprobs_cuda(logits_of(block.rows), after(y, block.first), ignore_index,
+                                   transform_of(temperature, softcap, 1.0),
+                                   result.from(block.first), call.stream()));
   }
   return result.tensors();
 }
 
+// Into `out` (n, V), or over the logits where it is undefined.
 void token_gradient(const Tensor& logits, const Tensor& labels, const GivenUpstream& given,
                     std::int64_t ignore_index, double temperature, std::optional<double> softcap,
-                    const Tensor& x, const Tensor& out) {
+                    const Tensor& out) {
   Call call("token_logprobs_backward", logits);
-  const std::int64_t n = x.size(0);
-  if (n == 0) return;
+  const std::vector<RowBlock> blocks = row_blocks("logits", logits);
+  if (logits.numel() == 0) return;
+  const std::int64_t n = logits.numel() / logits.size(-1);
   const Upstream upstream(call, n, given);
-  call.check(token_logprobs_backward_cuda(logits_of(x), call.integers("labels", labels, n),
-                                          ignore_index, transform_of(temperature, softcap, 1.0),
-                                          upstream.from(0), out.mutable_data_ptr(), out.stride(0),
-                                          call.stream()));
+  const Integers y = call.integers("labels", labels, n);
+  for (const auto& [rows, of, first] : blocks) {
+    const Tensor to = out.defined() ? out.narrow(0, first, rows.size(0)) : rows;
+    call.check(token_logprobs_backward_cuda(
+        logits_of(rows), after(y, first), ignore_index, transform_of(temperature, softcap, 1.0),
+        upstream.from(first), to.mutable_data_ptr(), to.stride(0), call.stream()));
+    const bool copied = rows.const_data_ptr() != of.const_data_ptr();
+    if (!out.defined() && copied) of.copy_(rows.view(of.sizes()));
+  }
 }
 
 Tensor token_logprobs_backward(const Tensor& logits, const Tensor& labels,
@@ -205,7 +214,7 @@ Tensor token_logprobs_backward(const Tensor& logits, const Tensor& labels,
                                std::optional<double> softcap) {
   const Tensor out = at::empty(logits.sizes(), logits.options());
   token_gradient(logits, labels, {grad, grad_entropy, logp, lse, lse_tail, entropy}, ignore_index,
-                 temperature, softcap, as_rows("logits", logits), out.view({-1, logits.size(-1)}));
+                 temperature, softcap, out.view({-1, logits.size(-1)}));
   return out;
 }
 
@@ -214,10 +223,8 @@ void token_logprobs_backward_(Tensor logits, const Tensor& labels, const Optiona
                               const Tensor& lse, const Tensor& lse_tail, const Tensor& entropy,
                               std::int64_t ignore_index, double temperature,
                               std::optional<double> softcap) {
-  const Tensor x = as_rows("logits", logits);
   token_gradient(logits, labels, {grad, grad_entropy, logp, lse, lse_tail, entropy}, ignore_index,
-                 temperature, softcap, x, x);
-  if (x.const_data_ptr() != logits.const_data_ptr()) logits.copy_(x.view(logits.sizes()));
+                 temperature, softcap, Tensor());
 }
 
 }  // namespace

@@ -163,9 +163,12 @@ def token_logprobs(
         labels: (...), any integer dtype. `ignore_index` gives exactly 0 and no gradient.
         outputs: names of `TokenLogprobs` wanted besides the log-probs, from the same pass.
         inplace_backward: write the gradient over the logits, which are then spent: no second
-            tensor of their size. They must be neither a leaf nor a view of one, nor share memory
-            among their entries; a second backward raises. Compiled graphs plan their own memory and
-            ignore it, as `torch.func` does.
+            tensor of their size, unless neighbouring entries of a row lie apart or, on a GPU, rows
+            in groups of fewer than 16; such logits are copied. The gradient of a part such as
+            x[:, :-1] PyTorch copies into one of the whole: rather give all of x, with labels
+            shifted and the last ignored. Logits must be neither a leaf nor a view of one, nor share
+            memory among their entries; a second backward raises. Compiled graphs plan their own
+            memory and ignore it, as `torch.func` does.
 
     Returns:
         (...), float32, or float64 for float64 logits; a `TokenLogprobs` of such if `outputs` names

@@ -226,10 +226,34 @@ def configuration(vocabulary: int) -> Launch:
     return Launch(rows, max(block, 16), 8)
 
 
-def as_rows(x: Tensor) -> Tensor:
-    """x (..., V) as (n, V) with neighbouring entries; a view where there is one."""
-    x = x.reshape(-1, x.shape[-1])
-    return x if x.stride(1) == 1 else x.contiguous()
+class RowBlock(NamedTuple):
+    """Some rows (n, V) of a tensor, the part of it that they are of, and which row comes first."""
+
+    rows: Tensor
+    of: Tensor
+    first: int
+
+    @property
+    def place(self) -> slice:
+        return slice(self.first, self.first + self.rows.shape[0])
+
+
+# A launch for each block of rows takes less than a copy of them where it has some.
+LEAST_ROWS = 16
+
+
+def row_blocks(x: Tensor, first: int = 0) -> list[RowBlock]:
+    """x (..., V) as rows with neighbouring entries, in blocks where no one view holds all, as in
+    x[:, :-1]. Other layouts are copied."""
+    width = x.shape[-1]
+    try:
+        rows = x.view(-1, width)
+    except RuntimeError:  # there is no such view
+        if x.dim() > 2 and x.stride(-1) == 1 and x[0].numel() >= LEAST_ROWS * width:
+            n = x[0].numel() // width
+            return [y for i, part in enumerate(x) for y in row_blocks(part, first + i * n)]
+        rows = x.reshape(-1, width)
+    return [RowBlock(rows if rows.stride(1) == 1 else rows.contiguous(), x, first)]
 
 
 def _aligned(*tensors: Tensor) -> bool:
@@ -248,37 +272,67 @@ def token_logprobs(
     outputs: int,
 ) -> tuple[Tensor, ...]:
     """As `drrlhf.reference.token_logprobs`; a label outside [0, V) gives NaN."""
-    x, y = as_rows(logits), labels.reshape(-1).contiguous()
-    n, vocabulary = x.shape
-    results = empty_statistics(x, labels.shape, outputs)
-    rows, block, warps = configuration(vocabulary)
-    if n:
-        with on(x):
-            token_logprobs_kernel[(triton.cdiv(n, rows),)](
-                x,
-                y,
-                *results,
-                n,
-                vocabulary,
-                x.stride(0),
-                ignore_index,
-                softcap or 0.0,
-                1.0 / temperature,
-                *(outputs & bit != 0 for bit in OPTIONAL),
-                CAPPED=softcap is not None,
-                PRECISE=x.dtype == torch.float32,
-                ALIGNED=_aligned(x),
-                ROWS=rows,
-                BLOCK=block,
-                DEBUG=DEBUG,
-                num_warps=warps,
-            )
+    results = empty_statistics(logits, labels.shape, outputs)
+    y, blocks = labels.reshape(-1).contiguous(), row_blocks(logits)
+    options = (ignore_index, temperature, softcap, outputs)
+    if len(blocks) == 1:
+        _forward_into(results, blocks[0].rows, y, *options)
+    else:
+        flat = [x.view(-1) for x in results]
+        for block in blocks:
+            own = [x[block.place] for x in flat]
+            _forward_into(own, block.rows, y[block.place], *options)
     return tuple(results)
 
 
-def _backward_into(out: Tensor, x: Tensor, labels: Tensor, *rest: Any) -> None:
-    """The gradient of the rows x (n, V) into out (n, V), which may be x."""
-    grad, grad_entropy, logp, lse, tail, entropy, ignore_index, temperature, softcap = rest
+def _forward_into(
+    results: list[Tensor],
+    x: Tensor,
+    labels: Tensor,
+    ignore_index: int,
+    temperature: float,
+    softcap: float | None,
+    outputs: int,
+) -> None:
+    """The statistics of the rows x (n, V)."""
+    n, vocabulary = x.shape
+    rows, block, warps = configuration(vocabulary)
+    if not n:
+        return
+    with on(x):
+        token_logprobs_kernel[(triton.cdiv(n, rows),)](
+            x,
+            labels,
+            *results,
+            n,
+            vocabulary,
+            x.stride(0),
+            ignore_index,
+            softcap or 0.0,
+            1.0 / temperature,
+            *(outputs & bit != 0 for bit in OPTIONAL),
+            CAPPED=softcap is not None,
+            PRECISE=x.dtype == torch.float32,
+            ALIGNED=_aligned(x),
+            ROWS=rows,
+            BLOCK=block,
+            DEBUG=DEBUG,
+            num_warps=warps,
+        )
+
+
+def _backward_into(
+    out: Tensor,
+    x: Tensor,
+    per_token: list[Tensor | None],
+    ignore_index: int,
+    temperature: float,
+    softcap: float | None,
+) -> None:
+    """The gradient of the rows x (n, V) into out (n, V), which may be x.
+
+    per_token: labels, both upstream gradients, and the statistics, (n,) each.
+    """
     n, vocabulary = x.shape
     if not n:
         return
@@ -288,15 +342,13 @@ def _backward_into(out: Tensor, x: Tensor, labels: Tensor, *rest: Any) -> None:
         x = x.contiguous()
     # A row that is read from where its group begins may take one block more.
     blocks = triton.cdiv(vocabulary + (0 if aligned or rows > 1 else 15), block)
-    per_token = [
-        logp if g is None else g.reshape(-1).contiguous()
-        for g in (labels, grad, grad_entropy, logp, lse, tail, entropy)
-    ]
+    labels, grad, grad_entropy, logp, *rest = per_token
+    given = (labels, *(logp if g is None else g for g in (grad, grad_entropy)), logp, *rest)
     with on(x):
         token_logprobs_backward_kernel[(triton.cdiv(n, rows) * blocks,)](
             x,
             out,
-            *per_token,
+            *given,
             n,
             vocabulary,
             x.stride(0),
@@ -316,16 +368,29 @@ def _backward_into(out: Tensor, x: Tensor, labels: Tensor, *rest: Any) -> None:
         )
 
 
+def _backward(logits: Tensor, out: Tensor | None, labels: Tensor, *rest: Any) -> None:
+    """The gradient of the logits into out (n, V), or over them."""
+    *per_token, ignore_index, temperature, softcap = rest
+    flat = [None if x is None else x.reshape(-1).contiguous() for x in (labels, *per_token)]
+    blocks = row_blocks(logits)
+    for rows, of, first in blocks:
+        to, own = rows if out is None else out, flat
+        if len(blocks) > 1:
+            place = slice(first, first + rows.shape[0])
+            own = [None if x is None else x[place] for x in flat]
+            to = rows if out is None else out[place]
+        _backward_into(to, rows, own, ignore_index, temperature, softcap)
+        if out is None and rows.data_ptr() != of.data_ptr():
+            of.copy_(rows.view(of.shape))
+
+
 def token_logprobs_backward(logits: Tensor, labels: Tensor, *rest: Any) -> Tensor:
     """As `drrlhf.reference.token_logprobs_backward`."""
     out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    _backward_into(out.view(-1, logits.shape[-1]), as_rows(logits), labels, *rest)
+    _backward(logits, out.view(-1, logits.shape[-1]), labels, *rest)
     return out
 
 
 def token_logprobs_backward_(logits: Tensor, labels: Tensor, *rest: Any) -> None:
     """`token_logprobs_backward` written over the logits."""
-    x = as_rows(logits)
-    _backward_into(x, x, labels, *rest)
-    if x.data_ptr() != logits.data_ptr():
-        logits.copy_(x.view(logits.shape))
+    _backward(logits, None, labels, *rest)

@@ -26,6 +26,10 @@ Storage storage_of(const char* argument, const Tensor& x);
 Tensor checked_labels(const Tensor& labels, at::IntArrayRef shape, std::int64_t vocabulary,
                       std::int64_t ignore_index);
 
+// x (..., V) with the entries of each row side by side; x itself where they are, however its rows
+// lie.
+Tensor whole_rows(const Tensor& x);
+
 Transform transform_of(double temperature, std::optional<double> softcap, double logit_scale);
 
 // x (...) as contiguous float32, with as many entries as there are tokens.
@@ -52,7 +56,7 @@ struct Upstream {
   }
 };
 
-// d/dlogits, written to `out` (contiguous, may be the logits themselves).
+// d/dlogits, written to `out` (whole rows, may be the logits themselves).
 void token_logprobs_backward_cpu(const Tensor& logits, const Tensor& labels,
                                  const GivenUpstream& given, std::int64_t ignore_index,
                                  double temperature, std::optional<double> softcap, Tensor& out);

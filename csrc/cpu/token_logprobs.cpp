@@ -35,6 +35,28 @@ Tensor checked_labels(const Tensor& labels, at::IntArrayRef shape, std::int64_t 
   return checked;
 }
 
+Tensor whole_rows(const Tensor& x) {
+  return x.size(-1) == 1 || x.stride(-1) == 1 ? x : x.contiguous();
+}
+
+// Where the rows of a tensor (..., V) begin, in entries: a part of a sequence, say, is not copied.
+class RowPlaces {
+ public:
+  explicit RowPlaces(const Tensor& x)
+      : sizes_(x.sizes().slice(0, x.dim() - 1)), strides_(x.strides().slice(0, x.dim() - 1)) {}
+
+  std::int64_t operator()(std::int64_t row) const {
+    std::int64_t place = 0;
+    for (std::size_t d = sizes_.size(); d-- > 0; row /= sizes_[d]) {
+      place += row % sizes_[d] * strides_[d];
+    }
+    return place;
+  }
+
+ private:
+  at::IntArrayRef sizes_, strides_;  // of a tensor that outlives this
+};
+
 Transform transform_of(double temperature, std::optional<double> softcap, double logit_scale) {
   return {static_cast<float>(logit_scale), static_cast<float>(softcap.value_or(0.0)),
           static_cast<float>(1.0 / temperature)};
@@ -93,7 +115,8 @@ SevenTensors token_logprobs_cpu(const Tensor& logits, const Tensor& labels,
   const Storage storage = storage_of("logits", logits);
   const std::int64_t vocabulary = logits.size(-1), size = logits.element_size();
   const auto shape = logits.sizes().slice(0, logits.dim() - 1);
-  const Tensor y = checked_labels(labels, shape, vocabulary, ignore_index), x = logits.contiguous();
+  const Tensor y = checked_labels(labels, shape, vocabulary, ignore_index), x = whole_rows(logits);
+  const RowPlaces place(x);
   const Transform transform = transform_of(temperature, softcap, 1.0);
   TokenOutputs result(shape, outputs);
   const auto* label = y.const_data_ptr<std::int64_t>();
@@ -103,8 +126,8 @@ SevenTensors token_logprobs_cpu(const Tensor& logits, const Tensor& labels,
       if (label[i] == ignore_index) continue;
       Others others;
       float label_z;
-      softmax_kernels().fold_row(rows + i * vocabulary * size, storage, vocabulary, label[i],
-                                 transform, result.extras(), others, label_z);
+      softmax_kernels().fold_row(rows + place(i) * size, storage, vocabulary, label[i], transform,
+                                 result.extras(), others, label_z);
       result.set(i, finish(others, label_z, label[i], vocabulary));
     }
   });
@@ -117,7 +140,8 @@ void token_logprobs_backward_cpu(const Tensor& logits, const Tensor& labels,
   const Storage storage = storage_of("logits", logits);
   const std::int64_t vocabulary = logits.size(-1), size = logits.element_size();
   const auto shape = logits.sizes().slice(0, logits.dim() - 1);
-  const Tensor y = checked_labels(labels, shape, vocabulary, ignore_index), x = logits.contiguous();
+  const Tensor y = checked_labels(labels, shape, vocabulary, ignore_index), x = whole_rows(logits);
+  const RowPlaces from(x), into(out);
   const std::int64_t n = y.numel();
   const Upstream upstream(given, n);
   const Transform transform = transform_of(temperature, softcap, 1.0);
@@ -126,13 +150,12 @@ void token_logprobs_backward_cpu(const Tensor& logits, const Tensor& labels,
   char* to = static_cast<char*>(out.mutable_data_ptr());
   at::parallel_for(0, n, 1, [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t i = begin; i < end; ++i) {
-      const std::int64_t offset = i * vocabulary * size;
       const RowCoefficients c = upstream.of(i);
       if (label[i] == ignore_index || (c.a == 0 && c.b == 0)) {
-        std::memset(to + offset, 0, vocabulary * size);
+        std::memset(to + into(i) * size, 0, vocabulary * size);
       } else {
-        softmax_kernels().row_gradient(rows + offset, to + offset, storage, vocabulary, label[i],
-                                       transform, c);
+        softmax_kernels().row_gradient(rows + from(i) * size, to + into(i) * size, storage,
+                                       vocabulary, label[i], transform, c);
       }
     }
   });

@@ -4,9 +4,11 @@
 #pragma once
 
 #include <ATen/ATen.h>
+#include <ATen/TensorUtils.h>
 
 #include <array>
 #include <deque>
+#include <vector>
 
 #include "../message.h"
 #include "../tensors.h"
@@ -154,6 +156,29 @@ inline Tensor as_rows(const char* name, const Tensor& x) {
                      ": expected a last dimension of at least 1, got ", x.sizes());
   const Tensor rows = x.reshape({-1, x.size(-1)});
   return rows.stride(1) == 1 ? rows : rows.contiguous();
+}
+
+// Some rows (n, V) of a tensor, the part of it that they are of, and which row comes first.
+struct RowBlock {
+  Tensor rows, of;
+  std::int64_t first;
+};
+
+// x (..., V) as rows, in blocks where no one view holds all, as in x[:, :-1]: a launch for each of
+// them takes less than a copy if it has some rows. Other layouts are copied.
+inline std::vector<RowBlock> row_blocks(const char* name, const Tensor& x, std::int64_t first = 0) {
+  constexpr std::int64_t kLeastRows = 16;
+  const std::int64_t n = x.numel(), width = x.dim() > 0 ? x.size(-1) : 0;
+  if (n == 0 || x.dim() < 3 || x.stride(-1) != 1 || n / x.size(0) < kLeastRows * width ||
+      at::detail::computeStride(x.sizes(), x.strides(), at::IntArrayRef({n / width, width}))) {
+    return {{as_rows(name, x), x, first}};
+  }
+  std::vector<RowBlock> blocks;
+  for (const Tensor& part : x.unbind(0)) {
+    for (const RowBlock& block : row_blocks(name, part, first)) blocks.push_back(block);
+    first += part.numel() / width;
+  }
+  return blocks;
 }
 
 inline Logits logits_of(const Tensor& rows, std::int64_t first = 0) {

@@ -14,6 +14,7 @@ from three_ways import (
     ON_GPU,
     OUTPUTS,
     SLOW,
+    allocated,
     assert_differentiable_once,
     assert_no_worse,
     assert_refused,
@@ -23,7 +24,7 @@ from three_ways import (
 )
 
 import drrlhf as dr
-from drrlhf import backends
+from drrlhf import backends, ops
 
 INFINITY, LEAST = math.inf, torch.finfo(torch.float32).min
 OPTIONS = [
@@ -512,6 +513,61 @@ def test_inplace_backward(backend, dtype, layout, entropy):
     assert torch.equal(*gradients) and gradients[0].abs().sum() > 0
     where = logits.detach()
     torch.testing.assert_close(where[1::7][1:], gradients[0][1::7][1:], msg="not written in place")
+
+
+# Parts of a batch that no view holds as rows: of many rows each, of two, of another dimension.
+PARTS = {
+    "but the last": lambda x: x[:, :-1],
+    "but the first": lambda x: x[:, 1:],
+    "every third": lambda x: x[:, ::3],
+    "short ones": lambda x: x[:, :3],
+    "of four dimensions": lambda x: x.unflatten(0, (1, -1))[:, :, :-1],
+    "two dimensions apart": lambda x: x.unflatten(1, (2, -1))[:, :, 1:],
+    "columns, too": lambda x: x[:, :-1, :-1],
+    "another column at a time": lambda x: x[:, :-1, ::2],
+}
+
+
+@pytest.mark.parametrize("part, vocabulary", in_turn([*PARTS], [48, 4099]))
+def test_parts_of_a_batch(backend, part, vocabulary):
+    """As plain PyTorch has them, in place too, and what lies between stays what it was."""
+    shape = (2, 36) if SLOW else (3, 40)
+    x, labels, upstream = problem(math.prod(shape), vocabulary, size=1.0)
+    some = PARTS[part]
+    labels, upstream = (
+        some(z.view(*shape, 1).expand(*shape, 4))[..., 0] for z in (labels, upstream)
+    )
+    leaf = x.view(*shape, -1).clone().requires_grad_()
+    labels = labels.clamp(max=some(leaf).shape[-1] // 2)
+    expected = plain(some(leaf), labels)
+    (d_expected,) = torch.autograd.grad(expected, leaf, upstream)
+    for inplace in (False, True):
+        made = leaf * 1.0
+        found = dr.token_logprobs(some(made), labels, inplace_backward=inplace)
+        torch.testing.assert_close(found, expected)
+        (d,) = torch.autograd.grad(found, leaf, upstream)
+        torch.testing.assert_close(d, d_expected, atol=2e-6, rtol=2e-5)
+    torch.testing.assert_close(some(made), some(d_expected), atol=2e-6, rtol=2e-5)
+    some(made).detach().copy_(some(leaf))
+    assert torch.equal(made, leaf)
+
+
+@pytest.mark.usual
+def test_parts_of_a_batch_are_not_copied(backend):
+    if backend == "reference":
+        pytest.skip("it makes several such tensors")
+    logits = torch.randn(3, 40, 4096)[:, :-1]
+    labels = torch.randint(0, 4096, (3, 39))
+    size = logits.numel() * 4
+    forward = allocated(lambda: dr.token_logprobs(logits, labels))
+    assert forward < size / 10
+    found = ops.token_logprobs(logits, labels, -100, 1.0, None, 0)
+    given = (torch.ones(3, 39), None, *found[:4], -100, 1.0, None)
+    in_place = torch.ops.drrlhf.token_logprobs_backward_
+    assert allocated(lambda: in_place(logits, labels, *given)) < size / 10
+    logits = torch.randn(3, 40, 4096)[:, :-1]
+    backward = torch.ops.drrlhf.token_logprobs_backward
+    assert allocated(lambda: backward(logits, labels, *given)) < 1.1 * size
 
 
 SPENT = "inplace_backward: expected logits that an operation made, got a "

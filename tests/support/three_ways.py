@@ -164,3 +164,13 @@ def assert_differentiable_once(value, *inputs):
         for again in (*inputs, factor):
             with pytest.raises(RuntimeError, match="no double backward"):
                 torch.autograd.grad(gradient.sum(), again, retain_graph=True)
+
+
+def allocated(call: Callable[[], Any]) -> int:
+    """Bytes that a call allocates in all."""
+    kind = torch.profiler.ProfilerActivity
+    activities = [kind.CPU, kind.CUDA] if ON_GPU else [kind.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as found:
+        call()
+    which = "self_device_memory_usage" if ON_GPU else "self_cpu_memory_usage"
+    return sum(max(0, getattr(event, which)) for event in found.events())
