@@ -480,14 +480,17 @@ def linear_token_logprobs_backward(*arguments: Any) -> tuple[Tensor, Tensor, Ten
     b = None if g.grad_entropy is None else g.grad_entropy.reshape(-1).contiguous()
     statistics = [x.reshape(-1) for x in (g.logp, g.lse, g.lse_tail, g.entropy)]
     kind = weight if bias is None else bias
-    d_hidden = torch.zeros(hidden.shape if need_hidden else (0,), dtype=h.dtype, device=h.device)
+    # What Keep.HIDDEN has kept is scaled into memory of its own.
+    answered = keep == Keep.HIDDEN and b is None and need_hidden and n > 0
+    summed = need_hidden and not answered
+    d_hidden = torch.zeros(hidden.shape if summed else (0,), dtype=h.dtype, device=h.device)
     d_weight = torch.empty(
         weight.shape if need_weight else (0,), dtype=weight.dtype, device=h.device
     )
     d_bias = torch.empty(vocabulary if need_bias else 0, dtype=kind.dtype, device=h.device)
     if not n:
         return d_hidden, d_weight.zero_(), d_bias.zero_()
-    if keep == Keep.HIDDEN and b is None and need_hidden:
+    if answered:
         assert a is not None
         d_hidden = _scaled_rows(kept, a, head)
         need_hidden = False

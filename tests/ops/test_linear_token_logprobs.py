@@ -15,6 +15,7 @@ from three_ways import (
     ON_GPU,
     OUTPUTS,
     SLOW,
+    allocated,
     assert_differentiable_once,
     assert_no_worse,
     assert_refused,
@@ -885,3 +886,19 @@ def test_opcheck(backend, keep, dtype):
             torch.ops.drrlhf.linear_token_logprobs_backward.default,
             (*arguments.values(),)[:-3] + needs,
         )
+
+
+@pytest.mark.skipif("triton" not in BACKENDS, reason="about Triton's own memory")
+def test_what_was_kept_for_hidden_is_scaled_into_one_tensor():
+    """Beside the gradient itself, not another one of zeros that it would take the place of."""
+    hidden, weight = torch.randn(64, 2048), torch.randn(5, 2048)
+    labels, upstream = torch.arange(64) % 5, torch.ones(64)
+    with backends.use("triton"):
+        keep = Keep.HIDDEN
+        found = ops.linear_token_logprobs(
+            hidden, weight, None, labels, -100, 1.0, None, 1.0, 0, keep, 0
+        )
+        given = (hidden, weight, None, labels, upstream, None, *found[:4], found[7], -100)
+        backward = torch.ops.drrlhf.linear_token_logprobs_backward
+        options = (1.0, None, 1.0, keep, 0, True, False, False)
+        assert allocated(lambda: backward(*given, *options)) < 1.5 * 64 * 2048 * 4
