@@ -6,7 +6,8 @@ DRRLHF_BUILD=auto (default)  build the CPU extension if torch and a compiler are
              cpu             build the CPU extension or fail
              cuda            build it with CUDA kernels or fail; no GPU is needed for that
              none            pure Python
-TORCH_CUDA_ARCH_LIST         what CUDA kernels are compiled for; default "8.0;9.0;10.0+PTX"
+TORCH_CUDA_ARCH_LIST         what CUDA kernels are compiled for; default "8.0;9.0;10.0+PTX", with an
+                             nvcc before 12.8 "8.0;9.0+PTX"
 torch must be importable during the build: pip install --no-build-isolation .
 """
 
@@ -14,6 +15,7 @@ import json
 import os
 import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -32,6 +34,7 @@ FLAGS = [
 
 NVCC_FLAGS = ["-O3", "-std=c++20", "-Xcompiler=-fvisibility=hidden,-Wall,-Wextra"]
 ARCHITECTURES = "8.0;9.0;10.0+PTX"
+OLDER_ARCHITECTURES = "8.0;9.0+PTX"  # for an nvcc that knows no 10.0
 
 if MODE not in ("auto", "cpu", "cuda", "none"):
     sys.exit(f"DRRLHF_BUILD: expected auto, cpu, cuda or none, got {MODE!r}")
@@ -69,9 +72,22 @@ def cuda_obstacle() -> str:
     return ""
 
 
+def default_architectures() -> str:
+    """What the nvcc that will be called can compile for."""
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    nvcc = str(Path(CUDA_HOME, "bin", "nvcc"))
+    said = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=False).stdout
+    release = re.search(r"release (\d+)\.(\d+)", said)
+    older = release and (int(release[1]), int(release[2])) < (12, 8)
+    return OLDER_ARCHITECTURES if older else ARCHITECTURES
+
+
 def architectures() -> list[str]:
     """TORCH_CUDA_ARCH_LIST as torch reads it, without the names that only it knows."""
-    listed = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", ARCHITECTURES)
+    if "TORCH_CUDA_ARCH_LIST" not in os.environ:
+        os.environ["TORCH_CUDA_ARCH_LIST"] = default_architectures()
+    listed = os.environ["TORCH_CUDA_ARCH_LIST"]
     found = [x for x in re.split(r"[;\s]+", listed) if x]
     bad = [x for x in found if not re.fullmatch(r"\d+\.\d[a-z]?(\+PTX)?", x)]
     if bad or not found:

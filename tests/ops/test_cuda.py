@@ -213,6 +213,49 @@ def run_setup(*, folder=ROOT, **environment):
     )
 
 
+# A torch of which setup.py sees enough to say what it would build.
+CUDA_TORCH = """
+import pathlib
+from setuptools import Extension
+from setuptools.command.build_ext import build_ext as BuildExtension
+
+CUDA_HOME = str(pathlib.Path(__file__).parents[2])  # where bin/nvcc lies
+
+
+def CUDAExtension(name, sources, define_macros, depends, extra_compile_args, extra_link_args):
+    print("built for", *define_macros[0])
+    return Extension(name, sources)
+"""
+
+
+@pytest.mark.parametrize(
+    ("release", "built"),
+    [
+        ("12.4", "8.0 9.0+PTX"),
+        ("12.8", "8.0 9.0 10.0+PTX"),
+        ("13.0", "8.0 9.0 10.0+PTX"),
+    ],
+)
+def test_the_default_is_what_nvcc_knows(tmp_path, monkeypatch, release, built):
+    """Before 12.8 it knows no 10.0, and the whole build failed."""
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+    (tmp_path / "torch" / "utils").mkdir(parents=True)
+    version = "class version:\n    cuda = '12.4'\n__version__ = '2.6'\n"
+    (tmp_path / "torch" / "__init__.py").write_text(version)
+    (tmp_path / "torch" / "utils" / "__init__.py").write_text("")
+    (tmp_path / "torch" / "utils" / "cpp_extension.py").write_text(
+        CUDA_TORCH + "CppExtension = CUDAExtension\n"
+    )
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text(f"#!/bin/sh\necho 'Cuda compilation tools, release {release}, V{release}.1'\n")
+    nvcc.chmod(0o755)
+    settings = {"DRRLHF_BUILD": "cuda", "PYTHONPATH": str(tmp_path)}
+    assert f'"{built}"' in run_setup(**settings).stdout
+    listed = run_setup(TORCH_CUDA_ARCH_LIST="8.6", **settings)
+    assert '"8.6"' in listed.stdout
+
+
 def test_a_build_that_cannot_be_is_refused_with_the_reason():
     import torch
 
