@@ -104,6 +104,7 @@ def _cvar_temperature(l: Tensor, p: Tensor, alpha: float, t: float):
     free = torch.logcumsumexp((x + torch.log(w)).flip(0), 0).flip(0)
     log_y = torch.log((1 - capped / alpha).clamp(min=0)) - free  # (anchor - eta) / t
     valid = (log_y + x <= -math.log(alpha) + 1e-12) & (capped < alpha)
+    valid &= x < 1e3  # so far above the tail's edge all are capped, and x + log w is x alone
     log_y = log_y[valid.to(torch.int8).argmax()]
     z = torch.minimum((l - anchor) / t + log_y, torch.full_like(l, -math.log(alpha)))
     q = p * torch.exp(z)

@@ -496,6 +496,16 @@ def test_parameters_beyond_float32_are_limits_too(backend, text, limit, dtype):
     assert not out.dual.isnan()
 
 
+@pytest.mark.parametrize("temperature", [1e-14, 1e-17, 1e-50, 5e-324])
+def test_next_to_no_temperature_is_none(backend, temperature):
+    """The worst half of three: the largest loss, and half of the next one."""
+    for dtype in (torch.float32, torch.float64):
+        losses = torch.tensor([1.0, 4.0, 2.0], dtype=dtype)
+        out = dr.robust_risk(losses, dr.CVaR(alpha=0.5, temperature=temperature))
+        torch.testing.assert_close(out.value, torch.tensor(10 / 3, dtype=dtype))
+        torch.testing.assert_close(out.weights, torch.tensor([0.0, 2 / 3, 1 / 3], dtype=dtype))
+
+
 @pytest.mark.mathematics
 @pytest.mark.parametrize("radius", [1e-13, 1e-10, 1e-6])
 def test_small_chi_square_balls_of_many_losses(backend, radius):
