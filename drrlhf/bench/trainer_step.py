@@ -322,16 +322,20 @@ def _with_views(batches: list[dict[str, Tensor]], config: Any) -> list[dict[str,
             answer[change:] = answer[change:].flip(0)
             answer[change] = 3 if answer[change] != 3 else 4
             ids[own] = answer
+        alike = torch.zeros(len(family), dtype=torch.int64, device=device)
         views = {
             "inputs": inputs,
             "chosen": place_table(places[0]).to(device),
             "rejected": place_table(places[1]).to(device),
-            "prompt": torch.zeros(len(family), dtype=torch.int64, device=device),
+            "prompt": alike,
+            "begins": alike,  # where they do relative to others of their pair
+            "alone": alike,
             "family": torch.tensor(family, device=device),
             "text": torch.arange(len(family), device=device),  # all differ
             "scored": scored.to(device),
             "number": torch.zeros(n, dtype=torch.float64, device=device),
             "drawn": torch.tensor(len(rows), device=device),
+            "left": torch.tensor(len(rows), device=device),
         }
         made.append({**batch, "views": views})
     return made

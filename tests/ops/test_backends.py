@@ -56,6 +56,7 @@ def test_explain_names_one_backend_for_each_op_and_a_reason_for_the_others():
 def test_two_gpus_may_have_two_backends(monkeypatch):
     """One that is too old for Triton's kernels does not decide for the one beside it."""
     monkeypatch.setattr(backends, "_EXTENSION", None)
+    monkeypatch.setattr(backends, "_NO_EXTENSION", "not built")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: [(7, 5), (9, 0)][i or 0])
     monkeypatch.setattr(torch.version, "hip", None)
