@@ -21,7 +21,8 @@ from drrlhf.cli._options import parameter, with_parameters
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
-DEFAULT_AMBIGUITY = "tv:0.1"
+DEFAULT_AMBIGUITY = "erm"  # as in Python; which set pays depends on the data
+DEMO_AMBIGUITY = "tv:0.1"  # beside plain training
 LORA_R = 16
 # Learning rate by (kind, adapters only).
 LEARNING_RATES = {
@@ -329,11 +330,11 @@ class CommandLine(Settings):
         instead={
             "dpo": {
                 "help": "Train a cut SmolLM2 plainly and robustly on real sentiment preferences; "
-                "takes --output-dir, --steps, --ambiguity and --seed."
+                f"takes --output-dir, --steps, --ambiguity ({DEMO_AMBIGUITY}) and --seed."
             },
             "grpo": {
                 "help": "Train a cut SmolLM2 plainly and robustly on prompts of two domains; "
-                "takes --output-dir, --steps, --ambiguity and --seeds."
+                f"takes --output-dir, --steps, --ambiguity ({DEMO_AMBIGUITY}) and --seeds."
             },
         },
     )

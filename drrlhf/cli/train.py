@@ -11,7 +11,7 @@ from typing import Any
 import typer
 
 from drrlhf.cli import _console, run
-from drrlhf.cli.settings import DEFAULT_AMBIGUITY, takes
+from drrlhf.cli.settings import DEFAULT_AMBIGUITY, DEMO_AMBIGUITY, takes
 
 app = typer.Typer(
     help="Train a reward model, or a policy by DPO or GRPO, with worst-case weights over each "
@@ -104,7 +104,7 @@ def _demo(ctx: typer.Context, kind: str) -> None:
         demo = importlib.import_module(f"drrlhf.demo.{kind}")
     chosen = {name: ctx.params[name] for name in own}
     if "ambiguity" in own:
-        chosen["ambiguity"] = chosen["ambiguity"] or DEFAULT_AMBIGUITY
+        chosen["ambiguity"] = chosen["ambiguity"] or DEMO_AMBIGUITY
     if (steps := chosen.pop("max_steps", -1)) != -1:
         chosen["steps"] = steps
     with _console.user_errors(material.MaterialError):

@@ -94,7 +94,8 @@ def _assert_same_weights(one: Path, other: Path) -> None:
 
 
 def test_reward_model(place, tmp_path):
-    result = _train(place, "reward", tmp_path / "out", f"--eval-data {place.held_out}")
+    given = f"--ambiguity tv:0.1 --eval-data {place.held_out}"
+    result = _train(place, "reward", tmp_path / "out", given)
     for word in ("reward, ambiguity tv:0.1", "held out", "effective sample size", "training.png"):
         assert word in result.output
     lines = json_lines(tmp_path / "out/metrics.jsonl")

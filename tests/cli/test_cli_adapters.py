@@ -248,7 +248,8 @@ def test_groups_that_are_codes(place, tmp_path):
     _refused(_run(arguments(place, "dpo", tmp_path / "o", more)), *words)
 
     # a set without groups only measures them, so that others may be held out
-    train(place, "dpo", tmp_path / "tv", f"--model {place.base} --data {pairs} --eval-data {other}")
+    given = f"--model {place.base} --data {pairs} --eval-data {other} --ambiguity tv:0.1"
+    train(place, "dpo", tmp_path / "tv", given)
     lines = json_lines(tmp_path / "tv" / "metrics.jsonl")
     assert "group/20240115/weight" in lines[0] and "eval_group/8/weight" in lines[-1]
 
@@ -261,6 +262,7 @@ def test_splits_of_a_data_set(place, tmp_path):
     given = f"--model {place.base} --data {tmp_path / 'd'}"
     train(place, "dpo", tmp_path / "o", f"{given} --split prefs --eval-split held --save-steps 1")
     record = json.loads((tmp_path / "o" / "run.json").read_text())
+    assert record["settings"]["ambiguity"] == "erm"  # unless told
     assert (record["settings"]["split"], record["settings"]["eval_split"]) == ("prefs", "held")
     assert record["data"]["rows"] == 8 and "eval" in record["result"]
     _refused(_run(arguments(place, "dpo", tmp_path / "p", given)), "split 'train'")
