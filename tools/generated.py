@@ -46,12 +46,13 @@ def evidence_pages() -> list[Path]:
 
 def blocks() -> dict[str, str]:
     """{NAME: markdown}, from the results that are kept in the checkout."""
+    steps = gpu_steps()
     return {
         **readme_tables(KEPT),
         "reward_demo": _reward_demo(_read("reward_demo")),
         "grpo_demo": _grpo_demo(_read("grpo_demo")),
-        "gpu_speed": _gpu_speed(gpu_steps()),
-        "gpu_step": _gpu_step(gpu_steps()),
+        "gpu_speed": _gpu_speed(steps),
+        "gpu_step": _gpu_step(steps),
         "gpu_head": _gpu_head(list(json_lines(_kept("gpu-ops", ".jsonl")))),
         "transformations": _transformations(),
         "attacks": _attacks(),
@@ -98,13 +99,9 @@ def _kept(kind: str, suffix: str) -> Path:
 
 def gpu_steps() -> results.Result:
     """The newest kept result of a GPU that has steps of a trainer."""
-    metrics = {metric for metric, _ in _GPU_STEPS}
-    of_gpu = sorted(KEPT.glob("gpu_*.json"), key=lambda path: path.stem.rpartition("_")[2])
-    return next(
-        result
-        for result in map(results.read, reversed(of_gpu))
-        if any(record["metric"] in metrics for record in result["records"])
-    )
+    found = results.newest(KEPT, "trainer_step", suite="gpu")
+    assert found is not None
+    return found
 
 
 def _read(kind: str) -> dict[str, Any]:

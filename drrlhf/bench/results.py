@@ -138,10 +138,12 @@ def read(path: str | os.PathLike[str]) -> Result:
     return result
 
 
-def newest(folder: str | os.PathLike[str], op: str, metric: str = "") -> Result | None:
-    """The newest kept CPU result in `folder` that has records of `op`, with a metric that begins
-    with ``metric``; None without one."""
-    found = ((path.stem.rpartition("_")[2], path) for path in Path(folder).glob("cpu_*.json"))
+def newest(
+    folder: str | os.PathLike[str], op: str, metric: str = "", suite: str = "cpu"
+) -> Result | None:
+    """The newest kept result of a suite in `folder` that has records of `op`, with a metric that
+    begins with ``metric``; None without one."""
+    found = ((path.stem.rpartition("_")[2], path) for path in Path(folder).glob(f"{suite}_*.json"))
     for _, path in sorted(found, reverse=True):
         result = read(path)
         if any(

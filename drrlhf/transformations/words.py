@@ -21,7 +21,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from random import Random
 
 from drrlhf.transformations.edits import edited
@@ -60,9 +60,14 @@ def _all_marks() -> str:
     return _JOINERS + "".join(f"{chr(first)}-{chr(last)}" for first, last in ranges)
 
 
-_MARK = re.compile(f"[{_all_marks()}]")
-_LETTERS = rf"[^\W\d_{_UNSPACED}]+"
-_WORD = re.compile(rf"{_LETTERS}(?:{_MARK.pattern}+(?:{_LETTERS})?)*")
+@cache
+def _mark_and_word() -> tuple[re.Pattern[str], re.Pattern[str]]:
+    """A mark of a letter, and a word; made at the first text, for to look through Unicode takes
+    longer than all else that this module is imported for."""
+    mark, letters = f"[{_all_marks()}]", rf"[^\W\d_{_UNSPACED}]+"
+    return re.compile(mark), re.compile(rf"{letters}(?:{mark}+(?:{letters})?)*")
+
+
 LETTERS = 4  # of a word that may change, at least
 _NAMING = re.compile("[/@_]")
 _KEYS = ("qwertyuiop", "asdfghjkl", "zxcvbnm")
@@ -90,11 +95,12 @@ def _words(text: str, whole: bool) -> list[tuple[int, int]]:
     """Where the words of four letters and more begin and end; with ``whole`` those with marks,
     too."""
     found = []
+    mark, any_word = _mark_and_word()
     if _NAMING.search(text):
         text = re.sub(r"\S+", _hidden, text)
-    for one in _WORD.finditer(text):
+    for one in any_word.finditer(text):
         word = one.group()
-        letters = len(word if word.isascii() else _MARK.sub("", word))
+        letters = len(word if word.isascii() else mark.sub("", word))
         if letters >= LETTERS and (whole or letters == len(word)):
             found.append(one.span())
     return found

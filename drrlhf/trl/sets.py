@@ -256,12 +256,12 @@ class SetMixin:
     def _facts(self) -> dict[str, str]:
         per_rank = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
         numbered = self._numbered
-        groups = {} if numbered is None else {GROUPS: numbered.described()}
-        groups |= {n: str(getattr(self.args, n)) for n in OBJECTIVE if hasattr(self.args, n)}
+        facts = {} if numbered is None else {GROUPS: numbered.described()}
+        facts |= {n: str(getattr(self.args, n)) for n in OBJECTIVE if hasattr(self.args, n)}
         if self._num_groups is not None and hasattr(self.args, GROUP_BY):
             threshold = "" if self._by_column else f" {self.args.pass_threshold}"
-            groups[GROUP_BY] = f"{self.args.group_by}{threshold}"
-        return groups | {
+            facts[GROUP_BY] = f"{self.args.group_by}{threshold}"
+        return facts | {
             "ambiguity": str(self.ambiguity),
             "robust_scope": self.robust_scope,
             "processes": str(self.args.world_size),
