@@ -14,7 +14,7 @@ from evidence.labels import summary as labels
 from evidence.labels.run import REWARD
 from evidence.shift import findings, page
 from evidence.shift.findings import DPO_FAMILIES, FAMILIES, SURE
-from evidence.tables import difference, kept
+from evidence.tables import difference, kept, sure
 from evidence.views import summary as views
 
 EXAMPLES = ("tv", "kl", "chi2", "cvar")
@@ -89,13 +89,11 @@ def _of_labels(records: Sequence[Mapping[str, Any]]) -> str:
         for measure in ("accuracy", "brier"):
             found = labels.values(records, REWARD, measure)
             cells[measure] = difference(found, base, labels.AGAINST[base])["soft"]
-        sure = {
-            measure: cell.split("**")[1] for measure, cell in cells.items() if cell.startswith("**")
-        }
+        known = sure(cells)
         named = [
-            text.format(sure[measure])
+            text.format(known[measure])
             for measure, text in (("accuracy", "{} points"), ("brier", "Brier {}"))
-            if measure in sure
+            if measure in known
         ]
         parts.append(f"{', '.join(named) or 'nothing'} over {what}")
     return "; ".join(parts)
@@ -110,28 +108,33 @@ def _of_models(records: Sequence[Mapping[str, Any]]) -> str:
     for base, what in ((best_of.SINGLE, "each"), (best_of.POOLED, "one with the labels of all")):
         told = []
         for measure, called in zip(best_of.MEASURES, ("gold score", "fall"), strict=True):
-            cells = difference(best_of.measured(curves, measure), base, best_of.COMBINED)
-            sure = [
-                f"{names[how]} {cells[how].split('**')[1]}"
-                for how in names
-                if cells[how].startswith("**")
-            ]
-            told += [f"{called}: {', '.join(sure)}"] if sure else []
+            known = sure(difference(best_of.measured(curves, measure), base, best_of.COMBINED))
+            named = [f"{words} {known[how]}" for how, words in names.items() if how in known]
+            told += [f"{called}: {', '.join(named)}"] if named else []
         parts.append(f"over {what}: {', '.join(told) or 'nothing sure'}")
     return "; ".join(parts)
 
 
 def _of_views(records: Sequence[Mapping[str, Any]]) -> str:
-    """Of a reward model: pairs that stay right under every change that was not trained on, in the
-    domains that were; what is sure."""
+    """Of a reward model trained on the worst view: pairs that stay right under every change that
+    was not trained on, and pairs as they are; in the domains that it has seen and in the one that
+    it has not. What is sure."""
     seeds = views.complete(records)
     if len(seeds) < views.SEEDS:
         return f"being measured ({len(seeds)} of {views.SEEDS} seeds)"
-    found = views.values(seeds, "seen", "right")
-    against = views.compared_with(found)
+    against = views.compared_with(seeds[0])
+    bases = (("plain", "no views"), ("augment-long", "augmentation at equal compute"))
+    measures = (("right", "pairs right in every form"), ("clean", "pairs right as they are"))
+    domains = {"seen": "seen domains", "unseen": "an unseen one"}
     parts = []
-    for base, what in (("plain", "no views"), ("augment-long", "augmentation at equal compute")):
-        cell = difference(found, base, against[base])["worst"]
-        told = f"{cell.split('**')[1]} points" if cell.startswith("**") else "nothing sure"
-        parts.append(f"{told} over {what}")
-    return f"pairs right in every form: {', '.join(parts)}"
+    for measure, called in measures:
+        told = []
+        for base, what in bases:
+            cells = {}
+            for group in domains:
+                found = views.values(seeds, group, measure)
+                cells[group] = difference(found, base, against[base])["worst"]
+            named = [f"{mean} in {domains[group]}" for group, mean in sure(cells).items()]
+            told.append(f"{' and '.join(named) or 'nothing sure'} over {what}")
+        parts.append(f"{called}: {', '.join(told)}")
+    return "; ".join(parts)

@@ -36,6 +36,11 @@ def difference(found: Values, base: str, methods: Sequence[str]) -> dict[str, st
     return cells
 
 
+def sure(cells: Mapping[str, str]) -> dict[str, str]:
+    """The means of the differences that are sure, of what `difference` says."""
+    return {name: cell.split("**")[1] for name, cell in cells.items() if cell.startswith("**")}
+
+
 def compared(
     found: Mapping[str, Values], against: Mapping[str, Sequence[str]]
 ) -> list[tuple[str, ...]]:
