@@ -24,6 +24,7 @@ KNOWN_GROUPS = ("balanced", "group")
 def table() -> str:
     """Markdown. Rows: what is chosen, or known. Cells: what it bought, and where that is told."""
     _, records, dpo, _ = page.load(page.HERE / "results")
+    viewed = kept("views/results/reward.jsonl")
     rows = [
         (
             "an adversary over examples (`tv`, `kl`, `chi2`, `cvar`), in reward models",
@@ -50,10 +51,12 @@ def table() -> str:
             _of_models(kept("best_of/results/best_of.jsonl")),
             "[best of n](evidence/best_of/README.md)",
         ),
-        (
-            "an adversary over the form of a pair (`views`)",
-            _of_views(kept("views/results/reward.jsonl")),
-            "[views](evidence/views/README.md)",
+        *(
+            (what, _of_views(viewed, method), "[views](evidence/views/README.md)")
+            for method, what in (
+                ("worst", "an adversary over the form of a pair (`views`), in reward models"),
+                ("worst-group", "the same under a set over known groups"),
+            )
         ),
     ]
     return markdown(("what is used", "what it bought, ten paired seeds", "more"), rows)
@@ -115,26 +118,25 @@ def _of_models(records: Sequence[Mapping[str, Any]]) -> str:
     return "; ".join(parts)
 
 
-def _of_views(records: Sequence[Mapping[str, Any]]) -> str:
+def _of_views(records: Sequence[Mapping[str, Any]], method: str) -> str:
     """Of a reward model trained on the worst view: pairs that stay right under every change that
-    was not trained on, and pairs as they are; in the domains that it has seen and in the one that
-    it has not. What is sure."""
+    was not trained on, and pairs as they are, by how often it has seen their domain. What is
+    sure."""
     seeds = views.complete(records)
     if len(seeds) < views.SEEDS:
         return f"being measured ({len(seeds)} of {views.SEEDS} seeds)"
     against = views.compared_with(seeds[0])
     bases = (("plain", "no views"), ("augment-long", "augmentation at equal compute"))
-    measures = (("right", "pairs right in every form"), ("clean", "pairs right as they are"))
-    domains = {"seen": "seen domains", "unseen": "an unseen one"}
+    measures = (("right", "pairs right in every form"), ("clean", "as they are"))
     parts = []
-    for measure, called in measures:
+    for base, what in bases:
         told = []
-        for base, what in bases:
+        for measure, called in measures:
             cells = {}
-            for group in domains:
+            for group in views.DOMAINS:
                 found = views.values(seeds, group, measure)
-                cells[group] = difference(found, base, against[base])["worst"]
-            named = [f"{mean} in {domains[group]}" for group, mean in sure(cells).items()]
-            told.append(f"{' and '.join(named) or 'nothing sure'} over {what}")
-        parts.append(f"{called}: {', '.join(told)}")
+                cells[group] = difference(found, base, against[base])[method]
+            named = [f"{mean} ({group})" for group, mean in sure(cells).items()]
+            told += [f"{called} {', '.join(named)}"] if named else []
+        parts.append(f"over {what}: {', '.join(told) or 'nothing sure'}")
     return "; ".join(parts)

@@ -189,16 +189,17 @@ def test_what_views_bought_is_told_once_all_seeds_are_there(later):
             record["test"]["nyt"]["clean"] -= 0.03 + 0.001 * (record["seed"] % 3)
         if record["method"] == "augment-long":
             record["test"]["movie"]["right"] += 0.1
-    right, as_is = pays._of_views(records).split("; ")
-    assert right == (
-        "pairs right in every form: +5.1 in seen domains and +5.1 in an unseen one over no views, "
-        "+0.1 in seen domains and +5.1 in an unseen one over augmentation at equal compute"
+    over_plain, over_long = pays._of_views(records, "worst").split("; ")
+    assert over_plain == (
+        "over no views: pairs right in every form +5.1 (seen), +5.1 (rare), +5.1 (unseen), "
+        "as they are -3.1 (unseen)"
     )
-    assert as_is == "pairs right as they are: " + ", ".join(
-        f"-3.1 in an unseen one over {what}"
-        for what in ("no views", "augmentation at equal compute")
+    assert over_long == (
+        "over augmentation at equal compute: pairs right in every form +0.1 (seen), +5.1 (rare), "
+        "+5.1 (unseen), as they are -3.1 (unseen)"
     )
-    assert pays._of_views(records[1:]) == "being measured (9 of 10 seeds)"
+    assert pays._of_views(records, "worst-group").startswith("over no views: nothing sure; ")
+    assert pays._of_views(records[1:], "worst") == "being measured (9 of 10 seeds)"
 
 
 @pytest.mark.parametrize("kept", sorted(Path(run.__file__).parent.glob("results/*.jsonl")), ids=str)
