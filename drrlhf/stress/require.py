@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from drrlhf.ambiguity import AmbiguitySet, Group, parse_ambiguity
+from drrlhf.ambiguity import SETS, AmbiguitySet, Group, parse_ambiguity
 from drrlhf.stress.groups import by_subject
 from drrlhf.transformations import BIAS, TRANSFORMATIONS
 
@@ -30,7 +30,6 @@ REAL = ("gold", "tau", "lost", "reward")  # may lie below 0
 SHARES = ("accuracy", "success", "preferred")  # lie in [0, 1]
 _FORM = re.compile(rf"\s*(\S.*?)\s+({'|'.join(SENSES)})\s*(>=|<=)\s*(\S.*?)\s*")
 _SUBJECTS = ("easy", "normal", "hard", "attacks", "kendall")
-_SETS = ("erm", "tv", "kl", "chi2", "cvar", "group")
 EXAMPLE = (
     'expected for example "tv:0.1 accuracy>=0.75", "kl:0.1 loss<=0.6", "typos accuracy>=0.8", '
     '"worst-change accuracy>=0.6" or "subset=code accuracy>=0.7"'
@@ -153,9 +152,9 @@ def check(name: str, value: Any, fine: bool, wanted: str) -> None:
 def _is_set(name: str) -> bool:
     """Whether a set is meant: by its name, or by one that is nearly that and has a number."""
     beginning, colon, _ = name.partition(":")
-    near = difflib.get_close_matches(beginning, _SETS, 1, 0.5)
+    near = difflib.get_close_matches(beginning, SETS, 1, 0.5)
     another = "=" in beginning or _is_change(beginning)  # "group=math:algebra" is a group
-    return beginning in _SETS or bool(colon and near and not another)
+    return beginning in SETS or bool(colon and near and not another)
 
 
 def _is_subject(name: str) -> bool:
