@@ -4,9 +4,9 @@ The format is TRL's: ``chosen`` and ``rejected``, with an explicit ``prompt`` or
 (both completions then start with it), every value a string (standard) or a list of ``{"role",
 "content"}`` messages (conversational); a prompt that is a string beside whole conversations is that
 of both. Messages may call tools, and the columns ``tools`` and ``chat_template_kwargs`` go to the
-chat template. Three optional columns are ours: ``group`` (for `dr.Group`), ``margin`` (reward
-models) and ``weight`` (the nominal weight of the pair), and columns such as ``chosen@NAME`` hold
-other forms of a text. Prompts for GRPO need ``prompt`` alone;
+chat template. Optional columns are ``group`` (for `dr.Group`), ``margin`` (reward models),
+``weight`` (the nominal weight of the pair) and ``p_chosen`` (the probability of its label), and
+columns such as ``chosen@NAME`` hold other forms of a text. Prompts for GRPO need ``prompt`` alone;
 ``group`` and ``weight`` are the prompt's, and other columns are kept for the reward function.
 """
 

@@ -19,6 +19,7 @@ from evidence.views import summary as views
 
 EXAMPLES = ("tv", "kl", "chi2", "cvar")
 KNOWN_GROUPS = ("balanced", "group")
+NOTHING = "no significant difference"
 
 
 def table() -> str:
@@ -77,10 +78,10 @@ def _over_shifts(
             into.append(
                 (100 * one.difference, f"`{name}` {100 * one.difference:+.1f} on `{family}`")
             )
-    gained = ", ".join(text for _, text in sorted(gains, reverse=True)) or "no accuracy"
+    gained = ", ".join(text for _, text in sorted(gains, reverse=True)) or "no gain"
     if not losses:
         return gained
-    return f"{gained}; sure losses: {len(losses)}, the largest {-min(losses)[0]:.1f} points"
+    return f"{gained}; significant losses: {len(losses)}, the largest {-min(losses)[0]:.1f} points"
 
 
 def _of_labels(records: Sequence[Mapping[str, Any]]) -> str:
@@ -98,7 +99,7 @@ def _of_labels(records: Sequence[Mapping[str, Any]]) -> str:
             for measure, text in (("accuracy", "{} points"), ("brier", "Brier {}"))
             if measure in known
         ]
-        parts.append(f"{', '.join(named) or 'nothing'} over {what}")
+        parts.append(f"{', '.join(named) or NOTHING} over {what}")
     return "; ".join(parts)
 
 
@@ -108,13 +109,16 @@ def _of_models(records: Sequence[Mapping[str, Any]]) -> str:
     names = {"mean": "their mean", "min": "their worst case"}
     _, curves = best_of.curves(records, "real")
     parts = []
-    for base, what in ((best_of.SINGLE, "each"), (best_of.POOLED, "one with the labels of all")):
+    for base, what in (
+        (best_of.SINGLE, "one of them"),
+        (best_of.POOLED, "one model with the labels of all"),
+    ):
         told = []
         for measure, called in zip(best_of.MEASURES, ("gold score", "fall"), strict=True):
             known = sure(difference(best_of.measured(curves, measure), base, best_of.COMBINED))
-            named = [f"{words} {known[how]}" for how, words in names.items() if how in known]
-            told += [f"{called}: {', '.join(named)}"] if named else []
-        parts.append(f"over {what}: {', '.join(told) or 'nothing sure'}")
+            named = [f"{known[how]} by {words}" for how, words in names.items() if how in known]
+            told += [f"{called} {', '.join(named)}"] if named else []
+        parts.append(f"over {what}: {', '.join(told) or NOTHING}")
     return "; ".join(parts)
 
 
@@ -138,5 +142,5 @@ def _of_views(records: Sequence[Mapping[str, Any]], method: str) -> str:
                 cells[group] = difference(found, base, against[base])[method]
             named = [f"{mean} ({group})" for group, mean in sure(cells).items()]
             told += [f"{called} {', '.join(named)}"] if named else []
-        parts.append(f"over {what}: {', '.join(told) or 'nothing sure'}")
+        parts.append(f"over {what}: {', '.join(told) or NOTHING}")
     return "; ".join(parts)

@@ -235,9 +235,8 @@ class GRPOConfig(_Ambiguous, _TRLGRPOConfig):
     """TRL's ``GRPOConfig`` plus the ambiguity set around the prompts of a step, given and kept as
     in :class:`DPOConfig`, and the output head.
 
-    ``share_prompts`` runs the model on a prompt once
-    for all completions of it in a batch; those of an optimizer step that have one prompt are
-    brought together in its batches.
+    ``share_prompts`` runs the model on a prompt once for all completions of it in a batch; those of
+    an optimizer step that have one prompt are brought together in its batches.
 
     ``group_by`` says what the groups of ``ambiguity="group:G"`` are: ``"column"``, the dataset's
     ``group``; or ``"pass_rate"``, the share of each prompt's completions so far that reached a

@@ -59,9 +59,9 @@ class GRPOTrainer(OneRowMixin, StepMixin, trl.GRPOTrainer):
     ``ambiguity="erm"`` and no ``weight`` column everything is TRL's own.
 
     Datasets may have the columns ``group`` (numbers from 0, codes or text) and ``weight`` (>= 0) of
-    a prompt; with
-    ``args.group_by="pass_rate"`` a Group set's groups are instead the prompts' running pass rates,
-    cut into equal parts of [0, 1]. Log-probs come from the head that ``args.head`` names.
+    a prompt; with ``args.group_by="pass_rate"`` a Group set's groups are instead the prompts'
+    running pass rates, cut into equal parts of [0, 1]. Log-probs come from the head that
+    ``args.head`` names.
 
     Metrics added: ``robust/reward``, the plain mean of V, and ``robust/worst_case_reward``;
     ``robust/effective_sample_size``, ``/max_weight``, ``/kept`` as in the other trainers, over

@@ -198,7 +198,9 @@ def test_what_views_bought_is_told_once_all_seeds_are_there(later):
         "over augmentation at equal compute: pairs right in every form +0.1 (seen), +5.1 (rare), "
         "+5.1 (unseen), as they are -3.1 (unseen)"
     )
-    assert pays._of_views(records, "worst-group").startswith("over no views: nothing sure; ")
+    assert pays._of_views(records, "worst-group").startswith(
+        "over no views: no significant difference; "
+    )
     assert pays._of_views(records[1:], "worst") == "being measured (9 of 10 seeds)"
 
 
