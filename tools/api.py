@@ -36,9 +36,20 @@ def _arguments(value: Any) -> str:
     """The names of a function's arguments, in parentheses; nothing for a class."""
     if not inspect.isroutine(value):
         return ""
-    names = []
+    names: list[str] = []
     for one in inspect.signature(value).parameters.values():
-        several = one.kind is inspect.Parameter.VAR_POSITIONAL
-        named = one.kind is inspect.Parameter.VAR_KEYWORD
-        names.append(("*" if several else "**" if named else "") + one.name)
+        if one.kind is inspect.Parameter.VAR_KEYWORD:
+            names += _keywords(value, one.annotation) or [f"**{one.name}"]
+        else:
+            several = one.kind is inspect.Parameter.VAR_POSITIONAL
+            names.append(("*" if several else "") + one.name)
     return f"({', '.join(names)})"
+
+
+def _keywords(function: Any, annotation: Any) -> list[str]:
+    """The names that ``**options: Unpack[LISTED]`` of a function stands for; none of others."""
+    # The annotation is text, which `Unpack` of type checkers alone would not evaluate.
+    listed = re.fullmatch(r"Unpack\[(\w+)\]", str(annotation))
+    if listed is None:
+        return []
+    return list(inspect.unwrap(function).__globals__[listed[1]].__annotations__)

@@ -19,6 +19,7 @@ from drrlhf.bench import results
 from drrlhf.bench.table import markdown, readme_tables
 from drrlhf.bench.trainer_step import of_prompts
 from drrlhf.files import json_lines, write_text
+from drrlhf.reference.pair_losses import PAIR_LOSSES
 from drrlhf.seeds import mean_and_error
 from drrlhf.transformations import ATTACK, TRANSFORMATIONS
 from evidence import pays
@@ -27,11 +28,11 @@ from evidence.labels import summary as labels
 from evidence.shift import page, summary
 from evidence.tables import kept
 from evidence.views import summary as views
-from tools.api import listed
+from tools.api import first_sentence, listed
 
 ROOT = Path(__file__).parent.parent
 KEPT = ROOT / "benchmarks" / "results"
-BLOCK = re.compile(r"(<!-- generated: (\S+) -->\n)(.*?)(\n<!-- end -->)", re.DOTALL)
+BLOCK = re.compile(r"(<!-- generated: (\S+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
 
 def pages() -> list[Path]:
@@ -54,6 +55,7 @@ def blocks() -> dict[str, str]:
         "gpu_speed": _gpu_speed(steps),
         "gpu_step": _gpu_step(steps),
         "gpu_head": _gpu_head(list(json_lines(_kept("gpu-ops", ".jsonl")))),
+        "pair_losses": _pair_losses(),
         "transformations": _transformations(),
         "attacks": _attacks(),
         "best_of": best_of.tables(kept("best_of/results/best_of.jsonl")),
@@ -87,7 +89,7 @@ def rewritten(text: str, known: Mapping[str, str]) -> str:
         if found[2] not in known:
             expected = ", ".join(sorted(known))
             raise ValueError(f"generated: expected one of {expected}, got {found[2]!r}")
-        return f"{found[1]}{known[found[2]]}{found[4]}"
+        return f"{found[1]}{known[found[2]]}\n{found[4]}"
 
     return BLOCK.sub(block, text)
 
@@ -123,6 +125,21 @@ def _reward_demo(result: dict[str, Any]) -> str:
         (f"accuracy, % ({result['protocol']['seeds']} seeds)", *domains, "worst domain − `erm`"),
         rows,
     )
+
+
+def _pair_losses() -> str:
+    """Rows: a loss of a pair. Cells: where it comes from, and what it takes besides ``beta``."""
+    rows = []
+    for name, loss in PAIR_LOSSES.items():
+        smoothing = f"`label_smoothing` in {loss.smoothing}" if loss.smoothing else ""
+        takes = (smoothing, "`f_divergence`" if loss.divergences else "")
+        needs = (
+            "a reference" if loss.reference else "",
+            "lengths of the answers" if loss.lengths else "",
+        )
+        cells = [", ".join(filter(None, some)) or "–" for some in (needs, takes)]
+        rows.append((f"`{name}`", first_sentence(loss.function).rstrip("."), *cells))
+    return markdown(("loss", "from", "needs", "takes"), rows)
 
 
 def _grpo_demo(result: dict[str, Any]) -> str:

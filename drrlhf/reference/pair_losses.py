@@ -73,12 +73,12 @@ def hinge(p: Pairs, o: PairOptions) -> Tensor:
 
 
 def ipo(p: Pairs, o: PairOptions) -> Tensor:
-    """arXiv 2310.12036 eq. 17, per token."""
+    """IPO, arXiv 2310.12036 eq. 17, per token."""
     return (_means(p) - 1 / (2 * o.beta)) ** 2
 
 
 def exo_pair(p: Pairs, o: PairOptions) -> Tensor:
-    """arXiv 2402.00856 eq. 16."""
+    """EXO, arXiv 2402.00856 eq. 16."""
     h, eps = o.beta * p.difference, o.label_smoothing
     win, lose = F.logsigmoid(h), F.logsigmoid(-h)
     return win.exp() * (win - math.log1p(-eps)) + lose.exp() * (lose - math.log(eps))
@@ -91,7 +91,7 @@ def robust(p: Pairs, o: PairOptions) -> Tensor:
 
 
 def discopop(p: Pairs, o: PairOptions) -> Tensor:
-    """arXiv 2406.08414 eq. 5."""
+    """DiscoPOP, arXiv 2406.08414 eq. 5."""
     h = o.beta * p.difference
     # exp(-h) gate as one exponential: apart, they overflow and underflow to inf * 0.
     gated = torch.exp(F.logsigmoid(h / o.discopop_tau) - h)
@@ -104,33 +104,33 @@ def sigmoid_norm(p: Pairs, o: PairOptions) -> Tensor:
 
 
 def nca_pair(p: Pairs, o: PairOptions) -> Tensor:
-    """arXiv 2402.05369."""
+    """NCA, arXiv 2402.05369."""
     chosen, rejected = o.beta * p.chosen, o.beta * p.rejected
     return -F.logsigmoid(chosen) - 0.5 * F.logsigmoid(-chosen) - 0.5 * F.logsigmoid(-rejected)
 
 
 def bco_pair(p: Pairs, o: PairOptions) -> Tensor:
-    """arXiv 2404.04656, without the running shift."""
+    """BCO, arXiv 2404.04656, without the running shift."""
     return -F.logsigmoid(o.beta * p.chosen) - F.logsigmoid(-o.beta * p.rejected)
 
 
 def sppo_hard(p: Pairs, o: PairOptions) -> Tensor:
-    """arXiv 2405.00675 with hard probabilities."""
+    """SPPO, arXiv 2405.00675 with hard probabilities."""
     return (p.chosen - 0.5 / o.beta) ** 2 + (p.rejected + 0.5 / o.beta) ** 2
 
 
 def apo_zero(p: Pairs, o: PairOptions) -> Tensor:
-    """arXiv 2408.06266 eq. 7."""
+    """APO-zero, arXiv 2408.06266 eq. 7."""
     return torch.sigmoid(-o.beta * p.chosen) + torch.sigmoid(o.beta * p.rejected)
 
 
 def apo_down(p: Pairs, o: PairOptions) -> Tensor:
-    """arXiv 2408.06266 eq. 8."""
+    """APO-down, arXiv 2408.06266 eq. 8."""
     return torch.sigmoid(o.beta * p.chosen) + torch.sigmoid(o.beta * (p.rejected - p.chosen))
 
 
 def simpo(p: Pairs, o: PairOptions) -> Tensor:
-    """arXiv 2405.14734 eq. 6; without a reference."""
+    """SimPO, arXiv 2405.14734 eq. 6; without a reference."""
     return -F.logsigmoid(o.beta * _means(p) - o.simpo_gamma)
 
 

@@ -221,6 +221,14 @@ def test_a_block_that_nothing_generates_is_refused():
         generated.rewritten(text, {"a": "", "b": ""})
 
 
+def test_an_empty_block_is_filled_and_leaves_the_next_alone():
+    mark = "<!-- generated: {} -->\n{}<!-- end -->\n"
+    known = {"a": "new", "b": "other"}
+    filled = mark.format("a", "new\n") + "## Between\n" + mark.format("b", "other\n")
+    empty = mark.format("a", "") + "## Between\n" + mark.format("b", "old\n")
+    assert generated.rewritten(empty, known) == filled
+
+
 def test_the_generator_finds_and_mends_a_stale_block(tmp_path, monkeypatch, capsys):
     fresh = "before\n<!-- generated: a -->\n| new |\n<!-- end -->\nafter\n"
     (tmp_path / "README.md").write_text(fresh.replace("new", "old"))
@@ -501,6 +509,10 @@ def test_a_name_is_listed_with_its_arguments_and_first_sentence(monkeypatch):
     home = types.SimpleNamespace(__all__=["shown", "LIMIT"], shown=shown, LIMIT=3)
     monkeypatch.setitem(sys.modules, "home", home)
     assert api.listed("home") == "- `shown(x, *rest, y, **options)`: The sum of x and y."
+    # As its type checker's: nothing that exists when it runs.
+    shown.__annotations__["options"] = "Unpack[Listed]"
+    monkeypatch.setitem(globals(), "Listed", types.SimpleNamespace(__annotations__={"z": int}))
+    assert api.listed("home") == "- `shown(x, *rest, y, z)`: The sum of x and y."
     home.__all__.append("bare")
     home.bare = bare
     with pytest.raises(ValueError, match="expected a docstring, got none"):
