@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from drrlhf import backends
+from drrlhf.conventions import statistics_dtype
 from drrlhf.layouts.layout import Block, causal_mask, seen_by
 from drrlhf.ops.library import COMPILED
 
@@ -103,7 +104,8 @@ class _Attention(torch.autograd.Function):
         heads, length, width = query.shape
         ctx.options = blocks, window, scale
         out = query.new_empty(length, heads, width)
-        norms = query.new_empty(heads, length, 1, dtype=torch.float32)  # log-sum-exps of scores
+        # Log-sum-exps of scores, in the dtype in which PyTorch's kernels have them.
+        norms = query.new_empty(heads, length, 1, dtype=statistics_dtype(query))
         for block in blocks:
             part = _Part.of(query, key, value, block, window, scale)
             found, sums = _flash(*part[:3], dropout_p=0.0, **part.known())
@@ -126,7 +128,7 @@ class _Attention(torch.autograd.Function):
             )
             return *found, None, None, None
         of_query = torch.empty_like(query)
-        of_key, of_value = (torch.zeros_like(x, dtype=torch.float32) for x in (key, value))
+        of_key, of_value = (torch.zeros_like(x, dtype=norms.dtype) for x in (key, value))
         outer, laid, sums = (
             _by_key(x, key) for x in (grad.transpose(0, 1), out.transpose(0, 1), norms)
         )
@@ -144,7 +146,7 @@ class _Attention(torch.autograd.Function):
             _by_key(of_query, key)[:, :, own] = found[0]
             pieces = block.seen()
             for total, new in zip((of_key, of_value), found[1:], strict=True):
-                summed = new.sum(1, dtype=torch.float32)  # over the heads that share a key
+                summed = new.sum(1, dtype=norms.dtype)  # over the heads that share a key
                 parts = summed.split([stop - start for start, stop in pieces], dim=1)
                 for (start, stop), part_of in zip(pieces, parts, strict=True):
                     total[:, start:stop] += part_of
@@ -152,8 +154,9 @@ class _Attention(torch.autograd.Function):
 
 
 def _compiled(dtype: torch.dtype) -> bool:
-    """Whether the extension is there, and its backward the faster one: in float32 it is not."""
-    return backends.build_info()["built"] and dtype != torch.float32
+    """Whether the extension is there, and its backward the better one: in float32 it is not faster,
+    and in float64, whose scores it would take in float32, not as exact."""
+    return backends.build_info()["built"] and dtype in (torch.bfloat16, torch.float16)
 
 
 def _by_key(heads: Tensor, key: Tensor) -> Tensor:

@@ -229,6 +229,19 @@ def test_attention_is_that_of_its_definition(way, window, scale, monkeypatch):
         torch.testing.assert_close(mine.double(), right, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("way", WAYS)
+def test_attention_in_float64_is_exact(way, monkeypatch):
+    """Though a build has the extension, whose scores are float32."""
+    inputs, outer, expected = attention_problem(BLOCKS, torch.float64, 4, None)
+    options = {"sliding_window": 4, attention.BLOCKS: BLOCKS}
+    if way == "block by block":
+        options["dropout"] = 1e-30
+    built = {"built": way == "extension"}
+    monkeypatch.setattr(attention_cpu.backends, "build_info", lambda: built)
+    for mine, right in zip(attended(inputs, outer, **options), expected, strict=True):
+        torch.testing.assert_close(mine, right, rtol=1e-12, atol=1e-12)
+
+
 def across_others(blocks):
     """Whether a block sees what lies before one that sees nothing."""
     alone = [block.start for block in blocks if not block.beginning]
