@@ -123,9 +123,11 @@ class _Attention(torch.autograd.Function):
         blocks, window, scale = ctx.options
         longest = max(block.beginning + block.stop - block.start for block in blocks)
         if _compiled(query.dtype) and longest <= MOST_KEYS:
-            found = torch.ops.drrlhf_cpp.row_attention_backward(
-                grad, *saved, torch.tensor(blocks), window or longest, scale
-            )
+            # Autocast, where it is on around a backward, would narrow the products in float32.
+            with torch.autocast("cpu", enabled=False):
+                found = torch.ops.drrlhf_cpp.row_attention_backward(
+                    grad, *saved, torch.tensor(blocks), window or longest, scale
+                )
             return *found, None, None, None
         of_query = torch.empty_like(query)
         of_key, of_value = (torch.zeros_like(x, dtype=norms.dtype) for x in (key, value))

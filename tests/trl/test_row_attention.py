@@ -242,6 +242,17 @@ def test_attention_in_float64_is_exact(way, monkeypatch):
         torch.testing.assert_close(mine, right, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.skipif(ON_GPU, reason="autocast of a CPU")
+def test_a_backward_inside_autocast_is_that_outside():
+    inputs, outer, _ = attention_problem(BLOCKS, torch.bfloat16, None, None)
+    options = {attention.BLOCKS: BLOCKS}
+    expected = attended(inputs, outer, **options)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = attended(inputs, outer, **options)
+    for mine, theirs in zip(found, expected, strict=True):
+        assert torch.equal(mine, theirs)
+
+
 def across_others(blocks):
     """Whether a block sees what lies before one that sees nothing."""
     alone = [block.start for block in blocks if not block.beginning]
