@@ -8,8 +8,9 @@ Training, stress test and GRPO's rewards ask this module, so that a text has one
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -83,13 +84,21 @@ def padded(ids: Sequence[Any], filling: int, device: Any) -> dict[str, Tensor]:
 def scores(model: Any, ids: Sequence[Sequence[int]], device: Any) -> Tensor:
     """The scores (n,) that a classifier of one label gives sequences, in one padded batch: each is
     the one that the sequence has alone."""
+    with filling_up(model, ids) as filling:
+        return model(**padded(ids, filling, device)).logits[:, 0]
+
+
+@contextlib.contextmanager
+def filling_up(model: Any, ids: Sequence[Any]) -> Iterator[int]:
+    """The token with which a batch of sequences is filled up and that the model skips meanwhile:
+    its pad token, or one with which no sequence ends, for without a pad token a classifier reads
+    the last token of a row, and takes no batch."""
     config = _text_config(model)
     own = config.pad_token_id
-    # Without a pad token a classifier reads the last token of a row, and takes no batch.
     filling = _ends_none(ids) if own is None else own
     try:
         config.pad_token_id = filling
-        return model(**padded(ids, filling, device)).logits[:, 0]
+        yield filling
     finally:
         config.pad_token_id = own
 
@@ -107,9 +116,9 @@ def check_padding(batch: Mapping[str, Any], pad_token_id: int | None) -> None:
         )
 
 
-def _ends_none(ids: Sequence[Sequence[int]]) -> int:
+def _ends_none(ids: Sequence[Any]) -> int:
     """The smallest token id with which no sequence ends."""
-    ends = {one[-1] for one in ids}
+    ends = {int(one[-1]) for one in ids}
     return next(i for i in range(len(ends) + 1) if i not in ends)
 
 

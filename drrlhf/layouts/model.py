@@ -305,6 +305,11 @@ class OneRow:
         with one_row(), _listening(self.scoring) as heard:
             outputs = self.model(**row)
         pad = reward_inputs.pad_token_id(self.model)
+        if pad is None and len(input_ids) > 1:  # as the model itself says of a padded batch
+            raise ValueError(
+                "pad_token_id: expected the token that the batch is filled up with in the model's "
+                "configuration, got None; set config.pad_token_id"
+            )
         read = reward_inputs.score_positions(input_ids, pad).unsqueeze(1)
         outputs.logits = heard[-1][0][found.places.gather(1, read).squeeze(1)]
         return outputs
@@ -327,17 +332,23 @@ class OneRow:
         def alone(ids: Tensor) -> tuple[list[Numbers], float]:
             ids = ids.to(device)
             labels = {"labels": ids} if asked == "log_probs" else {}
-            with as_loaded(self.base), probe.listening(self.base.base_model) as heard:
+            with (
+                as_loaded(self.base),
+                probe.listening(self.base.base_model) as heard,
+                reward_inputs.filling_up(self.base, list(ids)),
+            ):
                 outputs = self.model(
                     input_ids=ids, attention_mask=torch.ones_like(ids), **labels, **options
                 )
             return numbers(outputs, list(heard[-1].hidden)), heard[-1].unit
 
         def together(sequences: list[Tensor]) -> list[Numbers]:
-            pad = reward_inputs.pad_token_id(self.base) or 0
-            batch = reward_inputs.padded(sequences, pad, device)
-            found = getattr(layout, kind)(**batch)
-            with probe.listening(self.base.base_model) as heard:
+            with (
+                probe.listening(self.base.base_model) as heard,
+                reward_inputs.filling_up(self.base, sequences) as pad,
+            ):
+                batch = reward_inputs.padded(sequences, pad, device)
+                found = getattr(layout, kind)(**batch)
                 if asked == "hidden":
                     with one_row():
                         outputs = self.model(**self._row(found, batch["input_ids"], options))

@@ -25,6 +25,7 @@ from peft import LoraConfig
 from trl.trainer.reward_trainer import DataCollatorForPreference
 
 from drrlhf import reward_inputs
+from drrlhf.layouts.model import in_rows
 from drrlhf.stress.models import RewardModel
 from drrlhf.trl import rows
 
@@ -103,6 +104,20 @@ def test_scores_of_a_batch_are_those_of_each_text_alone(pad):
     found = reward_inputs.scores(model, texts, "cpu")
     torch.testing.assert_close(found, torch.stack(alone), rtol=1e-5, atol=1e-6)
     assert model.config.pad_token_id == pad  # as it was
+
+
+def test_a_row_scores_texts_without_a_pad_token():
+    """A row has room for several texts, whatever the model does without a pad token."""
+    model = classifier(pad=None)
+    texts = [[7, 8, 9, EOS], [7, 8, 9, 10, 3], [18, 0], [7, 8]]
+    expected = reward_inputs.scores(model, texts, "cpu")
+    row = in_rows(model)
+    assert row is not None
+    found = reward_inputs.scores(row, texts, "cpu")
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    assert model.config.pad_token_id is None  # as it was
+    with torch.no_grad(), pytest.raises(ValueError, match=r"config\.pad_token_id"):
+        row(**reward_inputs.padded(texts, 0, "cpu"))
 
 
 # ---- training ------------------------------------------------------------------------------------
