@@ -39,8 +39,9 @@ _ROWS = {
     "shared": "a row with their common prompt once",
     "left": "a batch padded on the left",
 }
-# What the probe of each model said of a layout: None, or in words how its numbers change there.
-_verdicts: weakref.WeakKeyDictionary[PreTrainedModel, dict[str, str | None]] = (
+# What the probe of each model said of a layout, for sequences of at most so many tokens: None, or
+# in words how its numbers change there.
+_verdicts: weakref.WeakKeyDictionary[PreTrainedModel, dict[tuple[str, int | None], str | None]] = (
     weakref.WeakKeyDictionary()
 )
 # The last row with common prompts once, until it is asked for again: policy and reference ask for
@@ -241,10 +242,10 @@ class OneRow:
         Raises:
             ValueError: it does not, and was asked to take such rows.
         """
-        verdicts = _verdicts.setdefault(self.base, {})
-        if kind not in verdicts:
-            verdicts[kind] = self._probe(kind, device, asked, options)
-        words = verdicts[kind]
+        verdicts, tried = _verdicts.setdefault(self.base, {}), (kind, self.longest)
+        if tried not in verdicts:
+            verdicts[tried] = self._probe(kind, device, asked, options)
+        words = verdicts[tried]
         if words is None:
             return None
         changed = (
@@ -255,8 +256,10 @@ class OneRow:
             self.notice(f"share_prompts='auto': prompts are not shared {changed}")
             if self.packed is not True:  # then no row is left
                 _release(self.base)
+                for other in [one for one, said in verdicts.items() if said is None]:
+                    del verdicts[other]  # said of the attention that is gone
             return words
-        del verdicts[kind]  # what is refused is tried again
+        del verdicts[tried]  # what is refused is tried again
         option = "padding_free" if kind == "packed" else "share_prompts"
         raise ValueError(f"{option}: use {option}=False {changed}")
 

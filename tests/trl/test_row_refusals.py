@@ -12,9 +12,17 @@ import torch
 import trl
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import GlmMoeDsaConfig, GlmMoeDsaForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers import (
+    GlmMoeDsaConfig,
+    GlmMoeDsaForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PhimoeConfig,
+    PhimoeForCausalLM,
+)
 
 from drrlhf.layouts.attention import ATTENTION
+from drrlhf.layouts.model import in_rows
 from drrlhf.trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer
 
 INVOCATION = "<|assistant|>"
@@ -109,6 +117,36 @@ def test_a_model_that_is_refused_has_its_attention_back(tmp_path):
         eos_token_id=1,
     )
     assert_as_trl(saved(GlmMoeDsaForCausalLM(config), tmp_path / "model"), tmp_path)
+
+
+def test_a_model_is_tried_again_for_longer_sequences():
+    """The window of this one is in its mask alone: rows of texts that are shorter do no harm."""
+    torch.manual_seed(0)
+    config = PhimoeConfig(
+        vocab_size=40,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=2,
+        sliding_window=16,
+        max_position_embeddings=256,
+        initializer_range=0.3,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    model = PhimoeForCausalLM(config).eval()
+    short = in_rows(model, longest=12)
+    assert short is not None and in_rows(model, longest=60) is None
+    ids = torch.randint(3, 40, (2, 12))
+    ids[1, :6] = ids[0, :6]
+    mask = torch.ones_like(ids)
+    with torch.no_grad():
+        expected = model(input_ids=ids, attention_mask=mask).logits[:, :-1].flatten(0, 1)
+        found = short.predictions(ids, mask, mask[:, 1:].bool())
+    torch.testing.assert_close(found, expected)  # its attention is again the one that it had
 
 
 class Prompted:
