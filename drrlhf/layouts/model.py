@@ -68,8 +68,9 @@ def _without_adapters(model: Any) -> Any:
 
 def obstacle(model: Any) -> str | None:
     """Why the attention of ``model`` cannot take rows of several sequences, as "for MODEL: …"; None
-    if it can, as far as its configuration tells: it is no causal decoder, its attention is neither
-    PyTorch's nor flash attention, or it puts tokens of its own before every sequence."""
+    if it can, as far as its configuration tells: it is no causal decoder, names no layers below its
+    head, its attention is neither PyTorch's nor flash attention, or it puts tokens of its own
+    before every sequence."""
     base = _without_adapters(model)
     if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
         return "with prompt-learning adapters, whose tokens it would lose"
@@ -84,6 +85,8 @@ def obstacle(model: Any) -> str | None:
             f"for {type(base).__name__}: it needs a causal text decoder, whose last "
             "token alone sees the whole sequence"
         )
+    if base.base_model is base:  # what it gives below its head cannot be asked for
+        return f"for {type(base).__name__}: it has nothing under its base_model_prefix"
     used = base.config._attn_implementation
     if "flash" in used or used in ("sdpa", ATTENTION):
         return None

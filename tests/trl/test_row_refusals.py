@@ -17,12 +17,14 @@ from transformers import (
     GlmMoeDsaForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
+    Llama4ForCausalLM,
+    Llama4TextConfig,
     PhimoeConfig,
     PhimoeForCausalLM,
 )
 
 from drrlhf.layouts.attention import ATTENTION
-from drrlhf.layouts.model import in_rows
+from drrlhf.layouts.model import in_rows, obstacle
 from drrlhf.trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer
 
 INVOCATION = "<|assistant|>"
@@ -117,6 +119,27 @@ def test_a_model_that_is_refused_has_its_attention_back(tmp_path):
         eos_token_id=1,
     )
     assert_as_trl(saved(GlmMoeDsaForCausalLM(config), tmp_path / "model"), tmp_path)
+
+
+def test_a_model_that_does_not_name_its_layers_is_not_laid_in_rows():
+    """Its base_model_prefix is that of a larger model, of which it is a part."""
+    config = Llama4TextConfig(
+        vocab_size=40,
+        hidden_size=16,
+        intermediate_size=16,
+        intermediate_size_mlp=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        num_local_experts=1,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    model = Llama4ForCausalLM(config)
+    assert in_rows(model) is None
+    assert "for Llama4ForCausalLM: it has nothing" in obstacle(model)
 
 
 def test_a_model_is_tried_again_for_longer_sequences():
