@@ -187,6 +187,7 @@ class _Row:
         self._blocks.append(Block(start, self._end, *(x for piece in beginning for x in piece)))
         return Block.seen(self._blocks[-1])
 
+    @torch.inference_mode(False)  # a layout may be asked for again where gradients are wanted
     def layout(self) -> Layout:
         return Layout(
             self._on_device(self._tokens),

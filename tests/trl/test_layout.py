@@ -129,3 +129,13 @@ def test_equal_sequences_lie_there_once():
     found = layout.shared(ids, mask)
     hold(found, ids, mask)
     assert ids.flatten()[found.tokens].tolist() in ([5, 6, 7], [5, 6, 7, 7])
+
+
+@pytest.mark.parametrize("kind", ["packed", "shared"])
+def test_a_layout_made_in_inference_mode_serves_gradients(kind):
+    """The row of the last batch is kept, and may be asked for again where a model learns."""
+    with torch.inference_mode():
+        found = getattr(layout, kind)(*batch([[5, 6, 7], [5, 6, 8]]))
+    table = torch.ones(9, 2, requires_grad=True)
+    for places in (found.tokens, found.positions[None], found.places[:, :-1]):
+        torch.nn.functional.embedding(places, table).sum().backward()
