@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from drrlhf import backends
 
@@ -101,7 +102,7 @@ class Op:
         def call(*arguments: Any) -> Any:
             if transformed():
                 return apart.apply(*arguments)
-            if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            if torch.compiler.is_compiling() or not (torch.is_grad_enabled() or _has_tangents()):
                 return op(*arguments)
             return within.apply(*arguments)
 
@@ -111,6 +112,12 @@ class Op:
 def transformed() -> bool:
     """Whether `torch.func` transforms what runs: grad, vjp, jacrev, vmap ..."""
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
+def _has_tangents() -> bool:
+    """Whether tensors may carry tangents, which no_grad leaves to them: no op takes them along, and
+    an autograd.Function says so, where what torch.library makes would drop them."""
+    return forward_ad._current_level >= 0
 
 
 _PLAIN = (Tensor, torch.nn.Parameter)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from three_ways import BACKENDS, DEVICE
+from torch.autograd import forward_ad
 from torch.func import grad, jacrev, vjp, vmap
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -185,6 +186,18 @@ def test_a_second_derivative_by_hand(backend):
     run = lambda v: dr.sequence_logprobs(v, labels, reduction="mean").square().sum()  # noqa: E731
     found = grad(lambda v: grad(run)(v).sum())(x)
     torch.testing.assert_close(found, torch.tensor([[1.0, 1.0], [2.0, 0.0]]))
+
+
+@pytest.mark.usual
+@pytest.mark.parametrize("learns", [True, False])
+@pytest.mark.parametrize("function", [robust_risk, token_logprobs])
+def test_tangents_are_refused_and_never_lost(backend, function, learns):
+    """no_grad leaves forward-mode derivatives on."""
+    x, _ = inputs(function)
+    with torch.set_grad_enabled(learns), forward_ad.dual_level():
+        dual = forward_ad.make_dual(x, torch.ones_like(x))
+        with pytest.raises(NotImplementedError, match="jvp"):
+            function(dual)
 
 
 # Prompt ids are read by the host, which vmap cannot.
