@@ -229,6 +229,25 @@ def test_attention_is_that_of_its_definition(way, window, scale, monkeypatch):
         torch.testing.assert_close(mine.double(), right, rtol=1e-5, atol=1e-5)
 
 
+def strided(tensor):
+    """The same numbers, those of a head apart from one another."""
+    return tensor.mT.contiguous().mT
+
+
+@pytest.mark.skipif(ON_GPU, reason="of a CPU's kernel")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("which", range(4))
+def test_numbers_of_a_head_may_lie_apart(dtype, which):
+    """PyTorch's kernel, called by itself, reads behind them."""
+    (*inputs,), outer, _ = attention_problem(BLOCKS, dtype, None, None)
+    expected = attended(inputs, outer, **{attention.BLOCKS: BLOCKS})
+    given = [*inputs, outer]
+    given[which] = strided(given[which])
+    found = attended(given[:3], given[3], **{attention.BLOCKS: BLOCKS})
+    for mine, theirs in zip(found, expected, strict=True):
+        assert torch.equal(mine, theirs)
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_attention_in_float64_is_exact(way, monkeypatch):
     """Though a build has the extension, whose scores are float32."""
