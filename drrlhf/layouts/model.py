@@ -335,12 +335,19 @@ class OneRow:
             )
             return [Numbers(p.float(), h.float()) for p, h in zip(parts, hidden, strict=True)]
 
+        def headless() -> contextlib.AbstractContextManager[None]:
+            """Where hidden states are all that is asked for, a head has one token a row to read:
+            the logits of thousands would take much memory, and nobody looks at them."""
+            backbone = self.base.base_model
+            return _first_token(backbone) if asked == "hidden" else contextlib.nullcontext()
+
         def alone(ids: Tensor) -> tuple[list[Numbers], float]:
             ids = ids.to(device)
             labels = {"labels": ids} if asked == "log_probs" else {}
             with (
                 as_loaded(self.base),
                 probe.listening(self.base.base_model) as heard,
+                headless(),
                 reward_inputs.filling_up(self.base, list(ids)),
             ):
                 outputs = self.model(
@@ -356,7 +363,7 @@ class OneRow:
                 batch = reward_inputs.padded(sequences, pad, device)
                 found = getattr(layout, kind)(**batch)
                 if asked == "hidden":
-                    with one_row():
+                    with one_row(), headless():
                         outputs = self.model(**self._row(found, batch["input_ids"], options))
                 else:
                     labels = batch["input_ids"] if asked == "log_probs" else None
@@ -409,6 +416,21 @@ def _only(backbone: torch.nn.Module, predicting: Tensor, found: Layout) -> Itera
             every = found.places[found.places >= 0]
             output.router_logits = tuple(one[every] for one in routed)
         return output
+
+    handle = backbone.register_forward_hook(select)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextlib.contextmanager
+def _first_token(backbone: torch.nn.Module) -> Iterator[None]:
+    """Inside, a model without its head gives the hidden state of each row's first token."""
+
+    def select(module: Any, args: Any, output: Any) -> None:
+        if not isinstance(output, tuple):
+            output.last_hidden_state = output.last_hidden_state[:, :1]
 
     handle = backbone.register_forward_hook(select)
     try:

@@ -235,6 +235,15 @@ def test_a_model_that_takes_no_rows_is_left_alone():
             numbers(model, layouts.OneRow(model, **options))
 
 
+def test_a_trial_of_hidden_states_makes_no_logits():
+    """Those of thousands of tokens would take much memory, and nobody looks at them."""
+    model, read = made("Llama"), []
+    head = model.get_output_embeddings()
+    head.register_forward_pre_hook(lambda module, args: read.append(args[0].shape[:-1].numel()))
+    assert layouts.in_rows(model, longest=100) is not None
+    assert len(read) == 4 and max(read) <= 3  # short ones of two lengths, a long one, and the row
+
+
 def test_a_window_narrower_than_the_prompt_is_tried():
     """Masks alone tell Qwen2Moe's layers of their window, and a row has none."""
     for longest, kept in ((8, True), (14, False)):
