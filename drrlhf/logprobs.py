@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict, overload
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from drrlhf import head_memory, ops
 from drrlhf.checks import check_choice, check_device, check_floating, check_none, integers
 from drrlhf.conventions import ENTROPY, IS_TOP1, LOG_SUM_SQ_PROBS, MEAN_LOGIT
+from drrlhf.precision import multiplied_in
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -38,8 +40,8 @@ def _checked_labels(
 
 def _check_options(temperature: float, softcap: float | None) -> None:
     for name, value in (("temperature", temperature), ("softcap", softcap)):
-        if value is not None and not value > 0:
-            raise ValueError(f"{name}: expected a number > 0, got {value!r}")
+        if value is not None and not 0 < value < math.inf:
+            raise ValueError(f"{name}: expected a finite number > 0, got {value!r}")
 
 
 def _check_spendable(logits: Tensor) -> None:
@@ -175,8 +177,8 @@ def token_logprobs(
         any. Differentiable once by the logits.
 
     Raises:
-        ValueError: shapes, dtypes, labels outside [0, V), temperature or softcap not > 0, unknown
-            outputs, logits that inplace_backward must not write over.
+        ValueError: shapes, dtypes, labels outside [0, V), temperature or softcap not in (0, inf),
+            unknown outputs, logits that inplace_backward must not write over.
     """
     check_floating("logits", logits)
     if logits.dim() < 1 or logits.shape[-1] == 0:
@@ -251,7 +253,7 @@ def linear_token_logprobs(
 
     Returns:
         (...), float32, or float64 for float64 inputs; a `TokenLogprobs` of such if `outputs` names
-        any. Under autocast the inputs are taken in its dtype. Differentiable once.
+        any. Under autocast the inputs are taken in its dtype, but for float64. Differentiable once.
 
     Raises:
         ValueError: shapes, dtypes that differ, labels outside [0, V), options not > 0, unknown
@@ -270,8 +272,8 @@ def linear_token_logprobs(
         )
     if bias is not None and tuple(bias.shape) != (weight.shape[0],):
         raise ValueError(f"bias: expected shape ({weight.shape[0]},), got {tuple(bias.shape)}")
-    if not logit_scale != 0:
-        raise ValueError(f"logit_scale: expected a number other than 0, got {logit_scale!r}")
+    if not math.isfinite(logit_scale) or logit_scale == 0:
+        raise ValueError(f"logit_scale: expected a finite number but 0, got {logit_scale!r}")
     if memory_budget is not None and memory_budget < 0:
         raise ValueError(f"memory_budget: expected bytes >= 0, got {memory_budget!r}")
     _check_options(temperature, softcap)
@@ -279,10 +281,9 @@ def linear_token_logprobs(
     for name, tensor in (("weight", weight), ("bias", bias), ("labels", labels)):
         check_device(name, tensor, "hidden", hidden)
     labels = _checked_labels(labels, tuple(hidden.shape[:-1]), weight.shape[0], ignore_index)
-    if not hidden.is_meta and torch.is_autocast_enabled(hidden.device.type):
-        dtype = torch.get_autocast_dtype(hidden.device.type)
-        hidden, weight = hidden.to(dtype), weight.to(dtype)
-    elif hidden.dtype != weight.dtype:
+    if not hidden.is_meta:
+        hidden, weight = (one.to(multiplied_in(one)) for one in (hidden, weight))
+    if hidden.dtype != weight.dtype:
         raise ValueError(
             f"weight: expected {hidden.dtype} as hidden, got {weight.dtype}; cast one of them"
         )

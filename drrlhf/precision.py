@@ -1,4 +1,4 @@
-"""Which precision a CPU is fast in."""
+"""Which precision a CPU is fast in, and which one autocast multiplies in."""
 
 from __future__ import annotations
 
@@ -19,3 +19,11 @@ def emulates_bfloat16() -> bool:
 def fast_dtype() -> torch.dtype:
     """bfloat16 where the CPU multiplies it itself (twice as fast there), else float32."""
     return torch.bfloat16 if has_bfloat16() else torch.float32
+
+
+def multiplied_in(tensor: torch.Tensor) -> torch.dtype:
+    """The dtype in which autocast, where it is on, would multiply a tensor: as it is in float64."""
+    kind = tensor.device.type
+    if tensor.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
+        return tensor.dtype
+    return torch.get_autocast_dtype(kind)

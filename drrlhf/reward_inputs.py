@@ -22,11 +22,20 @@ def reward_ids(tokenizer: Any, prompt: Any, answer: Any, **template: Any) -> lis
 
     A standard answer (a string) ends with the end token, where the tokenizer has one; messages are
     laid out by the chat template. ``template`` goes to `apply_chat_template`.
+
+    Raises:
+        ValueError: there is no token that a score could be read at.
     """
     if isinstance(answer, str):
         end = tokenizer.eos_token or ""
         text = (prompt or "") + answer
-        return tokenizer(text if text.endswith(end) else text + end)["input_ids"]
+        ids: list[int] = tokenizer(text if text.endswith(end) else text + end)["input_ids"]
+        if not ids:
+            raise ValueError(
+                f"answer: expected a text of at least one token, got {text!r} for a tokenizer that "
+                "begins and ends none; leave such texts out"
+            )
+        return ids
     messages = [*(prompt or []), *answer]
     return tokenizer.apply_chat_template(messages, return_dict=True, **template)["input_ids"]
 

@@ -81,8 +81,8 @@ DRRLHF_HD void sum_sequence(const Tokens<T>& t, std::int64_t n, T advantage,
                             const PolicyOptions& options, double* sums) {
   const T low = T(1.0 - options.clip_low), high = T(1.0 + options.clip_high);
   const T kl_beta = T(options.kl_beta);
-  // Factors instead of branches, so that the loop vectorises: the ratio or 1, and whether a
-  // token's own ratio takes a gradient from its divergence.
+  // Numbers, for a comparison of them vectorises: whether the divergence is weighed by the ratio, and
+  // whether a token's own ratio takes a gradient from it.
   const T corrected = options.correct_kl ? T(1) : T(0);
   const T of_tokens = options.by_sequence ? T(0) : corrected;
   Work<T> w;
@@ -129,8 +129,10 @@ DRRLHF_HD void sum_sequence(const Tokens<T>& t, std::int64_t n, T advantage,
     if (block.ref_logps != nullptr) {
       for (std::int64_t i = 0; i < size; ++i) {
         const K3<T> d = k3_divergence(block.ref_logps[i] - block.logps[i]);
-        const T r = corrected * w.ratio[i] + (T(1) - corrected);
-        const T by_ratio = w.over[i] > 0 ? T(0) : of_tokens * r * d.value;
+        // Selected, not multiplied by 0: a ratio or a divergence may be infinite.
+        const T r = select(corrected != 0, w.ratio[i], T(1));
+        const T own = select(w.over[i] > 0, T(0), of_tokens);
+        const T by_ratio = select(own != 0, r * d.value, T(0));
         w.divergence[i] = r * d.value;
         // Not 0 times infinity where nobody asked for the divergence.
         w.slope[i] += select(kl_beta != 0, kl_beta * (r * d.slope + by_ratio), T(0));

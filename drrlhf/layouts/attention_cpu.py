@@ -19,6 +19,7 @@ from drrlhf import backends
 from drrlhf.conventions import statistics_dtype
 from drrlhf.layouts.layout import Block, causal_mask, seen_by
 from drrlhf.ops.library import COMPILED
+from drrlhf.precision import multiplied_in
 
 # What torch.nn.functional.scaled_dot_product_attention calls on a CPU.
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -50,11 +51,9 @@ def attention(
     queries (1, heads, T, width), keys and values (1, kv heads, T, width).
 
     ``window`` is the number of tokens up to its own that a token sees, None for all; ``scale`` is
-    1 / sqrt(width) unless given. Under autocast everything is cast first.
+    1 / sqrt(width) unless given. Under autocast everything is cast first, as PyTorch would.
     """
-    if torch.is_autocast_enabled("cpu"):
-        dtype = torch.get_autocast_dtype("cpu")
-        query, key, value = (x.to(dtype) for x in (query, key, value))
+    query, key, value = (x.to(multiplied_in(x)) for x in (query, key, value))
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     query, key, value = (_readable(x[0]) for x in (query, key, value))
     found: Tensor = _Attention.apply(query, key, value, tuple(blocks), window, scale)

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from drrlhf.layouts.layout import Block
+from drrlhf.precision import multiplied_in
 
 # What torch.nn.attention.varlen calls, in every version that we support.
 _flash = torch.ops.aten._flash_attention_forward
@@ -35,7 +36,7 @@ def serves(query: Tensor, key: Tensor, value: Tensor) -> bool:
         and torch.version.hip is None
         and torch.backends.cuda.is_flash_attention_available()
         and _has_both_ways(width, torch.cuda.get_device_capability(query.device))
-        and {_dtype(x) for x in (query, key, value)} <= {torch.bfloat16, torch.float16}
+        and {multiplied_in(x) for x in (query, key, value)} <= {torch.bfloat16, torch.float16}
         and width == value.shape[-1]
         and width % 8 == 0
         and width <= WIDEST
@@ -47,12 +48,6 @@ def _has_both_ways(width: int, capability: tuple[int, int]) -> bool:
     (192, 224] where a processor has less shared memory than that of a data center."""
     small = (8, 6) <= capability < (9, 0) or capability >= (12, 0)
     return capability >= (8, 0) and not (small and 192 < width <= 224)
-
-
-def _dtype(tensor: Tensor) -> torch.dtype:
-    """That in which autocast would multiply it."""
-    kind = tensor.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else tensor.dtype
 
 
 def attention(
@@ -69,7 +64,7 @@ def attention(
     ``window`` is the number of tokens up to its own that a token sees, None for all; ``scale`` is
     1 / sqrt(width) unless given.
     """
-    query, key, value = (x[0].transpose(0, 1).to(_dtype(x)) for x in (query, key, value))
+    query, key, value = (x[0].transpose(0, 1).to(multiplied_in(x)) for x in (query, key, value))
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     known = _known(tuple(blocks), query.device)
     found: Tensor = _Attention.apply(query, key, value, known, window, scale)

@@ -25,6 +25,7 @@ from trl.trainer import utils
 
 from drrlhf import backends, linear_token_logprobs
 from drrlhf.checks import check_choice
+from drrlhf.precision import multiplied_in
 from drrlhf.trl import seam
 
 HEADS = ("auto", "drrlhf", "trl")
@@ -81,15 +82,13 @@ class TokenLogprobHead:
             log_probs and entropy flow to hidden, weight and bias, in their dtypes.
 
         Raises:
-            ValueError: shapes, dtypes, targets outside [0, V), temperature or softcap not > 0,
-                logit_scale 0, an unknown output.
+            ValueError: shapes, dtypes, targets outside [0, V), temperature or softcap not in
+                (0, inf), logit_scale 0 or not finite, an unknown output.
         """
         for name in outputs:
             check_choice("outputs", name, ("log_probs", *_OUTPUTS))
         wanted = tuple(_OUTPUTS[name] for name in outputs if self.extras and name != "log_probs")
-        device = hidden.device.type
-        autocast = torch.is_autocast_enabled(device)
-        dtype = torch.get_autocast_dtype(device) if autocast else hidden.dtype
+        device, dtype = hidden.device.type, multiplied_in(hidden)
         cast = weight.to(dtype)
         # Where plain PyTorch serves, autocast left on would round its float32 logits as well.
         with (

@@ -173,6 +173,15 @@ CASES = [
             (NAN, True, True),
         )
     ),
+    *(
+        Case(
+            f"-inf in {name}, not corrected, by sequence {whole}",
+            "a divergence or a ratio that is infinite and does not multiply",
+            lambda k=name, w=whole: batch(bad=(k, -INFINITY), by_sequence=w, correct_kl=False),
+        )
+        for name in ("old", "ref")
+        for whole in (False, True)
+    ),
     Case(
         "sequences without upstream gradient",
         "exactly 0, whatever their slopes",

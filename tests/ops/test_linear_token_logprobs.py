@@ -553,6 +553,17 @@ def test_autocast_takes_its_dtype_and_keeps_float32_logits(backend, trained):
         assert (a is None and b is None) or torch.equal(a, b)
 
 
+def test_autocast_leaves_float64_alone():
+    """As it leaves `torch.nn.functional.linear` alone."""
+    hidden, weight, bias, labels, _ = problem(19, 16, 70, torch.float64)
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        logps = dr.linear_token_logprobs(hidden, weight, labels, bias=bias)
+    logits = torch.nn.functional.linear(hidden, weight, bias)
+    expected = plain(logits, labels)
+    assert logps.dtype == torch.float64
+    torch.testing.assert_close(logps, expected, rtol=1e-12, atol=1e-12)
+
+
 def test_autocast_narrows_no_product_of_the_op(backend):
     """Told float32, it multiplies float32, whatever surrounds it."""
     data = problem(40, 16, 70)
@@ -715,9 +726,11 @@ BAD_CALLS = [
     (lambda h, w, y: (h, w, y.float()), {}, "labels: expected an integer"),
     (lambda h, w, y: (h, w, y), {"bias": torch.zeros(4)}, r"bias: expected shape \(5,\)"),
     (lambda h, w, y: (h, w, y), {"bias": torch.zeros(1, 5)}, r"bias: expected shape \(5,\)"),
-    (lambda h, w, y: (h, w, y), {"temperature": -1.0}, "temperature: expected a number > 0"),
-    (lambda h, w, y: (h, w, y), {"softcap": 0.0}, "softcap: expected a number > 0"),
-    (lambda h, w, y: (h, w, y), {"logit_scale": 0.0}, "logit_scale: expected a number other"),
+    (lambda h, w, y: (h, w, y), {"temperature": -1.0}, "temperature: expected a finite number > 0"),
+    (lambda h, w, y: (h, w, y), {"softcap": 0.0}, "softcap: expected a finite number > 0"),
+    (lambda h, w, y: (h, w, y), {"softcap": math.inf}, "softcap: expected a finite number > 0"),
+    (lambda h, w, y: (h, w, y), {"logit_scale": 0.0}, "logit_scale: expected a finite number but"),
+    (lambda h, w, y: (h, w, y), {"logit_scale": math.nan}, "logit_scale: expected a finite number"),
     (lambda h, w, y: (h, w, y), {"memory_budget": -1}, "memory_budget: expected bytes >= 0"),
     (lambda h, w, y: (h, w, y), {"outputs": ("top1",)}, "outputs: unknown 'top1'"),
     (lambda h, w, y: (h, w[:0], y), {}, r"weight: expected shape \(V, D\) with V >= 1"),

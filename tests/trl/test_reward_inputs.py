@@ -55,6 +55,16 @@ def reward_model(tmp_path_factory):
     return str(tiny_reward_dir(tmp_path_factory.mktemp("reward")))
 
 
+def test_a_text_of_no_tokens_has_no_place_for_a_score():
+    def tokenizer(text):
+        return {"input_ids": [7] * len(text)}
+
+    tokenizer.eos_token = None
+    assert reward_inputs.reward_ids(tokenizer, "q", "a") == [7, 7]
+    with pytest.raises(ValueError, match="answer: expected a text of at least one token, got ''"):
+        reward_inputs.reward_ids(tokenizer, None, "")
+
+
 # ---- where a classifier reads --------------------------------------------------------------------
 
 

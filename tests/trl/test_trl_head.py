@@ -275,7 +275,7 @@ def test_refusals():
     base = {"temperature": 1.0, "chunk_size": CHUNK, "softcap": None, "scale": 1.0}
     with pytest.raises(ValueError, match="outputs: unknown 'entropies'"):
         problem.run(TokenLogprobHead(), **base, outputs=("entropies",))
-    with pytest.raises(ValueError, match="softcap: expected a number > 0"):
+    with pytest.raises(ValueError, match="softcap: expected a finite number > 0"):
         problem.run(TokenLogprobHead(), **(base | {"softcap": 0.0}))
     for bad in (-1, 300):
         problem.targets[3] = bad
