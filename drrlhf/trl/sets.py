@@ -237,17 +237,25 @@ class SetMixin:
         ):
             super()._save_checkpoint(model, trial)  # type: ignore[misc]
         self.accelerator.wait_for_everyone()
+        told = self.state.best_model_checkpoint
+        self._find_best(folder)
         checkpoint = folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         if self.args.should_save:
-            written = unfinished / checkpoint.name
-            if self.state.best_model_checkpoint == str(written):
-                self.state.best_model_checkpoint = str(checkpoint)
+            written, best = unfinished / checkpoint.name, self.state.best_model_checkpoint
+            if best != told:
                 self.state.save_to_json(str(written / TRAINER_STATE_NAME))
-            best = self.state.best_model_checkpoint
             state.put_in_place(written, checkpoint, self.args.save_total_limit, best)
         self.accelerator.wait_for_everyone()
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(checkpoint))
+
+    def _find_best(self, folder: Path) -> None:
+        """Call the best checkpoint by the name that it has, or gets, in ``folder``. The loop looks
+        for it in the hidden folder alone, and every process loads it at the end."""
+        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
+        # In this order: the first process may be giving it its name.
+        if any((place / name).is_dir() for place in (folder / state.UNFINISHED, folder)):
+            self.state.best_model_checkpoint = str(folder / name)
 
     def _states(self) -> dict[str, torch.nn.Module]:
         states = {"group_state": self.group_state, "normaliser_state": self.normaliser_state}

@@ -94,6 +94,34 @@ def test_trl_keeps_the_same_checkpoints_and_the_same_best(models, tmp_path, limi
     assert found[0] == found[1] and found[0][1] == "checkpoint-1"
 
 
+def test_the_best_checkpoint_of_a_run_that_was_moved_is_kept(models, tmp_path):
+    """The first checkpoint stays the best, under the name that it has now, as with TRL."""
+    found = []
+    for name, config, kind in (
+        ("ours", steps.RewardConfig, steps.RewardTrainer),
+        ("theirs", trl.RewardConfig, trl.RewardTrainer),
+    ):
+        arguments = quiet(eval_steps=1, metric_for_best_model="eval_loss", save_total_limit=2)
+        arguments |= SAVED | {"eval_strategy": "steps", "greater_is_better": True}
+        out = tmp_path / name
+        for step in (2, 4):
+            trainer = kind(
+                model=models["reward"],
+                args=config(str(out), **arguments | {"max_steps": step}),
+                train_dataset=tiny_pairs(4),
+                eval_dataset=tiny_pairs(4),
+                processing_class=AutoTokenizer.from_pretrained(models["reward"]),
+            )
+            trainer.train(resume_from_checkpoint=str(out / "checkpoint-2") if step > 2 else None)
+            out = out if step > 2 else out.rename(tmp_path / f"{name}-moved")
+        best = out / "checkpoint-1"
+        assert trainer.state.best_model_checkpoint == str(best)
+        told = json.loads((out / "checkpoint-4" / "trainer_state.json").read_text())
+        assert told["best_model_checkpoint"] == str(best)
+        found.append(names(out))
+    assert found[0] == found[1] == ["checkpoint-1", "checkpoint-4"]
+
+
 def test_prompts_come_in_the_order_of_the_epoch():
     arguments = list(range(10)), 2, 3, 2, True, 7
     theirs = RepeatSampler(*arguments)

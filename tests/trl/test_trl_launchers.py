@@ -20,6 +20,7 @@ from trl_fixtures import tiny_llama_dir, tiny_pairs, tiny_reward_dir  # isort: s
 
 import steps
 import torch
+from safetensors.torch import load_file
 from test_resume import SAVED
 from test_trl_grpo import robust
 from test_trl_step import WHOLE, assert_same_step, columns
@@ -118,6 +119,25 @@ def resumed(models, place):
     return runs, whole, first + again
 
 
+def with_the_best(models, place):
+    """A run at whose end the first of its checkpoints is loaded: the loss falls."""
+    return {
+        "method": "reward",
+        "model": models["reward"],
+        "folder": str(place / "best"),
+        "data": tiny_pairs(8),
+        "trainer_eval_dataset": tiny_pairs(8),
+        "max_steps": 2,
+        "per_device_train_batch_size": 4,
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        "metric_for_best_model": "eval_loss",
+        "greater_is_better": True,
+        "load_best_model_at_end": True,
+        **SAVED,
+    }
+
+
 # What is drawn of a pair is the same on whatever rank it lies.
 VIEWS = {"views": ["handle", "repeated", "prompt_preamble"], "views_scored": 0.75}
 PAIRS = [("dpo", "cvar:0.3", 2, False), ("reward", "group:3,step_size=0.5", 2, True)]
@@ -140,14 +160,16 @@ def on_torchrun(tmp_path_factory):
         strict=True,
     )
     runs, saved, twice = resumed(models, place)
-    ranks = launched("torchrun", place, [*cut, *twice])
+    best = with_the_best(models, place)
+    ranks = launched("torchrun", place, [*cut, *twice, best])
     return SimpleNamespace(
         place=place,
         pairs=(whole[: len(PAIRS)], [rank[: len(PAIRS)] for rank in ranks]),
         completions=(whole[len(PAIRS) :], [rank[len(PAIRS) : len(cut)] for rank in ranks]),
         runs=runs,
         saved=saved,
-        resumed=[rank[len(cut) + len(runs) :] for rank in ranks],
+        resumed=[rank[len(cut) + len(runs) : -1] for rank in ranks],
+        best=[rank[-1]["parameters"] for rank in ranks],
     )
 
 
@@ -178,6 +200,12 @@ def test_completions_on_two_ranks_are_those_of_one_process(on_torchrun):
                 torch.testing.assert_close(mine, expected, rtol=0, atol=1e-5)
         logs = [found["logs"][-1] for found in (ranks[0][i], whole)]
         assert robust(logs[0]) == pytest.approx(robust(logs[1]), rel=1e-4)
+
+
+def test_every_rank_loads_the_best_checkpoint(on_torchrun):
+    weights = load_file(on_torchrun.place / "best" / "checkpoint-1" / "model.safetensors")
+    for parameters in on_torchrun.best:
+        assert torch.equal(parameters.sort().values, steps.whole([*weights.values()]).sort().values)
 
 
 def test_another_number_of_processes_is_refused_or_the_same(on_torchrun, tmp_path):
