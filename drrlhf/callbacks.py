@@ -16,6 +16,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -93,13 +95,16 @@ class InterruptCallback(TrainerCallback):
     """Turns the first Ctrl-C (or SIGTERM) into "finish this step, save, stop"; a second stops now.
 
     Use ``with callback.installed(): trainer.train()``. Afterwards ``signum`` is the signal that
-    stopped the run, or None. Outside the main thread no handler is installed.
+    stopped the run, or None. Outside the main thread no handler is installed. Several processes
+    stop after the same step, whichever of them a signal has reached: one that goes on alone would
+    wait for the others for good.
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
     def __init__(self) -> None:
         self.signum: int | None = None
+        self._told = False  # whether a signal has reached this process
 
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:
@@ -115,16 +120,22 @@ class InterruptCallback(TrainerCallback):
                 signal.signal(signum, handler)
 
     def _handle(self, signum: int, frame: Any) -> None:
-        if self.signum is not None:
+        if self._told:
             raise KeyboardInterrupt
-        self.signum = signum
+        self._told, self.signum = True, signum
         # os.write: the handler may run in the middle of a buffered write, which print() forbids.
         os.write(2, b"\nStopping after this step and saving a checkpoint; again to stop at once.\n")
 
     def on_step_end(
         self, args: Any, state: TrainerState, control: TrainerControl, **_: Any
     ) -> TrainerControl:
-        if self.signum is not None:
+        heard = self.signum or 0
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            of_all = torch.tensor(heard, device=args.device)
+            dist.all_reduce(of_all, dist.ReduceOp.MAX)
+            heard = int(of_all)
+        if heard:
+            self.signum = heard
             control.should_save = control.should_training_stop = True
         return control
 

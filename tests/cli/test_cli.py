@@ -13,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from ranks import on_ranks
 from safetensors import safe_open
 from safetensors.torch import save_file
 from trl_fixtures import tiny_encoder_dir, tiny_llama_dir, tiny_pairs
@@ -349,6 +350,28 @@ def test_a_second_ctrl_c_stops_at_once_and_handlers_come_back():
         assert callback.signum == signal.SIGINT
         os.kill(os.getpid(), signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def _signalled(rank: int) -> list:
+    """What two steps' ends ask for, where a signal reaches one process in the first step and the
+    others after it, as a launcher sends it: whether the run stops, and by which signal."""
+    from drrlhf.callbacks import InterruptCallback
+
+    callback, args, asked = InterruptCallback(), SimpleNamespace(device="cpu"), []
+    with callback.installed():
+        for step in range(2):
+            if step == 1 and rank == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            control = SimpleNamespace(should_save=False, should_training_stop=False)
+            callback.on_step_end(args, None, control)
+            asked.append((control.should_save, control.should_training_stop))
+        os.kill(os.getpid(), signal.SIGTERM) if rank == 0 else None  # the first one here
+    return [asked, callback.signum]
+
+
+def test_a_signal_to_one_process_stops_all_after_the_same_step():
+    stops = [[(False, False), (True, True)], signal.SIGTERM]
+    assert on_ranks(2, _signalled) == [stops, stops]
 
 
 # ---- demonstrations ----------------------------------------------------------------------------
