@@ -52,11 +52,11 @@ class Weighted(NamedTuple):
     def on(self, device: torch.device | str) -> Weighted:
         return Weighted(*(None if x is None else x.to(device) for x in self))  # type: ignore[arg-type]
 
-    def groups_present(self) -> Iterator[tuple[int, Tensor]]:
-        """Each group that has an unmasked row, and which rows (n,) these are."""
+    def groups_present(self, below: int) -> Iterator[tuple[int, Tensor]]:
+        """Each group under a number that has an unmasked row, and which rows (n,) these are."""
         if self.groups is not None:
             assert self.nominal is not None
-            for g in self.groups.unique().tolist():
+            for g in self.groups[self.groups < below].unique().tolist():
                 rows = (self.groups == g) & (self.nominal > 0)
                 if g >= 0 and rows.any():
                     yield g, rows
@@ -112,25 +112,35 @@ def by_group(
     """The ``group/…`` metrics: mean loss or reward, accuracy and weight of each group present, and
     the kept weight of each where a Group set keeps any; group g is called ``label(g)``."""
     metrics: dict[str, float] = {}
-    for g, mine in rows.groups_present():
-        if g < LOGGED_GROUPS:
-            name = f"group/{label(g)}"
-            metrics[f"{name}/{kind.of_group}"] = kind.sign * rows.losses[mine].mean().item()
-            if rows.correct is not None:
-                metrics[f"{name}/accuracy"] = rows.correct[mine].double().mean().item()
-            if rows.weights is not None:
-                metrics[f"{name}/weight"] = rows.weights[mine].sum().item()
+    for g, mine in rows.groups_present(LOGGED_GROUPS):
+        name = f"group/{label(g)}"
+        metrics[f"{name}/{kind.of_group}"] = kind.sign * rows.losses[mine].mean().item()
+        if rows.correct is not None:
+            metrics[f"{name}/accuracy"] = rows.correct[mine].double().mean().item()
+        if rows.weights is not None:
+            metrics[f"{name}/weight"] = rows.weights[mine].sum().item()
     kept = [] if state is None else state[:LOGGED_GROUPS].tolist()
     return metrics | {f"group/{label(g)}/state": weight for g, weight in enumerate(kept)}
 
 
 def worst_group(rows: Weighted) -> dict[str, Any]:
     """Loss of the group with the highest one, and accuracy of the group with the lowest."""
-    groups = [mine for _, mine in rows.groups_present()]
-    if not groups:
+    if rows.groups is None:
         return {}
-    assert rows.correct is not None
+    assert rows.correct is not None and rows.nominal is not None
+    there = (rows.groups >= 0) & (rows.nominal > 0)
+    if not there.any():
+        return {}
+    # All groups at once: a column of user ids has as many groups as rows.
+    groups, place = rows.groups[there].unique(return_inverse=True)
+
+    def of_one(values: Tensor, chosen: Callable[[Tensor], Tensor]) -> float:
+        """The mean of values (rows there,) in the group that is chosen by these means."""
+        sums = values.new_zeros(len(groups)).index_add(0, place, values)
+        means = sums / place.bincount(minlength=len(groups))
+        return values[place == chosen(means)].mean().item()
+
     return {
-        "robust/worst_group_loss": max(rows.losses[g].mean().item() for g in groups),
-        "robust/worst_group_accuracy": min(rows.correct[g].double().mean().item() for g in groups),
+        "robust/worst_group_loss": of_one(rows.losses[there].double(), torch.argmax),
+        "robust/worst_group_accuracy": of_one(rows.correct[there].double(), torch.argmin),
     }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
 pytest.importorskip("trl")
@@ -20,7 +22,7 @@ from peft import LoraConfig, get_peft_model
 from three_ways import in_turn
 
 import drrlhf as dr
-from drrlhf.trl import DPOConfig, DPOTrainer
+from drrlhf.trl import DPOConfig, DPOTrainer, weighted
 
 PARTS = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
 
@@ -127,6 +129,23 @@ def test_evaluation_is_over_the_whole_set(make, method, ambiguity):
         assert whole["eval_loss"] == whole["eval_robust/value"] > whole["eval_robust/mean_loss"]
         assert whole["eval_robust/max_weight"] == pytest.approx(1 / 0.3)
         assert whole["eval_robust/effective_sample_size"] == pytest.approx(0.3, rel=1e-4)
+
+
+def test_the_worst_of_as_many_groups_as_rows():
+    """Such as user ids. It took time and memory by the square: 10 GB here."""
+    n, start = 100_000, time.process_time()
+    losses = torch.arange(n, dtype=torch.float64).flip(0)
+    losses[0] = losses[1] = 2.0 * n  # the first is masked, the second in no group
+    nominal, groups = torch.ones(n, dtype=torch.float64), torch.arange(n) // 2 + 40
+    nominal[0], groups[1] = 0, -1
+    correct = torch.arange(n) != 2 * 70
+    rows = weighted.Weighted(losses, nominal, groups, nominal / n, correct)
+    assert weighted.worst_group(rows) == {
+        "robust/worst_group_loss": n - 3.5,  # rows 2 and 3
+        "robust/worst_group_accuracy": 0.5,
+    }
+    assert weighted.by_group(rows, None, str, weighted.PAIRS) == {}
+    assert time.process_time() - start < 5
 
 
 # -------------------------------------------------------------------------------- streams, resume
