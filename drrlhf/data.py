@@ -195,18 +195,30 @@ def _csv_number(cell: str) -> Any:
     return cell
 
 
-def _read_datasets(source: str, path: Path, split: str) -> Rows:
+def _loaded(source: str, path: Path, split: str) -> datasets.Dataset:
+    alone = (path / "state.json").is_file()  # saved as it was, without splits
     try:
-        if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+        if alone:
             data = datasets.load_from_disk(str(path))
-            data = data[split] if isinstance(data, datasets.DatasetDict) else data
+        elif (path / "dataset_dict.json").is_file():
+            data = datasets.load_from_disk(str(path))[split]
         else:
-            data = datasets.load_dataset(source, split=split)
+            data = datasets.load_dataset(str(path) if path.is_dir() else source, split=split)
     except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
         raise DataError(
             f"{source}: neither a data file here nor a data set whose split {split!r} "
             f"could be loaded: {error}"
         ) from error
+    if alone and split not in ("train", str(data.split)):
+        raise DataError(
+            f"{source}: split={split!r} was asked for, but what is saved there has no splits; "
+            "leave split out and save each split by itself, or all as a DatasetDict"
+        )
+    return data
+
+
+def _read_datasets(source: str, path: Path, split: str) -> Rows:
+    data = _loaded(source, path, split)
     names = getattr(data.features.get("group"), "names", None)  # of a datasets.ClassLabel
     if "'Json'" in str(data.features.to_dict()):  # to Arrow, that is text
         rows: Rows = iter(enumerate(data, 1))

@@ -58,7 +58,7 @@ def rows(path: Path) -> tuple[str, Rows]:
 
 def is_csv(source: str | Path) -> bool:
     """Whether every cell is text, which may turn out to be a number."""
-    return Path(source).suffix.lower() == ".csv"
+    return Path(source).suffix.lower() == ".csv" and not Path(source).is_dir()
 
 
 def table(path: Path, measured: Sequence[str] = (), spared: Mapping[str, str] = {}) -> pa.Table:

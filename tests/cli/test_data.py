@@ -119,6 +119,26 @@ def test_a_local_data_set_folder(tmp_path, saved):
         load_preference_data(tmp_path / "d")
 
 
+def test_a_saved_data_set_without_splits_refuses_one(tmp_path):
+    """Else ``--eval-split test`` would evaluate the training data."""
+    rows = datasets.Dataset.from_list(STANDARD)
+    rows.save_to_disk(str(tmp_path / "none"))
+    datasets.DatasetDict(test=rows).save_to_disk(str(tmp_path / "several"))
+    with pytest.raises(DataError, match=r"none: split='test' was asked for, .* has no splits"):
+        load_preference_data(tmp_path / "none", split="test")
+    assert len(load_preference_data(tmp_path / "none").dataset) == len(STANDARD)
+    own = datasets.Dataset.from_list(STANDARD, split="test")
+    own.save_to_disk(str(tmp_path / "own"))
+    assert len(load_preference_data(tmp_path / "own", split="test").dataset) == len(STANDARD)
+
+
+def test_a_folder_may_be_called_as_files_are(tmp_path):
+    folder = tmp_path / "home" / "d.csv"
+    rows = [row | {"group": g} for row, g in zip(STANDARD, [2, 0, 1], strict=True)]
+    datasets.Dataset.from_list(rows).to_json(str(folder / "train.jsonl"))
+    assert load_preference_data(folder).dataset["group"][:] == [2, 0, 1]
+
+
 def test_integer_groups_keep_their_ids(tmp_path):
     for suffix in (".jsonl", ".csv", ".parquet"):
         rows = [row | {"group": g} for row, g in zip(STANDARD, [2, 0, 1], strict=True)]
