@@ -3,11 +3,40 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from drrlhf import models
+
+logger = logging.getLogger(__name__)
+
+# Columns of prompts that TRL's trainer fails on at the first step, and why; and those of which no
+# reward function hears, since TRL gives it something else under their name, or nothing.
+REFUSED = {
+    **dict.fromkeys(("prompts", "completions"), "a reward function gets these from TRL"),
+    **dict.fromkeys(("image", "images"), "training takes them for pictures, and prompts are text"),
+}
+UNHEARD = {"completion", "completion_ids", "trainer_state", "log_extra", "log_metric"}
+
+
+def check_columns(source: str, names: Iterable[str]) -> None:
+    """Say which columns of prompts do not reach a reward function.
+
+    Raises:
+        ValueError: training cannot begin with a column of that name.
+    """
+    for name in sorted(REFUSED.keys() & {*names}):
+        raise ValueError(f"{source}: column {name!r}: {REFUSED[name]}; rename it, or leave it out")
+    if unheard := sorted(UNHEARD & {*names}):
+        logger.warning(
+            "%s: columns that do not reach the reward function, since TRL has another use for "
+            "their name: %s; rename them if it is to read them",
+            source,
+            ", ".join(unheard),
+        )
 
 
 def find(reward: str) -> Any:

@@ -183,7 +183,9 @@ def _load(kind: str, options: dict[str, Any]) -> tuple[Any, Any, Settings]:
     def load(source: str, split: str | None, **groups: Any) -> Any:
         chosen = {"split": split or "train"} | groups
         if kind == "grpo":
-            return load_prompt_data(source, **chosen)
+            loaded = load_prompt_data(source, **chosen)
+            reward_function.check_columns(source, loaded.dataset.column_names)
+            return loaded
         return load_preference_data(source, kind=kind, **chosen)
 
     data, eval_data = load(options["data"], options["split"]), None

@@ -15,6 +15,7 @@ import pytest
 from test_cli import _assert_same_weights, _numbers, _refused, _run
 from trl_fixtures import tiny_llama_dir, tiny_pairs
 
+from drrlhf.cli.reward_function import check_columns
 from drrlhf.files import json_lines
 
 REWARD = """
@@ -105,11 +106,22 @@ def test_what_cannot_work_is_refused_before_training(place, more, reward, words)
     assert not (place.root / "out" / "metrics.jsonl").exists()
 
 
+def test_columns_that_no_reward_function_gets_are_told(caplog):
+    check_columns("a.jsonl", ["prompt", "answer"])
+    assert not caplog.text
+    check_columns("a.jsonl", ["prompt", "answer", "completion", "trainer_state"])
+    assert "do not reach the reward function" in caplog.text
+    assert "completion, trainer_state;" in caplog.text and "answer" not in caplog.text
+
+
 def test_missing_options_and_bad_rows(place):
     _refused(_run(["train", "grpo", "--data", "x"]), "--model", "--reward", "--output-dir")
     _refused(_run(["train", "grpo", "--demo", "--beta", "1"]), "--demo", "--beta")
     (place.root / "prompts.jsonl").write_text('{"prompt": "a"}\n{"prompt": " "}\n')
     _refused(_run(arguments(place)), "line 2", "'prompt' is empty; a prompt needs text")
+    for name in ("prompts", "completions", "image"):
+        (place.root / "prompts.jsonl").write_text(json.dumps({"prompt": "a", name: "x"}) + "\n")
+        _refused(_run(arguments(place)), f"prompts.jsonl: column {name!r}", "rename it")
     (place.root / "prompts.jsonl").write_text('{"question": "a"}\n')
     _refused(_run(arguments(place)), "missing column 'prompt'")
 
