@@ -103,12 +103,15 @@ def _with_model(kind: str, options: dict[str, Any], console: Console) -> dict[st
                 f"--lora-r {rank}: the adapters of --model {name} have rank {own}; leave it out"
             )
         lora, rank = True, own
-        console.print(f"Training on the adapters of {name}.", soft_wrap=True, highlight=False)
+        console.print(
+            f"Training on the adapters of {name}.", soft_wrap=True, highlight=False, markup=False
+        )
     if kind == "reward" and described.kind != models.REWARD:
         console.print(
             f"{name} ({described.found}) is no reward model: its head is new and begins at random.",
             soft_wrap=True,
             highlight=False,
+            markup=False,
         )
     if lora:
         require("peft")

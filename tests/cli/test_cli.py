@@ -145,6 +145,20 @@ def test_pairs_that_do_not_fit_are_counted(place, tmp_path):
     _refused(result, "no pair fits", "all 24", "max_length=2 tokens")
 
 
+def test_paths_with_brackets_and_a_home(place, tmp_path, monkeypatch):
+    """No shell expands the ~ of --output-dir=~/out, and what rich prints may look like markup."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(place.dpo, tmp_path / "m[" / "v2]")
+    given = [f"--data={place.pairs}", "--model=~/m[/v2]", "--output-dir=~/out", *FAST.split()]
+    result = _run(["train", "reward", *given, "--max-steps", "1"])
+    assert result.exit_code == 0, result.output + result.stderr
+    assert "m[/v2] (LlamaForCausalLM) is no reward model" in result.output
+    assert not (tmp_path / "~").exists()
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["result"]
+
+
 # ---- what is refused ---------------------------------------------------------------------------
 
 
