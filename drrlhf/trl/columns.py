@@ -22,6 +22,7 @@ GROUP, WEIGHT, LABEL = "group", "weight", "p_chosen"
 COLUMNS = (GROUP, WEIGHT)
 PAIR_COLUMNS = (*COLUMNS, LABEL)
 NO_GROUP = -1
+EXACT = 2**53  # a double holds every integer below
 # What the numbers of a column may be, and the words for it.
 _DOMAINS: dict[str, tuple[Callable[[float], bool], str]] = {
     WEIGHT: (lambda x: x >= 0, "a finite number >= 0 (0 masks the pair)"),
@@ -210,13 +211,17 @@ def check_values(name: str, values: Iterable[Any], groups: Groups | None, where:
 
 def group_numbers(values: Sequence[Any], groups: Groups | None) -> list[int]:
     """The number of each value of a column ``group``. Without the groups of a set that is the value
-    itself, and `NO_GROUP` for one that is no integer.
+    itself, and `NO_GROUP` for one that is no integer; of ids too large for a double, in which all
+    processes tell each other of them, the last 53 bits.
 
     Raises:
         ValueError: a value is none of ``groups``.
     """
     if groups is None:
-        return [value if _is_integer(value) else NO_GROUP for value in values]
+        return [
+            int(value) % EXACT if _is_integer(value) and value >= 0 else NO_GROUP
+            for value in values
+        ]
     check_values(GROUP, values, groups)
     return [groups.number(value) for value in values]
 

@@ -11,12 +11,13 @@ from trl_fixtures import (  # isort: skip  (first: it settles the environment)
     tiny_tokenizer,
 )
 
+import pyarrow as pa
 import torch
-from datasets import ClassLabel
+from datasets import ClassLabel, Dataset, concatenate_datasets
 from steps import trainer as built
 
 from drrlhf.groups import Groups, from_data, named, of_values, with_count
-from drrlhf.trl import DPOConfig, DPOTrainer
+from drrlhf.trl import DPOConfig, DPOTrainer, columns
 
 CODES = [20240115, 7, 20240115, 300]
 NUMBERS = [2, 0, 2, 1]  # of CODES, in the order of their values
@@ -42,6 +43,17 @@ def dpo(model, folder, groups, evaluation=None, **options):
 def classes(groups, names, n=None):
     numbers = [names.index(group) for group in groups]
     return tiny_pairs(n or len(groups), group=numbers).cast_column("group", ClassLabel(names=names))
+
+
+def test_a_column_of_large_ids_trains_without_a_set(llama, tmp_path):
+    """Ids of 64 bits: torch has no such integers, and processes tell each other doubles."""
+    ids = Dataset(pa.table({"group": pa.array([2**63 + 5, 2**53, 2**53 + 1, 2**53], pa.uint64())}))
+    trainer = dpo(llama, tmp_path, concatenate_datasets([tiny_pairs(4), ids], axis=1), max_steps=1)
+    trainer.train()
+    numbers = columns.group_numbers([*ids["group"], 3, -7, "a", None], None)
+    assert numbers[4:] == [3, columns.NO_GROUP, columns.NO_GROUP, columns.NO_GROUP]
+    told = torch.tensor(numbers).double()
+    assert len(told.unique()) == 5 and told[1] == told[3] and (told[:4] >= 0).all()
 
 
 # ---- what a value is called and numbered ---------------------------------------------------------
