@@ -322,7 +322,9 @@ def _train(
     finally:
         progress.stop()
     if at_once or trainer.state.global_step < trainer.state.max_steps:
-        return _stopped(output_dir, interrupt.signum, console, resume_command)
+        if trainer.is_world_process_zero():
+            _tell_stopped(output_dir, trainer.args.world_size, console, resume_command)
+        return INTERRUPTED + interrupt.signum
     return _finish(output_dir, record, console) if trainer.is_world_process_zero() else 0
 
 
@@ -335,13 +337,15 @@ def _finish(output_dir: Path, record: dict[str, Any], console: Console) -> int:
     return outcome.report(output_dir, record, console)
 
 
-def _stopped(output_dir: Path, signum: int, console: Console, resume_command: str) -> int:
+def _tell_stopped(output_dir: Path, processes: int, console: Console, resume_command: str) -> None:
     """After Ctrl-C: the curves so far, where to go on from, and how."""
     outcome.plot(output_dir)
     found = rundir.newest_checkpoint(output_dir)
     if found is None:
         console.print("Stopped before a checkpoint was written; start again with --overwrite.")
     else:
-        console.print(f"Stopped. Checkpoint: {found}\nContinue with:", soft_wrap=True, markup=False)
+        how = f", by the same launcher on {processes} processes" if processes > 1 else ""
+        console.print(
+            f"Stopped. Checkpoint: {found}\nContinue with{how}:", soft_wrap=True, markup=False
+        )
         console.print(resume_command, soft_wrap=True, markup=False, highlight=False)
-    return INTERRUPTED + signum

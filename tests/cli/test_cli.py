@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import shutil
@@ -14,13 +16,14 @@ from types import SimpleNamespace
 
 import pytest
 from ranks import on_ranks
+from rich.console import Console
 from safetensors import safe_open
 from safetensors.torch import save_file
 from trl_fixtures import tiny_encoder_dir, tiny_llama_dir, tiny_pairs
 from typer.testing import CliRunner
 
 from drrlhf import __version__
-from drrlhf.cli import app, rundir
+from drrlhf.cli import app, run, rundir
 from drrlhf.files import json_lines
 
 GROUPS = ["amazon", "movie", "tweets", "amazon"] * 6
@@ -386,6 +389,25 @@ def _signalled(rank: int) -> list:
 def test_a_signal_to_one_process_stops_all_after_the_same_step():
     stops = [[(False, False), (True, True)], signal.SIGTERM]
     assert on_ranks(2, _signalled) == [stops, stops]
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_one_of_several_processes_says_how_to_go_on(tmp_path, first):
+    (tmp_path / "checkpoint-3").mkdir()
+    (tmp_path / "checkpoint-3" / "trainer_state.json").write_text('{"global_step": 3}')
+    trainer = SimpleNamespace(
+        args=SimpleNamespace(output_dir=str(tmp_path), world_size=2),
+        state=SimpleNamespace(global_step=3, max_steps=5),
+        train=lambda **_: None,
+        is_world_process_zero=lambda: first,
+    )
+    interrupt = SimpleNamespace(installed=contextlib.nullcontext, signum=signal.SIGINT)
+    callbacks = None, interrupt, SimpleNamespace(stop=lambda: None)
+    console = Console(file=io.StringIO(), width=200)
+    assert run._train(trainer, callbacks, None, {}, console, "drrlhf train ... --resume") == 130
+    lines = console.file.getvalue().splitlines()
+    said = ["Continue with, by the same launcher on 2 processes:", "drrlhf train ... --resume"]
+    assert lines[1:] == (said if first else [])
 
 
 # ---- demonstrations ----------------------------------------------------------------------------
