@@ -583,12 +583,14 @@ def _is_user(message: Any) -> bool:
 
 
 def _csv_groups(cells: list[str]) -> list[Any]:
-    """Cells of groups: numbers where every cell is one, as a spreadsheet writes it; else names.
+    """Cells of groups: numbers where every cell is one, as a spreadsheet writes it; else names,
+    without the spaces around them, which nobody sees there.
 
     A number that begins with 0, as postal codes do, is a name.
     """
-    typed = [_csv_group(cell.strip()) for cell in cells]
-    return cells if any(isinstance(value, str) for value in typed) else typed
+    names = [cell.strip() for cell in cells]
+    typed = [_csv_group(name) for name in names]
+    return names if any(isinstance(value, str) for value in typed) else typed
 
 
 def _csv_group(cell: str) -> Any:

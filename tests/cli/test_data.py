@@ -119,6 +119,14 @@ def test_a_local_data_set_folder(tmp_path, saved):
         load_preference_data(tmp_path / "d")
 
 
+def test_spaces_around_a_group_of_csv_make_no_other_group(tmp_path):
+    path = tmp_path / "g.csv"
+    path.write_text("chosen,rejected,group\na,b,maths\nc,d,maths \ne,f, a code\n")
+    data = load_preference_data(path)
+    assert data.group_names == ["a code", "maths"]
+    assert data.dataset["group"][:] == [1, 1, 0]
+
+
 def test_a_saved_data_set_without_splits_refuses_one(tmp_path):
     """Else ``--eval-split test`` would evaluate the training data."""
     rows = datasets.Dataset.from_list(STANDARD)
