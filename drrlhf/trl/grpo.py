@@ -153,8 +153,13 @@ class GRPOTrainer(OneRowMixin, StepMixin, trl.GRPOTrainer):
                 self.reward_funcs, self.reward_processing_classes, strict=True
             )
         ]
+        rows = inputs
+        if all(ours is not given for ours, given in zip(functions, self.reward_funcs, strict=True)):
+            # TRL hands no columns to a model; two could not be told from a function's arguments.
+            names = {"prompts", "completions"}
+            rows = [{k: v for k, v in row.items() if k not in names} for row in inputs]
         with overridden(self, reward_funcs=functions):
-            self._rewards = super()._calculate_rewards(inputs, *args, **kwargs)
+            self._rewards = super()._calculate_rewards(rows, *args, **kwargs)
         return self._rewards
 
     def _as_function(self, model: Any, tokenizer: Any, inputs: list[dict[str, Any]]) -> Any:

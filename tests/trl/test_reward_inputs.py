@@ -281,6 +281,19 @@ def test_grpo_reads_adapters_as_training_did(tmp_path):
     np.testing.assert_allclose(paid[:, 0].tolist(), chosen, atol=1e-5)
 
 
+def test_columns_with_names_of_arguments_are_no_matter_to_a_reward_model(models, tmp_path):
+    """TRL trains with them: it gives a model no columns."""
+    plain = tiny_pairs(4).remove_columns(["chosen", "rejected"])
+    data = plain.add_column("completions", ["x"] * 4).add_column("prompts", ["y"] * 4)
+    found = [
+        steps.run(
+            "grpo", models["grpo"], str(tmp_path), data=one, trainer_reward_funcs=models["reward"]
+        )["logs"][0]["reward"]
+        for one in (plain, data)
+    ]
+    assert found[0] == found[1] != 0
+
+
 @pytest.mark.parametrize("kind", ["dpo", "reward"])
 def test_what_makes_batches_can_be_sent_to_a_worker(models, tmp_path, kind):
     """As data loader workers that are not forked need it."""
