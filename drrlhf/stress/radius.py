@@ -124,7 +124,12 @@ def covering(losses: Array, target: float, family: str) -> AmbiguitySet | None:
         middle = math.sqrt(weak * strong)
         weak, strong = (weak, middle) if covers(middle) else (middle, strong)
     near = float(f"{strong:.1e}")
-    return _of_strength(family, near if covers(near) else min(_up(strong), STRONGEST[family]))
+    if near < STRONGEST[family] and covers(near):
+        return _of_strength(family, near)
+    above = _up(strong)
+    if family == "cvar" and above > STRONGEST[family]:  # alpha itself, rounded down
+        return set_of(family, _down(1 - strong))
+    return _of_strength(family, min(above, STRONGEST[family]))
 
 
 def _of_strength(family: str, strength: float) -> AmbiguitySet:
@@ -136,6 +141,13 @@ def _up(strength: float) -> float:
     digits = f"{strength:.1e}"
     step = float(f"1e{int(digits.split('e')[1]) - 1}")
     return float(digits) if float(digits) >= strength else float(f"{float(digits) + step:.1e}")
+
+
+def _down(number: float) -> float:
+    """Rounded down to two significant digits."""
+    near = float(f"{number:.1e}")
+    step = float(f"1e{f'{number:.1e}'.split('e')[1]}") / 10
+    return near if near <= number else float(f"{near - step:.1e}")
 
 
 def _text(ambiguity: AmbiguitySet | None) -> str | None:

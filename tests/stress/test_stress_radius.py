@@ -66,6 +66,17 @@ def test_by_hand():
 
 
 @pytest.mark.parametrize(
+    ("target", "alpha"),
+    # Of 999 losses of 0 and one of 10 the worst alpha >= 0.001 have the mean 0.01 / alpha.
+    [(0.99, 0.01), (1.05, 0.0095), (2.45, 0.004), (3.0, 0.0033), (9.6, 0.001)],
+)
+def test_a_small_alpha_has_two_digits_of_its_own(target, alpha):
+    """Its strength 1 - alpha would be 1.0 to two digits, an alpha of 0."""
+    losses = np.array([0.0] * 999 + [10.0])
+    assert radius.covering(losses, target, "cvar") == CVaR(alpha=alpha)
+
+
+@pytest.mark.parametrize(
     ("strength", "up"),
     [(0.1, 0.1), (0.1001, 0.11), (0.0994, 0.1), (0.999, 1.0), (1.23e-5, 1.3e-5), (34.2, 35)],
 )
