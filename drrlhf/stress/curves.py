@@ -20,6 +20,7 @@ from drrlhf.stress.resample import CONFIDENCE, Array, band
 
 ERRORS = np.array([0.0, 0.5, 1.0])
 ATOMS = 2048
+ALONE = 256  # of these for the largest losses, which a strong adversary piles onto, one by one
 RADII: Mapping[str, Sequence[float]] = {
     "tv": (0, 0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5),
     "kl": (0, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1),
@@ -62,7 +63,8 @@ class Sample:
 
     ``error_mass`` (3,) and ``replicates`` (B, 3) are the mass of each error, in the sample and in
     each resample. Losses keep every value for the number itself; for the band they are gathered
-    into at most `ATOMS` atoms of equal mass, whose small bias is taken back.
+    into at most `ATOMS` atoms, each of the `ALONE` largest losses for itself and the others of
+    equal mass, whose small bias is taken back.
     """
 
     def __init__(
@@ -76,7 +78,10 @@ class Sample:
         order = np.argsort(self.losses, kind="stable")
         atoms = min(ATOMS, len(order))
         codes = np.empty(len(order), dtype=np.int64)
-        codes[order] = np.arange(len(order)) * atoms // len(order)
+        alone = min(ALONE, atoms - 1)
+        rest = len(order) - alone
+        codes[order[:rest]] = np.arange(rest) * (atoms - alone) // rest
+        codes[order[rest:]] = np.arange(atoms - alone, atoms)
         in_atom = table(codes, atoms)
         self.atom_mass = in_atom.sum(0)
         self.atoms = np.bincount(codes, weights=self.losses, minlength=atoms) / self.atom_mass
