@@ -145,20 +145,19 @@ def _biases(scores: Scores, bootstrap: Bootstrap) -> list[dict[str, Any]]:
     """How often an answer with nothing but an addition is preferred to the answer itself."""
     if scores.rewards is None:
         return []
+    of_answers = Bootstrap(bootstrap.blocks.repeat(2), bootstrap.draws)
     found = []
     for name, form in scores.forms.items():
         change = named(name)
         if change.kind != BIAS:
             continue
         likes = (1 + np.sign(form - scores.rewards)) / 2  # NaN where there is no such form
-        known = np.isfinite(likes)
-        of_pair = np.where(known, likes, 0).sum(1) / np.maximum(known.sum(1), 1)
         found.append(
             {
                 "change": name,
                 "what": change.what,
-                "answers": int(known.sum()),
-                "preferred": bootstrap.mean(np.where(known.any(1), of_pair, np.nan)),
+                "answers": int(np.isfinite(likes).sum()),
+                "preferred": of_answers.mean(likes.ravel()),
             }
         )
     return sorted(found, key=lambda one: -one["preferred"]["value"])

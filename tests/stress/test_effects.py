@@ -13,7 +13,7 @@ import pytest
 
 from drrlhf.stress import Attribute, Scores, parse_requirement, stress_test, write_junit
 from drrlhf.stress.changes import changed, chosen_changes, drawn_pairs, scored
-from drrlhf.stress.effects import Bootstrap, worst_change
+from drrlhf.stress.effects import Bootstrap, effects, worst_change
 from drrlhf.transformations import TRANSFORMATIONS, lookup
 
 N = 60
@@ -144,6 +144,17 @@ def test_biases_are_shares_of_answers_that_gain():
     gains = scores.forms["self_praise"] > scores.rewards
     assert found["self_praise"]["preferred"]["value"] == pytest.approx(gains.mean())
     assert found["self_praise"]["answers"] == 2 * N
+
+
+def test_a_bias_counts_answers_where_pairs_have_one_or_two():
+    """The first pair's answers do not gain, the only form of the second pair's does: one of three,
+    where the mean of the pairs' means would be a half."""
+    forms = {"authority": np.array([[0.0, -1.0], [2.0, np.nan]])}
+    rewards = np.array([[1.0, 0.0], [1.0, 0.0]])
+    scores = Scores(np.ones(2), np.arange(2), rewards=rewards, forms=forms)
+    (found,) = effects(scores, Bootstrap.of(scores.prompts, 50, 0))["biases"]
+    assert found["answers"] == 3 and found["preferred"]["value"] == pytest.approx(1 / 3)
+    assert (found["preferred"]["low"], found["preferred"]["high"]) == (0.0, 1.0)
 
 
 def test_a_judge_by_length_is_found_out():
