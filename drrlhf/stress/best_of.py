@@ -22,6 +22,7 @@ from numpy.typing import ArrayLike, NDArray
 from drrlhf.files.tables import DataError
 from drrlhf.stress.resample import FEW_PROMPTS, Array, Bootstrap, band
 from drrlhf.stress.scores import Scores
+from drrlhf.stress.student import above_zero
 
 # How the scores of several models become one, for `drrlhf.robust_reward`.
 COMBINED = ("min", "mean", "kl:temperature=1", "uwo:1")
@@ -59,7 +60,8 @@ def best_of_curve(
           "high"; "best_possible", the value where the gold score itself ranks;
         - "turns_over": "n" of the largest mean gold; "difference", the gold at the largest n minus
           that, with the band of this paired difference; "beyond_band", whether the band lies below
-          0. The largest was found on the same prompts, so the difference leans to the low side;
+          0, and Student's interval as well, at a level divided by the number of smaller n: the
+          largest was found on the same prompts, so the difference leans to the low side;
         - "prompts" and "left_out", prompts with a score that is not finite; "candidates", the
           smallest and the largest N_i; "notes", sentences for the reader.
 
@@ -80,6 +82,7 @@ def best_of_curve(
     peak = int(model.argmax())
     fall = drawn[:, len(taken) - 1] - drawn[:, peak]
     difference = band(float(model[-1] - model[peak]), fall.tolist())
+    falls = both[0][:, peak] - both[0][:, -1]
     return {
         "points": [
             {
@@ -93,8 +96,8 @@ def best_of_curve(
         "turns_over": {
             "n": taken[peak],
             "difference": difference,
-            # A single prompt has no spread, and proves nothing.
-            "beyond_band": len(sizes) > 1 and difference["high"] < 0,
+            "beyond_band": difference["high"] < 0
+            and above_zero(falls, np.arange(len(sizes)), max(len(taken) - 1, 1)),
         },
         "prompts": len(sizes),
         "left_out": left_out,

@@ -26,6 +26,7 @@ from drrlhf.stress.report import COMPARED, GENERATED
 from drrlhf.stress.require import Number, Requirement, check, requirements
 from drrlhf.stress.resample import CONFIDENCE, Bootstrap, band
 from drrlhf.stress.scores import Attribute
+from drrlhf.stress.student import above_zero, students_t
 from drrlhf.version import __version__
 
 METRICS = ("reward", "lost")
@@ -219,27 +220,12 @@ def _changes(prompts: Prompts) -> list[dict[str, Any]]:
                 "reward_before": float(old[known].mean()),
                 "reward": mean(new),
                 "lost": mean(old - new),
-                "beyond_chance": _above_zero(old - new, prompts.bootstrap.blocks, tests),
+                "beyond_chance": above_zero(old - new, prompts.bootstrap.blocks, tests),
                 "falls": mean(np.where(known, new < old - same, np.nan)),
                 "rises": mean(np.where(known, new > old + same, np.nan)),
             }
         )
     return sorted(found, key=lambda one: -one["lost"]["value"])
-
-
-def _above_zero(values: Array, blocks: NDArray[np.int64], tests: int) -> bool:
-    """Whether Student's interval of the mean of what is known of (n,) lies above 0, at a level
-    divided by the number of ``tests``: the largest of several losses is large by chance too."""
-    known = np.isfinite(values)
-    counted = np.bincount(blocks[known])
-    sums = np.bincount(blocks[known], weights=values[known])
-    there = int((counted > 0).sum())
-    if there < 2:
-        return False
-    mean = sums.sum() / counted.sum()
-    spread = np.square(sums - mean * counted).sum() / counted.sum() ** 2 * there / (there - 1)
-    t = students_t(1 - (1 - CONFIDENCE) / (2 * tests), there - 1)
-    return bool(mean > 0 and mean - t * math.sqrt(spread) > 0)
 
 
 def _worst_change(generated: Generated, prompts: Prompts) -> dict[str, Any] | None:
@@ -307,26 +293,6 @@ def _groups(
         ("reward", overall),
         "prompts",
     )
-
-
-def students_t(share: float, freedom: float) -> float:
-    """The quantile of Student's t with that many degrees of freedom, for a ``share`` from 1/2 on.
-
-    With t = sqrt(f) tan a, P(|T| <= t) is the integral of cos^(f - 1) from 0 to a, over that to
-    pi/2, which is sqrt(pi) Gamma(f/2) / (2 Gamma((f + 1)/2)).
-    """
-    nodes, weights = np.polynomial.legendre.leggauss(64)
-    logs = math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2)
-    factor = 2 * math.exp(logs) / math.sqrt(math.pi)
-    low, high = 0.0, math.pi / 2
-    for _ in range(80):
-        angle = (low + high) / 2
-        # The integrand is a narrow bell for many degrees of freedom: only its part counts.
-        end = min(angle, 12 / math.sqrt(freedom))
-        at = end * (1 + nodes) / 2
-        inside = factor * end / 2 * float(weights @ np.cos(at) ** (freedom - 1))
-        low, high = (angle, high) if inside < 2 * share - 1 else (low, angle)
-    return math.sqrt(freedom) * math.tan((low + high) / 2)
 
 
 def _equal(completions: Sequence[Sequence[str]]) -> float:

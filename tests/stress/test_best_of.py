@@ -117,6 +117,17 @@ def test_what_does_not_turn_over():
     assert alone["notes"] == ["Only 1 prompt: bands rest on so few, and are rough."]
 
 
+def test_few_prompts_do_not_turn_over_by_chance():
+    """Gold that the scores know nothing of has no n that is better. Of three prompts all fall from
+    the best n of five with a probability of a seventh, which is no proof."""
+    rng, found = np.random.default_rng(0), 0
+    for _ in range(100):
+        scores, gold = rng.normal(size=(2, 3, 16))
+        curve = b.best_of_curve(list(scores), list(gold), resamples=40)
+        found += curve["turns_over"]["beyond_band"]
+    assert found <= 5
+
+
 def test_bands_are_those_of_the_mean_over_prompts():
     gold = RNG.normal(size=(400, 2))
     found = b.best_of_curve([[0, 1]] * 400, list(gold), resamples=2000)

@@ -11,8 +11,8 @@ from test_page import browse
 
 from drrlhf.files.tables import DataError
 from drrlhf.stress import Attribute, Generated, stress_generated, write_junit
-from drrlhf.stress.generated import students_t
 from drrlhf.stress.report import render
+from drrlhf.stress.student import above_zero, students_t
 
 TYPOS, MINE = "prompt_typos", "prompt@mine"
 EVIL = "<script>alert('evil')</script>"
@@ -184,6 +184,18 @@ def test_a_group_of_equal_prompts_is_not_certain():
     law = next(one for one in model["groups"]["single"] if one["group"]["topic"] == "law")
     half = stats.t.ppf(1 - 0.0125, 19) * (rewards.mean(1).var() / 20) ** 0.5
     assert law["reward"]["high"] == pytest.approx(half) and half > 0.05
+
+
+@pytest.mark.parametrize(
+    ("prompts", "tests", "sure"),
+    [(2, 1, False), (5, 1, False), (6, 1, True), (6, 20, False), (10, 20, True)],
+)
+def test_a_loss_that_is_equal_everywhere_needs_prompts_enough(prompts, tests, sure):
+    """Chance gives all of n prompts one sign with probability 2^-n; the level is 0.025 / tests."""
+    lost = np.full(prompts, 0.1)
+    assert above_zero(lost, np.arange(prompts), tests) == sure
+    assert not above_zero(-lost, np.arange(prompts), tests)
+    assert above_zero(lost.repeat(2), np.arange(prompts).repeat(2), tests) == sure  # given twice
 
 
 @pytest.mark.parametrize("freedom", [1, 2, 5, 29, 400, 100_000])
