@@ -11,6 +11,7 @@ from drrlhf.ambiguity import AmbiguitySet
 from drrlhf.stress.curves import ERRORS, Array, error_codes, losses_of, worst_case_weights
 from drrlhf.stress.resample import counts
 from drrlhf.stress.scores import Scores
+from drrlhf.stress.student import above
 
 NAMED = 5
 # A group is named when its share of the weight rises by a tenth of itself or more, and by more than
@@ -35,7 +36,7 @@ def adversary_of(
         "largest_weight": float(weights.max() * n),
         "wrong": {"before": float(wrong.mean()), "after": float(weights @ wrong)},
         "piled": piled,
-        "length": _length(scores, weights),
+        "length": _length(scores, blocks, weights, min_support),
         "position": _position(scores),
     }
     return facts | {"sentences": _sentences(facts)}
@@ -69,8 +70,11 @@ def _piled(
     return sorted(found, key=lambda row: row["before"] - row["after"])[:NAMED]
 
 
-def _length(scores: Scores, weights: Array) -> dict[str, float] | None:
-    """How scores follow length; None where lengths are not known."""
+def _length(
+    scores: Scores, blocks: NDArray[np.int64], weights: Array, min_support: int
+) -> dict[str, float] | None:
+    """How scores follow length; None where lengths are not known. It "misleads" where the model is
+    right more often by more than chance when the chosen answer is the longer one."""
     if scores.longer is None:
         return None
     known = np.isfinite(scores.longer) & (scores.longer != 0)
@@ -83,6 +87,7 @@ def _length(scores: Scores, weights: Array) -> dict[str, float] | None:
         "pairs": int(known.sum()),
         "prefers_longer": float(((np.sign(margin * longer) + 1) / 2).mean()),
         "chosen_is_longer": float((~shorter).mean()),
+        "misleads": above(right, ~shorter, shorter, blocks[known], min_support),
         "accuracy_chosen_longer": _mean(right[~shorter]),
         "accuracy_chosen_shorter": _mean(right[shorter]),
         "rank_correlation": _rank_correlation(longer, margin),

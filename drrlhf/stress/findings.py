@@ -70,21 +70,21 @@ def _all(model: Mapping[str, Any]) -> Iterator[Finding]:
                 "groups",
             )
     length = model["adversary"]["length"]
-    if length is not None:
+    if length is not None and length["misleads"]:
         longer, shorter = length["accuracy_chosen_longer"], length["accuracy_chosen_shorter"]
         yield Finding(
             f"Length misleads it: {longer:.1%} of the pairs are ranked right where the chosen "
             f"answer is longer, and {shorter:.1%} where it is shorter.",
-            longer - shorter if longer == longer and shorter == shorter else 0.0,
+            longer - shorter,
             "length",
         )
     styles = model["styles"]
-    if styles is not None and "hard" in styles:
+    if styles is not None and styles.get("misleads"):
         easy, hard = styles["easy"]["value"], styles["hard"]["value"]
         yield Finding(
             f"Style misleads it: {hard:.1%} of the pairs are ranked right where the chosen answer "
             f"is the plainer one, and {easy:.1%} where it is the more adorned one.",
-            easy - hard if easy == easy and hard == hard else 0.0,
+            easy - hard,
             "styles",
         )
 

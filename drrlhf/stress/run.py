@@ -206,7 +206,7 @@ def _model(
         },
         "groups": groups.groups_of(scores, blocks, least),
         **effects(scores, bootstrap),
-        "styles": styles_of(scores, bootstrap),
+        "styles": styles_of(scores, bootstrap, least),
         "adversary": adversary.adversary_of(scores, blocks, described, least),
         "best_answer": best_answer,
         "examples": dict(scores.examples),

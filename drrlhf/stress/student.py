@@ -1,4 +1,4 @@
-"""Student's t: whether a mean over prompts is above 0 by more than chance."""
+"""Student's t: whether a mean over prompts is above 0, or above another, by more than chance."""
 
 from __future__ import annotations
 
@@ -31,6 +31,35 @@ def above_zero(values: Array, blocks: NDArray[np.int64], tests: int) -> bool:
     if math.sqrt(spread) <= _EQUAL * abs(mean):
         return bool(mean > 0 and 0.5**there <= level)
     return bool(mean - students_t(1 - level, there - 1) * math.sqrt(spread) > 0)
+
+
+def above(
+    shares: Array,
+    first: NDArray[np.bool_],
+    second: NDArray[np.bool_],
+    blocks: NDArray[np.int64],
+    min_support: int,
+) -> bool:
+    """Whether the mean of ``shares`` (n,) in [0, 1] is larger in the ``first`` part (n,) than in
+    the ``second`` by more than chance: Student's interval of the difference, by blocks. A
+    part with fewer than ``min_support`` blocks proves nothing.
+
+    The variance is never below that of independent pairs that do not differ: a part in which all
+    are right has no spread of its own.
+    """
+    support = min(len(np.unique(blocks[part])) for part in (first, second))
+    if support < max(min_support, 2):
+        return False
+    means = [float(shares[part].mean()) for part in (first, second)]
+    sizes = [int(part.sum()) for part in (first, second)]
+    pulls = np.where(first, (shares - means[0]) / sizes[0], 0.0)
+    pulls = pulls - np.where(second, (shares - means[1]) / sizes[1], 0.0)
+    there = len(np.unique(blocks[first | second]))
+    spread = np.square(np.bincount(blocks, weights=pulls)).sum() * there / (there - 1)
+    whole = float(shares[first | second].mean())
+    least = whole * (1 - whole) * (1 / sizes[0] + 1 / sizes[1])
+    t = students_t((1 + CONFIDENCE) / 2, support - 1)
+    return bool(means[0] - means[1] > t * math.sqrt(max(spread, least)))
 
 
 def students_t(share: float, freedom: float) -> float:

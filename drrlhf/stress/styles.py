@@ -15,11 +15,13 @@ from drrlhf.stress.answers import STYLED, STYLES
 from drrlhf.stress.curves import ERRORS, error_codes
 from drrlhf.stress.resample import Bootstrap
 from drrlhf.stress.scores import Scores
+from drrlhf.stress.student import above
 
 
-def styles_of(scores: Scores, bootstrap: Bootstrap) -> dict[str, Any] | None:
+def styles_of(scores: Scores, bootstrap: Bootstrap, min_support: int) -> dict[str, Any] | None:
     """Accuracy by the style of the chosen answer (rows) and of the rejected one ("matrix"), NaN
-    where there is no pair; "easy", "normal" and "hard" where the order of all styles is known."""
+    where there is no pair; "easy", "normal" and "hard" where the order of all styles is known. Then
+    style "misleads" where more of the easy pairs are right than of the hard ones, beyond chance."""
     if not all(name in scores.attributes for name in STYLED):
         return None
     found = [scores.attributes[name] for name in STYLED]
@@ -48,4 +50,6 @@ def styles_of(scores: Scores, bootstrap: Bootstrap) -> dict[str, Any] | None:
             ("hard", chosen < rejected),
         ):
             result[name] = bootstrap.mean(np.where(there & mask, right, np.nan))
+        easy, hard = there & (chosen > rejected), there & (chosen < rejected)
+        result["misleads"] = above(right, easy, hard, bootstrap.blocks, min_support)
     return result

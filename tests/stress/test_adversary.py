@@ -14,7 +14,9 @@ from test_stress import grouped
 from drrlhf.ambiguity import parse_ambiguity
 from drrlhf.stress import Attribute, Scores, load_scores, stress_test
 from drrlhf.stress.adversary import adversary_of
-from drrlhf.stress.resample import blocks_of
+from drrlhf.stress.resample import Bootstrap, blocks_of
+from drrlhf.stress.student import above
+from drrlhf.stress.styles import styles_of
 
 
 def named(margin, ambiguity="cvar:0.2", prompts=None, **attributes):
@@ -156,3 +158,65 @@ def test_groups_that_have_nothing_to_do_with_it_are_seldom_named(name, each):
         alarms += len(named(margin, name, prompts, **masks))
         asked += 2 * len(masks)
     assert alarms <= stats.poisson.ppf(0.999, asked / 741), (alarms, asked)
+
+
+def misled(margin, longer, prompts=None):
+    prompts = np.arange(len(margin)) if prompts is None else prompts
+    given = Scores(margin, prompts, longer=longer, rows=len(margin))
+    found = adversary_of(given, blocks_of(prompts, 0), parse_ambiguity("cvar:0.2"), 30)
+    return found["length"]["misleads"]
+
+
+def test_length_misleads_a_model_only_beyond_chance():
+    """A model that is right in 70 % of the pairs, whatever their lengths, and one whose margins
+    grow with length; a difference of which too few pairs tell is none."""
+    rng = np.random.default_rng(0)
+    draws = [(rng.normal(0.52, 1, 100), rng.choice([-9.0, 9.0], 100)) for _ in range(200)]
+    assert sum(misled(*one) for one in draws) <= 10  # of them 2.5 % by chance
+    margin, longer = draws[0]
+    assert misled(margin + longer / 9, longer)
+    few = np.where(np.arange(100) < 5, -9.0, 9.0)
+    assert not misled(np.where(few < 0, -1.0, margin), few)
+    # Ten pairs of each prompt, all alike, are no more than one of it.
+    each = np.arange(1000) // 10
+    assert sum(misled(m[each], more[each], each) for m, more in draws) <= 10
+    assert sum(misled(m[each], more[each]) for m, more in draws) > 40
+
+
+def test_style_misleads_a_model_only_beyond_chance():
+    rng = np.random.default_rng(1)
+    attributes = {
+        name: Attribute(np.tile(codes, 60), ("concise", "detailed", "markdown"))
+        for name, codes in (("chosen_style", [0, 2]), ("rejected_style", [2, 0]))
+    }
+    prompts = np.arange(120) // 2
+    bootstrap = Bootstrap.of(prompts, 20, 0)
+
+    def styled(margin):
+        return styles_of(Scores(margin, prompts, attributes), bootstrap, 30)["misleads"]
+
+    assert sum(styled(rng.normal(0.5, 1, 120)) for _ in range(200)) <= 10
+    assert styled(rng.normal(0.5, 1, 120) + np.tile([-1.0, 1.0], 60))
+
+
+def test_a_part_that_is_all_right_is_not_certain():
+    """Of 30 pairs all are right with a probability of a half, where 98 % of all pairs are."""
+    right = np.ones(1030)
+    right[30:51] = 0
+    first = np.arange(1030) < 30
+    assert not above(right, first, ~first, np.arange(1030), 30)
+    right[30:430] = 0
+    assert above(right, first, ~first, np.arange(1030), 30)
+    assert not above(right, first, ~first, np.arange(1030), 31)
+
+
+def test_what_does_not_mislead_is_no_finding():
+    rng = np.random.default_rng(5)
+    longer, even = rng.choice([-9.0, 9.0], 100), np.where(np.arange(100) % 10 < 3, -1.0, 1.0)
+    even[longer < 0] = np.where(np.arange((longer < 0).sum()) % 10 < 4, -1.0, 1.0)
+    for margin, told in ((even, False), (even + longer / 9, True)):
+        given = Scores(margin, np.arange(100), longer=longer, rows=100)
+        model = stress_test(given, resamples=20)["models"]["model"]
+        half = model["adversary"]["length"]
+        assert half["accuracy_chosen_longer"] > half["accuracy_chosen_shorter"] + 0.05
+        assert ("length" in {one["subject"] for one in model["findings"]}) == told
