@@ -153,6 +153,8 @@ def findings(values: Mapping[str, np.ndarray]) -> dict[str, Finding]:
 def paired(differences: np.ndarray) -> tuple[float, tuple[float, float]]:
     """p of the two-sided t test that the mean is 0, and the 95 % interval of the mean."""
     mean = float(differences.mean())
+    if len(differences) < 2:  # one seed says nothing of others
+        return 1.0, (-float("inf"), float("inf"))
     if differences.std() == 0:  # all equal: a difference for certain, or none
         return (1.0 if mean == 0 else 0.0), (mean, mean)
     found = stats.ttest_1samp(differences, 0.0)

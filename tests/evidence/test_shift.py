@@ -178,6 +178,8 @@ def test_paired_interval_and_p_by_hand():
     assert interval == pytest.approx((3 - half, 3 + half), abs=1e-5)
     assert findings.paired(np.zeros(5)) == (1.0, (0.0, 0.0))
     assert findings.paired(np.full(5, 0.25)) == (0.0, (0.25, 0.25))
+    # One seed says nothing of others.
+    assert findings.paired(np.array([0.25])) == (1.0, (-np.inf, np.inf))
 
 
 def test_holm_by_hand():
