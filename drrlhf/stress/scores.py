@@ -564,6 +564,8 @@ def _attribute(column: pa.ChunkedArray) -> Attribute | str:
     """The column as an attribute, or why it is none."""
     if pa.types.is_nested(column.type) or pa.types.is_null(column.type):
         return f"of type {column.type}"
+    if pa.types.is_floating(column.type):  # NaN is no value, as null is none
+        column = pc.if_else(pc.is_nan(column), pa.scalar(None, column.type), column)
     if _is_number(column.type) and pc.count_distinct(column).as_py() > 2 * QUARTERS:
         return _quarters(column.cast(pa.float64(), safe=False).to_numpy())
     codes, values = _codes(column)

@@ -22,6 +22,7 @@ from drrlhf.stress.groups import groups_of, wilson
 from drrlhf.stress.report import point
 from drrlhf.stress.require import parse_requirement
 from drrlhf.stress.resample import BLOCKS, blocks_of, counts, resampled
+from drrlhf.stress.scores import from_table
 
 RNG = np.random.default_rng(0)
 MARGIN = np.round(RNG.normal(0.8, 1.0, 400), 1)
@@ -413,6 +414,15 @@ def test_numbers_become_quarters(tmp_path):
     found = load_scores(written(tmp_path, ".parquet", rows))
     assert np.bincount(found.attributes["age"].codes).tolist() == [50, 50, 50, 50]
     assert found.ignored == {"const": "constant", "free": "200 different values, more than 100"}
+
+
+def test_nan_is_no_group():
+    """A level that is missing, as pandas and numpy write it, is none beside 1 and 2."""
+    columns = {"margin": [1.0, -1.0, 2.0, -2.0], "level": [1.0, np.nan, 2.0, None]}
+    found = from_table(pa.table(columns), "made up").attributes["level"]
+    assert found.names == ("1.0", "2.0") and found.codes.tolist() == [0, -1, 1, -1]
+    alone = from_table(pa.table(columns | {"level": [1.0, np.nan, 1.0, 1.0]}), "made up")
+    assert alone.ignored == {"level": "constant"}
 
 
 def test_quarters_have_the_digits_that_tell_them_apart(tmp_path):
