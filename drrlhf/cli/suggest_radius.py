@@ -91,6 +91,8 @@ def _table(found: dict[str, Any]) -> Table:
 
 
 def _said(found: dict[str, Any]) -> list[str]:
+    from drrlhf.stress.resample import FEW_PROMPTS
+
     chance, groups, alone = found["bootstrap"], found["groups"], found["pairs_without_prompt"]
     said = [
         f"Mean loss {found['mean_loss']:.4f} over {found['pairs']:,} pairs of "
@@ -99,6 +101,11 @@ def _said(found: dict[str, Any]) -> list[str]:
     ]
     if alone:
         said.append(f"{alone:,} of these pairs have no prompt id: each is a prompt of its own.")
+    if found["prompts"] < FEW_PROMPTS:
+        said.append(
+            f"Only {found['prompts']} different prompts: what chance may do rests on these, and is "
+            "rough; it comes out too small."
+        )
     if groups is None:
         return [*said, "Chance is not shift: --group-by says what other groups cost."]
     said += [

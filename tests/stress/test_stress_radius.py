@@ -177,6 +177,9 @@ def test_command_prints_and_writes_what_the_function_says(tmp_path):
     assert "b: " in done.output and [*out.parent.iterdir()] == [out]
     plain = command("--scores", file)
     assert plain.exit_code == 0 and "Chance is not shift" in plain.output
+    few = "Only 29 different prompts"
+    assert few in command("--scores", jsonl(file, 29)).output
+    assert "different prompts" not in command("--scores", jsonl(file, 30)).output
 
 
 def test_a_path_with_marks_of_a_terminal(tmp_path):
