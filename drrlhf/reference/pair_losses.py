@@ -50,7 +50,9 @@ def alpha_exponent_limit(dtype: torch.dtype) -> float:
 def divergence_score(u: Tensor, o: PairOptions) -> Tensor:
     """f'(exp(u)) up to a constant: the implicit reward of a log-ratio u (arXiv 2309.16240)."""
     if o.f_divergence == "forward_kl":
-        return 1 - torch.exp(-u)
+        # Where that is infinite no gradient flows: the loss is flat, and 0 times infinity NaN.
+        beyond = torch.exp(-u.detach()).isinf()
+        return 1 - torch.exp(-torch.where(beyond, u.detach(), u))
     if o.f_divergence == "js_divergence":
         return math.log(2) + F.logsigmoid(u)
     power = o.f_alpha_divergence_coef - 1
