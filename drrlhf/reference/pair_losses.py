@@ -83,7 +83,14 @@ def exo_pair(p: Pairs, o: PairOptions) -> Tensor:
     """EXO, arXiv 2402.00856 eq. 16."""
     h, eps = o.beta * p.difference, o.label_smoothing
     win, lose = F.logsigmoid(h), F.logsigmoid(-h)
-    return win.exp() * (win - math.log1p(-eps)) + lose.exp() * (lose - math.log(eps))
+    return _divergence(win, math.log1p(-eps)) + _divergence(lose, math.log(eps))
+
+
+def _divergence(log_p: Tensor, log_q: float) -> Tensor:
+    """p (log p - log q), which is 0 where p is."""
+    there = ~log_p.isneginf()
+    known = torch.where(there, log_p, 0.0)
+    return torch.where(there, known.exp() * (known - log_q), 0.0)
 
 
 def robust(p: Pairs, o: PairOptions) -> Tensor:

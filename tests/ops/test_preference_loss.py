@@ -262,18 +262,25 @@ def test_compiles(backend):
         torch.testing.assert_close(a, b)
 
 
-@pytest.mark.parametrize("loss_type", ["sigmoid", "hinge", "discopop"])
-def test_a_rejected_answer_far_below_the_reference_has_no_gradient_under_forward_kl(loss_type):
-    """exp(120) is beyond float32: the pair's loss is 0 and so are its derivatives, not NaN; the
-    other pair's are those that it has alone."""
+@pytest.mark.parametrize(
+    ("loss_type", "smoothing", "limit"),
+    [("sigmoid", 0, 0), ("hinge", 0, 0), ("discopop", 0, 0), ("exo_pair", 0.1, -math.log(0.9))],
+)
+def test_a_rejected_answer_far_below_the_reference_has_no_gradient_under_forward_kl(
+    loss_type, smoothing, limit
+):
+    """exp(120) is beyond float32: the pair's loss is at its limit and its derivatives are 0, not
+    NaN; the other pair's are those that it has alone."""
     zeros = torch.zeros(2)
     options = {"loss_type": loss_type, "f_divergence": "forward_kl", "beta": 0.1}
+    options["label_smoothing"] = smoothing
     chosen = torch.tensor([1.0, 1.0], requires_grad=True)
     rejected = torch.tensor([-120.0, -1.0], requires_grad=True)
     out = dr.preference_loss(chosen, rejected, zeros, zeros, **options)
     out.loss.backward()
     alone = [torch.tensor([x], requires_grad=True) for x in (1.0, -1.0)]
     dr.preference_loss(*alone, zeros[:1], zeros[:1], **options).loss.backward()
-    assert out.losses[0] == 0 and chosen.grad[0] == rejected.grad[0] == 0
+    assert out.losses[0].item() == pytest.approx(limit)
+    assert chosen.grad[0] == rejected.grad[0] == 0
     assert chosen.grad[1] == pytest.approx(alone[0].grad.item() / 2)
     assert rejected.grad[1] == pytest.approx(alone[1].grad.item() / 2)
