@@ -16,10 +16,12 @@ import contextlib
 import json
 import logging
 import math
+import os
 import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from decimal import Decimal
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -159,7 +161,7 @@ def open_rows(source: str, split: str) -> tuple[str, str, Rows]:
     Raises:
         DataError: neither a file nor a data set that could be loaded, or a split of a file.
     """
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))
     is_file = path.is_file() or path.suffix.lower() in tables.SUFFIXES
     if path.is_dir() or (not is_file and _HUB_NAME.fullmatch(source)):
         return source, "row", _read_datasets(source, path, split)
@@ -603,7 +605,7 @@ def is_number(value: Any) -> bool:
     """Whether it is a number that a double holds, if not always exactly; NaN and infinite too."""
     if isinstance(value, int) and not isinstance(value, bool):
         return abs(value) <= sys.float_info.max
-    return isinstance(value, float)
+    return isinstance(value, (float, Decimal))  # databases export decimals
 
 
 def _kind(value: Any) -> str:

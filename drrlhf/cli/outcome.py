@@ -32,6 +32,11 @@ def report(output_dir: Path, record: dict[str, Any], console: Console) -> int:
     lines = json_lines(output_dir / rundir.METRICS_FILE)
     train = [line for line in lines if line["event"] == "train"]
     evaluations = [line for line in lines if line["event"] == "eval"]
+    if not train:
+        raise ValueError(
+            f"--resume: {rundir.METRICS_FILE} in {output_dir} says nothing of the steps of this "
+            "run, which has finished; put the file back, or train anew with --overwrite"
+        )
     record = record | {"finished": rundir.now(), "result": {"train": train[-1]}}
     if evaluations:
         record["result"]["eval"] = evaluations[-1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import os
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -50,7 +51,7 @@ def find(reward: str) -> Any:
     Raises:
         ValueError: there is no such module, function or directory, or another kind of model in it.
     """
-    path = Path(reward).expanduser()
+    path = Path(os.path.expanduser(reward))
     module, colon, function = reward.partition(":")
     if path.is_dir() or not colon:
         if not path.is_dir() and models.is_path(reward):

@@ -220,6 +220,14 @@ def _group_names(data: Any) -> list[str] | None:
     return data.group_names or [str(g) for g in sorted(data.dataset.unique("group"))]
 
 
+def _own_names(data: Any) -> list[str] | None:
+    """What the groups of the training data are called: the first names, before those that held-out
+    data alone have, which may be others when a run goes on."""
+    if data.group_names is None:
+        return None
+    return list(data.group_names[: 1 + max(data.dataset.unique("group"))])
+
+
 def _same_groups(data: Any, eval_data: Any) -> tuple[Any, Any]:
     """Both with the names of the evaluation data, which begin with those of the training data."""
     names = eval_data.group_names
@@ -268,7 +276,7 @@ def _record(settings: Settings, data: Any) -> dict[str, Any]:
             "source": settings.data,
             "rows": len(data.dataset),
             "columns": data.dataset.column_names,
-            "group_names": data.group_names,
+            "group_names": _own_names(data),
             "sha256": rundir.data_fingerprint(data.dataset),
         },
         "model_fingerprint": rundir.model_fingerprint(settings.model),

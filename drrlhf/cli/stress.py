@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import shlex
 import signal
 import sys
@@ -329,7 +330,7 @@ def _names(options: Options) -> list[str]:
     """Of the models: names of folders, and of files without suffix; whole paths where two would be
     called the same."""
     models = options.generate or options.model or []
-    paths = options.scores or [Path(one).expanduser().resolve() for one in models]
+    paths = options.scores or [Path(os.path.expanduser(one)).resolve() for one in models]
     short = [
         path.name if path.is_dir() else path.stem.removesuffix(".scores") or str(path)
         for path in paths

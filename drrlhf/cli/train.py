@@ -4,7 +4,6 @@ is in run.py and drrlhf.demo."""
 from __future__ import annotations
 
 import importlib
-import os
 import shlex
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,6 @@ _DEMOS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "dpo": (("max_steps", "ambiguity", "seed"), ("peft", "gguf")),
     "grpo": (("max_steps", "ambiguity", "seeds"), ("peft", "gguf")),
 }
-_PATHS = ("data", "eval_data", "model", "reward", "output_dir")
 
 
 @app.command()
@@ -90,8 +88,6 @@ def _train(ctx: typer.Context, kind: str) -> None:
             f"missing {', '.join(missing)} (or --demo); see {ctx.command_path} --help"
         )
     options["ambiguity"] = options["ambiguity"] or DEFAULT_AMBIGUITY
-    for name in {*_PATHS} & {*options}:  # shells expand a ~ at the beginning of a word alone
-        options[name] = options[name] and os.path.expanduser(options[name])
     raise typer.Exit(run.run(kind, options, _console.console(), _resume_command(ctx)))
 
 
@@ -112,8 +108,7 @@ def _demo(ctx: typer.Context, kind: str) -> None:
     if (steps := chosen.pop("max_steps", -1)) != -1:
         chosen["steps"] = steps
     with _console.user_errors(material.MaterialError):
-        named = ctx.params["output_dir"] or ("demo" if kind == "reward" else f"demo-{kind}")
-        folder = Path(os.path.expanduser(named))
+        folder = Path(ctx.params["output_dir"] or ("demo" if kind == "reward" else f"demo-{kind}"))
         demo.run(folder, console=_console.console(), **chosen)
 
 

@@ -124,7 +124,9 @@ def load_scores(
     # A prompt's text may be most of a file, and with an id at hand it says nothing more.
     spared = {"prompt": "prompt_id"} if prompt_column != "prompt" else {}
     return from_table(
-        tables.table(Path(source).expanduser(), measured=("chosen", "rejected"), spared=spared),
+        tables.table(
+            Path(os.path.expanduser(source)), measured=("chosen", "rejected"), spared=spared
+        ),
         str(source),
         prompt_column=prompt_column,
         max_nan=max_nan,

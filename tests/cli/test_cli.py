@@ -317,6 +317,9 @@ def test_resume_of_a_finished_run_trains_nothing(place, tmp_path):
     assert "held out" not in result.output and "2 steps" in result.output
     assert _numbers(out) == numbers
     _assert_same_weights(out, weights)
+    (out / "metrics.jsonl").write_text("")
+    again = _run(_arguments(place, "dpo", out, "--max-steps 2 --resume"))
+    _refused(again, "metrics.jsonl", "says nothing of the steps of this run")
 
 
 def test_resume_without_a_usable_checkpoint(place, tmp_path):

@@ -252,6 +252,8 @@ def test_groups_that_are_codes(place, tmp_path):
     train(place, "dpo", tmp_path / "tv", given)
     lines = json_lines(tmp_path / "tv" / "metrics.jsonl")
     assert "group/20240115/weight" in lines[0] and "eval_group/8/weight" in lines[-1]
+    third = _write(tmp_path / "third.jsonl", tiny_pairs(4, seed=1, group=[9, 7] * 2))
+    train(place, "dpo", tmp_path / "tv", given.replace(str(other), str(third)) + " --resume")
 
 
 def test_splits_of_a_data_set(place, tmp_path):

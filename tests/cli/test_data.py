@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import logging
+from decimal import Decimal
 from pathlib import Path
 
 import datasets
@@ -318,6 +319,16 @@ def test_bad_rows_of_an_array_are_named_with_their_line(tmp_path):
     path = lines(tmp_path / "a.json", "[", GOOD, GOOD, "]")
     with pytest.raises(DataError, match=r"a\.json: line 3: broken JSON"):
         load_preference_data(path)
+
+
+def test_decimals_are_numbers(tmp_path):
+    """Databases export them, as they keep what people typed."""
+    rows = [{"chosen": "a", "rejected": "b", "weight": Decimal("0.25"), "p_chosen": Decimal("1")}]
+    found = load_preference_data(write(tmp_path / "a.parquet", rows)).dataset[0]
+    assert found["weight"] == 0.25 and found["p_chosen"] == 1
+    rows[0]["p_chosen"] = Decimal("1.5")
+    with pytest.raises(DataError, match="'p_chosen' must be a probability in"):
+        load_preference_data(write(tmp_path / "b.parquet", rows))
 
 
 def test_bad_rows_of_parquet_are_named_with_their_row(tmp_path):
