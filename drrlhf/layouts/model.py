@@ -271,6 +271,7 @@ class OneRow:
         row: dict[str, Any] = {
             "input_ids": input_ids.flatten()[found.tokens][None],
             "position_ids": found.positions[None],
+            "use_cache": False,  # a row is never gone on with
         }
         for name, given in kwargs.items():
             laid = name in PER_TOKEN and given is not None

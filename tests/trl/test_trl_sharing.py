@@ -235,6 +235,16 @@ def test_a_model_that_takes_no_rows_is_left_alone():
             numbers(model, layouts.OneRow(model, **options))
 
 
+def test_a_row_keeps_no_keys_and_values():
+    """Nobody goes on with it, and those of a long row would take memory for nothing."""
+    model = made("Llama")
+    row = layouts.in_rows(model, longest=20)
+    model.register_forward_hook(lambda module, args, output: kept.append(output.past_key_values))
+    ids, kept = torch.arange(2, 12).expand(2, 10), []
+    row.predictions(ids, torch.ones_like(ids), torch.ones(2, 9, dtype=torch.bool))
+    assert kept == [None]
+
+
 def test_a_trial_of_hidden_states_makes_no_logits():
     """Those of thousands of tokens would take much memory, and nobody looks at them."""
     model, read = made("Llama"), []
