@@ -27,6 +27,7 @@ from evidence.best_of import summary as best_of
 from evidence.labels import summary as labels
 from evidence.shift import page, summary
 from evidence.tables import kept
+from evidence.views import expected
 from evidence.views import summary as views
 from tools.api import first_sentence, listed
 
@@ -48,6 +49,7 @@ def evidence_pages() -> list[Path]:
 def blocks() -> dict[str, str]:
     """{NAME: markdown}, from the results that are kept in the checkout."""
     steps = gpu_steps()
+    viewed, viewed_by_dpo = (kept(f"views/results/{name}.jsonl") for name in ("reward", "dpo"))
     return {
         **readme_tables(KEPT),
         "reward_demo": _reward_demo(_read("reward_demo")),
@@ -62,8 +64,10 @@ def blocks() -> dict[str, str]:
         "labels": labels.tables(kept("labels/results/labels.jsonl")),
         "pays": pays.table(),
         "stress": _stress(_stressed()),
-        "views_reward": views.tables(kept("views/results/reward.jsonl")),
-        "views_dpo": views.tables(kept("views/results/dpo.jsonl")),
+        "views_reward": views.tables(viewed),
+        "views_expected": expected.table(viewed, expected.REWARD),
+        "views_dpo": views.tables(viewed_by_dpo),
+        "views_dpo_expected": expected.table(viewed_by_dpo, expected.DPO),
         "stress_findings": _stress_findings(_stressed()),
         **summary.tables(page.HERE / "results"),
         "api": listed("drrlhf"),

@@ -19,7 +19,7 @@ from drrlhf.files import json_lines
 from drrlhf.transformations import TRANSFORMATIONS
 from evidence import pays
 from evidence.shift import tasks
-from evidence.views import dpo, run, summary
+from evidence.views import dpo, expected, run, summary
 
 
 def made_up(n=120):
@@ -202,6 +202,43 @@ def test_what_views_bought_is_told_once_all_seeds_are_there(later):
         "over no views: no significant difference; "
     )
     assert pays._of_views(records[1:], "worst") == "being measured (9 of 10 seeds)"
+
+
+def test_what_was_expected_stands_beside_what_was_found():
+    """Gains over ten seeds lie 0.09 points above those that the records are made of."""
+    gains = {name: 0.0 for name in run.METHODS if name not in run.LATER}
+    gains |= {"worst": 0.05, "augment-long": 0.04, "worst-half": 0.04, "augment": 0.0}
+    records = made_records(gains)
+    tried = made_records({"worst-late": 0.02}, 8)
+    records += [record for record in tried if record["seed"] in run.FIRST]
+    for record in records:
+        if record["method"] == "worst":
+            record["test"]["nyt"]["clean"] -= 0.006
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in expected.table(records, expected.REWARD).splitlines()[2:]
+    ]
+    told = {(row[0], row[1]): row[2:3] + row[-2:] for row in rows}
+    assert told == {
+        ("worst over plain", "`right`, seen"): ["+4.0", "10", "yes"],
+        ("worst over augment-long", "`right`, seen"): ["+2.0", "10", "no"],
+        ("worst over plain", "`right`, unseen"): ["+2.0", "10", "yes"],
+        ("worst over augment-long", "`right`, unseen"): ["+1.0", "10", "yes"],
+        ("worst over plain", "`clean`, seen"): ["-0.5", "10", "yes"],
+        ("worst over plain", "`clean`, unseen"): ["-0.5", "10", "no"],
+        ("worst-consistent over worst", "`right`, seen"): ["above 0", "10", "no"],
+        ("worst-half over augment", "`right`, seen"): [
+            *("0.75 of the gain of worst, +3.8", "10", "yes"),
+        ],
+        ("worst-late over plain", "`right`, seen"): ["+4.0", "5", "no"],
+        ("worst-late over augment-long", "`right`, seen"): ["+2.0", "5", "no"],
+        ("worst-late over augment-long", "`right`, unseen"): ["+1.0", "5", "no"],
+        ("worst-late over plain", "`clean`, seen"): ["-0.5", "5", "yes"],
+    }
+    assert rows[0][3].startswith("+5.1 [+5.0, +5.")
+    nothing = expected.table([record for record in records if record["seed"]], expected.REWARD)
+    assert "10" not in nothing and "worst-late" in nothing
+    assert expected.table(made_records({"plain": 0.0}), expected.DPO) == "Nothing can be said yet."
 
 
 @pytest.mark.parametrize("kept", sorted(Path(run.__file__).parent.glob("results/*.jsonl")), ids=str)
