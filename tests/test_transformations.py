@@ -481,8 +481,12 @@ def test_of_messages_the_last_one_changes():
     assert [m["content"] for m in new["chosen"]] == ["A", "b", "C", "D"]
     assert new["rejected"] == talk[:2] and [m["content"] for m in talk] == ["A", "b", "C", "d"]
     new = transformed(row, prompt=str.lower)  # it lies in both answers
-    assert [m["content"] for m in new["chosen"]] == ["A", "b", "c", "d"]
+    assert [m["content"] for m in new["chosen"]] == ["a", "b", "C", "d"]
     assert [m["content"] for m in new["rejected"]] == ["a", "b"]
+    apart = {"chosen": talk, "rejected": [*talk[:2], {"role": "user", "content": "E"}, talk[3]]}
+    new = transformed(apart, prompt=str.lower)  # not what was asked behind one of them alone
+    assert [m["content"] for m in new["chosen"]] == ["a", "b", "C", "d"]
+    assert [m["content"] for m in new["rejected"]] == ["a", "b", "E", "d"]
     long = [{"role": "user", "content": "explain gravity slowly please"}, talk[1]]
     mistyped = partial(TRANSFORMATIONS["prompt_typos"].apply, draw=Random(0))
     new = transformed({"chosen": long, "rejected": [*long]}, prompt=mistyped)

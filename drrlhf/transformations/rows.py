@@ -1,8 +1,9 @@
 """What a change of a text does to a row of preference data: strings, or messages.
 
 Of messages the last one of the assistant is the answer and the last one of the user the question. A
-prompt that lies in the messages of both answers is changed there. What both begin with is no answer
-of either: one that has no text, such as a call of a tool, has no other form.
+prompt that lies in the messages of both answers is changed there, and what a user says only behind
+one of them is none of it. What both begin with is no answer of either: one that has no text, such
+as a call of a tool, has no other form.
 """
 
 from __future__ import annotations
@@ -29,9 +30,9 @@ def transformed(row: Row, **changes: Change) -> Row:
         else:  # it lies in both answers, and stays the same in both
             assert part == "prompt"
             change = cache(change)
-            for side in SIDES:
-                if not isinstance(found[side], str):
-                    found[side] = _changed(found[side], change, "user")
+            for side in SIDES if begin else ():
+                asked = _changed(found[side][:begin], change, "user")
+                found[side] = [*asked, *found[side][begin:]]
     return found
 
 
