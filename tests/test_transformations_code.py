@@ -86,6 +86,13 @@ def test_a_list_keeps_its_order_and_is_made_into_no_other(marks):
         ("___a b___", "_a b_"),
         # Gaps to fill in.
         ("Name: _____ and ______.", "Name: _____ and ______."),
+        # Powers are no bold text.
+        ("2**10 = 1024, 2**20 is **more**", "2**10 = 1024, 2**20 is more"),
+        ("x**n + (y)**2 + 2**(n) and **2**3 is 8**", "x**n + (y)**2 + 2**(n) and 2**3 is 8"),
+        ("这是**重点**内容", "这是重点内容"),
+        # A fence that closes on its own line has code beside it.
+        ("Run:\n```ls -la```\nor ````a b````.", "Run:\nls -la\nor a b."),
+        ("````md\n**a**\n````", "a\n"),
     ],
 )
 def test_text_without_markdown(text, new):

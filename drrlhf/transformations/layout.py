@@ -31,10 +31,12 @@ _POINT = re.compile(r"^[ \t]*(?:[-*+•]|\d{1,3}[.)])[ \t]+", re.M)
 # Quotation marks open at the beginning, behind a space and behind a bracket.
 _OPENING = re.compile(r"""(?<![^\s(\[{])["']+(?=\S)""")
 # Where marks of markdown may open and close. Two underscores do so at the edges of words alone; a
-# longer run of them opens with its first two and closes with its last, a bare one does neither.
-_OPENS = re.compile(r"(\*\*|`)(?=\S)|(?<!\w)(__)(?=_*[^\s_])")
+# longer run of them opens with its first two and closes with its last, a bare one does neither. Two
+# stars between letters or digits are a power: without them, 2**10 would be another number.
+_POWER = r"(?<=[A-Za-z0-9_)\]])\*\*[A-Za-z0-9_]|(?<=[0-9)\]])\*\*\("
+_OPENS = re.compile(rf"(?!{_POWER})(\*\*|`)(?=\S)|(?<!\w)(__)(?=_*[^\s_])")
 _CLOSES = {
-    "**": re.compile(r"(?<=\S)(?=\*\*)"),
+    "**": re.compile(rf"(?<=\S)(?!{_POWER})(?=\*\*)"),
     "`": re.compile(r"(?<=\S)(?=`)"),
     "__": re.compile(r"(?<=[^\s_])_*(?=__(?!\w))"),
 }
@@ -147,7 +149,9 @@ def code_fence(text: str, draw: Random) -> str:
 
 def no_markdown(text: str, draw: Random) -> str:
     """Without headings, points of lists, and marks for bold and code; ``__name__`` stays."""
-    text = re.sub(r"^[ \t]*```.*\n?", "", text, flags=re.M)
+    text = re.sub(r"^[ \t]*`{3,}[^`\n]*(?:\n|\Z)", "", text, flags=re.M)
+    # Between two fences on one line stands code, and no language.
+    text = re.sub(r"(?<!`)(`{3,})(?!`)([^`\n]+)\1(?!`)", r"\2", text)
     text = re.sub(r"^[ \t]*(?:#{1,6}|[-*+])[ \t]+", "", text, flags=re.M)
     return "\n".join(_unmarked(line) for line in text.split("\n"))
 
