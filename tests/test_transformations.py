@@ -401,6 +401,7 @@ def _typed(text):
 
 NAMES = "https://en.example.org/wiki/Some_Page (see docs/guide/start.md) by john.miller@example.org"
 NAMES += " or @someone, with __init__ and snake_case_name"
+NAMES += r" $\sqrt{2}$ C:\Users\Jane \boxed{none}"
 
 
 def test_addresses_paths_and_names_stay():

@@ -13,7 +13,8 @@ apart. They count as no letters. Errors in letters leave such words alone, since
 something only behind its own letter; whole words change with their marks.
 
 What lies between two spaces with a slash, an at sign or an underscore in it is an address, a path
-or a name, and has no words: another letter there is another thing.
+or a name, with a backslash a command of LaTeX or a path, and has no words: another letter there is
+another thing.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ def _mark_and_word() -> tuple[re.Pattern[str], re.Pattern[str]]:
 
 
 LETTERS = 4  # of a word that may change, at least
-_NAMING = re.compile("[/@_]")
+_NAMING = re.compile(r"[/@_\\]")
 _KEYS = ("qwertyuiop", "asdfghjkl", "zxcvbnm")
 # Letters of the Cyrillic alphabet that look like Latin ones.
 HOMOGLYPHS = str.maketrans("aceopxyACEOPX", "асеорхуАСЕОРХ")
