@@ -21,7 +21,7 @@ Attributed = TypeVar("Attributed", Scores, Generated)
 def table_without_texts(table: pa.Table, prompt_column: str | None = None) -> pa.Table:
     """A table of scores with numbers in place of prompts, and of ids of prompts that are longer
     than a name, and without examples and columns of texts: those in which a value has more than
-    `LONGEST` characters, and lists and objects that hold text."""
+    `LONGEST` characters, and lists and objects that hold text, or have such a key."""
     table = table.replace_schema_metadata(None)
     for place, name in enumerate(table.column_names):
         names_prompts = name in (*PROMPTS, prompt_column)
@@ -67,8 +67,10 @@ def _is_of_texts(column: pa.ChunkedArray) -> bool:
 
 
 def _holds_text(kind: pa.DataType) -> bool:
-    parts = [kind.field(i).type for i in range(kind.num_fields)]
-    return any(map(_holds_text, parts)) or _is_text(kind) or pa.types.is_dictionary(kind)
+    fields = [kind.field(i) for i in range(kind.num_fields)]
+    if any(len(one.name) > LONGEST or _holds_text(one.type) for one in fields):
+        return True
+    return _is_text(kind) or pa.types.is_dictionary(kind)
 
 
 def _is_text(kind: pa.DataType) -> bool:

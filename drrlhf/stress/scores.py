@@ -565,7 +565,7 @@ def attributes_of(
 def _attribute(column: pa.ChunkedArray) -> Attribute | str:
     """The column as an attribute, or why it is none."""
     if pa.types.is_nested(column.type) or pa.types.is_null(column.type):
-        return f"of type {column.type}"
+        return f"of type {_kind(column.type)}"
     if pa.types.is_floating(column.type):  # NaN is no value, as null is none
         column = pc.if_else(pc.is_nan(column), pa.scalar(None, column.type), column)
     if _is_number(column.type) and pc.count_distinct(column).as_py() > 2 * QUARTERS:
@@ -576,6 +576,11 @@ def _attribute(column: pa.ChunkedArray) -> Attribute | str:
     if len(values) > MAX_NAMES:
         return f"{len(values)} different values, more than {MAX_NAMES}"
     return Attribute(codes, tuple(str(value) for value in values.to_pylist()))
+
+
+def _kind(kind: pa.DataType) -> str:
+    """A type without the names of its fields, which may be texts."""
+    return str(kind).partition("<")[0]
 
 
 def _quarters(values: NDArray[np.float64]) -> Attribute | str:

@@ -202,6 +202,7 @@ def test_no_texts_of_a_file_leave(tmp_path):
     n = 60
     columns = {"margin": np.random.default_rng(0).normal(1, 1, n), "domain": ["a", "b"] * 30}
     columns["instruction"] = [f"please say secret {i}, and say it in many words" for i in range(n)]
+    columns["votes"] = [{"the secret that was voted on, as a key": 1.0}] * n
     pq.write_table(pa.table(columns), tmp_path / "s.parquet")
     done = stress(
         "--scores", tmp_path / "s.parquet", "--no-texts", "--output-dir", tmp_path / "out"

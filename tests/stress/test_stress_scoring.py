@@ -383,6 +383,7 @@ def test_no_texts_leave(tmp_path, kept):
         row
         | {"prompt": f"secret prompt {i}", "rejected": f"{row['rejected']} secret{i}"}
         | {"note": f"a secret that is long enough to be a text of its own, {i}"}
+        | {"votes": {"a secret that is long enough to be a text, as a key": i}}
         for i, row in enumerate(rows())
     ]
     given = ["--model", tiny_reward_dir(tmp_path)]
