@@ -77,7 +77,7 @@ class Candidates:
         if self.scores is not None:
             columns["scores"] = [*map(list, self.scores)]
         others = {name: _of_one_type(one) for name, one in self.attributes.items()}
-        return pa.table(columns | others)
+        return pa.table({**columns, **others, **columns})  # an attribute may be called as one
 
     def scored(self, rewards: ArrayLike) -> Candidates:
         """The same candidates with a model's scores, (sum of N_i,) in the order of `rows`.

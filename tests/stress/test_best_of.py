@@ -425,6 +425,14 @@ def test_scores_beside_gold_are_the_models(tmp_path):
         found.rows()
 
 
+def test_ids_of_two_columns_are_kept(tmp_path):
+    some = [{"prompt_id": None, "id": "a", "scores": [1, 2], "gold": [3, 4]}]
+    some += [{"prompt_id": "b", "id": "c", "scores": [1, 2], "gold": [3, 4]}]
+    found = load_candidates(written(tmp_path, some))
+    assert found.ids == ("a", "b")
+    assert found.table()["prompt_id"].to_pylist() == ["a", "b"]
+
+
 def test_answers_to_messages_are_messages(tmp_path):
     prompt = [{"role": "user", "content": "p"}]
     found = load_candidates(written(tmp_path, [{"prompt": prompt, "answers": ["a"], "gold": [1]}]))
