@@ -51,7 +51,9 @@ class Requirement:
     bound: float | str
 
     def __str__(self) -> str:
-        bound = self.bound if isinstance(self.bound, str) else f"{self.bound:g}"
+        bound = self.bound
+        if isinstance(bound, float) and float(short := f"{bound:g}") == bound:
+            bound = short  # else with all its digits: another bound would be told than is judged
         return f"{self.subject} {self.metric}{SENSES[self.metric]}{bound}"
 
     def judge(self, sample: Any, known: Facts) -> dict[str, Any]:

@@ -461,6 +461,8 @@ def test_floors_that_cannot_be_parsed(text, message):
 def test_floors_decide():
     fine, missed = "tv:0.1 accuracy>=0.5", "kl:0.1 loss<=0.1"
     assert str(parse_requirement(" tv:0.10  accuracy >= 0.50 ")) == fine
+    for exact in ("easy accuracy>=0.9999999", "easy loss<=12345678.5", "easy loss<=3"):
+        assert str(parse_requirement(exact)) == exact
     assert stress_test(scores(), require=[fine], resamples=20)["passed"]
     result = stress_test(scores(), require=[fine, missed], resamples=20)
     assert not result["passed"]
