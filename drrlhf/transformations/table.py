@@ -92,7 +92,7 @@ TRANSFORMATIONS: Mapping[str, Transformation] = {
         "quotes: typographic ones and apostrophes", layout.curly_quotes, _CODE
     ),
     "bold": Transformation("markdown: the first sentence in bold", layout.bold, _LAYOUT),
-    "heading": Transformation("markdown: a heading above", layout.heading),
+    "heading": Transformation("markdown: a heading above", layout.heading, _BEFORE),
     "bullets": Transformation("markdown: sentences as a list", layout.bullets, _LAYOUT),
     "numbered": Transformation("markdown: sentences as a numbered list", layout.numbered, _LAYOUT),
     "code_fence": Transformation(
