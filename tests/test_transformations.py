@@ -415,6 +415,21 @@ def test_addresses_paths_and_names_stay():
     assert len(changed) > 5
 
 
+def test_a_word_has_what_follows_its_apostrophe():
+    text = "It doesn't suit Peter’s brother, who'd rather 'leave' today."
+    kept = {name: {""} for name in ("dropped_words", "doubled_words")}
+    for name, seed in product(kept, range(30)):
+        kept[name].add(TRANSFORMATIONS[name].apply(text, draw=Random(seed)))
+    for whole in ("doesn't", "Peter’s"):
+        assert text.replace(f" {whole}", "") in kept["dropped_words"]
+        assert text.replace(whole, f"{whole} {whole}") in kept["doubled_words"]
+    assert not any("It't" in one for one in kept["dropped_words"])
+    assert not any("doesn doesn" in one for one in kept["doubled_words"])
+    assert text.replace("leave", "leave leave") in kept["doubled_words"]
+    lost = TRANSFORMATIONS["dropped_words"].at(1).apply(text, draw=Random(0))
+    assert lost == "It, who'd ''."
+
+
 def test_korean_has_spaces():
     text = "안녕하세요 여러분께서는 오늘날씨가 좋았습니다"
     assert len(TRANSFORMATIONS["dropped_words"].apply(text, draw=Random(0)).split()) == 3

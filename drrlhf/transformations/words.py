@@ -69,6 +69,8 @@ def _mark_and_word() -> tuple[re.Pattern[str], re.Pattern[str]]:
     return re.compile(mark), re.compile(rf"{letters}(?:{mark}+(?:{letters})?)*")
 
 
+# What a word goes on with behind an apostrophe: "doesn't" is one word, and so is "Peter's".
+_SUFFIX = re.compile(r"['’][^\W\d_]{1,3}(?![^\W\d_])")
 LETTERS = 4  # of a word that may change, at least
 _NAMING = re.compile(r"[/@_\\]")
 _KEYS = ("qwertyuiop", "asdfghjkl", "zxcvbnm")
@@ -120,11 +122,13 @@ def _in_some_words(
     enough: int = 1,
     whole: bool = True,
     with_space: bool = False,
+    with_suffix: bool = False,
 ) -> str:
     """``change`` applied to a share of the words of four letters and more, at least to one.
 
     A text with fewer than ``enough`` of them stays. A change that is not of ``whole`` words has
-    those without marks alone. ``with_space``: one that stands before a word changes with it.
+    those without marks alone. ``with_space``: one that stands before a word changes with it, and
+    ``with_suffix`` what follows it behind an apostrophe.
     """
     words = _words(text, whole)
     if len(words) < enough:
@@ -133,6 +137,8 @@ def _in_some_words(
     edits = []
     for start, end in (words[i] for i in chosen):
         start -= with_space and text[start - 1 : start] == " "
+        suffix = _SUFFIX.match(text, end) if with_suffix else None
+        end = suffix.end() if suffix else end
         edits.append((start, end, change(text[start:end])))
     return edited(text, edits)
 
@@ -186,12 +192,14 @@ missing_letters = partial(typos, errors=(_missing,))
 
 def dropped_words(text: str, draw: Random, rate: float = WORDS) -> str:
     """Words left out, of four and more."""
-    return _in_some_words(text, draw, rate, lambda word: "", ENOUGH, with_space=True)
+    change = partial(_in_some_words, with_space=True, with_suffix=True)
+    return change(text, draw, rate, lambda word: "", ENOUGH)
 
 
 def doubled_words(text: str, draw: Random, rate: float = WORDS) -> str:
     """Words written twice, of four and more."""
-    return _in_some_words(text, draw, rate, lambda word: f"{word} {word}", enough=ENOUGH)
+    change = partial(_in_some_words, with_suffix=True)
+    return change(text, draw, rate, lambda word: f"{word} {word}", ENOUGH)
 
 
 def homoglyphs(text: str, draw: Random, rate: float = TYPOS) -> str:
