@@ -36,6 +36,7 @@ def test_a_fence_is_longer_than_those_inside():
     [
         ["Ask Dr. Smith, Prof. Li and J. K. Rowling.", "She knows, i.e. she wrote it.", "No."],
         ["See e.g. No. 5 vs. No. 7 and approx. 3 kg.", "No.", "It isn't.", "At 5 p.m. sharp!"],
+        ["On Oct. 3 Sen. Warren met Gov. Lee.", "It was Sept. 5, 2020."],
         ["It is no.", "We left in 1990.", "Then we came back?", "Yes (cf. Fig. 2)."],
     ],
 )

@@ -19,7 +19,8 @@ _SENTENCES = re.compile(r"(?<=[.!?])\s+")
 # taken for one than one cut in two.
 _ABBREVIATIONS = (
     "Dr|Mr|Mrs|Ms|Mx|Prof|St|Sr|Jr|Gen|Col|Capt|Lt|Sgt|Rev|Hon|vs|cf|ca|etc|al|approx|resp|incl|viz|"
-    "Fig|fig|Figs|Eq|eq|Eqs|Sec|Ch|Vol|vol|pp|Inc|Ltd|Co|Corp|Mt|Ave|Rd|Blvd|Dept"
+    "Fig|fig|Figs|Eq|eq|Eqs|Sec|Ch|Vol|vol|pp|Inc|Ltd|Co|Corp|Mt|Ave|Rd|Blvd|Dept|"
+    "Sen|Rep|Gov|Pres|Messrs|Mme|Mlle|Bros|Jan|Feb|Apr|Aug|Sept|Sep|Oct|Nov|Dec"
 )
 _NO_END = re.compile(
     rf"(?<![\w'’])(?:{_ABBREVIATIONS}|[^\W\d_])\.\Z|^[ \t>*_(]*\d{{1,3}}\.\Z", re.M
