@@ -107,6 +107,12 @@ def stressed(options: Options, names: list[str], console: Console) -> dict[str, 
         found[name] = made if options.texts else generated_without_texts(made)
         if options.texts:
             console.print(f"Answers: {file}", soft_wrap=True)
+    if isinstance(reward, RewardModel) and reward.cut:
+        console.print(
+            f"{options.reward}: {reward.cut} texts were longer than --max-length "
+            f"{options.max_length} tokens; their last ones were read.",
+            soft_wrap=True,
+        )
     return stress_generated(found, **given)
 
 

@@ -490,10 +490,15 @@ def _name(reward: Reward) -> str:
     return f"{named.__module__}:{named.__qualname__}"
 
 
-def _told_of_reward(reward: Reward) -> dict[str, str | None]:
-    """The name of a reward, and a digest of its model or of the file that its code lies in."""
+def _told_of_reward(reward: Reward) -> dict[str, str | int | None]:
+    """The name of a reward, and a digest of its model, with the most tokens that it reads, or of
+    the file that its code lies in."""
     if isinstance(reward, RewardModel):
-        return {"reward": _name(reward), "reward_files": _digest_of_model(reward.directory)}
+        return {
+            "reward": _name(reward),
+            "reward_files": _digest_of_model(reward.directory),
+            "reward_max_length": reward.max_length,
+        }
     try:
         source = inspect.getsourcefile(reward if inspect.isroutine(reward) else type(reward))
     except TypeError:  # built in

@@ -108,8 +108,12 @@ def test_no_texts_are_left_when_the_run_is_complete(place):
 
 def test_two_policies_and_a_reward_model(place):
     tiny_llama_dir(place.root / "tiny-reward", rms_norm_eps=0.1).rename(place.root / "other")
-    done = stress("--generate other", reward="tiny-reward")
+    done = stress("--generate other --max-length 8", reward="tiny-reward")
     assert done.exit_code == 0, done.output + done.stderr
+    assert "texts were longer than --max-length 8 tokens" in done.output
+    refused = stress("--generate other", reward="tiny-reward")  # its rewards would be others
+    told = " ".join(refused.stderr.split())
+    assert refused.exit_code == 2 and "reward_max_length 8, not 2048" in told
     report = json.loads((place.root / "out" / "report.json").read_text())
     assert list(report["models"]) == ["tiny-llama", "other"]
     made_with = report["models"]["other"]["made_with"]
