@@ -62,6 +62,7 @@ def test_a_list_keeps_its_order_and_is_made_into_no_other(marks):
         f"{text.removesuffix(' Wait.')} Close it."
     )
     assert changed("bold", lines[1]) == f"{marks[1]} **Pour the water.**"
+    assert changed("bold", "1. 1") == "1. **1**"
     for line in lines:  # no number is parted from what it counts
         assert f"\n{line.split('. ')[0]}" in changed("paragraphs", text)
     assert len(changed("paragraphs", text).split("\n\n")) == 7
@@ -119,10 +120,15 @@ def test_text_without_markdown(text, new):
         # Two conventions at once: the third is left.
         (r"Thus. The answer is $\boxed{7\%}$.", {"Thus.\n#### 7%"}),
         ("The answer is 3.\n\n#### 3", {r"$\boxed{3}$"}),
-        # Of several boxes the last one counts.
+        # Of several boxes the last line's counts, unless it has several answers.
         (
-            r"$\boxed{1}$, then $\boxed{2}$.",
-            {"$1$, then $2$.\n#### 2", "$1$, then $2$.\nThe answer is 2."},
+            "$\\boxed{1}$, then\n$\\boxed{2}$.",
+            {"$1$, then\n$2$.\n#### 2", "$1$, then\n$2$.\nThe answer is 2."},
+        ),
+        (r"$x=\boxed{1}$ or $x=\boxed{2}$.", {r"$x=\boxed{1}$ or $x=\boxed{2}$."}),
+        (
+            r"$\boxed{1}$, so $\boxed{1}$.",
+            {f"$1$, so $1$.\n{x}" for x in ("#### 1", "The answer is 1.")},
         ),
         (r"$\boxed{\boxed{1}}$", {"$1$\n#### 1", "$1$\nThe answer is 1."}),
         # One that does not close is none.
@@ -421,3 +427,15 @@ def cpu_seconds(name, text):
         return time.process_time() - start
     finally:
         gc.enable()
+
+
+def test_blocks_of_code_are_found_whatever_ends_their_lines():
+    text = "So:\n```python\ntotal = 1\nprint(total)\n```\nDone."
+    ended = text.replace("\n", "\r\n")
+    assert changed("code_renamed", text) != text
+    assert changed("code_renamed", ended) == changed("code_renamed", text).replace("\n", "\r\n")
+
+
+def test_points_of_a_list_stay_points():
+    text = "1. One.\n2. Two, then\n  10. ten."
+    assert changed("punctuation", text) == "1. One .\n2. Two , then\n  10. ten ."

@@ -24,7 +24,7 @@ COMMENT = "This is the code."
 RENAMED = "my_"  # what a variable's new name begins with
 # All of the language, or on a line that is none each part of it would be tried.
 _OPENS = re.compile(r"^(?P<fence>`{3,})(?P<language>[\w+#]+)(?![\w+#])[^\n`]*\n", re.M)
-_CLOSES = re.compile(r"^(?P<fence>`{3,})[ \t]*$", re.M)
+_CLOSES = re.compile(r"^(?P<fence>`{3,})[ \t\r]*$", re.M)
 # Lines that mean something only as the first ones: a comment goes below. The coding line of Python
 # may be the second.
 _FIRST = re.compile(

@@ -88,8 +88,13 @@ def whitespace(text: str, draw: Random) -> str:
 
 
 def punctuation(text: str, draw: Random) -> str:
-    """A space before the punctuation at the end of words."""
-    return re.sub(r"(?<=\w)([.,;:!?])(?=\s|$)", r" \1", text)
+    """A space before the punctuation at the end of words, but for the points of a list."""
+    stops = {found.start() + len(found[0].rstrip()) for found in _POINT.finditer(text)}
+
+    def apart(found: re.Match[str]) -> str:
+        return found[0] if found.end() in stops else f" {found[1]}"
+
+    return re.sub(r"(?<=\w)([.,;:!?])(?=\s|$)", apart, text)
 
 
 def quotes(text: str, draw: Random) -> str:
@@ -106,9 +111,10 @@ def curly_quotes(text: str, draw: Random) -> str:
 def bold(text: str, draw: Random) -> str:
     """The first sentence in bold."""
     first = sentences(text)[0]
+    start = text.find(first)
     if mark := _POINT.match(first):
-        first = first[mark.end() :]
-    return text.replace(first, f"**{first}**", 1) if first else text
+        start, first = start + mark.end(), first[mark.end() :]
+    return f"{text[:start]}**{first}**{text[start + len(first) :]}" if first else text
 
 
 def bullets(text: str, draw: Random) -> str:

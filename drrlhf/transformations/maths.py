@@ -43,12 +43,13 @@ def math_format(text: str, draw: Random) -> str:
 
 
 def _unboxed(text: str) -> tuple[str, str]:
-    r"""The text without ``\boxed``, and what was in the last of them; "" where there is none.
+    r"""The text without ``\boxed``, and what was in the last of them; "" where there is none, or
+    where the last line that has any holds several answers.
 
     One that does not close is none. All are found in one pass: a generation that loops may open
     thousands.
     """
-    value, last = "", -1
+    boxes: dict[int, str] = {}  # what is in them, by where they open
     open_braces: list[int] = []  # where those begin that are not closed yet
     cuts: list[tuple[int, int, str]] = []
     for brace in _BRACE.finditer(text):
@@ -60,9 +61,11 @@ def _unboxed(text: str) -> tuple[str, str]:
             inside = opened + 1
             if text.endswith(_BOX, 0, inside):
                 cuts += [(inside - len(_BOX), inside, ""), (at, at + 1, "")]
-                if opened > last:
-                    value, last = text[inside:at], opened
-    return edited(text, sorted(cuts)), value.strip()
+                if _BOX not in text[inside:at]:  # of boxes in boxes the innermost has the value
+                    boxes[opened] = text[inside:at].strip()
+    line = text.rfind("\n", 0, max(boxes, default=0)) + 1
+    answers = {value for opened, value in boxes.items() if opened >= line}
+    return edited(text, sorted(cuts)), answers.pop() if len(answers) == 1 else ""
 
 
 def _latex(value: str) -> str:
