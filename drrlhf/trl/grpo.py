@@ -246,9 +246,12 @@ class GRPOTrainer(OneRowMixin, StepMixin, trl.GRPOTrainer):
         before = self._buffered_inputs
         inputs = super()._prepare_inputs(generation_batch)
         batches = self._buffered_inputs
-        # bnpo divides by the tokens of a batch, and some options of TRL's look at batches too.
-        fixed = self.loss_type == "bnpo" or _beyond(self.args)
-        if batches is before or not self._share or fixed or _multimodal(inputs):
+        # An adversary of one batch weighs the prompts that TRL put there; bnpo divides by a batch's
+        # tokens, and some options of TRL's look at batches too.
+        alone = self._reweighing and self.robust_scope == "microbatch"
+        by_batch = self.loss_type == "bnpo" or _beyond(self.args)
+        fixed = alone or by_batch or _multimodal(inputs)
+        if batches is before or not self._share or fixed:
             return inputs
         # As many as surely lie in one optimizer step, whichever of the two is longer.
         window = math.gcd(len(batches), self.args.gradient_accumulation_steps)

@@ -132,6 +132,12 @@ def test_microbatch_scope_weighs_each_batch_alone(run):
     assert (alone["gradients"][0] - step["gradients"][0]).abs().max() > 1e-3
 
 
+def test_shared_prompts_leave_an_adversary_of_one_batch_its_prompts(run):
+    """Brought together, each batch would hold one prompt, and nothing to choose from."""
+    options = {"ambiguity": "cvar:0.5", "robust_scope": "microbatch", **PARTS}
+    assert_same_steps(run(share_prompts=True, **options), run(share_prompts=False, **options))
+
+
 def test_generating_within_a_step_is_waited_for(run):
     """Fewer batches are generated at a time than a step has: the adversary sees all of them."""
     options = {"ambiguity": "tv:0.3", "loss_type": "grpo"}
