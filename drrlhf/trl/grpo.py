@@ -247,9 +247,9 @@ class GRPOTrainer(OneRowMixin, StepMixin, trl.GRPOTrainer):
         inputs = super()._prepare_inputs(generation_batch)
         batches = self._buffered_inputs
         # An adversary of one batch weighs the prompts that TRL put there; bnpo divides by a batch's
-        # tokens, and some options of TRL's look at batches too.
+        # tokens, experts are balanced over it, and some options of TRL's look at batches too.
         alone = self._reweighing and self.robust_scope == "microbatch"
-        by_batch = self.loss_type == "bnpo" or _beyond(self.args)
+        by_batch = self.loss_type == "bnpo" or self.aux_loss_enabled or _beyond(self.args)
         fixed = alone or by_batch or _multimodal(inputs)
         if batches is before or not self._share or fixed:
             return inputs

@@ -138,6 +138,16 @@ def test_shared_prompts_leave_an_adversary_of_one_batch_its_prompts(run):
     assert_same_steps(run(share_prompts=True, **options), run(share_prompts=False, **options))
 
 
+def test_experts_are_balanced_over_the_batches_that_trl_makes(tmp_path):
+    model = str(tiny_mixtral_dir(tmp_path))
+    options = {"beta": 0.0, "loss_type": "grpo", **PARTS}
+    ours, theirs = (
+        steps.run(kind, model, str(tmp_path / "out"), **options) for kind in ("grpo", "trl")
+    )
+    assert ours["logs"][0]["aux_loss"] == pytest.approx(theirs["logs"][0]["aux_loss"], rel=1e-5)
+    assert_same_steps(ours, theirs)
+
+
 def test_generating_within_a_step_is_waited_for(run):
     """Fewer batches are generated at a time than a step has: the adversary sees all of them."""
     options = {"ambiguity": "tv:0.3", "loss_type": "grpo"}
