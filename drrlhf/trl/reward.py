@@ -98,9 +98,12 @@ class RewardTrainer(PairsMixin, trl.RewardTrainer):
 
     def _for_padded(self, model: Any) -> Any:
         """In two parts, where calls are cheap: see FACTS.md. Several processes may have to call
-        their models as often."""
+        their models as often; and what a model draws is drawn for the batch as it is, the noise of
+        NEFTune by its width."""
         alone = self.accelerator.num_processes == 1 and self.accelerator.device.type == "cpu"
-        return TwoParts(model) if alone and not self.args.torch_compile else model
+        drawn = self.args.neftune_noise_alpha is not None or not self.args.disable_dropout
+        whole = self.args.torch_compile or (drawn and self.model.training)
+        return TwoParts(model) if alone and not whole else model
 
     def _losses(
         self,

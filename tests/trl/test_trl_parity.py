@@ -314,6 +314,15 @@ def test_logits_asked_for_do_not_replace_the_loss(pair):
 # --------------------------------------------------------------------------------------- reward
 
 
+@pytest.mark.parametrize("noise", [{"disable_dropout": False}, {"neftune_noise_alpha": 50.0}])
+def test_reward_models_draw_for_the_batch_as_it_is(tmp_path, noise):
+    model = str(tiny_encoder_dir(tmp_path))
+    options = {"max_steps": 3, "optim": "sgd", "per_device_train_batch_size": 8, **noise}
+    expected = train(trl, "Reward", model, tmp_path, **options)
+    found = train(ours, "Reward", model, tmp_path, **options)
+    assert_same_run(found, expected)
+
+
 @pytest.mark.pairwise
 @pytest.mark.parametrize("center", [None, 0.05], ids=["plain", "centered"])
 @pytest.mark.parametrize("margin", [False, True], ids=["no-margin", "margin"])
