@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import trl
+from accelerate.logging import get_logger
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -25,6 +26,8 @@ from drrlhf.trl.reward_ambiguity import WorstReward, check_ambiguity
 from drrlhf.trl.seam import overridden
 from drrlhf.trl.step import StepMixin
 from drrlhf.trl.weighted import PROMPTS, Weighted
+
+logger = get_logger(__name__)
 
 # What TRL's batches hold of images; completions of such a batch are not taken apart.
 MULTIMODAL = (
@@ -109,6 +112,11 @@ class GRPOTrainer(OneRowMixin, StepMixin, trl.GRPOTrainer):
         self._make_states()
         self.pass_rates = None if self._by_column else PassRates()
         self._check_setup()
+        if self._weighted:
+            logger.warning(
+                "The column 'weight' is used as the nominal weight of every prompt. If it is there "
+                "for the reward functions alone, rename it."
+            )
 
     def _check_arguments(self, config: Any) -> None:
         super()._check_arguments(config)

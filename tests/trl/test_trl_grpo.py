@@ -221,6 +221,15 @@ def test_nominal_weights_mask_prompts(run):
     assert_same_steps(found, expected)
 
 
+def test_a_column_of_weights_is_named(model, tmp_path, caplog):
+    """A script of TRL's may have one for its reward functions."""
+    steps.trainer("grpo", model, str(tmp_path))
+    assert not [r for r in caplog.records if r.name.startswith("drrlhf")]
+    steps.trainer("grpo", model, str(tmp_path), data=tiny_pairs(8, weight=[1.0] * 8))
+    (said,) = (r for r in caplog.records if r.name.startswith("drrlhf"))
+    assert "'weight' is used as the nominal weight of every prompt" in said.getMessage()
+
+
 def test_prompts_that_cannot_be_scored_are_masked(run):
     def reward(prompts, **_):
         return [None if len(p) % 3 == 0 else r for p, r in zip(prompts, steps.by_place(prompts))]
