@@ -134,8 +134,9 @@ class StepMixin(SetMixin):
 
     def _backward(self, model: Any, batch: Any, last: bool, items: Any = None) -> Tensor:
         """Forward and backward of a microbatch whose weights are fixed; its loss (). Gradients are
-        shared between processes after the last one."""
-        with contextlib.nullcontext() if last else self.accelerator.no_sync(model=model):
+        shared between processes after the last one, or after each, as accelerate is told."""
+        each = self.accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False)
+        with contextlib.nullcontext() if last or each else self.accelerator.no_sync(model=model):
             return super().training_step(model, batch, items)  # type: ignore[misc]
 
 

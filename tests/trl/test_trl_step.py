@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 
 import pytest
@@ -201,6 +202,27 @@ def test_the_last_word_on_random_numbers(models, tmp_path):
     plain = steps.trainer("dpo", models["dropout"], str(tmp_path), **options | {"ambiguity": "erm"})
     plain.train()
     assert torch.equal(torch.get_rng_state(), after)
+
+
+@pytest.mark.parametrize("each", [False, True])
+def test_gradients_are_shared_as_often_as_accelerate_is_told(models, tmp_path, monkeypatch, each):
+    told = {"gradient_accumulation_kwargs": {"sync_each_batch": each}}
+    options = {"ambiguity": "kl:0.3", "accelerator_config": told, **PARTS}
+    trainer = steps.trainer("reward", models["reward"], str(tmp_path), **options)
+    real, waits = trainer._second_pass, []
+
+    def second_pass(*args):
+        def no_sync(model):
+            waits.append(model)
+            return contextlib.nullcontext()
+
+        with monkeypatch.context() as patch:
+            patch.setattr(trainer.accelerator, "no_sync", no_sync)
+            real(*args)
+
+    trainer._second_pass = second_pass
+    trainer.train()
+    assert len(waits) == (0 if each else 3)  # of four batches
 
 
 def test_dropout_of_the_second_pass_is_that_of_the_gradient(models, tmp_path):
