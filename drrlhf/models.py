@@ -106,8 +106,9 @@ def base_of(name: str | Path) -> str:
     return base
 
 
-def pad_token_id_of(name: str | Path) -> int | None:
-    """The pad token that a saved reward model was trained with.
+def pad_token_id_of(name: str | Path, **found: Any) -> int | None:
+    """The pad token that a saved reward model was trained with; ``found`` says how transformers
+    finds it: ``revision``, ``trust_remote_code`` and the like.
 
     Its configuration says it. A trainer sets it on the model in memory, and saves it beside
     adapters only with the tokenizer.
@@ -115,8 +116,8 @@ def pad_token_id_of(name: str | Path) -> int | None:
     from transformers import AutoConfig, AutoTokenizer
 
     if adapters_of(name) is not None:
-        return AutoTokenizer.from_pretrained(name).pad_token_id
-    return AutoConfig.from_pretrained(name).get_text_config().pad_token_id
+        return AutoTokenizer.from_pretrained(name, **found).pad_token_id
+    return AutoConfig.from_pretrained(name, **found).get_text_config().pad_token_id
 
 
 def load(name: str | Path, kind: str, dtype: Any = None, *, trainable: bool = False) -> Any:

@@ -29,6 +29,8 @@ from drrlhf.trl.weighted import PROMPTS, Weighted
 
 logger = get_logger(__name__)
 
+# Of ``model_init_kwargs``, what says which files of a model are read.
+LOADING = ("revision", "code_revision", "trust_remote_code", "token", "cache_dir", "subfolder")
 # What TRL's batches hold of images; completions of such a batch are not taken apart.
 MULTIMODAL = (
     "pixel_values",
@@ -99,7 +101,7 @@ class GRPOTrainer(OneRowMixin, StepMixin, trl.GRPOTrainer):
             self._check_arguments(config)
         self._prompts_met = 0
         self._rewards: Tensor | None = None
-        pads = _pad_token_ids(given.get("reward_funcs"))
+        pads = _pad_token_ids(given.get("reward_funcs"), config)
         self._read_rows(config)
         super().__init__(*args, **kwargs)
         self._prepare_rows(self.model, self.ref_model)
@@ -453,12 +455,16 @@ class GRPOTrainer(OneRowMixin, StepMixin, trl.GRPOTrainer):
         return states if self.pass_rates is None else states | {"pass_rates": self.pass_rates}
 
 
-def _pad_token_ids(reward_funcs: Any) -> list[int | None]:
+def _pad_token_ids(reward_funcs: Any, config: Any) -> list[int | None]:
     """The pad token that each reward model was saved with; None for functions."""
     if not isinstance(reward_funcs, list):
         reward_funcs = [] if reward_funcs is None else [reward_funcs]
+    # As TRL loads them.
+    given = getattr(config, "model_init_kwargs", None) or {}
+    found = {name: given[name] for name in LOADING if name in given}
+    found.setdefault("trust_remote_code", getattr(config, "trust_remote_code", False))
     return [
-        models.pad_token_id_of(one)
+        models.pad_token_id_of(one, **found)
         if isinstance(one, str)
         else reward_inputs.pad_token_id(one)
         if isinstance(one, PreTrainedModel)

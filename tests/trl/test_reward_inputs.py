@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 
 import pytest
@@ -27,7 +28,7 @@ from trl.trainer.reward_trainer import DataCollatorForPreference
 from drrlhf import reward_inputs
 from drrlhf.layouts.model import in_rows
 from drrlhf.stress.models import RewardModel
-from drrlhf.trl import rows
+from drrlhf.trl import GRPOConfig, grpo, rows
 
 EOS = 1
 SIZES = {
@@ -302,3 +303,18 @@ def test_what_makes_batches_can_be_sent_to_a_worker(models, tmp_path, kind):
     sent = pickle.loads(pickle.dumps(made.data_collator))(rows)
     for name, tensor in made.data_collator(rows).items():
         assert torch.equal(sent[name], tensor)
+
+
+def test_the_pad_token_is_asked_of_the_files_that_trl_loads(tmp_path, monkeypatch):
+    """Code of its own, which GRPOConfig(trust_remote_code=True) lets TRL run."""
+    folder = tmp_path / "own"
+    folder.mkdir()
+    code = "import transformers\n\n\nclass Own(transformers.LlamaConfig):\n    model_type = 'own'\n"
+    (folder / "own.py").write_text(code)
+    told = {"model_type": "own", "pad_token_id": 7, "auto_map": {"AutoConfig": "own.Own"}}
+    (folder / "config.json").write_text(json.dumps(told))
+    modules = "transformers.dynamic_module_utils.HF_MODULES_CACHE"
+    monkeypatch.setattr(modules, str(tmp_path / "modules"))
+    for own in ({"trust_remote_code": True}, {"model_init_kwargs": {"trust_remote_code": True}}):
+        config = GRPOConfig(str(tmp_path), num_generations=2, **steps.quiet(**own))
+        assert grpo._pad_token_ids([str(folder), steps.by_place], config) == [7, None]
