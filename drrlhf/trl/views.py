@@ -24,7 +24,7 @@ from drrlhf.functional.worst_view import WORST, worst_views
 from drrlhf.layouts.lengths import taken
 from drrlhf.transformations import BY_COLUMN, PROMPT, SIDES, from_column
 from drrlhf.transformations.rows import same_message, shared_messages
-from drrlhf.trl import rows
+from drrlhf.trl import columns, rows
 from drrlhf.trl.one_row import OneRowMixin, logger
 from drrlhf.trl.view_texts import (
     CLEAN,
@@ -183,9 +183,16 @@ class ViewsMixin(OneRowMixin):
     # -- the step ------------------------------------------------------------------------------
 
     def _prepare_inputs(self, inputs: Any) -> Any:
-        """The batch on its device; one with views becomes that of the worst ones."""
+        """The batch on its device; one with views becomes that of the worst ones. Our columns stay
+        as they are: under DeepSpeed the loop rounds all numbers to the model's."""
         prepared = super()._prepare_inputs(inputs)  # type: ignore[misc]
-        if not isinstance(prepared, Mapping) or VIEWS not in prepared:
+        if not isinstance(prepared, Mapping):
+            return prepared
+        kept = [name for name in columns.PAIR_COLUMNS if name in prepared]
+        if kept:
+            ours = {name: inputs[name].to(prepared[name].device) for name in kept}
+            prepared = {**prepared, **ours}
+        if VIEWS not in prepared:
             return prepared
         if self.model.training:
             return self._of_worst_views(dict(prepared))

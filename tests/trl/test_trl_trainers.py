@@ -6,6 +6,7 @@ import itertools
 import logging
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -184,6 +185,21 @@ def test_weight_column_is_the_nominal_weight(llama, tmp_path):
     torch.testing.assert_close(gradient(trainer, batch)[0], (p * losses).sum(), rtol=1e-5, atol=0)
     logged = trainer._metrics["train" if trainer.model.training else "eval"]["robust/mean_loss"]
     assert logged[-1] == pytest.approx((p * losses).sum().item(), rel=1e-5)
+
+
+def test_deepspeed_does_not_round_our_columns(reward_model, tmp_path, monkeypatch):
+    """Its batches have the model's precision: float16 knows no weight above 65504, and bfloat16 no
+    probability between 0.996 and 1."""
+    data = tiny_pairs(8, weight=[1e6, 1.0] * 4, p_chosen=[0.998, 0.6] * 4)
+    trainer = reward(reward_model, tmp_path, data)
+    batch = first_batch(trainer)
+    precision = SimpleNamespace(hf_ds_config=SimpleNamespace(dtype=lambda: torch.float16))
+    state = SimpleNamespace(deepspeed_plugin=precision)
+    monkeypatch.setattr(trainer, "is_deepspeed_enabled", True)
+    monkeypatch.setattr(trainer.accelerator, "state", state)
+    prepared = trainer._prepare_inputs(trainer._prepare_inputs(batch))
+    for name in ("weight", "p_chosen"):
+        assert torch.equal(prepared[name], batch[name])
 
 
 def test_weighted_runs_train(llama, reward_model, tmp_path):
