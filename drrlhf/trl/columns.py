@@ -81,14 +81,14 @@ def take(inputs: Any) -> Taken:
 
 
 def check_datasets(
-    given: Mapping[str, Any], num_groups: int | None
+    given: Mapping[str, Any], num_groups: int | None, names: Sequence[str] = PAIR_COLUMNS
 ) -> tuple[Groups | None, set[str]]:
     """Fail before any training on columns that cannot work.
 
     ``given`` are a trainer's arguments, of which ``train_dataset`` and ``eval_dataset`` are looked
     at; ``num_groups`` is what the ambiguity set needs: None for no groups, 0 for as many as the
-    training data have. Every value of a map-style dataset is checked here, those of a streamed one
-    as they come.
+    training data have; ``names`` are the columns that the trainer reads. Every value of a map-style
+    dataset is checked here, those of a streamed one as they come.
 
     Returns:
         The groups that the training data have: of a set that needs them, or by the names of a
@@ -99,25 +99,29 @@ def check_datasets(
             the evaluation data have others than the training data; or as PairColumns.
     """
     train, evaluation = given.get("train_dataset"), given.get("eval_dataset")
-    present = _present(train, "train_dataset", num_groups)
+    present = _present(train, "train_dataset", num_groups, names)
     groups = _groups(train, num_groups) if GROUP in present else None
     for name in present & set(_DOMAINS):
         if train is not None and hasattr(train, "unique"):
             check_values(name, train.unique(name), None, " of train_dataset")
-    check_evaluation(evaluation, groups, num_groups)
+    check_evaluation(evaluation, groups, num_groups, names=names)
     return groups, present
 
 
 def check_evaluation(
-    dataset: Any, groups: Groups | None, num_groups: int | None, argument: str = "eval_dataset"
+    dataset: Any,
+    groups: Groups | None,
+    num_groups: int | None,
+    argument: str = "eval_dataset",
+    names: Sequence[str] = PAIR_COLUMNS,
 ) -> None:
     """`check_datasets` for evaluation data, which may be a mapping of datasets."""
     if hasattr(dataset, "items"):
         for key, one in dataset.items():
-            check_evaluation(one, groups, num_groups, f"{argument}[{key!r}]")
+            check_evaluation(one, groups, num_groups, f"{argument}[{key!r}]", names)
         return
     check_names(dataset, groups, argument)
-    for name in _present(dataset, argument, num_groups):
+    for name in _present(dataset, argument, num_groups, names):
         if hasattr(dataset, "unique") and (name in _DOMAINS or num_groups is not None):
             check_values(name, dataset.unique(name), groups, f" of {argument}")
 
@@ -133,11 +137,11 @@ def check_names(dataset: Any, groups: Groups | None, argument: str = "eval_datas
         )
 
 
-def _present(dataset: Any, argument: str, num_groups: int | None) -> set[str]:
-    """Those of our columns that a dataset has."""
+def _present(dataset: Any, argument: str, num_groups: int | None, names: Sequence[str]) -> set[str]:
+    """Those of some columns of ours that a dataset has."""
     if dataset is None:
         return set()
-    present = set(PAIR_COLUMNS) & set(next(iter(dataset), {}))
+    present = set(names) & set(next(iter(dataset), {}))
     if num_groups is not None and GROUP not in present:
         asked, ids = "group", ""
         if num_groups:

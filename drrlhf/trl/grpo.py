@@ -84,6 +84,7 @@ class GRPOTrainer(OneRowMixin, StepMixin, trl.GRPOTrainer):
 
     __signature__ = inspect.signature(trl.GRPOTrainer)
     _members = "completions"
+    _column_names = columns.COLUMNS
     _pads_left = True
     num_generations: Any
     max_completion_length: Any

@@ -58,6 +58,7 @@ class SetMixin:
     _get_output_dir: Any
     _push_from_checkpoint: Any
     _members = "pairs"  # what the adversary weighs, in messages
+    _column_names: tuple[str, ...] = columns.PAIR_COLUMNS
     _evaluated: list[Tensor] | None = None
     _by_column = True  # whether the groups of a Group set are those of the column
 
@@ -72,7 +73,7 @@ class SetMixin:
             )
         self.ambiguity = None if counted else parse_ambiguity(asked)
         needed = 0 if counted else self._num_groups if self._by_column else None
-        self._groups, present = columns.check_datasets(given, needed)
+        self._groups, present = columns.check_datasets(given, needed, self._column_names)
         if counted:
             assert self._groups is not None
             self.ambiguity = with_count(asked, self._groups.count)

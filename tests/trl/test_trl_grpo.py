@@ -230,6 +230,14 @@ def test_a_column_of_weights_is_named(model, tmp_path, caplog):
     assert "'weight' is used as the nominal weight of every prompt" in said.getMessage()
 
 
+def test_probabilities_of_labels_are_no_business_of_prompts(model, tmp_path):
+    """Pairs lend their prompts with whatever columns they have."""
+    data = tiny_pairs(8, p_chosen=[0.5, None] * 4)
+    own = {"data": data, "trainer_eval_dataset": data.remove_columns(["chosen", "rejected"])}
+    trainer = steps.trainer("grpo", model, str(tmp_path), **own)
+    assert "p_chosen" in trainer.train_dataset.column_names
+
+
 def test_prompts_that_cannot_be_scored_are_masked(run):
     def reward(prompts, **_):
         return [None if len(p) % 3 == 0 else r for p, r in zip(prompts, steps.by_place(prompts))]
