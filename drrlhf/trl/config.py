@@ -236,7 +236,8 @@ class GRPOConfig(_Ambiguous, _TRLGRPOConfig):
     in :class:`DPOConfig`, and the output head.
 
     ``share_prompts`` runs the model on a prompt once for all completions of it in a batch; those of
-    an optimizer step that have one prompt are brought together in its batches.
+    an optimizer step that have one prompt are brought together in its batches, where nothing of the
+    objective is by batch.
 
     ``group_by`` says what the groups of ``ambiguity="group:G"`` are: ``"column"``, the dataset's
     ``group``; or ``"pass_rate"``, the share of each prompt's completions so far that reached a
@@ -246,6 +247,11 @@ class GRPOConfig(_Ambiguous, _TRLGRPOConfig):
     their worst case around ``reward_weights``, see :func:`drrlhf.robust_reward`, before advantages
     are made; ``"mean"`` is TRL's weighted sum. With ``multi_objective_aggregation=
     "normalize_then_sum"`` the functions are brought to one scale first, by TRL.
+
+    A set other than ``"erm"`` cannot weigh TRL's reference term by prompt where an option of TRL's
+    changes that: ``beta`` other than 0 is refused with such, also with ``use_vllm``, whose
+    importance-sampling correction is on by default (``vllm_importance_sampling_correction=False``
+    turns it off).
 
     Raises:
         ValueError: the ambiguity set, ``head``, ``group_by`` or ``reward_ambiguity`` is unknown, or

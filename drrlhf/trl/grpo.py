@@ -86,6 +86,7 @@ class GRPOTrainer(OneRowMixin, StepMixin, trl.GRPOTrainer):
     _members = "completions"
     _column_names = columns.COLUMNS
     _pads_left = True
+    _has_environment = False
     num_generations: Any
     max_completion_length: Any
     reward_func_names: Any
@@ -98,6 +99,7 @@ class GRPOTrainer(OneRowMixin, StepMixin, trl.GRPOTrainer):
         config = given.get("args")
         self._by_column = getattr(config, "group_by", "column") != "pass_rate"
         self._read_set(config, given)
+        self._has_environment = given.get("environment_factory") is not None
         if config is not None:
             self._check_arguments(config)
         self._prompts_met = 0
@@ -125,6 +127,11 @@ class GRPOTrainer(OneRowMixin, StepMixin, trl.GRPOTrainer):
         super()._check_arguments(config)
         head.check(head.resolve(head.asked(config), config.device.type))
         check_ambiguity(getattr(config, "reward_ambiguity", MEAN), config.reward_weights)
+        if not self._by_column and self._has_environment:
+            raise ValueError(
+                "group_by='pass_rate' with environment_factory, whose prompts begin alike: give "
+                "groups in a column, with group_by='column'."
+            )
         if not self._by_column and not isinstance(self.ambiguity, Group):
             raise ValueError(
                 f"group_by='pass_rate' groups prompts for a Group set, got ambiguity="

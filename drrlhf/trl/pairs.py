@@ -67,6 +67,13 @@ class PairsMixin(ViewsMixin, TwoPasses):
         self._collate_views(tokens)
         self._make_states()
         self._check_setup()
+        two_passes = self._wants_whole_step(self.args.gradient_accumulation_steps)
+        if self._adversarial and two_passes and self.args.optim in ("lomo", "adalomo"):
+            raise ValueError(
+                f"optim={str(self.args.optim.value)!r} steps inside of every backward, and the "
+                "worst case of a step of several batches is that of one model: use another "
+                "optimizer, gradient_accumulation_steps=1, or robust_scope='microbatch'."
+            )
         self._warn()
 
     def _warn(self) -> None:
@@ -74,14 +81,6 @@ class PairsMixin(ViewsMixin, TwoPasses):
             logger.warning("The column 'weight' is used as the nominal weight of every pair.")
         if self._doubted:
             logger.warning("The column 'p_chosen' is used as the probability of every label.")
-        parts = self.args.gradient_accumulation_steps, self.args.world_size
-        if max(parts) > 1 and self._reweighing and self.robust_scope == "microbatch":
-            logger.warning(
-                "robust_scope='microbatch': the worst-case weights are computed over the batch of "
-                f"each device ({self.args.per_device_train_batch_size} pairs), not over the "
-                f"optimizer step's ({parts[0]} accumulation steps, {parts[1]} processes). The "
-                "objective depends on that number."
-            )
 
     def _prepare_dataset(
         self, dataset: Any, processing_class: Any, args: Any, dataset_name: str

@@ -188,13 +188,23 @@ class SetMixin:
 
     def _check_setup(self) -> None:
         """Refuse what is known only when accelerate is set up; and warn of a slow precision, which
-        is TRL's default."""
+        is TRL's default, and of an adversary that sees one batch alone."""
         if self.accelerator.device.type == "cpu" and self.args.bf16 and emulates_bfloat16():
             logger.warning(
                 "bf16=True on a CPU without products in bfloat16, which PyTorch emulates there, up "
                 "to eight times slower than float32; bf16=False is faster."
             )
-        if not self._reweighing or self.robust_scope != "step":
+        if not self._reweighing:
+            return
+        if self.robust_scope != "step":
+            parts = self.args.gradient_accumulation_steps, self.args.world_size
+            if max(parts) > 1:
+                logger.warning(
+                    "robust_scope='microbatch': the worst-case weights are computed over the batch "
+                    f"of each device ({self.args.per_device_train_batch_size} {self._members}), "
+                    f"not over the optimizer step's ({parts[0]} accumulation steps, {parts[1]} "
+                    "processes). The objective depends on that number."
+                )
             return
         deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED
         if deepspeed and self.args.gradient_accumulation_steps > 1 and not self._streaming:

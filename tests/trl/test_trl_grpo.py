@@ -347,6 +347,16 @@ def test_wrong_options_are_named(run, options, words):
         run(**options)
 
 
+def test_pass_rates_need_prompts_that_tell_them_apart(model, tmp_path):
+    config = steps.trainer(
+        "grpo", model, str(tmp_path), ambiguity="group:2", group_by="pass_rate"
+    ).args
+    with pytest.raises(ValueError, match="group_by='pass_rate' with environment_factory"):
+        steps.KINDS["grpo"][0](
+            model, steps.by_place, config, train_dataset=tiny_pairs(8), environment_factory=object
+        )
+
+
 def test_negative_weights_are_trls_alone_and_found_before_anything_is_generated(model, tmp_path):
     config = steps.trainer("grpo", model, str(tmp_path), reward_weights=[-1.0]).args
     config.reward_ambiguity = "uwo:0.5"  # after the config was made

@@ -554,8 +554,17 @@ def test_the_device_batch_is_named_where_it_is_not_the_steps(llama, tmp_path, ca
     assert len(messages(caplog)) == 1
     assert "batch of each device (4 pairs)" in messages(caplog)[0]
     dpo(llama, tmp_path, tiny_pairs(8, weight=[1.0] * 8), **small)
-    assert "'weight' is used as the nominal weight" in messages(caplog)[1]
-    assert "batch of each device" in messages(caplog)[2]
+    assert "batch of each device" in messages(caplog)[1]
+    assert "'weight' is used as the nominal weight" in messages(caplog)[2]
+
+
+def test_an_optimizer_that_steps_inside_of_backward_is_refused_for_two_passes(llama, tmp_path):
+    """The weights of a step are those of the model before it."""
+    fused = {"optim": "adalomo", "ambiguity": "tv:0.1"}
+    dpo(llama, tmp_path, **fused)
+    dpo(llama, tmp_path, gradient_accumulation_steps=2, robust_scope="microbatch", **fused)
+    with pytest.raises(ValueError, match="optim='adalomo' steps inside of every backward"):
+        dpo(llama, tmp_path, gradient_accumulation_steps=2, **fused)
 
 
 def test_a_precision_that_the_cpu_only_emulates_is_named(
