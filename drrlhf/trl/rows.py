@@ -41,13 +41,18 @@ def lengths(batch: Mapping[str, Any]) -> Tensor:
 
 
 def select(
-    batches: Sequence[Mapping[str, Any]], pairs: Sequence[tuple[int, int]], pad_token_id: int
+    batches: Sequence[Mapping[str, Any]],
+    pairs: Sequence[tuple[int, int]],
+    pad_token_id: int,
+    multiple: int | None = None,
 ) -> dict[str, Any]:
-    """One batch of the pairs [(batch, row), ...], padded on the right to the longest of them.
+    """One batch of the pairs [(batch, row), ...], padded on the right to the longest of them, or on
+    to the next ``multiple``.
 
     ``pad_token_id`` must be the model's: a classifier finds the last token of a row by it.
     """
     longest = max(int(lengths(batches[b])[row]) for b, row in pairs)
+    longest += -longest % (multiple or 1)
     merged: dict[str, Any] = {}
     for name in batches[0]:
         if name in PAIRS:

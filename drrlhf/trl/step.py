@@ -240,7 +240,8 @@ class TwoPasses(StepMixin):
             if isinstance(chosen, int):
                 batch = dict(batches[chosen])
             else:
-                batch = rows.select(batches, chosen, self._pad_token_id)
+                multiple = self.args.pad_to_multiple_of
+                batch = rows.select(batches, chosen, self._pad_token_id, multiple)
             if generators is not None:
                 generators.restore(self.accelerator.device)
             known = Pass(weights, self._ranks, 1 / len(batches))

@@ -187,6 +187,20 @@ def test_only_pairs_with_weight_are_trained_on_and_packed_together(models, tmp_p
         assert inputs["attention_mask"][:, -1].any()  # no column of padding alone
 
 
+def test_the_second_pass_pads_as_the_first(models, tmp_path):
+    """To widths for which a compiled model and tensor cores are made."""
+    options = {"ambiguity": "cvar:0.25", "pad_to_multiple_of": 16, "share_prompts": False}
+    trainer = steps.trainer("dpo", models["dpo"], str(tmp_path), max_steps=1, **PARTS, **options)
+    widths = []
+    trainer.model.register_forward_pre_hook(
+        lambda module, args, given: widths.append((torch.is_grad_enabled(), given["input_ids"])),
+        with_kwargs=True,
+    )
+    trainer.train()
+    learned = [ids.shape[1] for learning, ids in widths if learning]
+    assert learned and all(width % 16 == 0 for width in learned)
+
+
 def test_the_last_word_on_random_numbers(models, tmp_path):
     """With dropout the second pass draws what the first drew, and the generator goes on from there
     as if there had been one pass."""
