@@ -57,6 +57,7 @@ class SetMixin:
     _doubted: bool  # labels are probabilities
     _get_output_dir: Any
     _push_from_checkpoint: Any
+    _train_batch_size: int
     _members = "pairs"  # what the adversary weighs, in messages
     _column_names: tuple[str, ...] = columns.PAIR_COLUMNS
     _evaluated: list[Tensor] | None = None
@@ -273,7 +274,8 @@ class SetMixin:
         return {name: module for name, module in states.items() if module is not None}
 
     def _facts(self) -> dict[str, str]:
-        per_rank = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
+        # Of all devices of a process, and as auto_find_batch_size found it.
+        per_rank = self._train_batch_size * self.args.gradient_accumulation_steps
         numbered = self._numbered
         facts = {} if numbered is None else {GROUPS: numbered.described()}
         facts |= {n: str(getattr(self.args, n)) for n in OBJECTIVE if hasattr(self.args, n)}
@@ -284,9 +286,7 @@ class SetMixin:
             "ambiguity": str(self.ambiguity),
             "robust_scope": self.robust_scope,
             "processes": str(self.args.world_size),
-            f"{self._members} per step": str(
-                per_rank * self.args.world_size * max(self.args.n_gpu, 1)
-            ),
+            f"{self._members} per step": str(per_rank * self.args.world_size),
         }
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:

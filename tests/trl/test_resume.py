@@ -35,6 +35,31 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.glob("*checkpoint*"))
 
 
+def test_the_size_that_was_found_is_that_of_the_step(models, tmp_path):
+    """Of auto_find_batch_size, which halves it where memory does not do and keeps it in the state
+    of a checkpoint."""
+    options = {
+        "ambiguity": "tv:0.1",
+        "auto_find_batch_size": True,
+        "per_device_train_batch_size": 8,
+    }
+    options |= SAVED | {"max_steps": 1, "data": tiny_pairs(16)}
+    trainer = steps.trainer("reward", models["reward"], str(tmp_path), **options)
+    forward, failed = trainer.model.forward, []
+
+    def small(*args, **kwargs):
+        if not failed:
+            failed.append(True)
+            raise RuntimeError("CUDA out of memory.")
+        return forward(*args, **kwargs)
+
+    trainer.model.forward = small
+    trainer.train()
+    assert failed and trainer._train_batch_size < 8
+    told = state.facts(tmp_path / "checkpoint-1")["pairs per step"]
+    assert told == str(trainer._train_batch_size)
+
+
 # ---- checkpoints -------------------------------------------------------------------------------
 
 
