@@ -81,8 +81,8 @@ DRRLHF_HD void sum_sequence(const Tokens<T>& t, std::int64_t n, T advantage,
                             const PolicyOptions& options, double* sums) {
   const T low = T(1.0 - options.clip_low), high = T(1.0 + options.clip_high);
   const T kl_beta = T(options.kl_beta);
-  // Numbers, for a comparison of them vectorises: whether the divergence is weighed by the ratio, and
-  // whether a token's own ratio takes a gradient from it.
+  // Numbers, for a comparison of them vectorises: whether the divergence is weighed by the ratio,
+  // and whether a token's own ratio takes a gradient from it.
   const T corrected = options.correct_kl ? T(1) : T(0);
   const T of_tokens = options.by_sequence ? T(0) : corrected;
   Work<T> w;
