@@ -126,9 +126,9 @@ def covering(losses: Array, target: float, family: str) -> AmbiguitySet | None:
     near = float(f"{strong:.1e}")
     if near < STRONGEST[family] and covers(near):
         return _of_strength(family, near)
-    above = _up(strong)
+    above = _rounded(strong, up=True)
     if family == "cvar" and above > STRONGEST[family]:  # alpha itself, rounded down
-        return set_of(family, _down(1 - strong))
+        return set_of(family, _rounded(1 - strong, up=False))
     return _of_strength(family, min(above, STRONGEST[family]))
 
 
@@ -136,18 +136,14 @@ def _of_strength(family: str, strength: float) -> AmbiguitySet:
     return set_of(family, round(1 - strength, 12) if family == "cvar" else strength)
 
 
-def _up(strength: float) -> float:
-    """Rounded up to two significant digits."""
-    digits = f"{strength:.1e}"
+def _rounded(number: float, up: bool) -> float:
+    """Rounded up or down to two significant digits."""
+    digits = f"{number:.1e}"
+    near = float(digits)
+    if near >= number if up else near <= number:
+        return near
     step = float(f"1e{int(digits.split('e')[1]) - 1}")
-    return float(digits) if float(digits) >= strength else float(f"{float(digits) + step:.1e}")
-
-
-def _down(number: float) -> float:
-    """Rounded down to two significant digits."""
-    near = float(f"{number:.1e}")
-    step = float(f"1e{f'{number:.1e}'.split('e')[1]}") / 10
-    return near if near <= number else float(f"{near - step:.1e}")
+    return float(f"{near + (step if up else -step):.1e}")
 
 
 def _text(ambiguity: AmbiguitySet | None) -> str | None:

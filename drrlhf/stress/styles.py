@@ -44,12 +44,13 @@ def styles_of(scores: Scores, bootstrap: Bootstrap, min_support: int) -> dict[st
     ]
     result: dict[str, Any] = {"styles": order, "matrix": matrix}
     if known:
-        for name, mask in (
-            ("easy", chosen > rejected),
-            ("normal", chosen == rejected),
-            ("hard", chosen < rejected),
-        ):
-            result[name] = bootstrap.mean(np.where(there & mask, right, np.nan))
-        easy, hard = there & (chosen > rejected), there & (chosen < rejected)
-        result["misleads"] = above(right, easy, hard, bootstrap.blocks, min_support)
+        parts = {
+            "easy": there & (chosen > rejected),
+            "normal": there & (chosen == rejected),
+            "hard": there & (chosen < rejected),
+        }
+        for name, part in parts.items():
+            result[name] = bootstrap.mean(np.where(part, right, np.nan))
+        sides = parts["easy"], parts["hard"]
+        result["misleads"] = above(right, *sides, bootstrap.blocks, min_support)
     return result

@@ -188,10 +188,13 @@ class ViewsMixin(OneRowMixin):
         prepared = super()._prepare_inputs(inputs)  # type: ignore[misc]
         if not isinstance(prepared, Mapping):
             return prepared
-        kept = [name for name in columns.PAIR_COLUMNS if name in prepared]
-        if kept:
-            ours = {name: inputs[name].to(prepared[name].device) for name in kept}
-            prepared = {**prepared, **ours}
+        rounded = {
+            name: inputs[name].to(prepared[name].device)
+            for name in columns.PAIR_COLUMNS
+            if name in prepared and prepared[name].dtype != inputs[name].dtype
+        }
+        if rounded:
+            prepared = {**prepared, **rounded}
         if VIEWS not in prepared:
             return prepared
         if self.model.training:

@@ -81,7 +81,7 @@ def test_a_small_alpha_has_two_digits_of_its_own(target, alpha):
     [(0.1, 0.1), (0.1001, 0.11), (0.0994, 0.1), (0.999, 1.0), (1.23e-5, 1.3e-5), (34.2, 35)],
 )
 def test_rounding_is_up_to_two_digits(strength, up):
-    assert radius._up(strength) == pytest.approx(up, rel=1e-12)
+    assert radius._rounded(strength, up=True) == pytest.approx(up, rel=1e-12)
 
 
 # ---- the two rules -------------------------------------------------------------------------------
