@@ -76,12 +76,22 @@ def _readable(on: Tensor) -> bool:
     return kind != "meta" and not (kind == "cuda" and torch.cuda.is_current_stream_capturing())
 
 
-def check_device(name: str, value: Tensor | None, like: str, on: Tensor) -> None:
-    """ValueError unless `value`, if there is one, lies on the device of the tensor `like`."""
-    if value is not None and value.device != on.device:
+def check_tensor(name: str, value: Any, shape: str = "") -> None:
+    """ValueError unless `value` is a tensor; `shape` is that which it should have, in words."""
+    if not isinstance(value, Tensor):
+        of_shape = f" of shape {shape}" if shape else ""
+        raise ValueError(f"{name}: expected a torch.Tensor{of_shape}, got {type(value).__name__}")
+
+
+def check_device(name: str, value: Any, like: str, on: Tensor) -> None:
+    """ValueError unless `value`, if there is one, is a tensor on the device of `like`."""
+    if value is None:
+        return
+    check_tensor(name, value)
+    if value.device != on.device:
         raise ValueError(
             f"{name}: expected it on {on.device} as {like}, got {value.device}; move it with "
-            f".to({like}.device)"
+            f".to({str(on.device)!r})"
         )
 
 
@@ -89,10 +99,7 @@ def check_vector(
     name: str, value: Any, n: int | None = None, like: str = "losses", on: Tensor | None = None
 ) -> None:
     """ValueError unless `value` is a tensor of shape (n,) as `like`, and on the device of `on`."""
-    if not isinstance(value, Tensor):
-        raise ValueError(
-            f"{name}: expected a torch.Tensor of shape (n,), got {type(value).__name__}"
-        )
+    check_tensor(name, value, "(n,)")
     if value.dim() != 1:
         raise ValueError(
             f"{name}: expected shape (n,), got {tuple(value.shape)}; flatten it, one number a pair"
@@ -103,8 +110,9 @@ def check_vector(
         check_device(name, value, like, on)
 
 
-def check_floating(name: str, value: Tensor) -> None:
-    """ValueError unless `value` has a floating dtype."""
+def check_floating(name: str, value: Any) -> None:
+    """ValueError unless `value` is a tensor of a floating dtype."""
+    check_tensor(name, value)
     if not value.is_floating_point():
         raise ValueError(
             f"{name}: expected a floating dtype (float32, bfloat16, float16, float64), "
@@ -112,12 +120,13 @@ def check_floating(name: str, value: Tensor) -> None:
         )
 
 
-def integers(name: str, value: Tensor) -> Tensor:
-    """`value` as int64; ValueError unless it has an integer dtype.
+def integers(name: str, value: Any) -> Tensor:
+    """`value` as int64; ValueError unless it is a tensor of an integer dtype.
 
     Compared as it is, a narrow one would turn the other number into its own dtype: a label of
     uint8 would be ignored for being 156, and outside of a vocabulary of 256 whatever it is.
     """
+    check_tensor(name, value)
     if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
         raise ValueError(f"{name}: expected an integer dtype, got {value.dtype}; call .long()")
     return value.long()

@@ -10,7 +10,14 @@ import torch
 from torch import Tensor
 
 from drrlhf import head_memory, ops
-from drrlhf.checks import check_choice, check_device, check_floating, check_none, integers
+from drrlhf.checks import (
+    check_choice,
+    check_device,
+    check_floating,
+    check_none,
+    check_tensor,
+    integers,
+)
 from drrlhf.conventions import ENTROPY, IS_TOP1, LOG_SUM_SQ_PROBS, MEAN_LOGIT
 from drrlhf.precision import multiplied_in
 
@@ -270,8 +277,10 @@ def linear_token_logprobs(
         raise ValueError(
             f"weight: expected shape (V, D) with V >= 1 and D >= 1, got {tuple(weight.shape)}"
         )
-    if bias is not None and tuple(bias.shape) != (weight.shape[0],):
-        raise ValueError(f"bias: expected shape ({weight.shape[0]},), got {tuple(bias.shape)}")
+    if bias is not None:
+        check_tensor("bias", bias)
+        if tuple(bias.shape) != (weight.shape[0],):
+            raise ValueError(f"bias: expected shape ({weight.shape[0]},), got {tuple(bias.shape)}")
     if not math.isfinite(logit_scale) or logit_scale == 0:
         raise ValueError(f"logit_scale: expected a finite number but 0, got {logit_scale!r}")
     if memory_budget is not None and memory_budget < 0:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from drrlhf import distributed, ops
-from drrlhf.checks import check_device, check_vector, integers
+from drrlhf.checks import check_floating, check_vector, integers
 from drrlhf.conventions import FUSED_PAIR_LOSS
 from drrlhf.functional.label_probs import LABEL_OPTIONS, check_labels
 from drrlhf.functional.options import take
@@ -90,6 +90,7 @@ def linear_preference_loss(
     about_head, about_loss, labelled, about_risk = take("linear_preference_loss", options, *kinds)
     ignore_index, risk = about_head.get("ignore_index", -100), Options(**about_risk)
     with distributed.agreement(risk.process_group, hidden):
+        check_floating("hidden", hidden)
         labels = integers("labels", labels)
         sequences = Sequences(labels, cu_seqlens, ignore_index)
         count = check_layout("labels", labels, cu_seqlens, "(2n, L)")
@@ -114,8 +115,7 @@ def linear_preference_loss(
         elif ref_weight is not None or ref_bias is not None:
             raise ValueError("ref_weight, ref_bias: they read ref_hidden, which is None")
         if ref_logps is not None:
-            check_vector("ref_logps", ref_logps, count, "the stacked sequences")
-            check_device("ref_logps", ref_logps, "hidden", hidden)
+            check_vector("ref_logps", ref_logps, count, "the stacked sequences", hidden)
         check_labels(labelled, count // 2, "the pairs", hidden)
         loss_type, loss = read_options((ref_logps, ref_logps), hidden, **about_loss)
         logps = linear_token_logprobs(hidden, weight, labels, bias=bias, **about_head)

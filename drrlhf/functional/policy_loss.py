@@ -14,6 +14,7 @@ from drrlhf.checks import (
     check_device,
     check_floating,
     check_none,
+    check_tensor,
     check_vector,
     integers,
 )
@@ -354,8 +355,6 @@ def _check_tokens(
     advantages: Tensor,
 ) -> None:
     """ValueError where the token tensors, or the number of sequences, do not go together."""
-    if not isinstance(logps, Tensor):
-        raise ValueError(f"logps: expected a torch.Tensor, got {type(logps).__name__}")
     check_floating("logps", logps)
     hint = "; flatten it, or leave cu_seqlens out"
     sequences = check_layout("logps", logps, cu_seqlens, "(S, L)", hint)
@@ -363,6 +362,7 @@ def _check_tokens(
     for name, value in tokens.items():
         if value is None:
             continue
+        check_tensor(name, value)
         if value.shape != logps.shape:
             raise ValueError(
                 f"{name}: expected shape {tuple(logps.shape)} as logps, got {tuple(value.shape)}"

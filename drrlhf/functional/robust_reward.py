@@ -7,7 +7,7 @@ from torch import Tensor
 
 from drrlhf import ops
 from drrlhf.ambiguity import AmbiguitySet
-from drrlhf.checks import check_device, check_floating, check_none, check_vector
+from drrlhf.checks import check_floating, check_none, check_vector
 from drrlhf.conventions import statistics_dtype
 from drrlhf.functional.row_sets import solvable
 
@@ -76,9 +76,8 @@ def robust_reward(
 
 def _checked(weights: Tensor, table: Tensor) -> Tensor:
     """The weights, in the dtype of the table; NaN for what is none, where nothing refuses it."""
+    check_vector("weights", weights, table.shape[1], "rewards", table)
     w = weights.detach().to(table.dtype)
-    check_vector("weights", w, table.shape[1], "rewards")
-    check_device("weights", weights, "rewards", table)
     check_none(
         lambda: ~((w >= 0) & w.isfinite()),
         lambda read, _: f"weights: expected numbers >= 0, got {read(w).tolist()}",
