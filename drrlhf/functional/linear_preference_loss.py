@@ -84,7 +84,8 @@ def linear_preference_loss(
         `LinearPreferenceLoss`. Gradients flow to hidden, weight and bias, once.
 
     Raises:
-        ValueError: an odd number of sequences, and whatever the functions named above refuse.
+        ValueError: an odd number of sequences, a reference that is missing or that simpo has no use
+            for, `ref_bias` without `ref_weight`, and whatever the functions named above refuse.
     """
     kinds = HEAD_OPTIONS, PAIR_LOSS_OPTIONS, LABEL_OPTIONS, RISK_OPTIONS
     about_head, about_loss, labelled, about_risk = take("linear_preference_loss", options, *kinds)
@@ -114,16 +115,34 @@ def linear_preference_loss(
                 )
         elif ref_weight is not None or ref_bias is not None:
             raise ValueError("ref_weight, ref_bias: they read ref_hidden, which is None")
+        if ref_bias is not None and ref_weight is None:
+            raise ValueError(
+                "ref_bias: it is that of ref_weight, which is None; pass the reference's head too"
+            )
         if ref_logps is not None:
             check_vector("ref_logps", ref_logps, count, "the stacked sequences", hidden)
         check_labels(labelled, count // 2, "the pairs", hidden)
-        loss_type, loss = read_options((ref_logps, ref_logps), hidden, **about_loss)
+        loss_type, loss = read_options(hidden.dtype, **about_loss)
+        _check_reference(loss_type, ref_logps)
         logps = linear_token_logprobs(hidden, weight, labels, bias=bias, **about_head)
     plain = loss_type == FUSED_PAIR_LOSS and loss.f_divergence == "reverse_kl"
     if plain and risk.process_group is None and labelled.get("label_probs") is None:
         assert ref_logps is not None
         return _in_one_op(logps, sequences, ref_logps, loss, risk)
     return _composed(logps, sequences, ref_logps, about_loss, labelled, risk)
+
+
+def _check_reference(loss_type: str, ref_logps: Tensor | None) -> None:
+    needed = PAIR_LOSSES[loss_type].reference
+    if needed and ref_logps is None:
+        raise ValueError(
+            f"ref_logps: {loss_type} needs the reference's log-probs, got None; pass them, or "
+            "ref_hidden, or zeros for no reference"
+        )
+    if not needed and ref_logps is not None:
+        raise ValueError(
+            f"ref_logps: {loss_type} has no reference model; pass None, and no ref_hidden"
+        )
 
 
 class Sequences(NamedTuple):

@@ -60,24 +60,14 @@ PAIR_LOSS_OPTIONS = frozenset(PairLossOptions.__annotations__)
 
 
 def read_options(
-    references: Optionals, dtype_of: Tensor, loss_type: str = FUSED_PAIR_LOSS, **options: Any
+    dtype: torch.dtype, loss_type: str = FUSED_PAIR_LOSS, **options: Any
 ) -> tuple[str, PairOptions]:
-    """The loss type and its `PairLossOptions`; ValueError where they, or the references that it
-    gets, do not go together."""
+    """The loss type and its `PairLossOptions`, for log-probs of a dtype; ValueError where they do
+    not go together."""
     check_choice("loss_type", loss_type, tuple(PAIR_LOSSES))
-    o = PairOptions(**options, exponent_limit=alpha_exponent_limit(dtype_of.dtype))
+    o = PairOptions(**options, exponent_limit=alpha_exponent_limit(dtype))
     check_choice("f_divergence", o.f_divergence, F_DIVERGENCES)
     loss = PAIR_LOSSES[loss_type]
-    if not loss.reference:
-        if references != (None, None):
-            raise ValueError(
-                f"ref_chosen_logps: {loss_type} has no reference model; pass None for both"
-            )
-    elif None in references:
-        raise ValueError(
-            f"ref_chosen_logps, ref_rejected_logps: {loss_type} needs both, got "
-            f"{'None' if references == (None, None) else 'one'}; pass zeros for no reference"
-        )
     if o.f_divergence != "reverse_kl" and not loss.divergences:
         raise ValueError(
             f"f_divergence: {o.f_divergence} holds only for losses of the reward difference "
@@ -128,11 +118,25 @@ class CheckedPairs:
                 if kind.endswith("logps"):
                     check_floating(name, value)  # type: ignore[arg-type]
         self.policy, self.references, self.lengths = policy, references, lengths
-        self.loss_type, self.options = read_options(references, policy[0], **options)
+        self.loss_type, self.options = read_options(policy[0].dtype, **options)
+        self._check_references()
         if PAIR_LOSSES[self.loss_type].lengths and None in self.lengths:
             raise ValueError(
                 f"chosen_lengths, rejected_lengths: {self.loss_type} divides by the number of "
                 "completion tokens; expected two tensors of shape (n,)"
+            )
+
+    def _check_references(self) -> None:
+        if not PAIR_LOSSES[self.loss_type].reference:
+            if self.references != (None, None):
+                raise ValueError(
+                    f"ref_chosen_logps: {self.loss_type} has no reference model; pass None for both"
+                )
+        elif None in self.references:
+            raise ValueError(
+                f"ref_chosen_logps, ref_rejected_logps: {self.loss_type} needs both, got "
+                f"{'None' if self.references == (None, None) else 'one'}; pass zeros for no "
+                "reference"
             )
 
     def log_ratios(self, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
