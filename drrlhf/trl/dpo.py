@@ -11,6 +11,7 @@ import trl
 
 from drrlhf import pair_losses
 from drrlhf.conventions import statistics_dtype
+from drrlhf.functional.pair_losses import read_options
 from drrlhf.functional.robust_risk import unmasked_gradient
 from drrlhf.reference.pair_losses import PAIR_LOSSES as EVERY_PAIR_LOSS
 from drrlhf.reference.pair_losses import names
@@ -40,10 +41,10 @@ class DPOTrainer(PairsMixin, trl.DPOTrainer):
     keep theirs.
 
     Raises:
-        ValueError: an unknown ``loss_type``; ``aot`` or ``aot_unpaired`` with weights; an
-            ambiguity set with no pair loss to act on; a Group set without a ``group`` column or
-            with another number of groups, a weight that is not finite and >= 0, or what
-            `PairsMixin` refuses.
+        ValueError: an unknown ``loss_type``, or a number that it does not take; ``aot`` or
+            ``aot_unpaired`` with weights; an ambiguity set with no pair loss to act on; a Group
+            set without a ``group`` column or with another number of groups, a weight that is not
+            finite and >= 0, or what `PairsMixin` refuses.
         RuntimeError: with our head, something other than TRL or drrlhf stands in the
             place of TRL's head.
     """
@@ -59,6 +60,9 @@ class DPOTrainer(PairsMixin, trl.DPOTrainer):
                 f"loss_type: unknown {min(unknown)!r}; expected one of "
                 f"{', '.join((*PAIR_LOSSES, *OUTSIDE_LOSSES))}"
             )
+        for name in config.loss_type:
+            if name in PAIR_LOSSES:
+                read_options(torch.float32, **_loss_options(name, config, config.discopop_tau))
         if self._views:
             self._check_views(config)
         if not self._reweighing:
@@ -211,21 +215,10 @@ class DPOTrainer(PairsMixin, trl.DPOTrainer):
             options: dict[str, Any] = {
                 **about,
                 **self._labels(p_chosen),
-                **self._loss_options(name),
+                **_loss_options(name, self, self.args.discopop_tau),
             }
             losses = losses + weight * pair_losses(chosen, rejected, **options)
         return losses
-
-    def _loss_options(self, loss_type: str) -> dict[str, Any]:
-        smoothing = self.label_smoothing if loss_type in SMOOTHED_LOSSES else 0.0
-        return {
-            "loss_type": loss_type,
-            "beta": self.beta,
-            "label_smoothing": smoothing,
-            "f_divergence": self.f_divergence_type,
-            "f_alpha_divergence_coef": self.f_alpha_divergence_coef,
-            "discopop_tau": self.args.discopop_tau,
-        }
 
     def _sequence_logps(self, token_logps: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """Log-probs (2n,) of the completions, given those of the tokens (2n, L), 0 elsewhere.
@@ -292,3 +285,15 @@ class DPOTrainer(PairsMixin, trl.DPOTrainer):
 
     def _known(self, chosen: torch.Tensor, rejected: torch.Tensor) -> dict[str, torch.Tensor]:
         return {"ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
+
+
+def _loss_options(loss_type: str, given: Any, discopop_tau: float) -> dict[str, Any]:
+    """What a pair loss is told, of the options that a configuration or a trainer has."""
+    return {
+        "loss_type": loss_type,
+        "beta": given.beta,
+        "label_smoothing": given.label_smoothing if loss_type in SMOOTHED_LOSSES else 0.0,
+        "f_divergence": given.f_divergence_type,
+        "f_alpha_divergence_coef": given.f_alpha_divergence_coef,
+        "discopop_tau": discopop_tau,
+    }

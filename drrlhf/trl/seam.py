@@ -166,7 +166,8 @@ _FIELDS: tuple[tuple[str, frozenset[str]], ...] = (
     (
         "trl.trainer.dpo_config:DPOConfig",
         frozenset({"loss_type", "loss_weights", "label_smoothing", "discopop_tau"})
-        | frozenset({"f_alpha_divergence_coef", "gradient_accumulation_steps"}),
+        | frozenset({"beta", "f_divergence_type", "f_alpha_divergence_coef"})
+        | frozenset({"gradient_accumulation_steps"}),
     ),
     (
         "trl.trainer.grpo_config:GRPOConfig",

@@ -502,6 +502,23 @@ def test_losses_without_pairs_are_refused(tmp_path):
         dpo("/no/such/model", tmp_path, loss_type="sigmiod")
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"beta": -1.0}, r"beta: expected a number > 0, got -1.0"),
+        ({"label_smoothing": 0.7}, r"label_smoothing: sigmoid expects \[0, 0.5\), got 0.7"),
+        ({"loss_type": ["sft", "exo_pair"]}, r"label_smoothing: exo_pair expects \(0, 1\), got 0"),
+        ({"loss_type": "bco_pair", "f_divergence_type": "forward_kl"}, r"f_divergence: forward_kl"),
+        ({"loss_type": "discopop", "discopop_tau": 0.0}, r"discopop_tau: expected a number > 0"),
+    ],
+)
+def test_numbers_that_no_loss_takes_are_refused_before_the_model_is_loaded(
+    tmp_path, options, message
+):
+    with pytest.raises(ValueError, match=message):
+        dpo("/no/such/model", tmp_path, **options)
+
+
 @pytest.mark.parametrize("ambiguity", ["group:2", "kl:temperature=1,momentum=0.5"])
 def test_states_of_several_processes_are_not_left_to_drift(tmp_path, monkeypatch, ambiguity):
     monkeypatch.setattr(DPOConfig, "world_size", 2)
