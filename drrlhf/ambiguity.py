@@ -288,8 +288,10 @@ def parse_ambiguity(ambiguity: str | AmbiguitySet) -> AmbiguitySet:
     name, colon, rest = ambiguity.strip().lower().partition(":")
     name = name.strip()
     if name not in SETS:
-        near = difflib.get_close_matches(name, SETS, n=1, cutoff=0.3)
-        hint = f"did you mean {near[0]!r}? " if near else ""
+        # In Python a set has a longer name: chisquare.
+        known = {one.__name__.lower(): key for key, one in SETS.items()} | {n: n for n in SETS}
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.3)
+        hint = f"did you mean {known[near[0]]!r}? " if near else ""
         raise ValueError(f"unknown ambiguity {ambiguity!r}: {hint}known sets: {', '.join(SETS)}")
     cls = SETS[name]
     keys = [f.name for f in dataclasses.fields(cls)]

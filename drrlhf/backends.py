@@ -189,7 +189,8 @@ def _obstacle(
     # Interpreted kernels are for those who ask for them by name: they take seconds.
     interpreted = backend == "triton" and device == "cpu" and _forced == "triton" and interprets()
     if backend in DEVICES and device not in DEVICES[backend] and not interpreted:
-        hint = "; set TRITON_INTERPRET=1 to interpret it" if backend == "triton" else ""
+        asked = "; TRITON_INTERPRET=1 beside DRRLHF_BACKEND=triton interprets it, for tests"
+        hint = asked if backend == "triton" else ""
         return f"runs on {'/'.join(DEVICES[backend])} tensors, not on {device}{hint}"
     if backend == "triton" and (reason := _no_triton(index)):
         return reason
@@ -209,15 +210,16 @@ def _implementation(op: str, backend: str) -> Callable[..., Any]:
     return getattr(getattr(torch.ops, LIBRARIES[backend]), op).default
 
 
-def _checked(name: str | None) -> str | None:
+def _checked(name: str | None, argument: str = "backend") -> str | None:
     if name in (None, "", "auto"):
         return None
     if name not in NAMES:
-        raise ValueError(f"backend: expected one of {', '.join(NAMES)} or 'auto', got {name!r}")
+        raise ValueError(f"{argument}: expected one of {', '.join(NAMES)} or 'auto', got {name!r}")
     return name
 
 
-_forced: str | None = _checked(os.environ.get("DRRLHF_BACKEND"))
+_VARIABLE = "DRRLHF_BACKEND"
+_forced: str | None = _checked(os.environ.get(_VARIABLE), f"environment variable {_VARIABLE}")
 _cache: dict[tuple[str, str, int | None, bool], Callable[..., Any]] = {}
 
 

@@ -56,8 +56,8 @@ class GroupState(_ExactState):
 
     def __init__(self, num_groups: int) -> None:
         super().__init__()
-        Group(num_groups)  # validates
-        uniform = torch.full((num_groups,), 1.0 / num_groups, dtype=torch.float64)
+        count = Group(num_groups).num_groups  # which validates
+        uniform = torch.full((count,), 1.0 / count, dtype=torch.float64)
         self.register_buffer("weights", uniform)
 
 

@@ -57,6 +57,8 @@ BAD = [
     (lambda: dr.Group(2, -1), r"step_size must lie in \[0, inf\)"),
     (lambda: dr.parse_ambiguity("tvv:0.1"), "did you mean 'tv'"),
     (lambda: dr.parse_ambiguity("robust"), "unknown ambiguity 'robust'.*known sets"),
+    (lambda: dr.parse_ambiguity("chisquare:0.1"), "did you mean 'chi2'"),
+    (lambda: dr.parse_ambiguity("chi-square:0.1"), "did you mean 'chi2'"),
     (lambda: dr.parse_ambiguity("tv"), "TV needs radius.*'tv:0.1'"),
     (lambda: dr.parse_ambiguity("tv:x"), "radius must be a number, got 'x'"),
     (lambda: dr.parse_ambiguity("tv:radios=1"), "did you mean 'radius'"),

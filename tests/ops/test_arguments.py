@@ -76,3 +76,8 @@ def test_what_is_no_tensor_is_refused_by_name(name, call):
 def test_a_tensor_elsewhere_is_told_where_to_go():
     with pytest.raises(ValueError, match=r"^nominal: .*got meta; move it with \.to\('cpu'\)$"):
         dr.linear_preference_loss(HIDDEN, HEAD, TOKENS, X, nominal=X[:2].to("meta"))
+
+
+def test_a_state_of_groups_takes_the_number_that_a_set_of_groups_takes():
+    assert dr.Group(4.0).num_groups == 4
+    assert dr.GroupState(4.0).weights.tolist() == [0.25] * 4

@@ -52,6 +52,17 @@ def test_explain_names_one_backend_for_each_op_and_a_reason_for_the_others():
             assert all(r.reason for r in here if not r.chosen)
 
 
+def test_who_follows_what_is_said_of_triton_gets_it(monkeypatch):
+    """On a CPU the interpreter is for those who ask for Triton by name: one word is not enough."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    (row,) = [
+        r for r in backends.explain() if r[:3] == ("robust_risk", "cpu", "triton") and not r.chosen
+    ]
+    assert "TRITON_INTERPRET=1 beside DRRLHF_BACKEND=triton" in row.reason
+    with backends.use("triton"):
+        assert backends.serving("robust_risk", "cpu") == "triton"
+
+
 @pytest.mark.skipif("DRRLHF_EMULATED" in os.environ, reason="there CUDA serves the CPU")
 def test_two_gpus_may_have_two_backends(monkeypatch):
     """One that is too old for Triton's kernels does not decide for the one beside it."""
@@ -123,7 +134,7 @@ def test_environment_variable(children):
     failed = children["triton"]
     assert failed.returncode and "'triton' was asked for by name" in failed.stderr
     failed = children["nonsense"]
-    assert failed.returncode and "expected one of" in failed.stderr
+    assert failed.returncode and "DRRLHF_BACKEND: expected one of" in failed.stderr
 
 
 def test_without_the_extension_everything_works_and_says_why(children):
