@@ -37,13 +37,18 @@ def describe(name: str | Path) -> Description:
     """
     from transformers import AutoConfig
 
-    if (adapters := adapters_of(name)) is not None:
-        found = str(adapters.get("task_type"))
-        return Description(_TASKS.get(found), found, None, adapters)
-    folder = Path(name)
-    if folder.is_dir() and not (folder / "config.json").is_file():
-        raise ValueError(f"{name}: no directory with a config.json or {ADAPTER} in it")
-    config = AutoConfig.from_pretrained(name)
+    try:
+        if (adapters := adapters_of(name)) is not None:
+            found = str(adapters.get("task_type"))
+            return Description(_TASKS.get(found), found, None, adapters)
+        folder = Path(name)
+        if folder.is_dir() and not (folder / "config.json").is_file():
+            raise ValueError(f"{name}: no directory with a config.json or {ADAPTER} in it")
+        config = AutoConfig.from_pretrained(name)
+    except OSError as error:
+        raise OSError(
+            f"{name}: neither a directory here nor a model that the hub gives: {error}"
+        ) from error
     found = (config.architectures or ["?"])[0]
     kind = next((kind for end, kind in _ENDS.items() if found.endswith(end)), None)
     return Description(kind, found, config.num_labels if kind == REWARD else None, None)

@@ -57,7 +57,10 @@ def find(reward: str) -> Any:
         if not path.is_dir() and models.is_path(reward):
             raise ValueError(f"--reward {reward}: no such directory")
         name = str(path) if path.is_dir() else reward  # else a hub name
-        described = models.describe(name)
+        try:
+            described = models.describe(name)
+        except OSError as error:
+            raise ValueError(f"--reward {error}; a function is module:function") from error
         if described.kind != models.REWARD:
             raise ValueError(
                 f"--reward {reward}: expected a reward model (sequence classification), got "

@@ -12,7 +12,12 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from test_cli import _assert_same_weights, _refused, _run, _write
-from transformers import AutoModelForSequenceClassification, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 from trl_fixtures import tiny_llama_dir, tiny_pairs, tiny_reward_dir, tiny_tokenizer
 
 from drrlhf import models
@@ -187,6 +192,18 @@ def test_models_of_another_kind_are_one_line(place, two_labels, tmp_path, monkey
     ):
         _refused(_run(arguments(place, kind, tmp_path / "out", more)), *words)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_model_that_is_nowhere_is_named(place, tmp_path, monkeypatch):
+    def gone(*_, **__):
+        raise OSError("no connection")
+
+    monkeypatch.setattr(models, "adapters_of", lambda name: None)
+    monkeypatch.setattr(AutoConfig, "from_pretrained", gone)
+    words = ["nowhere: neither a directory here nor a model that the hub gives: no connection"]
+    _refused(_run(arguments(place, "dpo", tmp_path / "out", "--model nowhere")), *words)
+    with pytest.raises(ValueError, match=f"^--reward {words[0]}; a function is module:function$"):
+        reward_function.find("nowhere")
 
 
 def test_adapters_that_do_not_fit_are_one_line(place, tmp_path):
