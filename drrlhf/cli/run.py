@@ -130,6 +130,8 @@ def _check_options(options: dict[str, Any]) -> None:
         raise ValueError(f"--epochs must be > 0; got {options['epochs']}")
     if options["learning_rate"] is not None and not options["learning_rate"] > 0:
         raise ValueError(f"--learning-rate must be > 0; got {options['learning_rate']}")
+    if options.get("temperature") is not None and not options["temperature"] > 0:
+        raise ValueError(f"--temperature must be > 0; got {options['temperature']}")
     if options["resume"] and options["overwrite"]:
         raise ValueError("--resume and --overwrite contradict each other: give one of them")
 

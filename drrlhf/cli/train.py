@@ -87,7 +87,8 @@ def _train(ctx: typer.Context, kind: str) -> None:
         raise _console.fail(
             f"missing {', '.join(missing)} (or --demo); see {ctx.command_path} --help"
         )
-    options["ambiguity"] = options["ambiguity"] or DEFAULT_AMBIGUITY
+    if options["ambiguity"] is None:
+        options["ambiguity"] = DEFAULT_AMBIGUITY
     raise typer.Exit(run.run(kind, options, _console.console(), _resume_command(ctx)))
 
 
@@ -103,8 +104,8 @@ def _demo(ctx: typer.Context, kind: str) -> None:
 
         demo = importlib.import_module(f"drrlhf.demo.{kind}")
     chosen = {name: ctx.params[name] for name in own}
-    if "ambiguity" in own:
-        chosen["ambiguity"] = chosen["ambiguity"] or DEMO_AMBIGUITY
+    if "ambiguity" in own and chosen["ambiguity"] is None:
+        chosen["ambiguity"] = DEMO_AMBIGUITY
     if (steps := chosen.pop("max_steps", -1)) != -1:
         chosen["steps"] = steps
     with _console.user_errors(material.MaterialError):

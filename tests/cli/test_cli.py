@@ -188,12 +188,14 @@ def test_bad_data_trains_and_overwrites_nothing(place, tmp_path, text, words):
     ("more", "words"),
     [
         ("--ambiguity tvv:0.1", ("tvv:0.1", "did you mean 'tv'?")),
+        ("--ambiguity=", ("unknown ambiguity ''", "known sets")),  # a variable that is not set
         ("--ambiguity tv:1.5", ("radius", "[0, 1]", "1.5")),
         ("--ambiguity group:4", ("3 groups (amazon, movie, tweets)", "group:3")),
         ("--model ./nowhere", ("--model ./nowhere", "no such directory")),
         ("--data nowhere.jsonl", ("nowhere.jsonl",)),
         ("--eval-data nowhere.jsonl", ("nowhere.jsonl",)),
         ("--loss-type sigmoit", ("loss_type", "sigmoit")),
+        ("--beta -1", ("beta: expected a number > 0",)),
         ("--epochs 0", ("--epochs",)),
         ("--max-steps 0", ("--max-steps",)),
         ("--resume", ("holds no run to continue",)),

@@ -98,6 +98,7 @@ def test_a_reward_model_and_pass_rates(place, tmp_path):
         ("--ambiguity group:3", "my_reward:score", ["the data has 2 groups (a, b)"]),
         ("--ambiguity group --group-by pass_rate", "my_reward:score", ["say how many groups"]),
         ("--batch-size 6", "my_reward:score", ["num_generations"]),
+        ("--temperature 0", "my_reward:score", ["--temperature must be > 0; got 0"]),
         ("--ambiguity tv:0.1 --beta 0.1 --loss-type sapo", "my_reward:score", ["sapo", "beta=0"]),
     ],
 )
