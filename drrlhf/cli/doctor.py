@@ -84,7 +84,7 @@ def _show(report: dict[str, Any], console: Console) -> None:
             table.add_row(name, Text("" if value is None else str(value)))
         console.print(table)
     table = Table(title="ops", title_justify="left")
-    for head in ("op", "device", "served by", "not served by, because"):
+    for head in ("op", "device", "served by", "why not by others, and what to know"):
         table.add_column(head)
     of_one = itertools.groupby(report["ops"], key=lambda row: (row["op"], row["device"]))
     for (op, device), rows in ((key, list(found)) for key, found in of_one):
@@ -97,6 +97,6 @@ def _reasons(rows: list[dict[str, Any]]) -> str:
     """One line per reason, after the backends that share it."""
     backends: dict[str, list[str]] = {}
     for row in rows:
-        if row["reason"]:  # of the one that serves: what it serves
+        if row["reason"]:  # of the one that serves: for what it does
             backends.setdefault(row["reason"], []).append(row["backend"])
     return "\n".join(f"{', '.join(names)}: {reason}" for reason, names in backends.items())

@@ -329,11 +329,13 @@ class CommandLine(Settings):
         panel=_DEMO,
         instead={
             "dpo": {
-                "help": "Train a cut SmolLM2 plainly and robustly on real sentiment preferences; "
+                "help": "Train the first layers of SmolLM2 plainly and under a set, on real "
+                "sentiment preferences; "
                 f"takes --output-dir, --steps, --ambiguity ({DEMO_AMBIGUITY}) and --seed."
             },
             "grpo": {
-                "help": "Train a cut SmolLM2 plainly and robustly on prompts of two domains; "
+                "help": "Train the first layers of SmolLM2 plainly and under a set, on prompts "
+                "of two domains; "
                 f"takes --output-dir, --steps, --ambiguity ({DEMO_AMBIGUITY}) and --seeds."
             },
         },
