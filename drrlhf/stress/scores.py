@@ -270,10 +270,13 @@ def _margins(
     if SCORES in names:
         margin, rows, answers = _each_with_each(table, source)
         return margin, rows, {SCORES}, answers
+    texts = ""
+    if {*LENGTHS} <= names or {*SIDES} <= names:
+        texts = "; texts, read for their lengths alone, go to --data, for a --model to score"
     raise DataError(
         f"{source}: no scores; found columns: {', '.join(sorted(names))}; needed: chosen_reward "
         f"and rejected_reward (or {CHOSEN[1]} and {REJECTED[1]}), or margin, their difference, or "
-        f"{SCORES}, a list for each prompt, those of right answers first"
+        f"{SCORES}, a list for each prompt, those of right answers first{texts}"
     )
 
 

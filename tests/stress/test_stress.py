@@ -370,6 +370,7 @@ def test_scores_that_are_not_finite_are_counted_and_named(tmp_path):
     ("rows", "message"),
     [
         ([{"reward": 1.0}], "no scores; found columns: reward"),
+        ([{"chosen": "a", "rejected": "b"}], "no scores; .*go to --data, for a --model to score$"),
         ([{"margin": "high"}, {"margin": "low"}], "must hold numbers, but holds string"),
         ([{"margin": 1.0}] * 3, "constant scores rank nothing"),
         ([{"margin": 1.0}, {"margin": 2.0}], "one class only"),
