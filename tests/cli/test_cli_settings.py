@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+from pathlib import Path
 
 import pytest
 import typer
 
 from drrlhf import trl
 from drrlhf.cli import app, rundir
-from drrlhf.cli.settings import FREE_ON_RESUME, KINDS, CommandLine, Settings, options_of
+from drrlhf.cli.settings import (
+    DEFAULT_AMBIGUITY,
+    FREE_ON_RESUME,
+    KINDS,
+    LEARNING_RATES,
+    CommandLine,
+    Settings,
+    options_of,
+)
 
 CONFIGS = {"reward": trl.RewardConfig, "dpo": trl.DPOConfig, "grpo": trl.GRPOConfig}
 OF_ALL = {
@@ -98,6 +108,10 @@ def defaults(kind: str) -> dict:
     return {one.name: one.default for one in command.params if one.name != "help"}
 
 
+def told_to_trainer(kind: str) -> set[str]:
+    return (OF_ALL | OF_ONE[kind]) - WORKED_OUT
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_command_takes_what_is_said_to_be_of_its_kind(kind):
     beside = {"resume", "overwrite", "demo", *BESIDE[kind]}
@@ -159,13 +173,33 @@ def test_every_option_reaches_the_trainer_or_is_worked_out(kind, tmp_path):
     for name in set().union(*OF_ONE.values()) - OF_ONE[kind]:
         assert getattr(settings, name) is None
     told = settings.arguments()
-    handed_on = (OF_ALL | OF_ONE[kind]) - WORKED_OUT
-    names = {THEIRS.get(name, name): name for name in handed_on}
+    names = {THEIRS.get(name, name): name for name in told_to_trainer(kind)}
     assert told.keys() == names.keys()
     config = CONFIGS[kind](**told, use_cpu=True, bf16=False, report_to="none")
     for theirs, name in names.items():
         found = getattr(config, theirs)
         assert (found[0] if isinstance(found, list) else found) == given[name], name
+
+
+def test_defaults_that_are_not_those_of_python_are_told(tmp_path):
+    """In docs/steps.md, all of them and no other. What is 0, empty or None is not asked for."""
+    found = set()
+    for kind, make in CONFIGS.items():
+        config = make(str(tmp_path), use_cpu=True, report_to="none")
+        names = told_to_trainer(kind) - {"output_dir"}  # which must be given
+        python = {name: getattr(config, THEIRS.get(name, name)) for name in names}
+        python["dtype"] = "bf16" if config.bf16 else "fp32"
+        if kind == "dpo":
+            (python["loss_type"],) = config.loss_type
+        if kind == "grpo":
+            python["clip_high"] = config.epsilon_high or config.epsilon  # as TRL takes it
+        shell = defaults(kind) | {"ambiguity": DEFAULT_AMBIGUITY, "dtype": "fp32"}
+        shell["learning_rate"] = LEARNING_RATES[kind, False]
+        found |= {n for n in python if (python[n] or None) != (shell[n] or None)}
+    text = (Path(__file__).parents[2] / "docs/steps.md").read_text()
+    (told,) = re.findall(r"^- Defaults are (.*?)^- ", text, re.M | re.S)
+    named = {name.replace("-", "_") for name in re.findall(r"`--([\w-]+)`", told)}
+    assert named == {*found, "help"}
 
 
 def test_a_setting_that_all_kinds_have_must_be_given():
