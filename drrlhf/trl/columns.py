@@ -36,7 +36,8 @@ class PairColumns:
 
     ``groups`` are those of the ambiguity set, see `group_numbers`. Without ``coded`` a ``group``
     column is left out: its data hold no integers, and the set has no groups. What a batch has must
-    not depend on its rows, since all processes tell each other of it.
+    not depend on its rows, since all processes tell each other of it. ``unread`` are entries that
+    the collator makes of a dataset's columns and that the trainer was not asked to read.
 
     Raises:
         ValueError: (when called) a group that is none of ``groups``, a weight that is not a finite
@@ -46,6 +47,7 @@ class PairColumns:
     collator: Callable[[list[dict[str, Any]]], Any]
     groups: Groups | None = None
     coded: bool = True
+    unread: tuple[str, ...] = ()
 
     def __call__(self, examples: list[dict[str, Any]]) -> Any:
         extra = {}
@@ -60,6 +62,8 @@ class PairColumns:
                 check_values(name, values, None)
                 extra[name] = torch.tensor(values, dtype=torch.float64)
         batch = self.collator(examples)
+        for name in set(self.unread) & set(batch):
+            del batch[name]
         for name, tensor in extra.items():
             batch[name] = tensor
         return batch

@@ -114,6 +114,11 @@ class DPOTrainer(PairsMixin, trl.DPOTrainer):
             )
 
     @property
+    def _unread_entries(self) -> tuple[str, ...]:
+        """Log-probs that a dataset brings along are those of a reference that nobody named."""
+        return () if self.precompute_ref_logps else ("ref_chosen_logps", "ref_rejected_logps")
+
+    @property
     def _loss_outside_the_set(self) -> bool:
         return self.aux_loss_enabled or bool(set(self.loss_types) & set(OUTSIDE_LOSSES))
 

@@ -63,7 +63,8 @@ class PairsMixin(ViewsMixin, TwoPasses):
         self._prepare_rows(self.model, getattr(self, "ref_model", None))
         tokens = self.data_collator
         coded = self._numbered is not None or columns.may_be_coded(given.get("train_dataset"))
-        self.data_collator = columns.PairColumns(tokens, self._numbered, coded)
+        unread = self._unread_entries
+        self.data_collator = columns.PairColumns(tokens, self._numbered, coded, unread)
         self._collate_views(tokens)
         self._make_states()
         self._check_setup()
@@ -75,6 +76,11 @@ class PairsMixin(ViewsMixin, TwoPasses):
                 "optimizer, gradient_accumulation_steps=1, or robust_scope='microbatch'."
             )
         self._warn()
+
+    @property
+    def _unread_entries(self) -> tuple[str, ...]:
+        """What TRL's collator takes from a dataset and its loss, as configured, does not read."""
+        return ()
 
     def _warn(self) -> None:
         if self._weighted:

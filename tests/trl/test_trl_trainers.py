@@ -276,6 +276,20 @@ def test_a_collator_of_the_users_own_is_wrapped(llama, tmp_path):
     assert calls and first_batch(trainer)["group"].dtype == torch.int64
 
 
+@pytest.mark.parametrize("brought", [1, 2], ids=["one-side", "both"])
+def test_a_reference_that_a_dataset_brings_along_is_not_asked(llama, tmp_path, brought):
+    """TRL reads such columns with precompute_ref_log_probs alone, which makes them itself: they may
+    be left from another model, or from answers that were cut elsewhere."""
+    names = ("ref_chosen_logps", "ref_rejected_logps")[:brought]
+    data = tiny_pairs(8, **{name: [-3.0 * i for i in range(8)] for name in names})
+    for rows in (data, data.to_iterable_dataset()):
+        for unused in (True, False):
+            trainer = dpo(away(llama), tmp_path, rows, max_steps=1, remove_unused_columns=unused)
+            batch = first_batch(trainer)
+            expected = dpo_losses_by_hand(trainer.model, trainer.ref_model, batch).mean()
+            torch.testing.assert_close(gradient(trainer, batch)[0], expected.detach())
+
+
 def test_streamed_data(llama, tmp_path):
     data = tiny_pairs(8, group=[0, 1] * 4, weight=[1.0, 2.0] * 4).to_iterable_dataset()
     trainer = dpo(llama, tmp_path, data, ambiguity="group:2", max_steps=2)
