@@ -190,6 +190,17 @@ class SetMixin:
     def _check_setup(self) -> None:
         """Refuse what is known only when accelerate is set up; and warn of a slow precision, which
         is TRL's default, and of an adversary that sees one batch alone."""
+        for kind, size in (
+            ("context", self.get_cp_size()),  # type: ignore[attr-defined]
+            ("sequence", self.get_sp_size()),  # type: ignore[attr-defined]
+        ):
+            if size > 1:  # whatever the set: a classifier would score the end of each part
+                raise ValueError(
+                    f"{kind} parallelism of {size}: each process would have a part of every "
+                    f"sequence, and the loss of {self._members} needs the whole of it, in TRL's "
+                    "trainers as in these. Use data parallelism (DDP or FSDP), and a smaller "
+                    "max_length where memory is short."
+                )
         if self.accelerator.device.type == "cpu" and self.args.bf16 and emulates_bfloat16():
             logger.warning(
                 "bf16=True on a CPU without products in bfloat16, which PyTorch emulates there, up "
@@ -215,18 +226,12 @@ class SetMixin:
                 "backward passes, and a step has fewer of them than batches. Use FSDP or DDP, "
                 "gradient_accumulation_steps=1, or robust_scope='microbatch'."
             )
-        sizes = {
-            "tensor": self.get_tp_size(),  # type: ignore[attr-defined]
-            "context": self.get_cp_size(),  # type: ignore[attr-defined]
-            "sequence": self.get_sp_size(),  # type: ignore[attr-defined]
-        }
-        for kind, size in sizes.items():
-            if size > 1:
-                raise ValueError(
-                    f"robust_scope='step' with {kind} parallelism of {size}: several processes "
-                    f"would bring the same {self._members}. Use data parallelism alone, or "
-                    "robust_scope='microbatch'."
-                )
+        if (size := self.get_tp_size()) > 1:  # type: ignore[attr-defined]
+            raise ValueError(
+                f"robust_scope='step' with tensor parallelism of {size}: several processes "
+                f"would bring the same {self._members}. Use data parallelism alone, or "
+                "robust_scope='microbatch'."
+            )
 
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> Any:
         """TRL's; a dataset that numbers the groups otherwise than the training data is refused."""

@@ -541,6 +541,26 @@ def test_states_of_several_processes_are_not_left_to_drift(tmp_path, monkeypatch
         dpo("/no/such/model", tmp_path, tiny_pairs(8, group=[0, 1] * 4), **options)
 
 
+@pytest.mark.parametrize("kind", ["context", "sequence"])
+def test_parts_of_sequences_on_several_processes_are_refused(
+    llama, reward_model, tmp_path, monkeypatch, kind
+):
+    """A process would score the last token of its part, and add up the log-probs of that alone."""
+    for build, model in ((dpo, llama), (reward, reward_model)):
+        monkeypatch.setattr(build(model, tmp_path).__class__, f"get_{kind[0]}p_size", lambda _: 2)
+        for options in ({}, {"ambiguity": "tv:0.1", "robust_scope": "microbatch"}):
+            with pytest.raises(ValueError, match=rf"{kind} parallelism of 2: .* part of every"):
+                build(model, tmp_path, **options)
+
+
+def test_the_same_pairs_on_several_processes_are_refused(llama, tmp_path, monkeypatch):
+    monkeypatch.setattr(DPOTrainer, "get_tp_size", lambda _: 2)
+    with pytest.raises(ValueError, match=r"'step' with tensor parallelism of 2: .* same pairs"):
+        dpo(llama, tmp_path, ambiguity="tv:0.1")
+    dpo(llama, tmp_path)
+    dpo(llama, tmp_path, ambiguity="tv:0.1", robust_scope="microbatch")
+
+
 # -------------------------------------------------------------------------------------- config
 
 
