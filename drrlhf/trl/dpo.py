@@ -81,6 +81,10 @@ class DPOTrainer(PairsMixin, trl.DPOTrainer):
                 "one such as 'sigmoid', or take ambiguity='erm' without weights."
             )
 
+    def _check_setup(self) -> None:
+        super()._check_setup()
+        head.check_weights(*self._unwrapped(self.model, self.ref_model))
+
     def _check_views(self, config: Any) -> None:
         """Refuse what views make no sense with."""
         outside = sorted(set(config.loss_type) & set(OUTSIDE_LOSSES))

@@ -144,6 +144,10 @@ class GRPOTrainer(OneRowMixin, StepMixin, trl.GRPOTrainer):
                 "Take beta=0, or leave that option out, or ambiguity='erm'."
             )
 
+    def _check_setup(self) -> None:
+        super()._check_setup()
+        head.check_weights(*self._unwrapped(self.model, self.ref_model))
+
     def _set_signature_columns_if_needed(self) -> None:
         fresh = self._signature_columns is None
         super()._set_signature_columns_if_needed()

@@ -29,6 +29,7 @@ from drrlhf.precision import multiplied_in
 from drrlhf.trl import seam
 
 HEADS = ("auto", "drrlhf", "trl")
+_READ = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # dtypes of heads
 
 # TRL's names of the outputs, and ours; log_probs always comes.
 _OUTPUTS = {
@@ -286,6 +287,19 @@ def check(head: str) -> None:
     """Raise what `using` would, so that a trainer can fail before it loads a model."""
     with using(head):
         pass
+
+
+def check_weights(*models: Any) -> None:
+    """ValueError where the numbers of a model's head mean nothing without their scales: TRL and
+    we read them as they are, and would take a code for the number itself."""
+    for model in models:
+        weight = getattr(model.get_output_embeddings(), "weight", None)
+        if weight is not None and weight.dtype not in _READ:
+            raise ValueError(
+                f"model: expected an output head in one of {', '.join(map(str, _READ))}, got "
+                f"{weight.dtype}, which is read as it is; leave the head out of the quantization, "
+                "as with llm_int8_skip_modules=['lm_head'] in a BitsAndBytesConfig"
+            )
 
 
 def _in_place() -> tuple[Any, Any]:

@@ -48,7 +48,7 @@ class OneRowMixin:
         Raises:
             ValueError: one cannot, and was asked to.
         """
-        unwrapped = [self.accelerator.unwrap_model(m) for m in models if m is not None]
+        unwrapped = self._unwrapped(*models)
         for model in unwrapped:
             if self._padding_free and (why := layouts.obstacle(model)):
                 raise ValueError(f"padding_free: use padding_free=False {why}")
@@ -62,6 +62,10 @@ class OneRowMixin:
             for model in unwrapped:
                 layouts.prepare(model)
         self._rows_ready = True
+
+    def _unwrapped(self, *models: Any) -> list[Any]:
+        """The models, or None, without what wraps them for several processes."""
+        return [self.accelerator.unwrap_model(m) for m in models if m is not None]
 
     @property
     def _in_rows(self) -> bool:

@@ -678,3 +678,21 @@ def test_the_reference_is_asked_for_log_probs_alone(tmp_path, monkeypatch, metho
     steps.run(method, str(tiny_llama_dir(tmp_path)), str(tmp_path / "out"), **options)
     extras = ("entropy",) if method == "grpo" else ("entropy", "mean_logit", "is_top1")
     assert set(asked) == {(False, ()), (True, extras)}
+
+
+@pytest.mark.parametrize("which", ["model", "ref_model"])
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_codes_of_a_quantized_head_are_not_taken_for_numbers(llama, tmp_path, dtype, which):
+    """Both heads read the weight as it is: the run would go through, on other numbers."""
+    models = {name: AutoModelForCausalLM.from_pretrained(llama) for name in ("model", "ref_model")}
+    projection = models[which].lm_head
+    codes = (100 * projection.weight.detach()).to(dtype)
+    projection.weight = torch.nn.Parameter(codes, requires_grad=False)
+    for name in ("drrlhf", "trl"):
+        with pytest.raises(ValueError, match=f"output head in one of .*, got {dtype}, .*leave"):
+            ours.DPOTrainer(
+                **models,
+                args=ours.DPOConfig(str(tmp_path), **quiet(head=name)),
+                train_dataset=tiny_pairs(4),
+                processing_class=tiny_tokenizer(),
+            )
