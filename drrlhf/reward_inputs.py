@@ -76,6 +76,30 @@ def score_positions(input_ids: Tensor, pad_token_id: int | None) -> Tensor:
     return (places * (input_ids != pad_token_id)).amax(1)
 
 
+def scoring_layer(model: Any) -> Any:
+    """The layer that scores each token in a causal reward model; None in any other model."""
+    found = [m for name, m in model.named_modules() if name.rpartition(".")[2] == "score"]
+    return found[0] if found else None
+
+
+def check_adapters(model: Any) -> None:
+    """ValueError for adapters with which a reward model does not find the last token of a row.
+
+    Those that put learned tokens before a prompt hand the model embeddings in place of ids, among
+    which it knows no padding: it scores the last place of the row, whatever stands there.
+    """
+    config = getattr(_unwrapped(model), "active_peft_config", None)
+    learns_prompt = getattr(config, "is_prompt_learning", False)
+    if not learns_prompt or config.peft_type == "PREFIX_TUNING":  # which leaves the ids as they are
+        return
+    if scoring_layer(model) is not None:
+        raise ValueError(
+            f"peft_config: expected adapters that leave the ids of tokens to a reward model that "
+            f"scores the last one, got {config.peft_type.value}, with which it would score the "
+            "padding behind a shorter answer; use LoRA, or an encoder as the reward model"
+        )
+
+
 def padded(ids: Sequence[Any], filling: int, device: Any) -> dict[str, Tensor]:
     """``input_ids`` and ``attention_mask`` (n, L) of sequences, filled up on the right."""
     rows = [torch.as_tensor(one) for one in ids]
@@ -92,7 +116,8 @@ def padded(ids: Sequence[Any], filling: int, device: Any) -> dict[str, Tensor]:
 @torch.inference_mode()
 def scores(model: Any, ids: Sequence[Sequence[int]], device: Any) -> Tensor:
     """The scores (n,) that a classifier of one label gives sequences, in one padded batch: each is
-    the one that the sequence has alone."""
+    the one that the sequence has alone. Raises what `check_adapters` does."""
+    check_adapters(model)
     with filling_up(model, ids) as filling:
         return model(**padded(ids, filling, device)).logits[:, 0]
 
@@ -132,6 +157,11 @@ def _ends_none(ids: Sequence[Any]) -> int:
 
 
 def _text_config(model: Any) -> Any:
-    while hasattr(model, "module"):  # wrapped for several processes
+    return _unwrapped(model).config.get_text_config()
+
+
+def _unwrapped(model: Any) -> Any:
+    """The model without what wraps it for several processes."""
+    while hasattr(model, "module"):
         model = model.module
-    return model.config.get_text_config()
+    return model

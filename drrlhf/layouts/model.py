@@ -169,7 +169,7 @@ class OneRow:
         self.padded = model if padded is None else padded
         # Without what wraps it for adapters or for several processes.
         self.base = next(m for m in model.modules() if isinstance(m, PreTrainedModel))
-        self.scoring = _head_of(model)
+        self.scoring = reward_inputs.scoring_layer(model)
         self.packed, self.share, self.longest, self.left = packed, share, longest, left
         self.notice = notice
 
@@ -452,12 +452,6 @@ def as_loaded(model: Any) -> Iterator[None]:
         yield
     finally:
         base.set_attn_implementation(ATTENTION)
-
-
-def _head_of(model: Any) -> Any:
-    """The layer that scores each token in a reward model; None in a language model."""
-    found = [m for name, m in model.named_modules() if name.rpartition(".")[2] == "score"]
-    return found[0] if found else None
 
 
 @contextlib.contextmanager

@@ -45,7 +45,8 @@ class RewardTrainer(PairsMixin, trl.RewardTrainer):
     Raises:
         ValueError: a Group set without a ``group`` column or with another number of groups, a
             weight that is not finite and >= 0, a ``data_collator`` that pads with what the model
-            does not skip, Liger's fused linear cross-entropy, or what `PairsMixin` refuses.
+            does not skip, adapters with which a causal model cannot find the last token, Liger's
+            fused linear cross-entropy, or what `PairsMixin` refuses.
     """
 
     __signature__ = inspect.signature(trl.RewardTrainer)
@@ -68,6 +69,10 @@ class RewardTrainer(PairsMixin, trl.RewardTrainer):
             )
         # On by default, and Liger 0.8 does not ask whether the model has a language model's head.
         config.liger_kernel_config = given | {"fused_linear_cross_entropy": False}
+
+    def _check_setup(self) -> None:
+        super()._check_setup()
+        reward_inputs.check_adapters(self.model)
 
     @property
     def _loss_outside_the_set(self) -> bool:

@@ -11,6 +11,7 @@ pytest.importorskip("trl")
 
 from trl_fixtures import (  # isort: skip  (first: it settles the environment)
     PAD,
+    quiet,
     tiny_encoder_dir,
     tiny_llama_dir,
     tiny_pairs,
@@ -22,13 +23,13 @@ import numpy as np
 import steps
 import torch
 import transformers
-from peft import LoraConfig
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from trl.trainer.reward_trainer import DataCollatorForPreference
 
 from drrlhf import reward_inputs
 from drrlhf.layouts.model import in_rows
 from drrlhf.stress.models import RewardModel
-from drrlhf.trl import GRPOConfig, grpo, rows
+from drrlhf.trl import GRPOConfig, RewardConfig, RewardTrainer, grpo, rows
 
 EOS = 1
 SIZES = {
@@ -64,6 +65,39 @@ def test_a_text_of_no_tokens_has_no_place_for_a_score():
     assert reward_inputs.reward_ids(tokenizer, "q", "a") == [7, 7]
     with pytest.raises(ValueError, match="answer: expected a text of at least one token, got ''"):
         reward_inputs.reward_ids(tokenizer, None, "")
+
+
+PROMPT_TUNING = PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=2)
+
+
+@pytest.mark.parametrize("kind", ["Llama", "GPT2", "Bert"])
+def test_adapters_that_hide_the_ids_are_for_encoders(tmp_path, kind):
+    """What a model gives a text beside a longer one says whether it can be trusted there."""
+    torch.manual_seed(0)
+    model = get_peft_model(classifier(kind), PROMPT_TUNING).eval()
+    short, long = [7, 8, 9, EOS], [10, 11, 12, 13, 14, 15, EOS]
+    batch = reward_inputs.padded([short, long], PAD, "cpu")
+    with torch.no_grad():
+        alone = model(torch.tensor([short]), torch.ones(1, 4)).logits[0]
+        beside = model(**batch).logits[0]
+    right = kind == "Bert"
+    assert torch.allclose(alone, beside, atol=1e-5) == right
+    if right:
+        torch.testing.assert_close(reward_inputs.scores(model, [short, long], "cpu")[:1], alone)
+        return
+    with pytest.raises(ValueError, match=r"got PROMPT_TUNING, .* score the padding .* use LoRA"):
+        reward_inputs.scores(model, [short, long], "cpu")
+
+
+def test_such_adapters_are_refused_in_training(reward_model, tmp_path):
+    with pytest.raises(ValueError, match=r"got PROMPT_TUNING, .* score the padding .* use LoRA"):
+        RewardTrainer(
+            model=reward_model,
+            args=RewardConfig(str(tmp_path), **quiet()),
+            train_dataset=tiny_pairs(4),
+            processing_class=tiny_tokenizer(),
+            peft_config=PROMPT_TUNING,
+        )
 
 
 # ---- where a classifier reads --------------------------------------------------------------------
