@@ -49,7 +49,9 @@ def begin_epoch(loader: Any, epoch: int) -> None:
     """
     sampler = loader
     while sampler is not None and not isinstance(sampler, PromptSampler):
-        sampler = getattr(sampler, "batch_sampler", None) or getattr(sampler, "sampler", None)
+        # Asked for by None: that of a stream has no length, and so no truth value.
+        within = (getattr(sampler, name, None) for name in ("batch_sampler", "sampler"))
+        sampler = next((one for one in within if one is not None), None)
     if sampler is not None:
         sampler.set_epoch(epoch)
 

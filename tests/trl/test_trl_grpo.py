@@ -60,6 +60,17 @@ def test_erm_is_trl_to_the_bit(run):
         }
 
 
+def test_streamed_prompts_are_trained_on_as_trl_does(run):
+    data = tiny_pairs(8, group=[0, 1] * 4).to_iterable_dataset()
+    options = {"data": data, "max_steps": 3, "num_train_epochs": 2}
+    theirs = run("trl", **options)
+    plain = run(head="trl", share_prompts=False, **options)
+    assert torch.equal(plain["parameters"], theirs["parameters"])
+    assert_same_steps(run(ambiguity="tv:0", share_prompts=False, **options), theirs)
+    weighed = run(ambiguity="group:2,step_size=0.5", **options)["logs"]
+    assert all(0 < log["group/0/weight"] < 1 for log in weighed)
+
+
 @pytest.mark.parametrize("loss_type, level", in_turn(LOSSES, ["token", "sequence"]))
 def test_a_radius_of_zero_is_trl(run, loss_type, level):
     """Through our loss, over accumulated batches, with a reference and several updates a batch."""
