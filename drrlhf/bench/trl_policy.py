@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from drrlhf.bench import peers
+
 
 class _Alone:
     """What TRL's loss asks of an accelerator, in one process."""
@@ -39,9 +41,12 @@ def trl_policy_loss(
     entropy: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, float]]:
     """The loss () and metrics of ``trl.GRPOTrainer._compute_loss`` (TRL 1.16), which runs here
-    without a model: log-probs (S, L) and mask (S, L) are given. Padded only, as TRL."""
-    from trl import GRPOTrainer
+    without a model: log-probs (S, L) and mask (S, L) are given. Padded only, as TRL.
 
+    Raises:
+        Unavailable: TRL is not installed, or does not import.
+    """
+    trl_trainer = peers.load("trl.trainer.grpo_trainer", "trl").GRPOTrainer
     entropies = torch.zeros_like(logps) if entropy is None else entropy
     trainer: Any = SimpleNamespace(
         _get_per_token_logps_and_entropies=lambda *a, **k: (logps, entropies, None),
@@ -75,5 +80,5 @@ def trl_policy_loss(
         inputs["old_per_token_logps"] = old_logps
     if ref_logps is not None:
         inputs["ref_per_token_logps"] = ref_logps
-    loss = GRPOTrainer._compute_loss(trainer, None, inputs)
+    loss = trl_trainer._compute_loss(trainer, None, inputs)
     return loss, {name: found[0] for name, found in trainer._metrics["train"].items()}

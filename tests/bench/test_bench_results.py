@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from drrlhf.bench import (
     peers,
     registry,
     results,
+    runner,
     table,
 )
 from drrlhf.bench.registry import Unavailable
@@ -30,6 +32,14 @@ def test_a_missing_peer_says_what_installs_it(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(Unavailable, match=r"does not import here.*no_such_module"):
         peers.load("half_there", "half-there")
+
+
+@pytest.mark.parametrize("case", registry.select("quick", ["policy_loss"]), ids=str)
+def test_without_trl_a_case_ends_with_the_reason_and_the_run_goes_on(case, monkeypatch):
+    """TRL's loss is what ours is held against, too."""
+    for name in ("trl", "trl.kernels", "trl.trainer.grpo_trainer"):
+        monkeypatch.setitem(sys.modules, name, None)
+    assert runner.run(case, "quick", rounds=1).skipped["trl"] == "not installed: pip install trl"
 
 
 def test_every_suite_has_every_op_and_builds_nothing_yet():
