@@ -132,6 +132,7 @@ def pytest(*arguments: str) -> list[str]:
         "-rN",
         "-v",
         "--tb=short",
+        "--continue-on-collection-errors",
         "-p",
         "no:cacheprovider",
         *arguments,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,6 +16,7 @@ import gpu
 import pytest
 
 RUNNER = Path(gpu.__file__)
+ROOT = RUNNER.parent.parent
 FAKE = """#!/bin/sh
 echo "$@" >> {record}
 while [ "$1" != {python} ]; do shift; done
@@ -60,9 +63,26 @@ def summary(tmp_path):
     return json.loads((tmp_path / "out" / "summary.json").read_text())
 
 
+def test_files_of_the_run_need_what_an_image_with_pytorch_has():
+    """Of what else they use, a test says so where it is: `pytest.importorskip`."""
+    make = (ROOT / "Makefile").read_text()
+    (listed,) = re.findall(r"TESTS_OF_OPS := .*?%\.py,(.*?)\)", make.replace("\\\n", " "))
+    files = [Path(__file__).with_name(f"test_{name}.py") for name in listed.split()]
+    files.append(ROOT / "tests" / "trl" / "test_row_attention.py")
+    own = {path.stem for folder in ("support", "cases") for path in ROOT.glob(f"tests/{folder}/*")}
+    there = {*sys.stdlib_module_names, *own, "drrlhf", "tests", "tools"}
+    there |= {"torch", "triton", "numpy", "scipy", "pytest", "hypothesis"}
+    for file in files:
+        begun = [node for node in ast.parse(file.read_text()).body if hasattr(node, "names")]
+        names = [getattr(node, "module", None) or node.names[0].name for node in begun]
+        assert {name.split(".")[0] for name in names} <= there, file
+
+
 def test_a_failure_stops_nothing_and_is_told(tmp_path, sanitizer):
     tests = write(tmp_path, "def test_bad():\n    assert 0\ndef test_good():\n    assert 1\n")
-    run = start(tmp_path, tests)
+    absent = tmp_path / "tests" / "test_absent.py"
+    absent.write_text("import no_such_package\n")  # nor does a file that needs what is not there
+    run = start(tmp_path, str(absent), tests)
     output, _ = run.communicate(timeout=300)
     assert run.returncode == 1, output
     found = summary(tmp_path)

@@ -5,11 +5,10 @@ from __future__ import annotations
 import importlib
 import math
 
-import cvxpy as cp
 import numpy as np
 import pytest
 import torch
-from three_ways import BACKENDS, SLOW
+from three_ways import BACKENDS, SLOW, assert_refused
 
 import drrlhf as dr
 from drrlhf import backends
@@ -41,6 +40,7 @@ def problems(seed, ties=False):
 
 def solved(losses, p, text):
     """The worst case of every row by a convex solver, all rows in one problem."""
+    cp = pytest.importorskip("cvxpy")  # a machine that lends its GPU may have none
     name, _, number = text.rpartition(":")
     name, number = (name, float(number.split("=")[-1])) if name else (text, 0.0)
     q = cp.Variable(losses.shape, nonneg=True)
@@ -74,8 +74,8 @@ def test_views_equal_a_convex_solver(text, ties):
     sizes = np.abs(losses).max(1)
     if text.startswith("kl"):  # it subtracts q log(q / p) + p - q of what counts: sums of 1 cancel
         sizes = sizes + 1
-    close(found.values.numpy(), solved(losses, p, text), sizes)
-    weights = found.weights.numpy()
+    close(found.values.cpu().numpy(), solved(losses, p, text), sizes)
+    weights = found.weights.cpu().numpy()
     assert np.all(weights[~mask] == 0) and np.allclose(weights.sum(1), 1)
     torch.testing.assert_close(
         dr.worst_view(torch.tensor(losses), text, torch.tensor(mask)), found.values
@@ -93,7 +93,7 @@ def test_rewards_equal_a_convex_solver(text):
     total = held if text == "mean" else np.full(ROWS, nominal.sum())
     expected = -total * solved(-rewards, w / held[:, None], "max" if text == "min" else text)
     given = torch.tensor(np.where(mask, rewards, np.nan))
-    found = dr.robust_reward(given, text, torch.tensor(nominal)).numpy()
+    found = dr.robust_reward(given, text, torch.tensor(nominal)).cpu().numpy()
     close(found, expected, total * (1 + np.abs(rewards).max(1)))
 
 
@@ -244,8 +244,7 @@ def test_an_infinite_view_is_the_worst():
     ],
 )
 def test_wrong_arguments(call, message):
-    with pytest.raises(ValueError, match=message):
-        call(torch.ones(2, 3))
+    assert_refused(lambda: call(torch.ones(2, 3)), message, "reference")
 
 
 @pytest.mark.parametrize("one", [dr.TV(radius=0.3), dr.CVaR(alpha=0.4), dr.KL(temperature=0.5)])
