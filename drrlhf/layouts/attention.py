@@ -48,7 +48,9 @@ def block_attention(
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     window = kwargs.get("sliding_window")
     if served := _served(query, key, value, kwargs):
-        return served.attention(query, key, value, blocks, window, kwargs.get("scaling")), None
+        # The kernels of a CPU read numbers of a head that lie apart wrongly, those of a GPU refuse.
+        laid = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
+        return served.attention(*laid, blocks, window, kwargs.get("scaling")), None
     found = []
     for block in blocks:
         q = query[:, :, block.start : block.stop]

@@ -48,15 +48,15 @@ def attention(
     scale: float | None,
 ) -> Tensor:
     """softmax(scale q k') v of each block's queries over what it sees, (1, T, heads, width), for
-    queries (1, heads, T, width), keys and values (1, kv heads, T, width).
+    queries (1, heads, T, width), keys and values (1, kv heads, T, width), the numbers of a head
+    side by side.
 
     ``window`` is the number of tokens up to its own that a token sees, None for all; ``scale`` is
     1 / sqrt(width) unless given. Under autocast everything is cast first, as PyTorch would.
     """
     query, key, value = (x.to(multiplied_in(x)) for x in (query, key, value))
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    query, key, value = (_readable(x[0]) for x in (query, key, value))
-    found: Tensor = _Attention.apply(query, key, value, tuple(blocks), window, scale)
+    found: Tensor = _Attention.apply(query[0], key[0], value[0], tuple(blocks), window, scale)
     return found[None]
 
 
@@ -159,11 +159,6 @@ def _compiled(dtype: torch.dtype) -> bool:
     """Whether the extension is there, and its backward the better one: in float32 it is not faster,
     and in float64, whose scores it would take in float32, not as exact."""
     return backends.build_info()["built"] and dtype in (torch.bfloat16, torch.float16)
-
-
-def _readable(tensor: Tensor) -> Tensor:
-    """With the numbers of a head side by side, where PyTorch's kernel reads them unasked."""
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def _by_key(heads: Tensor, key: Tensor) -> Tensor:

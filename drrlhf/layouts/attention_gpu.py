@@ -59,7 +59,8 @@ def attention(
     scale: float | None,
 ) -> Tensor:
     """softmax(scale q k') v of each block's queries over what it sees, (1, T, heads, width), for
-    queries (1, heads, T, width), keys and values (1, kv heads, T, width) that `serves` accepts.
+    queries (1, heads, T, width), keys and values (1, kv heads, T, width) that `serves` accepts,
+    the numbers of a head side by side.
 
     ``window`` is the number of tokens up to its own that a token sees, None for all; ``scale`` is
     1 / sqrt(width) unless given.

@@ -63,6 +63,11 @@ def errors(found, expected):
     return [(x - y).square().mean().sqrt() for x, y in zip(found, expected, strict=True)]
 
 
+def strided(tensor):
+    """The same numbers, those of a head apart from one another."""
+    return tensor.mT.contiguous().mT
+
+
 class Flash:
     """What `attention_gpu` is told of PyTorch's flash attention, by definition: sequence by
     sequence, queries at the end of their keys. Without it a CPU runs all but the kernels."""
@@ -100,6 +105,7 @@ class Flash:
         assert of_q.dtype == of_k.dtype == torch.int32 and most_q >= max(2, of_q.diff().max())
         assert most_k >= of_k.diff().max() and of_k[-1] == len(k) == len(v)
         assert (dropout, causal, debug) == (0.0, True, False) and window_size_right in (None, 0)
+        assert all(x.stride(-1) == 1 for x in (q, k, v)), "as PyTorch asks"
         out = cls.result(q, k, v, of_q, of_k, window_size_left, scale)
         empty = out.new_zeros(0)
         return out, out.new_ones(3), empty + 1, empty + 2, empty
@@ -127,6 +133,7 @@ class Flash:
         **more,
     ):
         assert len(sums) == 3 and len(random) == len(unused) == 0 and grad.shape == out.shape
+        assert all(x.stride(-1) == 1 for x in (grad, q, k, v, out)), "as PyTorch asks"
         with torch.enable_grad():
             inputs = [x.detach().requires_grad_() for x in (q, k, v)]
             found = cls.result(*inputs, of_q, of_k, window_size_left, scale)
@@ -136,12 +143,14 @@ class Flash:
 @pytest.mark.skipif(ON_GPU, reason="there the real one serves")
 @pytest.mark.parametrize("blocks", [BLOCKS, PACKED, SINGLE], ids=["prefixes", "packed", "single"])
 @pytest.mark.parametrize(("window", "scale"), [(None, None), (4, 0.3)])
-def test_what_flash_attention_is_told(blocks, window, scale, monkeypatch):
+@pytest.mark.parametrize("lie", [torch.clone, strided])
+def test_what_flash_attention_is_told(blocks, window, scale, lie, monkeypatch):
     monkeypatch.setattr(attention_cpu, "serves", lambda *tensors: False)
     monkeypatch.setattr(attention_gpu, "serves", lambda *tensors: True)
     monkeypatch.setattr(attention_gpu, "_flash", Flash.forward)
     monkeypatch.setattr(attention_gpu, "_flash_backward", Flash.backward)
     inputs, outer, expected = attention_problem(blocks, torch.float64, window, scale)
+    inputs, outer = [lie(x) for x in inputs], lie(outer)
     options = {"sliding_window": window, "scaling": scale, attention.BLOCKS: blocks}
     for mine, right in zip(attended(inputs, outer, **options), expected, strict=True):
         torch.testing.assert_close(mine, right)
@@ -227,11 +236,6 @@ def test_attention_is_that_of_its_definition(way, window, scale, monkeypatch):
     monkeypatch.setattr(attention_cpu, "_compiled", lambda dtype: way == "extension")
     for mine, right in zip(attended(inputs, outer, **options), expected, strict=True):
         torch.testing.assert_close(mine.double(), right, rtol=1e-5, atol=1e-5)
-
-
-def strided(tensor):
-    """The same numbers, those of a head apart from one another."""
-    return tensor.mT.contiguous().mT
 
 
 @pytest.mark.skipif(ON_GPU, reason="of a CPU's kernel")
