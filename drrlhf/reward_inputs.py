@@ -88,7 +88,7 @@ def check_adapters(model: Any) -> None:
     Those that put learned tokens before a prompt hand the model embeddings in place of ids, among
     which it knows no padding: it scores the last place of the row, whatever stands there.
     """
-    config = getattr(_unwrapped(model), "active_peft_config", None)
+    config: Any = getattr(_unwrapped(model), "active_peft_config", None)
     learns_prompt = getattr(config, "is_prompt_learning", False)
     if not learns_prompt or config.peft_type == "PREFIX_TUNING":  # which leaves the ids as they are
         return
