@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -32,3 +33,30 @@ def test_narrower_vectors_are_no_less_accurate(capability):
     done = subprocess.run(command, env=env, capture_output=True, text=True, cwd=HERE.parents[1])
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     assert "%]" in done.stdout
+
+
+def test_no_level_of_vectors_is_asked_for_by_its_name():
+    """GCC 11, Ubuntu 22.04's and RHEL 9's, refuses to compile that; it came with GCC 12."""
+    sources = [p for p in (HERE.parents[1] / "csrc").rglob("*.*") if p.suffix in (".cpp", ".h")]
+    asked = [x for p in sources for x in re.findall(r'_cpu_supports\("([^"]+)"', p.read_text())]
+    assert "avx2" in asked
+    assert not [x for x in asked if x.startswith("x86-64")]
+
+
+@pytest.mark.skipif(
+    not backends.build_info().get("isa", "").startswith("x86-64"), reason="of GCC on x86"
+)
+def test_the_widest_vectors_are_those_of_the_processor():
+    levels = {
+        "x86-64-v4": "avx512f avx512bw avx512cd avx512dq avx512vl",
+        "x86-64-v3": "avx2 bmi1 bmi2 f16c fma abm movbe",  # abm has lzcnt
+    }
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    flags = set(next(x for x in lines if x.startswith("flags")).split())
+    allowed = torch.backends.cpu.get_cpu_capability()
+    expected = "x86-64"
+    if allowed in ("AVX2", "AVX512") and flags.issuperset(levels["x86-64-v3"].split()):
+        expected = "x86-64-v3"
+        if allowed == "AVX512" and flags.issuperset(levels["x86-64-v4"].split()):
+            expected = "x86-64-v4"
+    assert backends.build_info()["isa"] == expected
