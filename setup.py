@@ -30,6 +30,7 @@ HEADERS = [str(p) for kind in ("*.h", "*.inc") for p in sorted(Path("csrc").rglo
 FLAGS = [
     "-O3", "-g0", "-std=c++20", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off",
     "-fvisibility=hidden", "-fopenmp", "-Wall", "-Wextra", "-Wno-unused-parameter",
+    "-Wno-psabi",
 ]  # fmt: skip
 
 NVCC_FLAGS = ["-O3", "-std=c++20", "-Xcompiler=-fvisibility=hidden,-Wall,-Wextra"]

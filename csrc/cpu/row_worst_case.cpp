@@ -50,8 +50,9 @@ DRRLHF_HD Lanes all(double x) {
   return x - Lanes{};
 }
 
+// By value: a reference to Block's numbers would claim that they are aligned as a whole vector is.
 template <class Lanes>
-DRRLHF_HD Lanes where(const auto& mask, const Lanes& yes, const Lanes& no) {
+DRRLHF_HD Lanes where(const auto& mask, Lanes yes, Lanes no) {
   return mask ? yes : no;
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -60,3 +61,16 @@ def test_the_widest_vectors_are_those_of_the_processor():
         if allowed == "AVX512" and flags.issuperset(levels["x86-64-v4"].split()):
             expected = "x86-64-v4"
     assert backends.build_info()["isa"] == expected
+
+
+@pytest.mark.skipif(not backends.build_info()["built"], reason="the C++ extension is not built")
+@pytest.mark.skipif(not shutil.which("objdump"), reason="apt-get install binutils")
+def test_rows_are_read_from_memory_of_any_alignment():
+    """A std::vector begins at any multiple of 16 bytes; from there a load that needs 64 ends the
+    process, on processors with AVX-512 alone. The stack and constants are aligned."""
+    command = ["objdump", "-d", "-C", "--no-show-raw-insn", backends._EXTENSION.__file__]
+    code = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    functions = [f for f in code.split("\n\n") if "solve_rows" in f.strip().partition("\n")[0]]
+    wide = [x for f in functions for x in f.splitlines() if re.search(r"\bvmov(ap[sd]|dqa)", x)]
+    assert functions
+    assert not [x for x in wide if "zmm" in x and re.search(r"\(%(?!rsp|rbp|rip)", x)]
