@@ -278,10 +278,10 @@ def _groups(
     spread = float(prompts.values.var())
 
     def interval(column: groups.Column, index: int, level: float) -> dict[str, float]:
-        mean, support = float(column.means[index]), float(column.support[index])
+        mean, effective = float(column.means[index]), float(column.effective[index])
         # A group of prompts that are all alike is taken to spread as all prompts do.
-        variance = float(column.variance[index]) or spread / support
-        half = students_t(1 - level / 2, support - 1) * math.sqrt(variance)
+        variance = float(column.variance[index]) or spread / effective
+        half = students_t(1 - level / 2, max(effective - 1, 1)) * math.sqrt(variance)
         return {"value": mean, "low": mean - half, "high": mean + half}
 
     return groups.ranked(

@@ -2,7 +2,8 @@
 
 The interval of a group is Wilson's, at a level divided by the number of groups that were looked at
 (Bonferroni), so that all of them hold together with 95 %; its sample size is divided by how much
-pairs of one prompt agree (the design effect, from sums over blocks of prompts).
+pairs of one prompt agree (the design effect, each block of prompts left out in turn), and what is
+known of that from few prompts, or from few that hold most pairs, widens it (Student's t).
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from functools import cache
 from statistics import NormalDist
 from typing import Any, NamedTuple
 
@@ -19,13 +21,14 @@ from numpy.typing import NDArray
 from drrlhf.stress.curves import ERRORS, Array, error_codes
 from drrlhf.stress.resample import CONFIDENCE, counts
 from drrlhf.stress.scores import Attribute, Scores
+from drrlhf.stress.student import students_t
 
 SHOWN = 20
 
 
 class Column(NamedTuple):
     """One attribute or a pair of them, with its groups' numbers, each (G,): the mean of the values
-    and its variance."""
+    and its variance, and how many prompts with as many pairs each tell as much (``effective``)."""
 
     attributes: tuple[str, ...]
     names: list[tuple[str, ...]]
@@ -33,6 +36,7 @@ class Column(NamedTuple):
     support: Array
     means: Array
     variance: Array
+    effective: Array
 
 
 def groups_of(scores: Scores, blocks: NDArray[np.int64], min_support: int) -> dict[str, Any]:
@@ -141,30 +145,46 @@ def _column(
     size = len(there)
     if not size:
         nothing = np.zeros(0)
-        return Column(attributes, [], nothing, nothing, nothing, nothing)
+        return Column(attributes, [], *[nothing] * 5)
     known_values = values[known]
     in_block = counts(blocks[known], compact, size)
     sum_in_block = counts(blocks[known], compact, size, known_values)
     pairs, sums = in_block.sum(0), sum_in_block.sum(0)
     mean = sums / pairs
-    # A ratio of sums over blocks, linearised; never below that of independent pairs.
-    spread = np.square(sum_in_block - mean * in_block).sum(0)
+    # A ratio of sums over blocks: how far it moves as each is left out. That is never taken to be
+    # less than with independent pairs. What lies in one block alone moves nowhere.
+    others = np.maximum(pairs - in_block, 1)
+    spread = np.square((sum_in_block - mean * in_block) / others).sum(0)
     support = (in_block > 0).sum(0).astype(np.float64)
-    between = spread / pairs**2 * support / np.maximum(support - 1, 1)
+    between = spread * (support - 1) / support
     squares = np.bincount(compact, weights=known_values**2, minlength=size) / pairs
     variance = np.maximum(between, (squares - mean**2) / pairs)
-    return Column(attributes, [names[i] for i in there], pairs, support, mean, variance)
+    effective = pairs**2 / np.square(in_block).sum(0)
+    names = [names[i] for i in there]
+    return Column(attributes, names, pairs, support, mean, variance, effective)
 
 
 def _interval(column: Column, index: int, level: float) -> dict[str, float]:
     accuracy = 1 - float(column.means[index])
     size, variance = float(column.pairs[index]), float(column.variance[index])
+    effective = float(column.effective[index])
     if variance > 0:
         size *= min(accuracy * (1 - accuracy) / size / variance, 1.0)
     else:  # all pairs alike: they tell no more than their prompts
-        size = float(column.support[index])
-    low, high = wilson(accuracy, size, NormalDist().inv_cdf(1 - level / 2))
+        size = effective
+    # Where each pair is a prompt nothing was estimated of how pairs agree.
+    alone = column.pairs[index] == column.support[index]
+    low, high = wilson(accuracy, size, _quantile(level, None if alone else int(effective) - 1))
     return {"value": accuracy, "low": low, "high": high}
+
+
+@cache
+def _quantile(level: float, freedom: int | None) -> float:
+    """That of Student's t, or, without degrees of freedom, of the normal distribution, at which
+    both tails together have ``level``."""
+    if freedom is None:
+        return NormalDist().inv_cdf(1 - level / 2)
+    return students_t(1 - level / 2, max(freedom, 1))
 
 
 def wilson(share: float, size: float, z: float) -> tuple[float, float]:

@@ -231,6 +231,22 @@ def test_intervals_cover_all_groups_together():
     assert missed <= 8, missed  # 3 expected
 
 
+def test_few_prompts_with_most_pairs_tell_little():
+    """Prompts have 1 to 200 pairs, and a share that is right of their own. No group differs in
+    truth: of 60 repetitions 3 are expected to have an interval that misses, at level 0.05."""
+    missed = 0
+    for seed in range(60):
+        rng = np.random.default_rng(seed)
+        sizes = np.minimum(1 + 2 * rng.pareto(1.2, 300).astype(int), 200)
+        prompts = np.repeat(np.arange(300), sizes)
+        right = rng.random(len(prompts)) < np.repeat(rng.beta(4, 1, 300), sizes)  # 4/5 of all
+        attributes = {"tenth": Attribute(prompts % 10, tuple("abcdefghij"))}
+        given = scores(np.where(right, 1.0, -1.0), prompts=prompts, attributes=attributes)
+        found = groups_of(given, blocks_of(prompts, 0), 5)["single"]
+        missed += any(not one["accuracy"]["low"] <= 0.8 <= one["accuracy"]["high"] for one in found)
+    assert missed <= 8, missed
+
+
 # ---- files ---------------------------------------------------------------------------------------
 
 ROWS = [
