@@ -193,7 +193,7 @@ def margins_under(
         change, known = named(name), np.isfinite(form)
         filled = np.where(known, form, rewards)
         if change.on == PROMPT:
-            yield change, PROMPT, np.where(known.any(1), filled[:, 0] - filled[:, 1], np.nan)
+            yield change, PROMPT, np.where(known.all(1), filled[:, 0] - filled[:, 1], np.nan)
             continue
         for side, new in (
             ("chosen", np.where(known[:, 0], filled[:, 0] - rewards[:, 1], np.nan)),

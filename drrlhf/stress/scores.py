@@ -17,6 +17,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -53,6 +54,8 @@ NO_PROMPTS = "none"
 MAX_NAMES = 100
 QUARTERS = 4
 NAMED_ROWS = 5
+# What pandas calls the numbers of rows, in Parquet, in CSV, and where it has read such a CSV.
+_ROW_NUMBERS = re.compile(r"__index_level_\d+__|Unnamed: \d+|")
 
 
 @dataclass(frozen=True)
@@ -167,7 +170,7 @@ def from_table(
     named = answers_in(table)
     longer = _longer(table, source)
     counterfactuals = {
-        name.removeprefix(CHANGED): _numbers(table[name], name, source)
+        name.removeprefix(CHANGED): _known(_numbers(table[name], name, source))
         for name in after
         if name.startswith(CHANGED)
     }
@@ -239,8 +242,7 @@ def _forms(
             else np.full(len(rewards), np.nan)
             for side in FORMS
         ]
-        form = np.column_stack(columns)
-        form[~np.isfinite(form)] = np.nan
+        form = _known(np.column_stack(columns))
         if np.isfinite(form).any():
             forms[change] = form
     return rewards, forms
@@ -408,6 +410,11 @@ def _numbers(
     return column.cast(pa.float64(), safe=False).to_numpy()
 
 
+def _known(numbers: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The same with NaN for what is infinite."""
+    return np.where(np.isfinite(numbers), numbers, np.nan)
+
+
 def _first(column: pa.ChunkedArray, is_odd: Callable[[Any], bool]) -> int:
     """The first odd value that is not missing; 0 if all are of the same wrong type."""
     return next((i for i, one in enumerate(column) if one.is_valid and is_odd(one.as_py())), 0)
@@ -557,7 +564,8 @@ def attributes_of(
     ignored: dict[str, str] = {}
     for name in table.column_names:
         if name not in used:
-            found = _attribute(table[name])
+            numbers = _ROW_NUMBERS.fullmatch(name) and _is_number(table[name].type)
+            found = "numbers of rows" if numbers else _attribute(table[name])
             if isinstance(found, str):
                 ignored[name] = found
             else:

@@ -442,6 +442,15 @@ def test_nan_is_no_group():
     assert alone.ignored == {"level": "constant"}
 
 
+@pytest.mark.parametrize("name", ["__index_level_0__", "Unnamed: 0", ""])
+def test_numbers_of_rows_are_no_groups(name):
+    """Columns that pandas writes beside the data; a column of names that is called so is one."""
+    columns = {"margin": [1.0, -1.0] * 20, name: [*range(40)]}
+    assert from_table(pa.table(columns), "made up").attributes == {}
+    found = from_table(pa.table(columns | {name: ["a", "b"] * 20}), "made up").attributes
+    assert found[name].names == ("a", "b")
+
+
 def test_quarters_have_the_digits_that_tell_them_apart(tmp_path):
     """Seconds since 1970 and large ids: quarters of a day, all called 1.753e+09."""
     rows = [{"margin": 1.0 - i % 3, "time": 1753000000 + 432 * i} for i in range(200)]
