@@ -13,6 +13,7 @@ from drrlhf.stress.changes import margins_under, named
 from drrlhf.stress.curves import ERRORS, Array, error_codes
 from drrlhf.stress.resample import Bootstrap
 from drrlhf.stress.scores import Scores
+from drrlhf.stress.student import above_zero
 from drrlhf.transformations import ATTACK, BIAS, FORM, PROMPT
 
 NAMED = 5
@@ -23,20 +24,28 @@ def effects(scores: Scores, bootstrap: Bootstrap) -> dict[str, Any]:
     """Of every change: the pairs that it touches, their accuracy before and after, what is lost,
     and the share of right pairs that are right no more ("success" of who would mislead). Then the
     worst change of each pair, the best attack on each rejected answer, and how often an answer is
-    preferred to itself for an addition. The gravest come first."""
+    preferred to itself for an addition. The gravest come first.
+
+    "beyond_chance" says whether the loss is above 0, and the preference above one half, where all
+    of them are looked at together (Student's interval, Bonferroni)."""
+    uses = [
+        use
+        for use in margins_under(
+            scores.margin, scores.rewards, scores.forms, scores.counterfactuals
+        )
+        if np.isfinite(use[2]).any()
+    ]
     table = [
         _effect(scores.margin, new, bootstrap)
         | {
+            "beyond_chance": above_zero(_lost(scores.margin, new), bootstrap.blocks, len(uses)),
             "change": change.name,
             "sides": side,
             "kind": change.kind,
             "what": change.what,
             "keeps": change.keeps,
         }
-        for change, side, new in margins_under(
-            scores.margin, scores.rewards, scores.forms, scores.counterfactuals
-        )
-        if np.isfinite(new).any()
+        for change, side, new in uses
     ]
     return {
         "changes": sorted(table, key=lambda one: -one["lost"]["value"]),
@@ -48,18 +57,33 @@ def effects(scores: Scores, bootstrap: Bootstrap) -> dict[str, Any]:
 
 def _effect(margin: Array, new: Array, bootstrap: Bootstrap) -> dict[str, Any]:
     known = np.isfinite(new)
-    old_error, new_error = (
-        np.where(known, ERRORS[error_codes(np.where(known, one, 0.0))], np.nan)
-        for one in (margin, new)
-    )
+    right = known & (margin > 0)
+    old_error, new_error = _errors(margin, new)
     return {
         "pairs": int(known.sum()),
+        "right": int(right.sum()),
+        "right_prompts": len(np.unique(bootstrap.blocks[right])),
         "accuracy_before": 1 - float(old_error[known].mean()),
         "accuracy": bootstrap.mean(1 - new_error),
         "lost": bootstrap.mean(new_error - old_error),
-        "success": bootstrap.mean(np.where(known & (margin > 0), new <= 0, np.nan)),
+        "success": bootstrap.mean(np.where(right, new <= 0, np.nan)),
         "flipped": float((np.sign(margin[known]) != np.sign(new[known])).mean()),
     }
+
+
+def _errors(margin: Array, new: Array) -> tuple[Array, Array]:
+    """The errors (n,) before and after, NaN where there is no margin after."""
+    known = np.isfinite(new)
+    before, after = (
+        np.where(known, ERRORS[error_codes(np.where(known, one, 0.0))], np.nan)
+        for one in (margin, new)
+    )
+    return before, after
+
+
+def _lost(margin: Array, new: Array) -> Array:
+    before, after = _errors(margin, new)
+    return after - before
 
 
 def _least(rewards: Array, forms: Mapping[str, Array], side: int) -> tuple[Array, NDArray[Any]]:
@@ -147,17 +171,16 @@ def _biases(scores: Scores, bootstrap: Bootstrap) -> list[dict[str, Any]]:
         return []
     of_answers = Bootstrap(bootstrap.blocks.repeat(2), bootstrap.draws)
     found = []
-    for name, form in scores.forms.items():
-        change = named(name)
-        if change.kind != BIAS:
-            continue
+    biases = {name: form for name, form in scores.forms.items() if named(name).kind == BIAS}
+    for name, form in biases.items():
         likes = (1 + np.sign(form - scores.rewards)) / 2  # NaN where there is no such form
         found.append(
             {
                 "change": name,
-                "what": change.what,
+                "what": named(name).what,
                 "answers": int(np.isfinite(likes).sum()),
                 "preferred": of_answers.mean(likes.ravel()),
+                "beyond_chance": above_zero(likes.ravel() - 0.5, of_answers.blocks, len(biases)),
             }
         )
     return sorted(found, key=lambda one: -one["preferred"]["value"])

@@ -35,7 +35,7 @@ def findings(
     curve: Mapping[str, Any] | None = None,
 ) -> list[dict[str, Any]]:
     """At most `MOST` findings of different subjects, the gravest first: "text", "costs", and
-    "examples", which are none where no texts are at hand."""
+    "examples", which are none where no texts are at hand. What may well be chance is none."""
     every = [*_all(model), *(() if curve is None else _of_pressure(curve))]
     found = gravest(one for one in every if one.costs >= LEAST)
     return [one.told(examples.get(one.example, ())) for one in found]
@@ -53,6 +53,8 @@ def _all(model: Mapping[str, Any]) -> Iterator[Finding]:
     yield from _of_changes(model)
     for bias in model["biases"]:
         share = bias["preferred"]["value"]
+        if not bias["beyond_chance"]:
+            continue
         yield Finding(
             f"In {share:.1%} of {bias['answers']:,} cases it prefers an answer with a mere "
             f"addition to the answer itself ({bias['what']}).",
@@ -104,7 +106,8 @@ def _of_pressure(curve: Mapping[str, Any]) -> Iterator[Finding]:
 
 
 def _of_changes(model: Mapping[str, Any]) -> Iterator[Finding]:
-    """Of attacks those that succeed most, of other forms those that cost most accuracy."""
+    """Of attacks those that succeed most, over as many prompts as a group must have; of other forms
+    those that cost most accuracy, beyond chance."""
     where = {
         "chosen": "the chosen answer is changed",
         "rejected": "the rejected answer is changed",
@@ -114,17 +117,18 @@ def _of_changes(model: Mapping[str, Any]) -> Iterator[Finding]:
     for change in model["changes"]:
         lost, success = change["lost"]["value"], change["success"]["value"]
         key = f"{change['change']}/{change['sides']}"
-        if change["kind"] == ATTACK:
+        if change["kind"] == ATTACK and change["right_prompts"] >= model["groups"]["min_support"]:
             text = (
-                f"The rejected answer overtakes in {success:.1%} of the pairs that were ranked "
-                f"right ({change['what']})."
+                f"The rejected answer overtakes in {success:.1%} of the {change['right']:,} pairs "
+                f"that were ranked right ({change['what']})."
             )
-            yield Finding(text, success if success == success else 0.0, "attacks", key)
-        elif change["kind"] == FORM:  # of biases is told how often they are preferred
+            yield Finding(text, success, "attacks", key)
+        elif change["kind"] == FORM and change["beyond_chance"]:
+            # Of biases is told how often they are preferred.
             text = (
                 f"Accuracy falls from {change['accuracy_before']:.1%} to "
-                f"{change['accuracy']['value']:.1%} when {where[change['sides']]} "
-                f"({change['what']})."
+                f"{change['accuracy']['value']:.1%} of {change['pairs']:,} pairs when "
+                f"{where[change['sides']]} ({change['what']})."
             )
             yield Finding(text, lost, "changes", key)
 

@@ -6,14 +6,17 @@ Expected numbers come from loops over pairs, of a judge whose rewards are known.
 from __future__ import annotations
 
 import itertools
+import math
 import xml.etree.ElementTree as ElementTree
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from drrlhf.stress import Attribute, Scores, parse_requirement, stress_test, write_junit
 from drrlhf.stress.changes import changed, chosen_changes, drawn_pairs, scored
 from drrlhf.stress.effects import Bootstrap, effects, worst_change
+from drrlhf.stress.scores import from_table
 from drrlhf.transformations import TRANSFORMATIONS, lookup
 
 N = 60
@@ -179,6 +182,55 @@ def test_a_judge_by_length_is_found_out():
     assert find(model, "upper_case", "both")["lost"]["value"] == pytest.approx(-1 / 40)
     assert "sentence" in model["findings"][0]["text"]
     assert model["findings"][0]["costs"] == pytest.approx(39 / 40)
+
+
+def test_a_margin_that_is_not_finite_is_none_and_one_of_two_rewards_is_no_margin():
+    """The second pair is worst under "b"; the prompt's change has both rewards in the first."""
+    columns = {
+        "chosen_reward": [3.0, 3.0, -1.0],
+        "rejected_reward": [1.0, 1.0, 1.0],
+        "margin@a": [1.0, -math.inf, 1.0],
+        "margin@b": [1.0, -0.5, math.inf],
+        "chosen_reward@prompt_typos": [0.5, 0.5, None],
+        "rejected_reward@prompt_typos": [0.0, None, 0.0],
+    }
+    model = report(from_table(pa.table(columns), "made up"))
+    assert find(model, "prompt_typos", "prompt")["pairs"] == 1
+    assert find(model, "prompt_typos", "prompt")["accuracy"]["value"] == 1
+    worst = model["worst_change"]
+    assert worst["pairs"] == 3 and worst["accuracy"]["value"] == pytest.approx(1 / 3)
+
+
+@pytest.mark.parametrize("liked", [60, 75])
+def test_a_bias_that_chance_may_make_is_no_finding(liked):
+    """Of 100 cases so many prefer the addition. Eight additions were tried; by the binomial
+    distribution 60 or more come about by chance in 2.8 % of cases, 75 or more in 3e-7."""
+    chance = sum(math.comb(100, k) for k in range(liked, 101)) / 2**100
+    names = [name for name in TRANSFORMATIONS if lookup(name).kind == "bias"]
+    assert len(names) == 8
+    rewards = np.column_stack([np.where(np.arange(50) < 40, 1.0, -1.0), np.zeros(50)])
+    gains = np.where(np.arange(100) < liked, 0.1, -0.1).reshape(50, 2)
+    forms = dict.fromkeys(names, rewards - 0.1) | {names[0]: rewards + gains}
+    model = report(Scores(rewards[:, 0], np.arange(50), rewards=rewards, forms=forms, rows=50))
+    found = [one for one in model["findings"] if one["subject"] == "biases"]
+    assert bool(found) == (chance < 0.025 / len(names)) == (liked == 75)
+
+
+@pytest.mark.parametrize("touched, told", [(2, False), (30, True)])
+@pytest.mark.parametrize("name", ["math_format", "empty"])
+def test_what_a_handful_of_pairs_show_is_no_finding(name, touched, told):
+    """Every pair that the change touches is turned. Two of one sign are as likely as one in four,
+    and an attack on two pairs is none on a group of 30 prompts."""
+    rewards = np.column_stack([np.where(np.arange(100) < 80, 1.0, -1.0), np.zeros(100)])
+    form = np.full((100, 2), np.nan)
+    form[:touched, 1] = 2.0
+    scores = Scores(rewards[:, 0], np.arange(100), rewards=rewards, forms={name: form}, rows=100)
+    model = report(scores, min_support=30)
+    assert find(model, name, "rejected")["success"]["value"] == 1
+    assert [
+        f"of {touched} pairs" in one["text"] or f"of the {touched} pairs" in one["text"]
+        for one in model["findings"]
+    ] == [True] * told
 
 
 def test_all_changes_are_those_of_the_table_and_of_columns():
