@@ -226,8 +226,10 @@ def _made_by() -> dict[str, Any]:
     from datetime import date
     from importlib.metadata import version
 
+    name = Path(sys.argv[0]).name
+    called = ["python", "-m", "drrlhf"] if name == "__main__.py" else [name]
     return {
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": shlex.join([*called, *sys.argv[1:]]),
         "versions": {name: version(name) for name in ("torch", "transformers")},
         "date": date.today().isoformat(),
     }

@@ -86,6 +86,15 @@ def test_gates_on_changes_and_on_best_of_n(tmp_path, monkeypatch):
     assert report["versions"]["torch"] and report["date"]
 
 
+def test_the_command_on_the_page_is_one_that_runs(tmp_path, monkeypatch):
+    """As `python -m drrlhf` has it, the first argument is the file that Python found."""
+    monkeypatch.setattr("sys.argv", ["/site/drrlhf/__main__.py", "stress", "--scores", "s"])
+    done = stress("--scores", parquet(tmp_path / "s.parquet"), "--output-dir", tmp_path / "out")
+    assert done.exit_code == 0, done.output
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "<code>python -m drrlhf stress --scores s</code>" in page
+
+
 def test_prompts_without_scores_are_not_left_out_in_silence(tmp_path):
     """Of 40 prompts two have all scores; of the others the gate would say nothing."""
     file, given = tmp_path / "c.jsonl", changed(tmp_path / "rm.parquet")
