@@ -15,11 +15,10 @@ namespace drrlhf::cpu {
 
 bool multiplies_bfloat16() {
 #ifdef DRRLHF_MULTIVERSIONED
+  // Asked at every call, as PyTorch does: who turns oneDNN off for a while may turn it on again.
+  if (!at::globalContext().userEnabledMkldnn()) return false;
   static const bool answer = [] {
-    if (softmax_kernels().lanes != 16 || !__builtin_cpu_supports("avx512bf16") ||
-        !at::globalContext().userEnabledMkldnn()) {
-      return false;
-    }
+    if (softmax_kernels().lanes != 16 || !__builtin_cpu_supports("avx512bf16")) return false;
     const at::BFloat16 a[2] = {1, 2}, b[32] = {};
     float c[16];
     try {

@@ -677,6 +677,16 @@ def test_blocks_pieces_and_shared_sums_on_the_cpu(keep, threads, workspace, shap
 
 
 @needs_cpp
+def test_products_without_onednn_follow_those_with_it():
+    """A process that turns oneDNN off after a first call, and on again, as one may to compare."""
+    cases = [problem(150, 48, 517, torch.bfloat16)]
+    with backends.use("cpp"):
+        for enabled in (True, False, True):
+            with torch.backends.mkldnn.flags(enabled=enabled):
+                hold(cases, {"nothing": kernel("nothing")})
+
+
+@needs_cpp
 def test_float64_is_the_references():
     hidden, weight, bias, labels, _ = problem(5, 4, 7, torch.float64)
     assert dr.linear_token_logprobs(hidden, weight, labels).dtype == torch.float64
