@@ -66,6 +66,7 @@ def blocks() -> dict[str, str]:
         "stress": _stress(_stressed()),
         "views_reward": views.tables(viewed),
         "views_expected": expected.table(viewed, expected.REWARD),
+        "views_confirmed": expected.table(viewed, expected.CONFIRMED),
         "views_dpo": views.tables(viewed_by_dpo),
         "views_dpo_expected": expected.table(viewed_by_dpo, expected.DPO),
         "stress_findings": _stress_findings(_stressed()),

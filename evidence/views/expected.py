@@ -9,14 +9,16 @@ import numpy as np
 
 from drrlhf.bench.table import markdown
 from evidence.shift.findings import paired
+from evidence.views import confirm
 from evidence.views.measures import by_seed, measured
-from evidence.views.run import FIRST, ended
-from evidence.views.summary import DOMAINS, SEEDS
+from evidence.views.run import FIRST, SEEDS, ended
+from evidence.views.summary import DOMAINS
 
 
 class Expected(NamedTuple):
     """A method's gain over a base in points of a measure, and its least value; None is any gain
-    that is larger than chance. With ``share`` it is that part of the gain of ``other`` instead."""
+    that is larger than chance. With ``share`` it is that part of the gain of ``other`` instead.
+    With ``seeds`` only these tell of it."""
 
     method: str
     base: str
@@ -25,6 +27,7 @@ class Expected(NamedTuple):
     measure: str = "right"
     share: float = 0.0
     other: str = ""
+    seeds: Sequence[int] = ()
 
     @property
     def needed(self) -> set[str]:
@@ -56,6 +59,13 @@ REWARD = (
         )
     ),
 )
+CONFIRMED = (
+    Expected(confirm.ASKED, "plain", "unseen", None, seeds=confirm.NEW),
+    Expected(confirm.ASKED, "plain", "unseen", 2, seeds=confirm.NEW),
+    Expected(confirm.ASKED, confirm.BASE, "unseen", 1, seeds=confirm.NEW),
+    Expected(confirm.ASKED, "plain", "unseen", -0.5, "clean", seeds=confirm.NEW),
+    Expected(confirm.ASKED, "plain", "seen", -0.5, "clean", seeds=confirm.NEW),
+)
 DPO = (
     Expected("worst", "plain", "seen", 2),
     Expected("worst", "augment-long", "seen", 1),
@@ -66,17 +76,15 @@ DPO = (
 def table(
     records: Sequence[Mapping[str, Any]], expected: Sequence[Expected], needed: int = SEEDS
 ) -> str:
-    """Markdown. Rows: what was expected, as soon as all seeds tell of it, or the first ones of an
-    attempt that ended. Cells: the gain in points with a 95 % interval, and whether its mean is as
-    large as expected."""
+    """Markdown. Rows: what was expected, as soon as all seeds tell of it that should, or the first
+    ones of an attempt that ended. Cells: the gain in points with a 95 % interval, and whether its
+    mean is as large as expected."""
     tests, over = by_seed(records), ended(records)
     rows = []
     for one in expected:
-        among = FIRST if one.method in over else tests
-        seeds = [
-            tests[seed] for seed in among if seed in tests and one.needed <= tests[seed].keys()
-        ]
-        if len(seeds) < (len(FIRST) if one.method in over else needed):
+        among = one.seeds or (FIRST if one.method in over else ())
+        seeds = [tests[seed] for seed in among or tests if one.needed <= tests.get(seed, {}).keys()]
+        if len(seeds) < (len(among) or needed):
             continue
         gains = _gains(seeds, one, one.method)
         _, (low, high) = paired(gains)

@@ -38,6 +38,7 @@ HELD_OUT = ["dropped_words", "doubled_words", "punctuation", "quotes", "homoglyp
 HELD_OUT += ["repeated", "handle", "url"]
 CHANGED = (SIDES[:1], SIDES[1:], SIDES)
 BATCH = 24
+SEEDS = 10
 QUIET: dict[str, Any] = {
     "use_cpu": True,
     "gradient_checkpointing": False,
@@ -93,6 +94,9 @@ class Sizes:
 
 QUICK = Sizes(steps=2, test=6)
 Score = Callable[[Sequence[str]], torch.Tensor]
+Record = Mapping[str, Any]
+Stages = Sequence[Sequence[tuple[int, str]]]  # seeds and methods, in the order of running
+Wanted = Callable[[Sequence[Record], Sequence[int], Iterable[str]], Stages]
 
 
 class Task(NamedTuple):
@@ -225,43 +229,7 @@ def changed(name: str, text: str) -> str:
     return TRANSFORMATIONS[name].apply(text, draw=Random(f"{name}/{text}"))
 
 
-def run_missing(
-    arguments: Any, sizes: Any, methods: Mapping[str, Method], work: Callable[[Task], Any]
-) -> None:
-    """Run what the file lacks, stage by stage."""
-    described = {name: asdict(method) for name, method in methods.items()}
-    own = {"sizes": asdict(sizes), "methods": described, "held_out": HELD_OUT}
-
-    def todo() -> list[Task]:
-        return missing(done_already(arguments.output, own), arguments.seeds, methods, sizes)
-
-    while stage := todo():
-        run_tasks(arguments.output, own, stage, work, arguments.workers)
-
-
-def missing(
-    records: Sequence[Mapping[str, Any]], seeds: int, methods: Iterable[str], sizes: Any
-) -> list[Task]:
-    """The runs of the next stage that no record is of: all methods but the later ones; the attempts
-    on the first seeds; the later methods, without attempts that ended. A seed goes on in the dtype
-    that it began in, as methods are compared within it; without one that is slow here."""
-    done = {(record["seed"], record["method"]) for record in records}
-    fast = fast_dtype()
-    begun = {record["seed"]: getattr(torch, record["dtype"][6:]) for record in records}
-    over = ended(records)
-    stages: tuple[list[Task], ...] = ([], [], [])
-    for method in sorted(methods, key=lambda name: LATER.index(name) if name in LATER else -1):
-        for seed in range(seeds):
-            task = Task(seed, method, begun.get(seed, fast), sizes)
-            wanted = method not in over and BASES.get(method) not in over
-            if task[:2] not in done and task.dtype in {fast, torch.float32} and wanted:
-                early = method in ATTEMPTS and seed in FIRST
-                stages[0 if method not in LATER else 1 if early else 2].append(task)
-    stages[0].sort(key=lambda task: task.seed)
-    return next((stage for stage in stages if stage), [])
-
-
-def ended(records: Sequence[Mapping[str, Any]]) -> set[str]:
+def ended(records: Sequence[Record]) -> set[str]:
     """The attempts that have all of the first seeds, and a gain over `plain` whose 95 % interval
     lies below the aim."""
     tests = by_seed([record for record in records if record["seed"] in FIRST])
@@ -279,11 +247,66 @@ def ended(records: Sequence[Mapping[str, Any]]) -> set[str]:
     return over
 
 
-def main() -> None:
-    arguments = parser(__doc__).parse_args()
+def stages(records: Sequence[Record], seeds: Sequence[int], methods: Iterable[str]) -> Stages:
+    """Seeds and methods: all methods but the later ones; the attempts on the first seeds; the later
+    methods, without attempts that ended."""
+    over, methods = ended(records), list(methods)
+    early = [name for name in ATTEMPTS if name in methods and name not in over]
+    later = [
+        name
+        for name in LATER
+        if name in methods and name not in over and BASES.get(name) not in over
+    ]
+    return (
+        [(seed, name) for seed in seeds for name in methods if name not in LATER],
+        [(seed, name) for name in early for seed in seeds if seed in FIRST],
+        [(seed, name) for name in later for seed in seeds],
+    )
+
+
+def missing(records: Sequence[Record], wanted: Stages, sizes: Any) -> list[Task]:
+    """The runs of the first stage of which some lack a record. A seed goes on in the dtype that it
+    began in, as methods are compared within it; without one that is slow here."""
+    done = {(record["seed"], record["method"]) for record in records}
+    fast = fast_dtype()
+    begun = {record["seed"]: getattr(torch, record["dtype"][6:]) for record in records}
+    for stage in wanted:
+        tasks = [
+            Task(seed, method, begun.get(seed, fast), sizes)
+            for seed, method in stage
+            if (seed, method) not in done
+        ]
+        if here := [task for task in tasks if task.dtype in {fast, torch.float32}]:
+            return here
+    return []
+
+
+def run_missing(
+    arguments: Any,
+    sizes: Any,
+    methods: Mapping[str, Method],
+    work: Callable[[Task], Any],
+    wanted: Wanted = stages,
+) -> None:
+    """Run what the file lacks of the first stage of ``wanted`` of which it lacks something, then
+    of the next one."""
+    described = {name: asdict(method) for name, method in methods.items()}
+    own = {"sizes": asdict(sizes), "methods": described, "held_out": HELD_OUT}
+
+    def todo() -> list[Task]:
+        records = done_already(arguments.output, own)
+        found = wanted(records, range(arguments.seeds), methods)
+        return missing(records, found, sizes)
+
+    while stage := todo():
+        run_tasks(arguments.output, own, stage, work, arguments.workers)
+
+
+def main(description: str | None = __doc__, wanted: Wanted = stages) -> None:
+    arguments = parser(description).parse_args()
     texts()  # fetched once, before there are workers to wait for it
     material.fetch("minilm")
-    run_missing(arguments, QUICK if arguments.quick else Sizes(), METHODS, one)
+    run_missing(arguments, QUICK if arguments.quick else Sizes(), METHODS, one, wanted)
 
 
 if __name__ == "__main__":

@@ -10,14 +10,13 @@ import numpy as np
 from drrlhf.bench.table import markdown
 from evidence.tables import Values, compared, print_tables
 from evidence.views.measures import MEASURES, POINTS, by_seed, measured
-from evidence.views.run import FIRST, LATER, METHODS, SEEN, SHARES, ended
+from evidence.views.run import FIRST, LATER, METHODS, SEEDS, SEEN, SHARES, ended
 
 DOMAINS = {
     "seen": SEEN,
     "rare": tuple(domain for domain in SHARES if domain not in SEEN),
     "unseen": ("nyt",),
 }
-SEEDS = 10  # of the protocol
 # What a method is compared with, and which methods are.
 AGAINST = {
     "plain": tuple(name for name in METHODS if name != "plain"),

@@ -19,7 +19,7 @@ from drrlhf.files import json_lines
 from drrlhf.transformations import TRANSFORMATIONS
 from evidence import pays
 from evidence.shift import tasks
-from evidence.views import dpo, expected, run, summary
+from evidence.views import confirm, dpo, expected, run, summary
 
 
 def made_up(n=120):
@@ -127,7 +127,8 @@ def test_a_seed_goes_on_in_the_precision_that_it_began_in(monkeypatch):
 
     def found(fast):
         monkeypatch.setattr(run, "fast_dtype", lambda: fast)
-        tasks = run.missing(records, 3, ("augment", "plain", "worst"), None)
+        wanted = run.stages(records, range(3), ("augment", "plain", "worst"))
+        tasks = run.missing(records, wanted, None)
         return [(task.seed, task.method, task.dtype) for task in tasks]
 
     exact, short = torch.float32, torch.bfloat16
@@ -163,7 +164,8 @@ def test_attempts_run_on_five_seeds_first_and_those_below_the_aim_end():
     core = {name: 0.0 if name == "plain" else 0.02 for name in run.METHODS if name not in run.LATER}
 
     def stage(records):
-        return [task[:2] for task in run.missing(records, 10, run.METHODS, None)]
+        wanted = run.stages(records, range(10), run.METHODS)
+        return [task[:2] for task in run.missing(records, wanted, None)]
 
     records = made_records(core)
     first = [(seed, name) for name in run.ATTEMPTS for seed in range(3, 8)]
@@ -177,6 +179,34 @@ def test_attempts_run_on_five_seeds_first_and_those_below_the_aim_end():
     whole, of_first = text.split("Of 5 seeds, after which they ended:")
     assert "worst-late" not in whole and "worst-quarter" not in of_first
     assert "| worst-late over plain | +0.0 [+0.0, +0.0] | +0.0 [+0.0, +0.0] | **+2.1**" in of_first
+
+
+def test_a_finding_is_confirmed_on_the_seeds_that_had_no_part_in_it():
+    """There the gain is 1, where it was found 9: that is what the confirmation says."""
+    core = {name: 0.0 for name in run.METHODS if name not in run.LATER}
+    found = [one for one in made_records({"worst-wide": 0.09}) if one["seed"] in run.FIRST]
+    records = made_records(core) + found
+
+    def stage():
+        wanted = confirm.stages(records, range(10), run.METHODS)
+        return [task[:2] for task in run.missing(records, wanted, None)]
+
+    new = [(seed, name) for seed in (0, 1, 2, 8, 9) for name in ("worst-wide", "augment-wide")]
+    assert stage() == new
+    assert expected.table(records, expected.CONFIRMED) == "Nothing can be said yet."
+    again = made_records({"worst-wide": 0.01, "augment-wide": 0.005})
+    records += [record for record in again if record["seed"] not in run.FIRST]
+    assert stage() == [(seed, "augment-wide") for seed in run.FIRST]
+    rows = [line.split(" | ") for line in expected.table(records, expected.CONFIRMED).splitlines()]
+    assert [(row[0], row[2], row[3][:4], row[4], row[5]) for row in rows[2:]] == [
+        ("| worst-wide over plain", "above 0", "+1.1", "5", "yes |"),
+        ("| worst-wide over plain", "+2.0", "+1.1", "5", "no |"),
+        ("| worst-wide over augment-wide", "+1.0", "+0.5", "5", "no |"),
+        ("| worst-wide over plain", "-0.5", "+0.0", "5", "yes |"),
+        ("| worst-wide over plain", "-0.5", "+0.0", "5", "yes |"),
+    ]
+    records += [record for record in again if record["method"] == "augment-wide"]
+    assert not stage()
 
 
 @pytest.mark.parametrize("later", [{}, {"worst-half": 0.01}])
