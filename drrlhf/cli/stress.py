@@ -245,8 +245,10 @@ def _stressed(options: Options, names: list[str], console: Console) -> dict[str,
     asked = ("floor", "ambiguity", "resamples", "min_support", "max_nan", "seed")
     given = chosen(options, *asked) | {"require": options.require or []}
     check_options(**given)  # before a large file is read
-    load = _scored if options.model else _read
-    scores, candidates = load(options, names, console)
+    if options.model:
+        scores, candidates = _scored(options, names, console, given)
+    else:
+        scores, candidates = _read(options, names, console)
     return stress_test(scores, best_of=candidates or None, **given)
 
 
@@ -263,12 +265,13 @@ def _read(options: Options, names: list[str], console: Console) -> Loaded:
     return loaded, {name: load_candidates(path) for name, path in files}
 
 
-def _scored(options: Options, names: list[str], console: Console) -> Loaded:
+def _scored(options: Options, names: list[str], console: Console, given: dict[str, Any]) -> Loaded:
     import torch
     from transformers.utils import logging
 
     from drrlhf.stress import from_table, load_candidates, load_judge, score_table
     from drrlhf.stress.changes import chosen_changes
+    from drrlhf.stress.rehearsal import rehearse
     from drrlhf.stress.scoring import score_candidates
 
     logging.disable_progress_bar()
@@ -280,6 +283,11 @@ def _scored(options: Options, names: list[str], console: Console) -> Loaded:
     asked = [load_candidates(path) for path in options.best_of or []]
     for candidates in asked:
         candidates.rows()  # it has texts
+    how = chosen(options, "changes", "changed_pairs", "seed", "prompt_column")
+    how["split"] = options.split or "train"
+    if given["require"]:
+        with _console.status(console, "Looking for what --require names ..."):
+            rehearse(data, asked[0] if asked else None, how, given, texts=options.texts)
     for name, directory in zip(names, options.model or [], strict=True):
         judge = load_judge(
             directory,
@@ -287,13 +295,7 @@ def _scored(options: Options, names: list[str], console: Console) -> Loaded:
             **chosen(options, "reference", "beta", "max_length"),
         )
         with _console.progress(console) as show:
-            table = score_table(
-                judge,
-                data,
-                split=options.split or "train",
-                on_progress=show,
-                **chosen(options, "changes", "changed_pairs", "seed", "prompt_column"),
-            )
+            table = score_table(judge, data, on_progress=show, **how)
             # What took minutes is kept, whatever may be wrong behind it: --scores reads it again.
             table = _keep(options, console, name, "scores", table)
             for one in asked:

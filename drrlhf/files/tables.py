@@ -133,6 +133,8 @@ def short(value: Any, limit: int = 60) -> str:
 
 def _suffix(path: Path) -> str:
     suffix = path.suffix.lower()
+    if path.is_dir():
+        raise DataError(f"{path}: expected a file, got a directory")
     if not path.is_file():
         raise DataError(f"{path}: no such file")
     if suffix not in SUFFIXES:

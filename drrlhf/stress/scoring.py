@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -17,7 +17,6 @@ from drrlhf.stress.benchmarks import read_pairs
 from drrlhf.stress.candidates import Candidates
 from drrlhf.stress.changes import ALL, CHANGED_PAIRS, Row, chosen_changes, drawn_pairs, scored
 from drrlhf.stress.curves import Array
-from drrlhf.stress.models import Scorer
 from drrlhf.stress.scores import EXAMPLES, FORMS, Scores, from_table, prompt_column_of
 from drrlhf.transformations import BY_COLUMN, SIDES
 
@@ -26,8 +25,15 @@ DROPPED = ("margin", *SIDES, *TEMPLATE)
 Progress = Callable[[str, int, int], None]
 
 
+class Judge(Protocol):
+    """What gives answers rewards, as `drrlhf.stress.RewardModel` and `Policy` do."""
+
+    def rewards(self, rows: Sequence[Row], on_progress: Callable[[int], None]) -> Array:
+        """Of the chosen and the rejected answer (n, 2), float64; is told how many are done."""
+
+
 def score_pairs(
-    model: Scorer,
+    model: Judge,
     source: str | Path,
     *,
     split: str = "train",
@@ -63,7 +69,7 @@ def score_pairs(
 
 
 def score_table(
-    model: Scorer,
+    model: Judge,
     source: str | Path,
     *,
     split: str = "train",
@@ -119,7 +125,7 @@ def score_table(
 
 
 def score_candidates(
-    model: Scorer, candidates: Candidates, *, on_progress: Progress = lambda *_: None
+    model: Judge, candidates: Candidates, *, on_progress: Progress = lambda *_: None
 ) -> Candidates:
     """The candidates with the rewards that ``model`` gives them.
 

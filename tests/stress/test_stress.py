@@ -420,6 +420,8 @@ def test_broken_files(tmp_path, name, text, message):
 def test_missing_file_and_column(tmp_path):
     with pytest.raises(DataError, match="no such file"):
         load_scores(tmp_path / "none.jsonl")
+    with pytest.raises(DataError, match="expected a file, got a directory"):
+        load_scores(tmp_path)
     with pytest.raises(DataError, match="no column 'topic' of prompts; found: chosen_reward"):
         load_scores(written(tmp_path, ".csv"), prompt_column="topic")
 

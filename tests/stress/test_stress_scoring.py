@@ -432,6 +432,48 @@ def test_a_prompt_column_that_is_not_there_costs_no_scoring(tmp_path):
         score_pairs(Asked(), data, prompt_column="author")
 
 
+LONG = "a topic whose name is as long as a text is, or longer"
+GATES = {  # what a gate names, and whether the report will have it
+    "tv:0.1 accuracy>=0": True,
+    "topic=a accuracy>=0": True,
+    f"long={LONG} accuracy>=0": True,
+    "typos:0.5/rejected lost<=1": True,
+    "worst-change accuracy>=0": True,
+    "best-of-2 gold>=best-of-1": True,
+    "topic=c accuracy>=0": False,
+    "bullets accuracy>=0": False,
+    "best-of-4 gold>=best-of-1": False,
+    "hard accuracy>=0": False,
+}
+
+
+@pytest.mark.parametrize("texts", [True, False])
+@pytest.mark.parametrize("gate", GATES)
+def test_a_gate_on_what_the_report_will_not_have_costs_no_scoring(
+    tmp_path, monkeypatch, gate, texts
+):
+    class AskedError(Exception):
+        pass
+
+    def load(*arguments, **options):
+        raise AskedError
+
+    monkeypatch.setattr("drrlhf.stress.load_judge", load)
+    some = [row | {"long": LONG if row["topic"] == "a" else "short"} for row in rows(80)]
+    file = written(
+        tmp_path / "c.jsonl", [{"candidates": ["w1", "w2"], "gold": [0, 1]} for _ in range(30)]
+    )
+    given = ["--model", tmp_path, "--data", written(tmp_path / "d.jsonl", some), "--require", gate]
+    given += ["--best-of", file, "--changes", "typos:0.5", "--output-dir", tmp_path / "out"]
+    given += [] if texts else ["--no-texts"]
+    done = CliRunner().invoke(app, ["stress", *map(str, given)])
+    if GATES[gate] and (texts or LONG not in gate):
+        assert isinstance(done.exception, AskedError), done.output
+    else:
+        assert done.exit_code == 2 and "the report has no" in " ".join(done.output.split())
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("wrong", ["none", "policy", "data"])
 def test_what_cannot_be_scored(tmp_path, wrong):
     directory = tiny_llama_dir(tmp_path) if wrong == "policy" else tiny_reward_dir(tmp_path)
