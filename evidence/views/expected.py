@@ -88,19 +88,20 @@ def table(
             continue
         gains = _gains(seeds, one, one.method)
         _, (low, high) = paired(gains)
-        least, words = one.least, "above 0"
-        if one.other:
-            least = one.share * float(_gains(seeds, one, one.other).mean())
-            words = f"{one.share:g} of the gain of {one.other}, {least:+.1f}"
+        least, words, digits = one.least, "above 0", 1
+        if one.other:  # a share of what was found may differ by little
+            least, digits = one.share * float(_gains(seeds, one, one.other).mean()), 2
+            words = f"{one.share:g} of the gain of {one.other}, {least:+.2f}"
         elif least is not None:
             words = f"{least:+.1f}"
+        found = ", ".join(f"{bound:+.{digits}f}" for bound in (low, high))
         met = low > 0 if least is None else gains.mean() >= least
         rows.append(
             (
                 f"{one.method} over {one.base}",
                 f"`{one.measure}`, {one.group}",
                 words,
-                f"{gains.mean():+.1f} [{low:+.1f}, {high:+.1f}]",
+                f"{gains.mean():+.{digits}f} [{found}]",
                 str(len(seeds)),
                 "yes" if met else "no",
             )

@@ -258,7 +258,7 @@ def test_what_was_expected_stands_beside_what_was_found():
         ("worst over plain", "`clean`, unseen"): ["-0.5", "10", "no"],
         ("worst-consistent over worst", "`right`, seen"): ["above 0", "10", "no"],
         ("worst-half over augment", "`right`, seen"): [
-            *("0.75 of the gain of worst, +3.8", "10", "yes"),
+            *("0.75 of the gain of worst, +3.82", "10", "yes"),
         ],
         ("worst-late over plain", "`right`, seen"): ["+4.0", "5", "no"],
         ("worst-late over augment-long", "`right`, seen"): ["+2.0", "5", "no"],
