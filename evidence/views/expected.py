@@ -70,6 +70,9 @@ DPO = (
     Expected("worst", "plain", "seen", 2),
     Expected("worst", "augment-long", "seen", 1),
     Expected("worst", "plain", "seen", -1, "clean"),
+    Expected("augment-long", "plain-long", "seen", 4),
+    Expected("augment-long", "plain-long", "seen", 1, "clean"),
+    Expected("worst", "augment", "seen", 1),
 )
 
 

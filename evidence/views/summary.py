@@ -17,9 +17,11 @@ DOMAINS = {
     "rare": tuple(domain for domain in SHARES if domain not in SEEN),
     "unseen": ("nyt",),
 }
+NAMES = tuple(dict.fromkeys((*METHODS, *LATER)))  # of all methods, in the order of the tables
 # What a method is compared with, and which methods are.
 AGAINST = {
-    "plain": tuple(name for name in METHODS if name != "plain"),
+    "plain": tuple(name for name in NAMES if name != "plain"),
+    "plain-long": ("augment-long", "worst", "worst-half"),
     "augment-long": (
         *("worst", "worst-group", "worst-consistent", "worst-half"),
         *("worst-late", "worst-quarter"),
@@ -34,7 +36,7 @@ Seeds = Sequence[Mapping[str, Mapping[str, Any]]]
 def shared(seeds: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The seeds with the methods that all of them have."""
     names = set.intersection(*(set(seed) for seed in seeds)) if seeds else set()
-    return [{name: seed[name] for name in METHODS if name in names} for seed in seeds]
+    return [{name: seed[name] for name in NAMES if name in names} for seed in seeds]
 
 
 def complete(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Mapping[str, Any]]]:
@@ -68,7 +70,7 @@ def tables(records: Sequence[Mapping[str, Any]], needed: int = SEEDS) -> str:
     seeds = complete(records)
     if len(seeds) < needed:
         return f"{len(seeds)} of {needed} seeds so far; the tables come when all are there."
-    parts = [f"{len(seeds)} seeds.", *(_table(seeds, group, tuple(METHODS)) for group in DOMAINS)]
+    parts = [f"{len(seeds)} seeds.", *(_table(seeds, group, NAMES) for group in DOMAINS)]
     if over := ended(records):
         tests = by_seed(records)
         seeds = shared([tests[seed] for seed in FIRST])
