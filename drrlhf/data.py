@@ -500,7 +500,7 @@ class _Columns:
         if self.required == REQUIRED and tables.is_csv(self.name):
             for key in self.more:
                 if not self.is_form(key) and not _ID.fullmatch(key):
-                    columns[key] = tables.typed(columns[key])
+                    columns[key] = tables.named(columns[key])
         return PreferenceData(_dataset(columns, types), names)
 
     def finish_template(self) -> dict[str, Any]:

@@ -53,10 +53,12 @@ def table() -> str:
             "[best of n](evidence/best_of/README.md)",
         ),
         *(
-            (what, _of_views(viewed, method), "[views](evidence/views/README.md)")
-            for method, what in (
-                ("worst", "an adversary over the form of a pair (`views`), in reward models"),
-                ("worst-group", "the same under a set over known groups"),
+            (what, _of_views(of, method), "[views](evidence/views/README.md)")
+            for of, method, what in (
+                (viewed, "worst", "an adversary over the form of a pair (`views`), reward models"),
+                (viewed, "worst-wide", "the same with 16 kinds of views in place of 5"),
+                (viewed, "worst-group", "the same with 5, under a set over known groups"),
+                (kept("views/results/dpo.jsonl"), "worst", "the same with 5, in DPO"),
             )
         ),
     ]
@@ -123,9 +125,9 @@ def _of_models(records: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _of_views(records: Sequence[Mapping[str, Any]], method: str) -> str:
-    """Of a reward model trained on the worst view: pairs that stay right under every change that
-    was not trained on, and pairs as they are, by how often it has seen their domain. What is
-    sure."""
+    """Of a model trained on the worst view: pairs that stay right under every change that was not
+    trained on, and pairs as they are, by how often it has seen their domain. What is sure, over
+    what the method is compared with."""
     seeds = views.complete(records)
     if len(seeds) < views.SEEDS:
         return f"being measured ({len(seeds)} of {views.SEEDS} seeds)"
@@ -134,6 +136,8 @@ def _of_views(records: Sequence[Mapping[str, Any]], method: str) -> str:
     measures = (("right", "pairs right in every form"), ("clean", "as they are"))
     parts = []
     for base, what in bases:
+        if method not in against[base]:
+            continue
         told = []
         for measure, called in measures:
             cells = {}

@@ -343,6 +343,8 @@ def _names(options: Options) -> list[str]:
     names = [name if times[name] == 1 else str(path) for name, path in zip(short, paths)]
     if len(set(names)) < len(names):
         raise ValueError(f"{max(names, key=names.count)} is given twice")
+    if models:  # whose scores or answers are kept
+        stress_generate.check_files(options, names)
     return names
 
 

@@ -50,6 +50,18 @@ def file_of(options: Options, name: str, what: str = "completions.jsonl") -> Pat
     return options.output_dir / f"{name.strip(os.sep).replace(os.sep, '_')}.{what}"
 
 
+def check_files(options: Options, names: list[str]) -> None:
+    """`ValueError` where two models would be kept in one file."""
+    models: dict[Path, str] = {}
+    for name in names:
+        if other := models.get(path := file_of(options, name, "")):
+            raise ValueError(
+                f"expected a file name for each model, but {other} and {name} are both kept in "
+                f"{path}*; rename one of the directories"
+            )
+        models[path] = name
+
+
 def interrupted(options: Options, names: list[str]) -> str:
     """What is said when a run was stopped: how it goes on."""
     kept = [str(file_of(options, name)) for name in names if file_of(options, name).is_file()]

@@ -65,10 +65,10 @@ def table(path: Path, measured: Sequence[str] = (), spared: Mapping[str, str] = 
     """The columns of a file, each of one type; null where a row has no such column.
 
     Numbers and names in one column are names, as are integers beyond 64 bits. Columns of CSV are
-    numbers, or true and false, where every cell is one; an empty cell is null. Texts may be most of
-    a file: of a column in ``measured`` that holds text there may be only NAME_length, in characters
-    (if the file has no such lengths), and a column in ``spared`` is left out where the column that
-    it maps to is there.
+    numbers, or true and false, where every cell is one, by the rules of `named`; an empty cell is
+    null. Texts may be most of a file: of a column in ``measured`` that holds text there may be only
+    NAME_length, in characters (unless the file has all such lengths), and a column in ``spared`` is
+    left out where the column that it maps to is there.
 
     Raises:
         DataError: as `rows`, and for text that is not valid Unicode.
@@ -81,7 +81,12 @@ def table(path: Path, measured: Sequence[str] = (), spared: Mapping[str, str] = 
         lambda number: f"{path}: {unit} {number}", found, () if csv_cells else measured, spared
     )
     if csv_cells:
-        made = pa.table({name: typed(made[name]) for name in made.column_names})
+        made = pa.table(
+            {
+                name: typed(cells) if name in measured else named(cells)
+                for name, cells in zip(made.column_names, made.columns, strict=True)
+            }
+        )
     return made
 
 
@@ -299,7 +304,7 @@ def typed(cells: Any) -> Any:
     if not is_text(cells.type):
         return cells
     trimmed = pc.utf8_trim_whitespace(cells)
-    known = pc.if_else(pc.is_in(trimmed, pa.array(_NO_NUMBER)), None, trimmed)
+    known = _known(trimmed)
     if pc.any(pc.match_substring_regex(known, r"^0\d+$")).as_py():
         return pc.if_else(pc.equal(trimmed, ""), None, cells)
     for kind in (pa.int64(), pa.bool_(), pa.float64()):
@@ -310,6 +315,33 @@ def typed(cells: Any) -> Any:
         except pa.ArrowInvalid:
             continue
     return pc.if_else(pc.equal(trimmed, ""), None, cells)
+
+
+def named(cells: Any) -> Any:
+    """`typed`, for columns that may hold names: two spellings of one number, such as sections 1.1
+    and 1.10, are names, and names have no spaces around them."""
+    if not is_text(cells.type):
+        return cells
+    made, trimmed = typed(cells), pc.utf8_trim_whitespace(cells)
+    if pa.types.is_floating(made.type):
+        spelled = pc.replace_substring_regex(_known(trimmed), r"^([+-]?\d+)\.0*$", r"\1")
+        as_name = pc.count_distinct(spelled).as_py() > pc.count_distinct(made).as_py()
+    else:
+        as_name = is_text(made.type)
+    return pc.if_else(pc.equal(trimmed, ""), None, trimmed) if as_name else made
+
+
+def numbers(cells: Any) -> Any:
+    """Cells of CSV as float64, where every one is a number or missing; else the cells."""
+    try:
+        return _known(pc.utf8_trim_whitespace(cells)).cast(pa.float64())
+    except pa.ArrowInvalid:
+        return cells
+
+
+def _known(trimmed: Any) -> Any:
+    """Null for what stands for a missing number."""
+    return pc.if_else(pc.is_in(trimmed, pa.array(_NO_NUMBER)), None, trimmed)
 
 
 # ---- Parquet -------------------------------------------------------------------------------------
@@ -332,12 +364,14 @@ def _parquet_table(path: Path, measured: Sequence[str], spared: Mapping[str, str
             texts = [name for name in measured if is_text(kinds.get(name, pa.null()))]
             spare = {name for name, other in spared.items() if other in kinds}
             made = file.read(columns=[name for name in kinds if name not in {*texts, *spare}])
-            if not {f"{name}_length" for name in measured} & kinds.keys():
+            if _are_measured(measured, texts, kinds):
                 for name in texts:
                     lengths = [
                         pc.utf8_length(one[name]) for one in file.iter_batches(columns=[name])
                     ]
-                    made = made.append_column(f"{name}_length", pa.chunked_array(lengths))
+                    if (other := f"{name}_length") in kinds:
+                        made = made.drop_columns(other)
+                    made = made.append_column(other, pa.chunked_array(lengths))
             return made
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{path}: cannot be read as Parquet: {error}") from error
@@ -413,7 +447,7 @@ def _table_of_rows(
                 made = _of_one_type(name, values, numbers, where)
                 blocks.setdefault(name, {})[len(sizes)] = made
         sizes.append(len(block))
-    if not {f"{name}_length" for name in measured} & blocks.keys():
+    if _are_measured(measured, [name.removesuffix("_length") for name in lengths], blocks):
         blocks |= lengths
     return pa.table(
         {
@@ -421,6 +455,13 @@ def _table_of_rows(
             for name, chunks in blocks.items()
         }
     )
+
+
+def _are_measured(measured: Sequence[str], texts: Sequence[str], found: Iterable[str]) -> bool:
+    """Whether lengths are those of texts: not where all are given. Where one is, whose unit is not
+    known, all are measured or none is."""
+    given = {f"{name}_length" for name in measured} & set(found)
+    return len(given) < len(measured) and len(texts) >= (len(measured) if given else 1)
 
 
 def _columns(block: list[tuple[int, Any]], where: Callable[[int], str]) -> dict[str, list[Any]]:

@@ -255,7 +255,7 @@ def _attributes(
     ]
     columns = {name: tables.array(values) for name, values in loaded.columns(names).items()}
     if is_csv:  # whose cells the reward function is given as they are
-        columns |= {name: tables.typed(one) for name, one in columns.items() if name != "group"}
+        columns |= {name: tables.named(one) for name, one in columns.items() if name != "group"}
     return attributes_of(pa.table(columns), set())
 
 

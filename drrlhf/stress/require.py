@@ -84,12 +84,18 @@ class Requirement:
     def _look_up(self, subject: str, known: Facts) -> Mapping[str, float]:
         if self.metric in known.get(subject, {}):
             found = known[subject][self.metric]
-            if found is None:
-                raise ValueError(
-                    f"requirement {str(self)!r}: expected one group that is called so, got "
-                    "several; rename a column, or its values"
+            if found is not None:
+                return found
+            sides = [name for name in known if name.startswith(f"{subject}/")]
+            raise ValueError(
+                f"requirement {str(self)!r}: "
+                + (
+                    f"no pair has both answers changed; expected one of {', '.join(sides)}"
+                    if sides
+                    else "expected one group that is called so, got several; rename a column, or "
+                    "its values"
                 )
-            return found
+            )
         with_metric = [name for name, found in known.items() if self.metric in found]
         near = difflib.get_close_matches(subject, with_metric, 3, 0.5) or with_metric[:8]
         raise ValueError(
@@ -191,9 +197,10 @@ def facts(
     """Every number of a model's report that can be required, by subject and metric.
 
     A change is "NAME/SIDES", and NAME alone is its use on both answers, or on the one part that it
-    acts on. A group is "COLUMN=VALUE". "best-of-N" has a gold score where there is a ``curve``,
-    "kendall" a tau, and "best-answer" the accuracy of the first of all answers. Where a change is
-    called as something else is, the change is meant.
+    acts on; None where it acts on either answer and in no pair on both. A group is "COLUMN=VALUE".
+    "best-of-N" has a gold score where there is a ``curve``, "kendall" a tau, and "best-answer" the
+    accuracy of the first of all answers. Where a change is called as something else is, the change
+    is meant.
     """
     found: dict[str, dict[str, Number]] = {}
     for name in ("easy", "normal", "hard"):
@@ -212,13 +219,21 @@ def facts(
     return found
 
 
-def _numbers(model: Mapping[str, Any]) -> Iterator[tuple[str, str, Mapping[str, float]]]:
-    # The last of what has one subject stays: both answers come before one alone.
-    for change in sorted(model["changes"], key=lambda one: (one["sides"] == "both", one["sides"])):
+def _numbers(model: Mapping[str, Any]) -> Iterator[tuple[str, str, Number]]:
+    acts_on: dict[str, set[str]] = {}
+    for change in model["changes"]:
+        acts_on.setdefault(change["change"], set()).add(change["sides"])
+    for change in model["changes"]:
+        name, side = change["change"], change["sides"]
         for metric in ("accuracy", "lost", "success"):
-            yield f"{change['change']}/{change['sides']}", metric, change[metric]
-            if change["kind"] != BIAS or change["sides"] == "rejected":
-                yield change["change"], metric, change[metric]
+            yield f"{name}/{side}", metric, change[metric]
+            if change["kind"] == BIAS:
+                if side == "rejected":
+                    yield name, metric, change[metric]
+            elif side == "both" or acts_on[name] == {side}:
+                yield name, metric, change[metric]
+            elif "both" not in acts_on[name]:
+                yield name, metric, None
     for subject, key in (("worst-change", "worst_change"), ("attacks", "attacks")):
         for metric in ("accuracy", "lost", "success") if model[key] else ():
             yield subject, metric, model[key][metric]

@@ -283,7 +283,8 @@ def _margins(
 
 
 def _difference(table: pa.Table, first: str, second: str, source: str) -> NDArray[np.float64]:
-    return _numbers(table[first], first, source) - _numbers(table[second], second, source)
+    with np.errstate(invalid="ignore", over="ignore"):  # such margins are counted as missing
+        return _numbers(table[first], first, source) - _numbers(table[second], second, source)
 
 
 def _each_with_each(
@@ -373,7 +374,8 @@ def _pairs(
     chosen, rejected = [np.full(len(absent), -1)], [np.full(len(absent), -1)]
     for of_size, scores, first in alike:
         size = scores.shape[1]
-        margins.append((scores[:, :first, None] - scores[:, None, first:]).ravel())
+        with np.errstate(invalid="ignore", over="ignore"):  # as in `_difference`
+            margins.append((scores[:, :first, None] - scores[:, None, first:]).ravel())
         rows.append(of_size.repeat(first * (size - first)))
         for found, one in zip((chosen, rejected), every_pair(first, size - first), strict=True):
             found.append(np.tile(one, len(of_size)))
@@ -401,6 +403,8 @@ def _numbers(
         return numbers
     if pa.types.is_dictionary(column.type):
         column = column.cast(column.type.value_type)
+    if is_text(column.type) and tables.is_csv(source):  # such as 0.5 beside 0.50
+        column = tables.numbers(column)
     if not _is_number(column.type) and not pa.types.is_null(column.type):
         odd = _first(column, lambda value: not _reads_as_number(value))
         raise DataError(

@@ -32,7 +32,7 @@ METHODS = {
     "augment-long": Method(WORST | {"view_ambiguity": "mean"}, longer=11 / 4),
     "worst": Method(WORST),
     "worst-half": Method(WORST | {"views_scored": 0.5}),
-    # Run after all seeds of those above: what the steps alone buy, and the forms without more steps.
+    # Run after all seeds of those above: what steps alone buy, and forms without more steps.
     "augment": Method(WORST | {"view_ambiguity": "mean"}),
     "plain-long": Method(longer=11 / 4),
 }

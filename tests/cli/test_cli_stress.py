@@ -191,6 +191,16 @@ def test_one_file_twice(tmp_path):
     assert done.exit_code == 2 and "is given twice" in done.output
 
 
+def test_models_that_would_be_kept_in_one_file(tmp_path):
+    """a_b/rm and a/b/rm: the second one's scores took the place of the first one's."""
+    for folder in ("a_b/rm", "a/b/rm"):
+        (tmp_path / folder).mkdir(parents=True)
+    models = [f"--model={tmp_path / folder}" for folder in ("a_b/rm", "a/b/rm")]
+    done = stress(*models, "--data", tmp_path / "p.jsonl", "--output-dir", tmp_path / "out")
+    assert done.exit_code == 2 and "are both kept in" in done.output
+    assert not (tmp_path / "out").exists()
+
+
 def test_ctrl_c_leaves_no_report(tmp_path, monkeypatch):
     def interrupted(*_, **__):
         raise KeyboardInterrupt

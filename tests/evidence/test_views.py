@@ -231,6 +231,10 @@ def test_what_views_bought_is_told_once_all_seeds_are_there(later):
     assert pays._of_views(records, "worst-group").startswith(
         "over no views: no significant difference; "
     )
+    wide = records + made_records({"worst-wide": 0.02})  # whose base has not run on all seeds
+    assert pays._of_views(wide, "worst-wide") == (
+        "over no views: pairs right in every form +2.1 (seen), +2.1 (rare), +2.1 (unseen)"
+    )
     assert pays._of_views(records[1:], "worst") == "being measured (9 of 10 seeds)"
 
 

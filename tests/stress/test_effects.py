@@ -6,6 +6,7 @@ Expected numbers come from loops over pairs, of a judge whose rewards are known.
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import xml.etree.ElementTree as ElementTree
 
@@ -343,6 +344,26 @@ def test_gates_judge_the_numbers_of_the_report():
 def test_gates_that_cannot_be_judged(text, said):
     with pytest.raises(ValueError, match=said):
         report(made(), require=[text])
+
+
+def test_a_change_on_one_answer_of_each_pair_has_no_number_of_its_name_alone(tmp_path):
+    """The chosen answer loses 3 where it changes, the rejected one nothing: neither is meant."""
+    rows = [{"chosen_reward": 1.0 + i % 5, "rejected_reward": 2.5} for i in range(60)]
+    for i, row in enumerate(rows):
+        side, less = ("rejected", 0.0) if i % 2 else ("chosen", 3.0)
+        row[f"{side}_reward@mine"] = row[f"{side}_reward"] - less
+        row["chosen_reward@other"] = row["chosen_reward"] - 3.0
+    path = tmp_path / "scores.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)) + "\n")
+    said = "no pair has both answers changed; expected one of mine/chosen, mine/rejected"
+    for gate in ("mine accuracy>=0.5", "mine lost<=0.05"):
+        with pytest.raises(ValueError, match=said):
+            report(path, require=[gate])
+    gates = ["mine/chosen lost<=0.05", "mine/rejected lost<=0.05", "other lost<=0.05"]
+    judged = report(path, require=gates)["requirements"]
+    right = [np.mean([row["chosen_reward"] - less > 2.5 for row in rows]) for less in (0, 3)]
+    assert [one["met"] for one in judged] == [False, True, False]
+    assert judged[2]["found"]["value"] == pytest.approx(right[0] - right[1])
 
 
 @pytest.mark.parametrize("size", [40, 2])

@@ -297,6 +297,73 @@ def test_answers_in_parquet_count_by_their_length(tmp_path):
     assert from_parquet.attributes.keys() == from_lines.attributes.keys() == {"answer lengths"}
 
 
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet"])
+@pytest.mark.parametrize("lone", ["chosen_length", "rejected_length"])
+def test_a_length_alone_does_not_keep_texts_from_being_measured(tmp_path, suffix, lone):
+    rows = [
+        {"margin": 1.0 - i % 3, "chosen": "x" * (i + 1), "rejected": "ab", lone: 1000}
+        for i in range(12)
+    ]
+    found = load_scores(written(tmp_path, suffix, rows))
+    assert found.longer.tolist() == [i - 1 for i in range(12)]
+    given = [row | {"chosen_length": i, "rejected_length": 0} for i, row in enumerate(rows)]
+    assert load_scores(written(tmp_path, suffix, given)).longer.tolist() == list(range(12))
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_a_length_given_and_one_measured_are_not_compared(tmp_path, suffix):
+    """One may be in tokens."""
+    rows = [{"margin": 1.0 - i % 3, "chosen_length": 9, "rejected": "ab"} for i in range(12)]
+    assert load_scores(written(tmp_path, suffix, rows)).longer is None
+
+
+def test_two_spellings_of_a_number_in_csv_are_two_names(tmp_path):
+    """Sections 1.1 and 1.10 are not one, nor are prompts; scores are numbers however spelled."""
+    rows = [
+        {"chosen_reward": chosen, "rejected_reward": "0.70", "section": name, "prompt_id": prompt}
+        for chosen, name, prompt in [
+            ("1", "1.1", "1e5"),
+            ("0.5", " 1.10", "100000"),
+            ("0.50", "1.10 ", "1e5"),
+            ("1.0", "1.2", "10e4"),
+        ]
+    ]
+    found = load_scores(written(tmp_path, ".csv", rows))
+    np.testing.assert_allclose(found.margin, [0.3, -0.2, -0.2, 0.3])
+    assert found.attributes["section"].names == ("1.1", "1.10", "1.2")
+    assert found.attributes["section"].codes.tolist() == [0, 1, 1, 2]
+    assert found.prompts.tolist() == [0, 1, 0, 2]
+    whole = [row | {"section": name} for row, name in zip(rows, ("3", "3.0", "4", "4.00"))]
+    assert load_scores(written(tmp_path, ".csv", whole)).attributes["section"].names == (
+        "3.0",
+        "4.0",
+    )
+    odd = [row | {"chosen_reward": text} for row, text in zip(rows, ("1", "1.0", "1.00", "high"))]
+    with pytest.raises(DataError, match="row 4: column 'chosen_reward' must hold numbers"):
+        load_scores(written(tmp_path, ".csv", odd))
+
+
+def test_names_in_csv_have_no_spaces_around_them(tmp_path):
+    rows = [
+        {"margin": 1.0 - i % 3, "domain": ("maths", "maths ", " law", "  ")[i % 4]}
+        for i in range(12)
+    ]
+    found = load_scores(written(tmp_path, ".csv", rows))
+    assert found.attributes["domain"].names == ("maths", "law")
+    assert found.attributes["domain"].codes.tolist() == [0, 0, 1, -1] * 3
+
+
+INFINITE = [(np.inf, np.inf), (np.inf, 0.0), (1e308, -1e308)]
+
+
+@pytest.mark.filterwarnings("error")
+def test_margins_of_infinite_rewards_are_missing(tmp_path):
+    rows = [{"chosen_reward": i % 3, "rejected_reward": 1.0} for i in range(12)]
+    rows += [{"chosen_reward": one, "rejected_reward": other} for one, other in INFINITE]
+    found = load_scores(written(tmp_path, ".jsonl", rows), max_nan=0.5)
+    assert found.dropped == len(INFINITE) and len(found) == 12
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("suffix", [pytest.param(".parquet", marks=pytest.mark.thorough), ".jsonl"])
 def test_a_million_pairs_take_seconds_and_a_gibibyte(tmp_path, suffix):
