@@ -223,7 +223,8 @@ class GRPOTrainer(OneRowMixin, StepMixin, trl.GRPOTrainer):
         values = rewards.view(-1, each).nanmean(1).repeat_interleave(each)[mine]
         numbers = torch.arange(len(rewards), device=device) // each + self._prompts_met
         self._prompts_met += len(rewards) // each
-        nominal = [float(row.get(columns.WEIGHT, 1.0)) for row in inputs]
+        nominal = [row.get(columns.WEIGHT, 1.0) for row in inputs]
+        columns.check_values(columns.WEIGHT, nominal, None)  # a stream has not been looked at
         facts = {
             prompts.PROMPT: numbers[mine],
             prompts.VALUE: values,
@@ -433,16 +434,17 @@ class GRPOTrainer(OneRowMixin, StepMixin, trl.GRPOTrainer):
         tokens, entropy, kl, overflowed, low_clipped, high_clipped, over = totals.tolist()
         # A completion without tokens is neither the least nor the most clipped.
         extremes = torch.stack(
-            [torch.where(counted, low, torch.inf).amin(), torch.where(counted, high, 0).amax()]
+            [torch.where(counted, x, torch.inf).amin() for x in (low, -high)]  # inf: none counted
         )
-        extremes = self.accelerator.gather(extremes.unsqueeze(0))
+        extremes = self.accelerator.gather(extremes.unsqueeze(0)).amin(0)
+        least, most = torch.where(extremes.isfinite(), extremes, torch.nan).tolist()
         metrics = {
             "entropy": entropy / max(tokens, 1.0),
             "clip_ratio/low_mean": low_clipped / max(over, 1.0),
             "clip_ratio/high_mean": high_clipped / max(over, 1.0),
             "clip_ratio/region_mean": (low_clipped + high_clipped) / max(over, 1.0),
-            "clip_ratio/low_min": min(extremes[:, 0].min().item(), 1.0),
-            "clip_ratio/high_max": extremes[:, 1].max().item(),
+            "clip_ratio/low_min": least,  # NaN is left out of means
+            "clip_ratio/high_max": -most,
             "robust/overflowed": overflowed,
         }
         if self.beta:
@@ -457,7 +459,8 @@ class GRPOTrainer(OneRowMixin, StepMixin, trl.GRPOTrainer):
             found, _ = prompts.from_table(torch.cat(tables).to(self.accelerator.device))
             value = None
             if self._reweighing:
-                risk = self._solve(found.losses, found.nominal, found.groups, update=False)
+                known = (found.losses, found.nominal, found.groups)
+                risk = self._solve(*known, update=False, evaluated=True)
                 found, value = found._replace(weights=risk.weights), risk.value.item()
             self._log_prompts(found, value, "eval")
         return output

@@ -135,7 +135,8 @@ class PairsMixin(ViewsMixin, TwoPasses):
             self._evaluated.append(self.accelerator.gather_for_metrics(seen.table()).cpu())
             return robust_risk(losses, nominal=nominal).value
         update = self.model.training and (self._streaming or self.accelerator.sync_gradients)
-        risk = self._solve(losses, nominal, groups, update, self._process_group)
+        evaluated = not self.model.training
+        risk = self._solve(losses, nominal, groups, update, self._process_group, evaluated)
         self._log_pairs(seen._replace(weights=risk.weights), risk.value.detach())
         return risk.value
 
@@ -182,7 +183,8 @@ class PairsMixin(ViewsMixin, TwoPasses):
         found = {}
         if self._adversarial or bool((seen.nominal != 1).any()):
             there = seen.on(self.accelerator.device)
-            risk = self._solve(there.losses, there.nominal, there.groups, update=False)
+            known = (there.losses, there.nominal, there.groups)
+            risk = self._solve(*known, update=False, evaluated=True)
             seen = seen._replace(weights=risk.weights.cpu())
             found = weighted.summary(seen, risk.value.item(), PAIRS)
             if not self._loss_outside_the_set:

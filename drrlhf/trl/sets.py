@@ -131,9 +131,11 @@ class SetMixin:
         groups: Tensor | None,
         update: bool,
         process_group: Any = None,
+        evaluated: bool = False,
     ) -> RobustRisk:
         """The worst case of losses (n,), differentiable by them. One step of the adversary is for
-        one of the optimizer; a stream takes every batch: ``update`` says whether this is it."""
+        one of the optimizer; a stream takes every batch: ``update`` says whether this is it. Losses
+        that are ``evaluated`` are all there are, and no part of the stream of training."""
         self._check_groups(groups)
         return robust_risk(
             losses,
@@ -141,7 +143,7 @@ class SetMixin:
             nominal=nominal,
             groups=None if self.group_state is None else groups,
             group_state=self.group_state,
-            normaliser_state=self.normaliser_state,
+            normaliser_state=None if evaluated else self.normaliser_state,
             update=update,
             process_group=process_group,
         )

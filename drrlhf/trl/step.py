@@ -24,13 +24,16 @@ from drrlhf.trl.seam import overridden
 from drrlhf.trl.sets import SetMixin
 from drrlhf.trl.weighted import Weighted
 
+_KNOWN = ("drrlhf", "trl", "transformers")  # whose losses two passes take apart
+
 
 @dataclass
 class Pass:
     """One of the two passes over the microbatches of a step.
 
-    ``weights`` (n,) are those of the microbatch at hand, None in the first pass; ``scale`` is the
-    number of ranks, over which gradients will be averaged. ``seen`` collects the pairs, and
+    ``weights`` (n,) are those of the microbatch at hand, None in the first pass; ``scale`` is what
+    the loop and the ranks, over which gradients will be averaged, divide by; ``outside`` is the
+    factor of terms that the adversary does not weigh. ``seen`` collects the pairs, and
     ``references`` the reference's log-probs (chosen, rejected).
     """
 
@@ -149,7 +152,21 @@ class TwoPasses(StepMixin):
 
     @property
     def _loss_outside_the_set(self) -> bool:
-        """Whether a batch's loss has terms that the adversary does not weigh."""
+        """Whether a batch's loss has terms of ours that the adversary does not weigh."""
+        return False
+
+    @property
+    def _keeps_batches(self) -> bool:
+        """Whether the second pass needs all microbatches as they are."""
+        return self._loss_outside_the_set or self._loss_is_changed
+
+    @property
+    def _loss_is_changed(self) -> bool:
+        """Whether a subclass of somebody else's computes the loss, and may add terms to it."""
+        for name in ("compute_loss", "_compute_loss"):
+            owner = next((one for one in type(self).__mro__ if name in vars(one)), None)
+            if owner is not None and owner.__module__.partition(".")[0] not in _KNOWN:
+                return True
         return False
 
     def _wants_whole_step(self, batches: int) -> bool:
@@ -201,7 +218,7 @@ class TwoPasses(StepMixin):
         parts = weights.split(sizes)
         separable = all(rows.separable(batch) for batch in batches)
         plan = []
-        if starts is None and separable and not self._loss_outside_the_set:
+        if starts is None and separable and not self._keeps_batches:
             kept = [(b, i) for b, q in enumerate(parts) for i in q.nonzero().flatten().tolist()]
             lengths = [rows.lengths(batch).tolist() for batch in batches]
             for part in rows.arrange(kept, [lengths[b][i] for b, i in kept], max(sizes)):
@@ -210,7 +227,7 @@ class TwoPasses(StepMixin):
                 plan.append(Microbatch(chosen, q, None))
         else:
             for b, q in enumerate(parts):
-                if self._loss_outside_the_set or q.any():
+                if self._keeps_batches or q.any():
                     plan.append(Microbatch(b, q, starts[b] if starts else None))
         # Every rank runs as many: models and gradients that are shared meet in every pass.
         most = max(len(plan), 1)
@@ -244,18 +261,23 @@ class TwoPasses(StepMixin):
                 batch = rows.select(batches, chosen, self._pad_token_id, multiple)
             if generators is not None:
                 generators.restore(self.accelerator.device)
-            known = Pass(weights, self._ranks, 1 / len(batches))
-            self._fixed_weights(model, batch, known, last=i == len(plan) - 1)
+            self._fixed_weights(model, batch, weights, len(batches), last=i == len(plan) - 1)
 
     @property
     def _pad_token_id(self) -> int:
         """What fills rows up; 0 where the model has no pad token, and so none that it looks for."""
         return reward_inputs.pad_token_id(self.model) or 0
 
-    def _fixed_weights(self, model: Any, batch: Any, known: Pass, last: bool) -> Tensor:
-        """`_backward` of a microbatch with the weights of a pass."""
-        with overridden(self, _pass=known, current_gradient_accumulation_steps=1):
-            return self._backward(model, batch, last)
+    def _fixed_weights(
+        self, model: Any, batch: Any, weights: Tensor, batches: int, last: bool
+    ) -> tuple[Tensor, list[Weighted]]:
+        """`_backward` of one of so many microbatches with fixed weights (n,): its part of the
+        step's loss (), and its pairs. Where a subclass adds terms, which cannot know of the pass,
+        the loop takes their mean over the microbatches, as it does without two passes."""
+        divided = batches if self._loss_is_changed else 1
+        known = Pass(weights, self._ranks * divided, divided / batches)
+        with overridden(self, _pass=known, current_gradient_accumulation_steps=divided):
+            return self._backward(model, batch, last), known.seen
 
     @property
     def _ranks(self) -> int:
@@ -270,13 +292,14 @@ class TwoPasses(StepMixin):
         weights = robust_risk(
             torch.zeros_like(every), nominal=every, process_group=self._process_group
         ).weights
-        seen, total = [], torch.zeros((), device=device)
+        seen: list[Weighted] = []
+        total = torch.zeros((), device=device)
         for i, (batch, q) in enumerate(
             zip(batches, weights.split([len(part) for part in nominal]), strict=True)
         ):
-            known = Pass(q, self._ranks, 1 / len(batches))
-            total += self._fixed_weights(model, batch, known, last=i == len(batches) - 1)
-            seen += known.seen
+            last = i == len(batches) - 1
+            loss, pairs = self._fixed_weights(model, batch, q, len(batches), last)
+            total, seen = total + loss, seen + pairs
         found = weighted.concatenate(seen)
         value = (weights * torch.where(weights > 0, found.losses, 0)).sum() * self._ranks
         self._log_pairs(found._replace(weights=weights), value)  # type: ignore[attr-defined]
