@@ -23,11 +23,15 @@ def kept(path: str) -> list[dict[str, Any]]:
     return list(json_lines(file))[1:] if file.is_file() else []
 
 
-def difference(found: Values, base: str, methods: Sequence[str]) -> dict[str, str]:
-    """The difference of each method to the base with a 95 % interval, bold where it is sure."""
+def difference(
+    found: Values, base: str, methods: Sequence[str], digits: int | None = None
+) -> dict[str, str]:
+    """The difference of each method to the base with a 95 % interval, bold where it is sure; in
+    so many ``digits``, by default as points have where the base is large."""
     tests = {name: paired(found[name] - found[base]) for name in methods}
     corrected = holm([p for p, _ in tests.values()])
-    digits = 1 if abs(found[base]).mean() > 10 else 3  # points have one
+    if digits is None:
+        digits = 1 if abs(found[base]).mean() > 10 else 3  # points have one
     cells = {}
     for (name, (_, (low, high))), p in zip(tests.items(), corrected, strict=True):
         mean = f"{(found[name] - found[base]).mean():+.{digits}f}"
@@ -42,12 +46,14 @@ def sure(cells: Mapping[str, str]) -> dict[str, str]:
 
 
 def compared(
-    found: Mapping[str, Values], against: Mapping[str, Sequence[str]]
+    found: Mapping[str, Values],
+    against: Mapping[str, Sequence[str]],
+    digits: int | None = None,
 ) -> list[tuple[str, ...]]:
     """A row for each base and method compared with it, a cell for each measure of ``found``."""
     rows = []
     for base, methods in against.items():
-        cells = [difference(values, base, methods) for values in found.values()]
+        cells = [difference(values, base, methods, digits) for values in found.values()]
         rows += [(f"{name} over {base}", *(cell[name] for cell in cells)) for name in methods]
     return rows
 

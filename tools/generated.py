@@ -27,7 +27,7 @@ from evidence.best_of import summary as best_of
 from evidence.labels import summary as labels
 from evidence.shift import page, summary
 from evidence.tables import kept
-from evidence.views import expected
+from evidence.views import expected, length
 from evidence.views import summary as views
 from tools.api import first_sentence, listed
 
@@ -66,6 +66,7 @@ def blocks() -> dict[str, str]:
         "stress": _stress(_stressed()),
         "views_reward": views.tables(viewed),
         "views_expected": expected.table(viewed, expected.REWARD),
+        "views_length": length.table(viewed),
         "views_confirmed": expected.table(viewed, expected.CONFIRMED),
         "views_dpo": views.tables(viewed_by_dpo),
         "views_dpo_expected": expected.table(viewed_by_dpo, expected.DPO),

@@ -19,7 +19,7 @@ from drrlhf.files import json_lines
 from drrlhf.transformations import TRANSFORMATIONS
 from evidence import pays
 from evidence.shift import tasks
-from evidence.views import confirm, dpo, expected, run, summary
+from evidence.views import confirm, dpo, expected, length, run, summary
 
 
 def made_up(n=120):
@@ -345,3 +345,17 @@ def test_a_policy_is_trained_and_marked(tmp_path, monkeypatch):
     ours = dpo.rewards(policy, 0.1, "movie", [text])
     assert abs(after - before) > 0.1
     assert ours.item() == pytest.approx(0.1 * (after - before).item(), rel=0.05)
+
+
+def test_length_bias_is_what_a_sentence_said_twice_is_worth():
+    """By hand: 0.9 - 0.7 of plain in each domain, and half of that of the other method."""
+    records = made_records({"plain": 0.0, "worst": 0.01})
+    for record in records:
+        rejected = 0.7 if record["method"] == "plain" else 0.8 + 0.001 * (record["seed"] % 3)
+        for test in record["test"].values():
+            test["changes"] = {"repeated/chosen": 0.9, "repeated/rejected": rejected}
+    assert length.bias(records[0]["test"], ("movie", "nyt")) == pytest.approx(20)
+    rows = length.table(records).splitlines()
+    assert rows[2] == "| plain | 20.0 | 20.0 | 20.0 |"
+    assert rows[3].startswith("| worst over plain | **-10.1** [-10.2, -10.0] |")
+    assert length.table(records[1:]) == "9 of 10 seeds so far."
